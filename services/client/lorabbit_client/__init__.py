@@ -1,0 +1,1 @@
+"""The client: owns private data and a base model, trains, and keeps its secrets on its own disk."""

@@ -1,0 +1,54 @@
+"""Names of exchanges, queues and streams, in one place.
+
+The server declares everything; a client only publishes to `UP` under its own address and reads its
+own inbox and the adapters, which is all that its permissions need to allow.
+"""
+
+from __future__ import annotations
+
+from lorabbit.broker.base import Queue
+
+CONTROL = "lorabbit.control"
+"""Server -> client messages; routing key ``c.<address>``."""
+UP = "lorabbit.up"
+"""Client -> server; routing keys ``c.<address>.ctl`` and ``c.<address>.data``."""
+DEAD = "lorabbit.dead"
+"""Dead letters of every queue below."""
+
+MIB = 2**20
+SERVER_QUEUE = Queue("lorabbit.server", "quorum", ((UP, "c.*.ctl"),), dead_letter_exchange=DEAD)
+DATA_QUEUE = Queue("lorabbit.data", "classic", ((UP, "c.*.data"),), max_bytes=1024 * MIB)
+DEAD_QUEUE = Queue("lorabbit.dead", "classic", ((DEAD, "#"),), max_bytes=64 * MIB)
+EXCHANGES = (CONTROL, UP, DEAD)
+QUEUES = (SERVER_QUEUE, DATA_QUEUE, DEAD_QUEUE)
+
+
+def inbox(address: str) -> Queue:
+    """The durable queue of one client; it goes a week after its client was last seen."""
+    name = f"lorabbit.client.{address}"
+    return Queue(name, "classic", ((CONTROL, f"c.{address}"),), dead_letter_exchange=DEAD, expires_ms=7 * 86400 * 1000)
+
+
+def control_key(address: str) -> str:
+    """Routing key of a message to one client."""
+    return f"c.{address}"
+
+
+def up_key(address: str) -> str:
+    """Routing key of a control message from one client."""
+    return f"c.{address}.ctl"
+
+
+def data_key(address: str) -> str:
+    """Routing key of a chunk from one client."""
+    return f"c.{address}.data"
+
+
+def address_of(routing_key: str) -> str:
+    """The client's address in an `UP` routing key."""
+    return routing_key.split(".", 1)[1].rsplit(".", 1)[0]
+
+
+def adapter_stream(sha256: str) -> Queue:
+    """The stream that holds one payload's chunks for the whole cohort."""
+    return Queue(f"lorabbit.adapter.{sha256[:32]}", "stream")

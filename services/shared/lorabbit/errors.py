@@ -1,0 +1,66 @@
+"""The one exception tree.
+
+Whether a failure may be tried again is part of its type: `Retryable` says "the same call may
+succeed later", everything else says "it never will". The command line turns each branch into an
+exit code: 1 failed run, 2 bad input, 3 services unreachable.
+"""
+
+from __future__ import annotations
+
+
+class LoRAbbitError(Exception):
+    """Base of every error that LoRAbbit raises on purpose; its text is one clear sentence."""
+
+    exit_code = 1
+
+
+class BadInput(LoRAbbitError):
+    """What the user gave cannot work: a job file, a data file, an option, a model name."""
+
+    exit_code = 2
+
+
+class RunFailed(LoRAbbitError):
+    """A job ended without its result."""
+
+    exit_code = 1
+
+
+class CorruptPayload(LoRAbbitError):
+    """Bytes from the wire or the disk are not what their manifest says."""
+
+
+class Refused(LoRAbbitError):
+    """A message or an update is not admitted; `reason` is the short name that is counted."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        """Keep the counted `reason` (kebab-case) beside the sentence in `detail`."""
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class Fenced(LoRAbbitError):
+    """Another server holds the lease: this one must stop writing."""
+
+
+class Retryable(LoRAbbitError):
+    """The same call may succeed later."""
+
+    exit_code = 3
+
+
+class BrokerUnavailable(Retryable):
+    """The broker cannot be reached, or the connection broke."""
+
+
+class BrokerBusy(Retryable):
+    """The broker refused a message because a queue is full or an alarm is raised."""
+
+
+class StoreUnavailable(Retryable):
+    """The state store cannot be reached."""
+
+
+class ServerUnavailable(Retryable):
+    """The server's HTTP interface cannot be reached."""

@@ -1,0 +1,163 @@
+"""The event log: what happened to a job, in order, as past participles.
+
+Every transition of a job appends to its log in the same atomic step that makes it so. The live
+view, the report and `status` are folds of this log; nothing else tells a story of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+
+from lorabbit.messages import Metrics
+
+
+class Event(BaseModel):
+    """Base of every event; `at_ms` is the server's clock, milliseconds since 1970."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    at_ms: int = 0
+
+
+class JobSubmitted(Event):
+    """A job was queued."""
+
+    kind: Literal["job-submitted"] = "job-submitted"
+
+
+class JobStarted(Event):
+    """The population is complete; `clients` in partition order."""
+
+    kind: Literal["job-started"] = "job-started"
+    clients: tuple[str, ...]
+
+
+class AdapterInitialised(Event):
+    """One client built the model; facts about base and adapter are known from here on."""
+
+    kind: Literal["adapter-initialised"] = "adapter-initialised"
+    client: str
+    sha256: str
+    size_bytes: int
+    parameters: int
+    base_sha256: str | None
+    facts: dict[str, JsonValue]
+
+
+class RoundStarted(Event):
+    """A cohort was asked."""
+
+    kind: Literal["round-started"] = "round-started"
+    round: int
+    cohort: tuple[str, ...]
+
+
+class TaskSent(Event):
+    """A task went out (again, when `attempt` > 1)."""
+
+    kind: Literal["task-sent"] = "task-sent"
+    round: int
+    client: str
+    phase: str
+    attempt: int
+
+
+class TaskProgressed(Event):
+    """A client reported progress."""
+
+    kind: Literal["task-progressed"] = "task-progressed"
+    round: int
+    client: str
+    phase: str
+    fraction: float
+    loss: float | None = None
+
+
+class UpdateAccepted(Event):
+    """A result counts. `bytes_*` are payload bytes; `overhead_*` control messages and chunk headers."""
+
+    kind: Literal["update-accepted"] = "update-accepted"
+    round: int
+    client: str
+    phase: str
+    metrics: Metrics
+    sha256: str | None
+    bytes_up: int
+    bytes_down: int
+    overhead_up: int
+    overhead_down: int
+
+
+class UpdateRejected(Event):
+    """A result was refused; the client will be asked again or the job fails."""
+
+    kind: Literal["update-rejected"] = "update-rejected"
+    round: int
+    client: str
+    reason: str
+    detail: str
+
+
+class RoundClosed(Event):
+    """The updates were folded into a new version of the server state."""
+
+    kind: Literal["round-closed"] = "round-closed"
+    round: int
+    accepted: int
+    sha256: str
+    """Of the adapter as exported."""
+    seconds: float
+    """From RoundStarted to here."""
+    aggregate_seconds: float
+
+
+class RoundEvaluated(Event):
+    """Every asked client scored the adapter of a round; `metrics` pooled by number of examples."""
+
+    kind: Literal["round-evaluated"] = "round-evaluated"
+    round: int
+    metrics: dict[str, float]
+
+
+class ClientJoined(Event):
+    """A client came (back)."""
+
+    kind: Literal["client-joined"] = "client-joined"
+    client: str
+    device: str
+
+
+class ClientLost(Event):
+    """A client's lease ended."""
+
+    kind: Literal["client-lost"] = "client-lost"
+    client: str
+
+
+class JobEnded(Event):
+    """The job is over."""
+
+    kind: Literal["job-ended"] = "job-ended"
+    status: Literal["done", "failed", "cancelled"]
+    reason: str = ""
+    exit_code: int = 0
+
+
+AnyEvent = Annotated[
+    JobSubmitted
+    | JobStarted
+    | AdapterInitialised
+    | RoundStarted
+    | TaskSent
+    | TaskProgressed
+    | UpdateAccepted
+    | UpdateRejected
+    | RoundClosed
+    | RoundEvaluated
+    | ClientJoined
+    | ClientLost
+    | JobEnded,
+    Field(discriminator="kind"),
+]
+EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)

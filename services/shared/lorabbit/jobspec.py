@@ -1,0 +1,163 @@
+"""JobSpec: the one file a user writes, as a strict, typed value.
+
+Every knob has a default that works, unknown keys are errors, and the messages of a failed
+validation name the exact path, what was expected and the nearest valid name. A method's own
+hyper-parameters are kept as given and validated by the method (`lorabbit.methods.build`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+Task = Literal[
+    "text-classification",
+    "text-pair-classification",
+    "token-classification",
+    "question-answering",
+    "causal-lm",
+    "image-classification",
+]
+Trainable = Literal["lora", "full", "bitfit", "adapter", "head"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+
+class Strict(BaseModel):
+    """Base of every part of the job file: frozen, no unknown keys, no silent conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LoraSpec(Strict):
+    """Shape of the LoRA factors."""
+
+    rank: int = Field(default=8, ge=1, le=1024)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    targets: tuple[str, ...] | None = Field(default=None, description="module names; PEFT's choice when absent")
+
+
+class ModelSpec(Strict):
+    """The base model and which of its parameters are trained."""
+
+    name: str = Field(default="sentence-transformers/all-MiniLM-L6-v2", description="folder, hub id, or tiny:NAME")
+    task: Task = "text-classification"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trainable: Trainable = "lora"
+    lora: LoraSpec = LoraSpec()
+    bottleneck: int = Field(default=16, ge=1, description="width of the bottleneck when trainable is 'adapter'")
+
+
+class PartitionSpec(Strict):
+    """How an experiment splits one dataset over its clients."""
+
+    kind: Literal["natural", "iid", "dirichlet", "pathological", "quantity", "own"] = "iid"
+    field: str | None = Field(default=None, description="natural: the field that names the group of a row")
+    alpha: float = Field(default=0.5, gt=0, description="dirichlet, quantity: small is skewed")
+    classes: int = Field(default=2, ge=1, description="pathological: classes a client holds")
+    min_examples: int = Field(default=1, ge=1, description="least training examples of a client")
+
+
+class DataSpec(Strict):
+    """Where examples come from and how they are split."""
+
+    source: str = Field(default="stdlib-docs", description="stdlib-docs, digits, a file, a folder, or a hub name")
+    config: str | None = Field(default=None, description="configuration of a hub dataset")
+    fields: dict[str, str] = Field(default_factory=dict, description="role (text, label, ...) to column name")
+    partition: PartitionSpec = PartitionSpec()
+    test_share: float = Field(default=0.15, gt=0, lt=1, description="held out of every client where no test split exists")
+    max_length: int = Field(default=64, ge=4, le=131072, description="tokens; longer texts are cut")
+    limit: int | None = Field(default=None, ge=1, description="use the first N rows (after a seeded shuffle)")
+    chat_template: bool = Field(default=False, description="causal-lm: format with the tokenizer's chat template")
+
+
+class MethodSpec(BaseModel):
+    """A method by name; every other key is one of its hyper-parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = "fedavg"
+
+    @property
+    def settings(self) -> dict[str, JsonValue]:
+        """The hyper-parameters as written in the job file."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class LocalSpec(Strict):
+    """What one client does in one round; give `epochs` or `steps`, not both."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="sgd only")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="learning rate over all rounds of the job"
+    )
+    warmup_share: float = Field(default=0.0, ge=0, lt=1, description="share of all rounds spent warming up")
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> LocalSpec:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give either epochs or steps, not both")
+        return self
+
+
+class EvaluationSpec(Strict):
+    """When and where the aggregated adapter is scored."""
+
+    every: int = Field(default=1, ge=1, description="rounds between evaluations; the last round is always scored")
+    on: Literal["clients", "central"] = Field(
+        default="clients",
+        description="clients: each scores its own test split; central: the first client scores the whole test set",
+    )
+    batch_size: int = Field(default=64, ge=1)
+    metric: str | None = Field(default=None, description="metric that picks best/; the task's main metric when absent")
+
+
+class OutputSpec(Strict):
+    """What is kept of a run."""
+
+    keep_checkpoints: int = Field(default=2, ge=0, description="checkpoint-<round> folders kept, newest first")
+    checkpoint_every: int = Field(default=1, ge=1)
+
+
+class JobSpec(Strict):
+    """One federated fine-tuning run."""
+
+    name: Name = "job"
+    model: ModelSpec = ModelSpec()
+    data: DataSpec = DataSpec()
+    method: MethodSpec = MethodSpec()
+    rounds: int = Field(default=5, ge=1)
+    clients: int = Field(default=4, ge=1, description="population: the job starts once so many clients are there")
+    cohort: int | float = Field(default=1.0, gt=0, description="asked in a round: 1.0 is all, 0.1 a tenth, 10 ten")
+    local: LocalSpec = LocalSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    output: OutputSpec = OutputSpec()
+    schedule: Literal["sync"] = "sync"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _cohort_fits(self) -> JobSpec:
+        if isinstance(self.cohort, float) and self.cohort > 1.0:
+            raise ValueError(f"cohort is {self.cohort}: a fraction is at most 1.0; write a whole number for a count")
+        if isinstance(self.cohort, int) and self.cohort > self.clients:
+            raise ValueError(f"cohort is {self.cohort}, but there are only {self.clients} clients")
+        return self
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients asked in a round, at least one."""
+        if isinstance(self.cohort, float):
+            return max(1, round(self.cohort * self.clients))
+        return self.cohort
+
+    def evaluates(self, round_number: int) -> bool:
+        """Tell whether the adapter of a 1-based round is scored."""
+        return round_number == self.rounds or round_number % self.evaluation.every == 0

@@ -1,0 +1,211 @@
+"""The wire: versioned messages between the server and a client.
+
+Every message is JSON of one of these models; its AMQP `type` property is ``lorabbit.<kind>.v1``.
+Tensors never travel in a message: a `PayloadRef` names them by content, and their bytes follow as
+chunks (see `lorabbit.transfer`). A server that meets a newer version refuses it by name.
+
+The life of a task: `Task` -> `TaskAccepted` -> `TaskProgress`* -> `Offer` -> `Grant` | `Deny`
+-> chunks -> `Commit` -> `Verdict`. The client keeps its result until the verdict.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from lorabbit.jobspec import JobSpec
+
+VERSION = 1
+Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Message(BaseModel):
+    """Base of every message: frozen, unknown keys refused, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    kind: ClassVar[str]
+
+    @classmethod
+    def type_name(cls) -> str:
+        """The AMQP `type` property, for example ``lorabbit.offer.v1``."""
+        return f"lorabbit.{cls.kind}.v{VERSION}"
+
+
+class PayloadRef(BaseModel):
+    """Tensors by content: the sha256 and size of their safetensors file, and how it is cut."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: Sha256
+    size_bytes: int = Field(ge=0, le=2**40)
+    chunk_bytes: int = Field(ge=1024, le=128 * 2**20)
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks; an empty payload has one empty chunk."""
+        return max(1, -(-self.size_bytes // self.chunk_bytes))
+
+
+class Metrics(BaseModel):
+    """What a client measured on its own data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    num_examples: int = Field(ge=0)
+    loss: float | None = None
+    values: dict[str, float] = Field(default_factory=dict)
+    steps: int = Field(default=0, ge=0)
+    seconds: float = Field(default=0.0, ge=0)
+    facts: dict[str, JsonValue] = Field(default_factory=dict)
+    """Free facts for the method and the report (label counts, trained parameters, ...)."""
+
+
+class Hello(Message):
+    """Client -> server: I am here. Repeated after every reconnect."""
+
+    kind: ClassVar[str] = "hello"
+    address: Identifier
+    """Name of the client's inbox; unique per process, kept over restarts."""
+    client: Identifier | None = None
+    """The identity it owns; None asks the server for the lowest free ``client-<n>``."""
+    device: str = "cpu"
+    memory_bytes: int = Field(default=0, ge=0)
+    tags: tuple[str, ...] = ()
+    version: str = ""
+    outbox: tuple[Identifier, ...] = ()
+    """Tasks whose result waits for a verdict."""
+
+
+class Alive(Message):
+    """Client -> server: renew my lease."""
+
+    kind: ClassVar[str] = "alive"
+    address: Identifier
+    client: Identifier
+
+
+class Goodbye(Message):
+    """Client -> server: I leave on purpose."""
+
+    kind: ClassVar[str] = "goodbye"
+    address: Identifier
+    client: Identifier
+
+
+class ForTask(Message):
+    """Base of every message about one task."""
+
+    kind: ClassVar[str] = ""
+    job: Identifier
+    task: Identifier
+    client: Identifier
+
+
+class TaskAccepted(ForTask):
+    """Client -> server: journaled; I will do it."""
+
+    kind: ClassVar[str] = "task-accepted"
+
+
+class TaskProgress(ForTask):
+    """Client -> server: renews the lease and feeds the live view."""
+
+    kind: ClassVar[str] = "task-progress"
+    fraction: float = Field(ge=0, le=1)
+    loss: float | None = None
+
+
+class TaskFailed(ForTask):
+    """Client -> server: this task cannot be done here; `reason` is one sentence."""
+
+    kind: ClassVar[str] = "task-failed"
+    reason: str = Field(max_length=2000)
+    bad_input: bool = False
+    """The job itself is wrong (exit code 2), so no other client will manage either."""
+
+
+class Offer(ForTask):
+    """Client -> server: the result is in my outbox. `payload` is None when nothing but metrics returns."""
+
+    kind: ClassVar[str] = "offer"
+    payload: PayloadRef | None
+    metrics: Metrics
+    base_sha256: Sha256 | None = None
+    """Hash of the frozen base model that the update belongs to."""
+    bytes_down: int = Field(default=0, ge=0)
+    """Payload bytes this client read for the task (nothing for what it already held)."""
+
+
+class Commit(ForTask):
+    """Client -> server: every granted chunk is confirmed by the broker."""
+
+    kind: ClassVar[str] = "commit"
+    sha256: Sha256
+
+
+class Welcome(Message):
+    """Server -> client: your identity, and how often to renew its lease."""
+
+    kind: ClassVar[str] = "welcome"
+    client: Identifier
+    heartbeat_seconds: float = Field(gt=0)
+
+
+class Task(Message):
+    """Server -> client: one piece of work, complete in itself."""
+
+    kind: ClassVar[str] = "task"
+    job: Identifier
+    task: Identifier
+    """Same id, same work: a redelivered task is recognised by it."""
+    client: Identifier
+    index: int = Field(ge=0)
+    population: int = Field(ge=1)
+    round: int = Field(ge=0)
+    """1-based; for EVALUATE the round whose adapter is scored; 0 for INITIALISE."""
+    attempt: int = Field(ge=1)
+    epoch: int = Field(ge=0)
+    """Fencing epoch of the server that sent it; an older one is ignored."""
+    phase: Identifier
+    seed: int = Field(ge=0)
+    payloads: dict[Identifier, PayloadRef]
+    settings: dict[str, JsonValue]
+    spec: JobSpec
+
+
+class CancelTask(ForTask):
+    """Server -> client: stop; the result is no longer wanted."""
+
+    kind: ClassVar[str] = "cancel-task"
+
+
+class Grant(ForTask):
+    """Server -> client: send these chunks (indices), all others are already here."""
+
+    kind: ClassVar[str] = "grant"
+    sha256: Sha256
+    missing: tuple[int, ...]
+
+
+class Deny(ForTask):
+    """Server -> client: do not send; `reason` says why (stale, duplicate, too-large, ...)."""
+
+    kind: ClassVar[str] = "deny"
+    reason: str
+
+
+class Verdict(ForTask):
+    """Server -> client: durable. The client may forget the task."""
+
+    kind: ClassVar[str] = "verdict"
+    accepted: bool
+    reason: Literal["accepted"] | str = "accepted"
+
+
+FROM_CLIENT: tuple[type[Message], ...] = (
+    Hello, Alive, Goodbye, TaskAccepted, TaskProgress, TaskFailed, Offer, Commit,
+)  # fmt: skip
+FROM_SERVER: tuple[type[Message], ...] = (Welcome, Task, CancelTask, Grant, Deny, Verdict)
+BY_TYPE: dict[str, type[Message]] = {m.type_name(): m for m in (*FROM_CLIENT, *FROM_SERVER)}

@@ -1,0 +1,34 @@
+"""The registry of methods: adding one is a file beside this one and a line here."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from pydantic import ValidationError
+
+from lorabbit.errors import BadInput
+from lorabbit.jobspec import JobSpec
+from lorabbit.methods.base import Method
+from lorabbit.methods.fedavg import FedAvg
+from lorabbit.methods.fedprox import FedProx
+from lorabbit.methods.ffa_lora import FfaLora
+from lorabbit.validation import explain
+
+__all__ = ["METHODS", "Method", "build"]
+
+METHODS: dict[str, type[Method]] = {m.name: m for m in (FedAvg, FedProx, FfaLora)}
+
+
+def build(job: JobSpec) -> Method:
+    """Make the job's method from its settings; raises BadInput naming the path under ``method``."""
+    name = job.method.name
+    if name not in METHODS:
+        near = get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise BadInput(f"method.name: there is no method {name!r}{hint} (methods: {', '.join(sorted(METHODS))})")
+    try:
+        method = METHODS[name].model_validate(job.method.settings, strict=False)
+    except ValidationError as error:
+        raise BadInput(explain(error, METHODS[name], prefix="method.")) from error
+    method.check(job)
+    return method

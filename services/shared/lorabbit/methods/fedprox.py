@@ -1,0 +1,48 @@
+"""FedProx: FedAvg with a proximal term that holds each client near the global tensors.
+
+Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020 (arXiv 1812.06127).
+
+    (1)  h_k(w; w^t) = F_k(w) + (mu / 2) ||w - w^t||^2,   gradient of the term: mu (w - w^t)
+    (2)  w^{t+1}     = sum_k (n_k / n) w_k
+
+D1  The paper samples clients with probability n_k / n and averages uniformly (its Algorithm 2);
+    here sampling is uniform and the mean is weighted, as in FedAvg, so that mu = 0 is FedAvg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from lorabbit.methods.base import Method, Session
+from lorabbit.tensors import weighted_mean
+from lorabbit.types import ADAPTER, ClientUpdate, Plan, ServerState
+
+
+class FedProx(Method):
+    """Pull local tensors towards the global ones with strength `mu`."""
+
+    name: ClassVar[str] = "fedprox"
+    summary: ClassVar[str] = "FedAvg with a proximal term of strength mu that limits client drift"
+    paper: ClassVar[str] = "Li et al., Federated Optimization in Heterogeneous Networks, 2020, arXiv 1812.06127"
+
+    mu: float = Field(default=0.01, ge=0, description="strength of the proximal term; 0 is FedAvg")
+
+    # ---- client ----
+    def local_update(self, plan: Plan, session: Session) -> ClientUpdate:
+        """(1): tune with mu (w - w^t) added to every gradient."""
+
+        def pull(name: str, value: Any, start: Any) -> Any:  # noqa: ANN401, ARG001 - the session's own array kind
+            return self.mu * (value - start)
+
+        session.load(plan.payloads[ADAPTER])
+        result = session.train(gradient_term=pull if self.mu else None)
+        me = session.client
+        return ClientUpdate(me.client, me.index, result.tensors, result.num_examples, result.loss)
+
+    # ---- server ----
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
+        """(2) with D1: the mean weighted by n_k."""
+        return ServerState(weighted_mean((u.num_examples, u.tensors) for u in updates), state.facts)

@@ -1,0 +1,81 @@
+"""The nouns: values that cross module boundaries.
+
+Everything here is frozen and free of I/O. Tensors are NumPy arrays (bfloat16 through
+`ml_dtypes`), so that a server and an idle client never import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NewType, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+ClientId = NewType("ClientId", str)
+"""Identity of a data holder, for example ``client-3``; stable over restarts and moves."""
+
+Array: TypeAlias = "NDArray[np.generic]"
+Tensors: TypeAlias = Mapping[str, Array]
+"""Named tensors; the names are the ones PEFT writes to `adapter_model.safetensors`."""
+
+Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Facts: TypeAlias = Mapping[str, Json]
+
+TRAIN = "train"
+"""The ordinary phase: tune the adapter on local data. A method may name phases of its own."""
+INITIALISE = "initialise"
+"""One client builds the model and sends the first adapter: the server holds no base model."""
+EVALUATE = "evaluate"
+"""Score an adapter on the client's held-out data; nothing is trained, no tensor returns."""
+
+ADAPTER = "adapter"
+"""The payload role under which an adapter travels; a method may name further roles."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientProfile:
+    """What a client declares about itself; the only thing a method's `plan` may know of it."""
+
+    client: ClientId
+    index: int
+    """0-based place in the job's population; also the client's data partition."""
+    device: str = "cpu"
+    memory_bytes: int = 0
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the server asks of one client in one round.
+
+    `payloads` maps a role to tensors. Payloads are content-addressed: give every client of a
+    cohort the same object and it is encoded and published once; a client that already holds a
+    payload reads nothing.
+    """
+
+    phase: str = TRAIN
+    payloads: Mapping[str, Tensors] = field(default_factory=dict)
+    settings: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientUpdate:
+    """What one client returns from a local update."""
+
+    client: ClientId
+    index: int
+    tensors: Tensors
+    num_examples: int
+    loss: float
+    """Mean training loss over the local steps; NaN when nothing was trained."""
+    facts: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """A method's memory between rounds: tensors and plain data, saved by the codec as it is."""
+
+    tensors: Tensors
+    facts: Facts = field(default_factory=dict)
