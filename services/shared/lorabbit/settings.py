@@ -1,0 +1,74 @@
+"""Settings of a process, from the environment; the only reader of it.
+
+Every variable is ``LORABBIT_<FIELD>``; a secret may stand in a file named by the same variable
+with ``_FILE`` appended. What belongs to a run stands in its job file, not here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Address = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+def default_address() -> str:
+    """This machine's host name, which Docker and Kubernetes make unique per container."""
+    return socket.gethostname().lower().replace("_", "-")[:63] or "client"
+
+
+class Settings(BaseSettings):
+    """What server and client share."""
+
+    model_config = SettingsConfigDict(env_prefix="LORABBIT_", frozen=True, extra="ignore")
+
+    broker_url: str = Field(default="amqp://guest:guest@127.0.0.1:5672/", description="AMQP URL of RabbitMQ")
+    log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
+    log_format: str = Field(default="auto", description="json, text, or auto: text on a terminal")
+
+
+class ServerSettings(Settings):
+    """Settings of `lorabbit server`."""
+
+    redis_url: str = Field(default="redis://127.0.0.1:6379/0", description="URL of Redis")
+    folder: Path = Field(default=Path("server"), description="the server's volume: payloads and run folders")
+    http_host: str = Field(default="127.0.0.1", description="address of the HTTP interface")
+    http_port: int = Field(default=8080, ge=0, lt=65536, description="port of the HTTP interface")
+    chunk_bytes: int = Field(default=2**20, ge=1024, description="bytes of a payload per message")
+    max_payload_bytes: int = Field(default=4 * 2**30, ge=1024, description="largest update that is admitted")
+    heartbeat_seconds: float = Field(default=5.0, gt=0, description="how often a client renews its lease")
+    client_lease_seconds: float = Field(default=15.0, gt=0, description="silence after which a client counts as lost")
+    lease_seconds: float = Field(default=15.0, gt=0, description="how long a server's lease lasts unrenewed")
+    submit: Path | None = Field(default=None, description="a job file to submit on start, once")
+    durable: bool = Field(default=True, description="fsync payloads before they are named in the store")
+
+
+class ClientSettings(Settings):
+    """Settings of `lorabbit client`."""
+
+    folder: Path = Field(default=Path("client"), description="the client's volume: journal, outbox, private state")
+    address: Address = Field(default_factory=default_address, description="name of this process's inbox")
+    client: Address | None = Field(default=None, description="identity; the server leases client-<n> when absent")
+    data_root: Path = Field(default=Path(), description="folder that a job's relative data paths start from")
+    device: str = Field(default="auto", description="auto, cpu, cuda, or cuda:<n>")
+    threads: int = Field(default=1, ge=1, description="torch threads; 1 makes results independent of the machine")
+    tags: tuple[str, ...] = Field(default=(), description="labels for selection")
+
+
+class OperatorSettings(Settings):
+    """Settings of the operator's commands."""
+
+    server_url: str = Field(default="http://127.0.0.1:8080", description="URL of the server's HTTP interface")
+
+
+def file_secrets(environment: dict[str, str] | None = None) -> None:
+    """Fill LORABBIT_X from the file that LORABBIT_X_FILE names, for every X that is not set."""
+    env = os.environ if environment is None else environment
+    for name, path in list(env.items()):
+        if name.startswith("LORABBIT_") and name.endswith("_FILE"):
+            env.setdefault(name.removesuffix("_FILE"), Path(path).read_text(encoding="utf-8").strip())
