@@ -1,0 +1,119 @@
+"""Executor: one task in, one outcome out, with the job's workspace kept between tasks.
+
+It reads the payloads lazily, lets the method do its client half through a session, writes the
+result's tensors and the client's private state, and turns every failure into an `Outcome`. torch is
+imported by the first task that needs it, never by the null model. Not thread-safe: one executor
+per training thread or process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+from lorabbit import codec, methods
+from lorabbit.errors import BadInput, LoRAbbitError, Refused
+from lorabbit.jobspec import JobSpec
+from lorabbit.messages import Metrics
+from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, Json, Plan
+from lorabbit_client.execution import Cancelled, OnProgress, Outcome, Work
+from lorabbit_client.null import NullWorkspace, is_null
+from lorabbit_client.private import read_private, write_private
+from lorabbit_client.workspace import Workspace
+
+
+class Executor:
+    """Executes tasks; keeps the workspace (base model, data) of the last job."""
+
+    def __init__(self, *, threads: int = 1, data_root: Path = Path(), device: str = "auto") -> None:
+        """Say how many torch threads to use, where relative data paths start, and on which device."""
+        self._threads = threads
+        self._data_root = data_root
+        self._device = device
+        self._spec: JobSpec | None = None
+        self._workspace: Workspace | None = None
+
+    def warm(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
+        """Load the model and these clients' data now, so that a fork shares them; raises LoRAbbitError."""
+        self._open(spec).warm(population, indices)
+
+    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:
+        """Do one task; every failure but `Cancelled` becomes an outcome with an error."""
+        start = time.perf_counter()
+        try:
+            workspace = self._open(work.task.spec)
+            metrics, has_tensors = self._do(workspace, work, on_progress)
+        except Cancelled:
+            raise
+        except LoRAbbitError as error:
+            return _failed(work, error, bad_input=isinstance(error, BadInput))
+        except Exception as error:  # noqa: BLE001 - a defect must fail the task, not the client
+            return _failed(work, error, bad_input=False)
+        seconds = time.perf_counter() - start
+        return Outcome(metrics.model_copy(update={"seconds": seconds}), has_tensors, workspace.base_sha256)
+
+    def _do(self, workspace: Workspace, work: Work, on_progress: OnProgress) -> tuple[Metrics, bool]:
+        """Dispatch on the phase; returns the metrics and whether tensors were written."""
+        phase = work.task.phase
+        if phase == INITIALISE:
+            initial = workspace.initialise(work.task)
+            codec.write_tensors(work.output, initial.tensors)
+            return Metrics(num_examples=initial.num_examples, facts=dict(initial.facts)), True
+        if phase == EVALUATE:
+            if ADAPTER not in work.inputs:
+                raise Refused("malformed", "an evaluation task came without an adapter")
+            adapter = codec.read_tensors(work.inputs[ADAPTER])
+            return workspace.evaluate(work.task, adapter, on_progress), False
+        return self._local_update(workspace, work, on_progress)
+
+    def _local_update(self, workspace: Workspace, work: Work, on_progress: OnProgress) -> tuple[Metrics, bool]:
+        """Run the method's client half; its private state is committed after its tensors are written."""
+        task = work.task
+        method = methods.build(task.spec)
+        payloads = {role: codec.read_tensors(path) for role, path in work.inputs.items()}
+        before = read_private(work.private, task.task)
+        private = read_private(work.private, task.task)
+        session = workspace.session(task, private, on_progress)
+        update = method.local_update(Plan(task.phase, payloads, task.settings), session)
+        if update.tensors:
+            codec.write_tensors(work.output, update.tensors)
+        write_private(work.private, task.task, before, private)
+        facts: dict[str, Json] = dict(update.facts)
+        if session.label_counts:
+            facts["label_counts"] = dict(session.label_counts)
+        metrics = Metrics(
+            num_examples=update.num_examples,
+            loss=update.loss if math.isfinite(update.loss) else None,
+            steps=session.steps,
+            facts=facts,
+        )
+        return metrics, bool(update.tensors)
+
+    def _open(self, spec: JobSpec) -> Workspace:
+        """Return the workspace of a job, made anew when the job differs from the last one."""
+        if self._workspace is not None and self._spec == spec:
+            return self._workspace
+        self._workspace = self._spec = None
+        if is_null(spec.model.name):
+            workspace: Workspace = NullWorkspace(spec)
+        else:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            from lorabbit_client.learning import open_workspace  # noqa: PLC0415 - torch only where it is used
+
+            workspace = open_workspace(spec, threads=self._threads, data_root=self._data_root, device=self._device)
+        self._spec, self._workspace = spec, workspace
+        return workspace
+
+
+def _failed(work: Work, error: Exception, *, bad_input: bool) -> Outcome:
+    """Describe a failed task; a defect keeps its traceback among the details."""
+    details: dict[str, str] = {}
+    sentence = str(error)
+    if not isinstance(error, LoRAbbitError):
+        sentence = f"{type(error).__name__} in phase {work.task.phase!r}: {error}"
+        details["traceback"] = "".join(traceback.format_exception(error))
+    return Outcome(Metrics(num_examples=0), has_tensors=False, error=sentence, bad_input=bad_input, details=details)

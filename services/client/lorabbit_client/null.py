@@ -1,0 +1,169 @@
+"""The null model: tensors of a chosen size and no learning, for measuring everything else.
+
+``model.name: null:4MB`` makes 24 float32 tensors of 4,000,000 bytes together (KB, MB, GB are powers
+of 1000, KiB, MiB, GiB of 1024). Training adds a constant that depends on client and round; nothing
+is held in memory but the tensor being computed, so a client stays small whatever the payload.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+
+import numpy as np
+
+from lorabbit.errors import BadInput, Refused
+from lorabbit.jobspec import JobSpec
+from lorabbit.messages import Metrics, Task
+from lorabbit.methods.base import GradientTerm, LocalResult
+from lorabbit.seeds import derive_seed
+from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
+from lorabbit_client.execution import OnProgress
+from lorabbit_client.workspace import Initial
+
+PREFIX = "null:"
+TENSORS = 24
+FIRST_EXAMPLES = 10
+STEP = 1e-3
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1024, "MI": 1024**2, "GI": 1024**3}
+
+
+def is_null(name: str) -> bool:
+    """Tell whether a model name asks for the null model."""
+    return name.startswith(PREFIX)
+
+
+def size_of(name: str) -> int:
+    """Bytes that a null model's tensors have together; raises BadInput for an unreadable size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[KMG]I?)B", name.removeprefix(PREFIX).strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 4 * TENSORS:
+        raise BadInput(
+            f"model.name: {name!r} is no size of at least {4 * TENSORS} bytes; write for example 'null:0.3MB'"
+        )
+    return size
+
+
+class Computed(Mapping[str, Array]):
+    """Named tensors that are computed each time they are asked for."""
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Array]) -> None:
+        """Remember how to make each of `names`."""
+        self._names = tuple(names)
+        self._known = frozenset(self._names)
+        self._compute = compute
+
+    def __getitem__(self, name: str) -> Array:
+        """Compute one tensor."""
+        if name not in self._known:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __contains__(self, name: object) -> bool:
+        """Answer without computing."""
+        return name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """Count the names."""
+        return len(self._names)
+
+
+def initial_tensors(name: str, seed: int) -> Computed:
+    """Make the null model's first tensors; equal seeds give equal bytes."""
+    values = size_of(name) // 4
+    share, rest = divmod(values, TENSORS)
+    sizes = {f"null.{i:02d}.weight": share + (i < rest) for i in range(TENSORS)}
+
+    def compute(tensor: str) -> Array:
+        generator = np.random.default_rng(derive_seed(seed, "null", tensor))
+        return generator.standard_normal(sizes[tensor], dtype=np.float32) * np.float32(0.02)
+
+    return Computed(sizes, compute)
+
+
+class NullSession:
+    """A session whose training adds one constant to every tensor."""
+
+    def __init__(self, task: Task, private: MutableMapping[str, Json], on_progress: OnProgress) -> None:
+        """Start from the job's initial tensors."""
+        self.client = ClientProfile(ClientId(task.client), task.index)
+        self.private = private
+        self.num_examples = FIRST_EXAMPLES + task.index
+        self.steps = 0
+        self.label_counts: Facts = {}
+        self._constant = np.float32(STEP * (task.round + task.index / task.population))
+        self._on_progress = on_progress
+        self._tensors: Tensors = initial_tensors(task.spec.model.name, task.spec.seed)
+
+    def tensors(self) -> Tensors:
+        """Return the tensors as they are now."""
+        return self._tensors
+
+    def load(self, tensors: Tensors) -> None:
+        """Take tensors by name; raises Refused for a name that the model lacks."""
+        unknown = [name for name in tensors if name not in self._tensors]
+        if unknown:
+            raise Refused("names", f"the null model has no tensor {unknown[0]!r}")
+        below = self._tensors
+        self._tensors = Computed(below, lambda name: tensors[name] if name in tensors else below[name])
+
+    def train(
+        self, *, gradient_term: GradientTerm | None = None, frozen: Callable[[str], bool] | None = None
+    ) -> LocalResult:
+        """Add the constant to everything that is not frozen."""
+        del gradient_term
+        below, constant = self._tensors, self._constant
+
+        def compute(name: str) -> Array:
+            value = below[name]
+            if frozen is not None and frozen(name):
+                return value
+            moved: Array = np.add(value, constant, dtype=np.float32)  # type: ignore[arg-type]
+            return moved
+
+        self._tensors = Computed(below, compute)
+        self.steps += 1
+        self._on_progress(1.0, float(constant))
+        return LocalResult(self._tensors, self.num_examples, float(constant), 1)
+
+
+class NullWorkspace:
+    """Tasks of the null model."""
+
+    base_sha256: str | None = None
+
+    def __init__(self, spec: JobSpec) -> None:
+        """Check the size that the model's name asks for."""
+        self._spec = spec
+        self._bytes = size_of(spec.model.name)
+
+    def warm(self, population: int, indices: Iterable[int]) -> None:
+        """Do nothing: there is nothing to load."""
+
+    def initialise(self, task: Task) -> Initial:
+        """Return the first tensors."""
+        facts: dict[str, Json] = {
+            "base_parameters": 0,
+            "adapter_parameters": self._bytes // 4,
+            "rank": None,
+            "export": {"format": "partial", "files": {}},
+            "main_metric": "accuracy",
+            "versions": {"numpy": np.__version__},
+            "label_counts": {},
+            "model": {"source": "null", "where": self._spec.model.name},
+        }
+        return Initial(initial_tensors(self._spec.model.name, self._spec.seed), facts, FIRST_EXAMPLES + task.index)
+
+    def session(self, task: Task, private: MutableMapping[str, Json], on_progress: OnProgress) -> NullSession:
+        """Open a session."""
+        return NullSession(task, private, on_progress)
+
+    def evaluate(self, task: Task, adapter: Tensors, on_progress: OnProgress) -> Metrics:
+        """Call the first value's distance from zero the loss, so that it tells one adapter from another."""
+        loss = abs(float(adapter[min(adapter)].reshape(-1)[0]))
+        on_progress(1.0, loss)
+        return Metrics(num_examples=FIRST_EXAMPLES + task.index, loss=loss, values={"accuracy": 1.0 / (1.0 + loss)})
