@@ -1,0 +1,98 @@
+"""Facts: what the summary and the pages say of a finished report, worked out once.
+
+Everything comes from the report itself; nothing is measured again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lorabbit.report import Report
+from lorabbit_cli.units import LOWER_IS_BETTER
+
+
+@dataclass(slots=True)
+class ClientTotal:
+    """One client over the whole run; scores are of the last round that has them."""
+
+    client: str
+    rounds: int = 0
+    examples: int = 0
+    loss: float | None = None
+    score: float | None = None
+    seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    labels: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Totals of a report."""
+
+    main_metric: str
+    first: float | None
+    final: float | None
+    best: float | None
+    best_round: int
+    bytes_up: int
+    bytes_down: int
+    overhead_up: int
+    overhead_down: int
+    rejected: dict[str, int]
+    accepted: int
+    clients: list[ClientTotal] = field(default_factory=list)
+
+    @property
+    def change(self) -> float | None:
+        """Final less first score."""
+        return None if self.first is None or self.final is None else self.final - self.first
+
+    @property
+    def improved(self) -> bool:
+        """Tell whether the score moved the right way."""
+        change = self.change or 0.0
+        return change < 0 if self.main_metric in LOWER_IS_BETTER else change > 0
+
+
+def of_report(report: Report) -> Facts:
+    """Add up a report."""
+    metric = report.main_metric or "loss"
+    scores = [row.metrics[metric] for row in report.rounds if metric in row.metrics]
+    rejected: dict[str, int] = {}
+    for row in report.rounds:
+        for reason, number in row.rejected.items():
+            rejected[reason] = rejected.get(reason, 0) + number
+    return Facts(
+        main_metric=metric,
+        first=scores[0] if scores else None,
+        final=report.final.metrics.get(metric, scores[-1] if scores else None),
+        best=report.best.metrics.get(metric),
+        best_round=report.best.round,
+        bytes_up=sum(row.bytes_up for row in report.rounds),
+        bytes_down=sum(row.bytes_down for row in report.rounds),
+        overhead_up=sum(row.overhead_up for row in report.rounds),
+        overhead_down=sum(row.overhead_down for row in report.rounds),
+        rejected=rejected,
+        accepted=sum(row.accepted for row in report.rounds),
+        clients=_clients(report, metric),
+    )
+
+
+def _clients(report: Report, metric: str) -> list[ClientTotal]:
+    """Every client's totals, in the population's order."""
+    totals = {client: ClientTotal(client) for client in report.clients}
+    for row in report.rounds:
+        for part in row.per_client:
+            total = totals.setdefault(part.client, ClientTotal(part.client))
+            total.rounds += 1 if part.steps or part.loss is not None else 0
+            total.examples = part.num_examples or total.examples
+            total.loss = part.loss if part.loss is not None else total.loss
+            total.score = part.metrics.get(metric, total.score)
+            total.seconds += part.seconds
+            total.bytes_up += part.bytes_up
+            total.bytes_down += part.bytes_down
+    for client, counts in report.label_counts.items():
+        if client in totals:
+            totals[client].labels = sum(1 for number in counts.values() if number)
+    return list(totals.values())
