@@ -18,7 +18,7 @@ OnProgress: TypeAlias = Callable[[float, float | None], None]
 """(fraction done, current loss); raises Cancelled when the task is no longer wanted."""
 
 
-class Cancelled(Exception):  # noqa: N818 - it is not an error
+class Cancelled(Exception):
     """The task was cancelled while it ran."""
 
 

@@ -66,7 +66,9 @@ class DataSpec(Strict):
     config: str | None = Field(default=None, description="configuration of a hub dataset")
     fields: dict[str, str] = Field(default_factory=dict, description="role (text, label, ...) to column name")
     partition: PartitionSpec = PartitionSpec()
-    test_share: float = Field(default=0.15, gt=0, lt=1, description="held out of every client where no test split exists")
+    test_share: float = Field(
+        default=0.15, gt=0, lt=1, description="held out of every client where no test split exists"
+    )
     max_length: int = Field(default=64, ge=4, le=131072, description="tokens; longer texts are cut")
     limit: int | None = Field(default=None, ge=1, description="use the first N rows (after a seeded shuffle)")
     chat_template: bool = Field(default=False, description="causal-lm: format with the tokenizer's chat template")

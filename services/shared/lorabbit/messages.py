@@ -10,7 +10,7 @@ The life of a task: `Task` -> `TaskAccepted` -> `TaskProgress`* -> `Offer` -> `G
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -201,7 +201,7 @@ class Verdict(ForTask):
 
     kind: ClassVar[str] = "verdict"
     accepted: bool
-    reason: Literal["accepted"] | str = "accepted"
+    reason: str = "accepted"
 
 
 FROM_CLIENT: tuple[type[Message], ...] = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorabbit.errors import Refused
 from lorabbit.types import Array, Tensors
@@ -27,33 +28,35 @@ def weighted_mean(weighted: Iterable[tuple[float, Tensors]]) -> dict[str, Array]
     the stream is empty or the weights sum to zero.
     """
     total = 0.0
-    sums: dict[str, Array] = {}
+    sums: dict[str, NDArray[np.float64]] = {}
+    largest: dict[str, Array] = {}
     dtypes: dict[str, np.dtype[np.generic]] = {}
     for weight, tensors in weighted:
-        if sums and tensors.keys() != sums.keys():
+        if dtypes and tensors.keys() != dtypes.keys():
             raise Refused("names", "updates of one round hold different tensors")
         total += weight
         for name, value in tensors.items():
-            _fold(sums, dtypes, name, value, weight)
-    if not sums or total <= 0.0:
+            dtypes.setdefault(name, value.dtype)
+            if is_floating(value):
+                _add(sums, name, value, weight)
+            else:
+                largest[name] = np.maximum(largest[name], value) if name in largest else value.copy()
+    if not dtypes or total <= 0.0:
         raise ValueError("a weighted mean needs at least one element of positive weight")
     return {
-        name: (value / total).astype(dtypes[name]) if value.dtype == np.float64 else value for name, value in sums.items()
+        name: (sums.pop(name) / total).astype(dtype) if name in sums else largest[name]
+        for name, dtype in dtypes.items()
     }
 
 
-def _fold(
-    sums: dict[str, Array], dtypes: dict[str, np.dtype[np.generic]], name: str, value: Array, weight: float
-) -> None:
-    """Add one weighted tensor to its accumulator, in place."""
-    floating = is_floating(value)
-    if name not in sums:
-        dtypes[name] = value.dtype
-        sums[name] = value.astype(np.float64) * weight if floating else value.copy()
-    elif floating:
-        sums[name] += value.astype(np.float64) * weight  # type: ignore[misc]
+def _add(sums: dict[str, NDArray[np.float64]], name: str, value: Array, weight: float) -> None:
+    """Add one weighted tensor to its accumulator, in place where there is one."""
+    term = value.astype(np.float64)
+    term *= weight
+    if name in sums:
+        sums[name] += term
     else:
-        np.maximum(sums[name], value, out=sums[name])  # type: ignore[call-overload]
+        sums[name] = term
 
 
 def subset(tensors: Tensors, names: Iterable[str]) -> dict[str, Array]:

@@ -20,7 +20,7 @@ Array: TypeAlias = "NDArray[np.generic]"
 Tensors: TypeAlias = Mapping[str, Array]
 """Named tensors; the names are the ones PEFT writes to `adapter_model.safetensors`."""
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Facts: TypeAlias = Mapping[str, Json]
 
 TRAIN = "train"

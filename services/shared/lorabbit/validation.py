@@ -43,7 +43,9 @@ def _expected(first: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
         return message.removeprefix("Value error, ")
     context = first.get("ctx") or {}
     if first["type"] == "literal_error":
-        near = get_close_matches(str(first["input"]), str(context.get("expected", "")).replace("'", "").split(", "), n=1)
+        near = get_close_matches(
+            str(first["input"]), str(context.get("expected", "")).replace("'", "").split(", "), n=1
+        )
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"expected {context.get('expected')}, not {first['input']!r}{hint}"
     if first["type"] == "missing":

@@ -1,0 +1,1 @@
+"""Broker drivers behind one interface."""

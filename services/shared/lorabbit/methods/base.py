@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 from pydantic import BaseModel, ConfigDict
 
 from lorabbit.jobspec import JobSpec
-from lorabbit.types import ADAPTER, Array, ClientProfile, ClientUpdate, Json, Plan, ServerState, Tensors
+from lorabbit.types import ADAPTER, ClientProfile, ClientUpdate, Json, Plan, ServerState, Tensors
 
 GradientTerm: TypeAlias = Callable[[str, Any, Any], Any]
 """(name, value, value at the start of the round) -> what to add to the gradient of that tensor.
@@ -55,7 +55,9 @@ class Session(Protocol):
     def load(self, tensors: Tensors) -> None:
         """Overwrite trainable tensors by name; raises Refused for an unknown name, wrong shape or dtype."""
 
-    def train(self, *, gradient_term: GradientTerm | None = None, frozen: Callable[[str], bool] | None = None) -> LocalResult:
+    def train(
+        self, *, gradient_term: GradientTerm | None = None, frozen: Callable[[str], bool] | None = None
+    ) -> LocalResult:
         """Tune on local data as the job's `local` says, from the tensors loaded, with a fresh optimiser.
 
         Tensors whose name satisfies `frozen` get no gradient and do not move. Everything random
@@ -74,7 +76,7 @@ class Method(BaseModel):
     paper: ClassVar[str]
     """Authors, title, year, identifier."""
 
-    def check(self, job: JobSpec) -> None:  # noqa: B027 - most methods accept every job
+    def check(self, job: JobSpec) -> None:
         """Raise BadInput when the job asks for what this method's maths forbids."""
 
     def start(self, adapter: Tensors) -> ServerState:

@@ -1,0 +1,135 @@
+"""What every registered method promises; a new method inherits these tests by being registered."""
+
+import itertools
+
+import numpy as np
+import pytest
+from doubles import QuadraticSession, profile
+from lorabbit.codec import read_facts, read_tensors, write_tensors
+
+from lorabbit.methods import METHODS
+from lorabbit.tensors import weighted_mean
+from lorabbit.types import ServerState
+
+ADAPTER = {
+    "m.lora_A.weight": np.array([[1.0, -2.0]], np.float32),
+    "m.lora_B.weight": np.array([[0.5], [0.25]], np.float32),
+    "classifier.weight": np.array([[0.1, 0.2]], np.float32),
+}
+
+
+@pytest.fixture(params=sorted(METHODS))
+def method(request):
+    return METHODS[request.param]()
+
+
+def clients(number=3):
+    return [
+        QuadraticSession(
+            {name: np.full_like(value, k + 1.0) for name, value in ADAPTER.items()},
+            num_examples=10 * (k + 1),
+            client=profile(k),
+        )
+        for k in range(number)
+    ]
+
+
+def updates_of(method, state, sessions):
+    return [method.local_update(method.plan(state, s.client), s) for s in sessions]
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(np.array_equal(left[n], right[n]) for n in left)
+
+
+def test_the_same_inputs_give_the_same_bytes(method, tmp_path):
+    digests = set()
+    for run in range(2):
+        state = method.start(ADAPTER)
+        after = method.aggregate(state, iter(updates_of(method, state, clients())))
+        digests.add(write_tensors(tmp_path / f"{run}", after.tensors, after.facts))
+
+    assert len(digests) == 1
+
+
+def test_the_order_in_which_clients_train_does_not_matter(method):
+    state = method.start(ADAPTER)
+    results = []
+    for order in itertools.permutations(range(3)):
+        sessions = clients()
+        updates = {k: updates_of(method, state, [sessions[k]])[0] for k in order}
+        results.append(method.aggregate(state, iter(updates[k] for k in sorted(updates))))
+
+    assert all(same(results[0].tensors, r.tensors) for r in results)
+
+
+def test_unchanged_uploads_are_a_fixed_point(method):
+    state = method.start(ADAPTER)
+    idle = clients()
+    for session in idle:
+        session.eta = 0.0
+
+    after = method.aggregate(state, iter(updates_of(method, state, idle)))
+
+    assert same(after.tensors, state.tensors)
+
+
+def test_server_state_survives_the_codec(method, tmp_path):
+    state = method.start(ADAPTER)
+    write_tensors(tmp_path / "state", state.tensors, state.facts)
+    revived = ServerState(dict(read_tensors(tmp_path / "state")), read_facts(tmp_path / "state"))
+
+    here = method.aggregate(state, iter(updates_of(method, state, clients())))
+    there = method.aggregate(revived, iter(updates_of(method, revived, clients())))
+
+    assert same(here.tensors, there.tensors)
+    assert here.facts == there.facts
+
+
+def test_uploads_look_like_the_template_that_admission_checks(method):
+    state = method.start(ADAPTER)
+    template = method.uploads(state)
+
+    for update in updates_of(method, state, clients()):
+        assert update.tensors.keys() == template.keys()
+        for name, value in update.tensors.items():
+            assert (value.shape, value.dtype) == (template[name].shape, template[name].dtype)
+
+
+def test_updates_are_consumed_as_a_stream(method):
+    state, alive = method.start(ADAPTER), []
+
+    def stream():
+        for session in clients():
+            alive.append(session)
+            yield updates_of(method, state, [session])[0]
+
+    after = method.aggregate(state, stream())
+
+    assert len(alive) == 3
+    assert after.tensors.keys() == state.tensors.keys()
+
+
+def test_private_state_never_travels(method):
+    state, secret = method.start(ADAPTER), "a-secret-of-this-client"
+    session = clients(1)[0]
+    session.private["note"] = secret
+
+    update = updates_of(method, state, [session])[0]
+
+    assert secret not in repr(update.facts)
+
+
+def test_defaults_do_not_need_any_setting(method):
+    assert type(method)() == method
+
+
+def test_the_mean_of_equal_clients_is_any_one_of_them(method):
+    state = method.start(ADAPTER)
+    twins = [clients(1)[0], clients(1)[0]]
+    one, other = updates_of(method, state, twins)
+
+    after = method.aggregate(state, iter([one, other]))
+
+    expected = weighted_mean([(1, one.tensors)])
+    assert all(np.array_equal(after.tensors[name], value) for name, value in expected.items())
