@@ -1,0 +1,307 @@
+"""StateStore over Redis; the only module that knows redis-py.
+
+Keys share a hash tag per job, ``lorabbit:{<job>}:...``, and one for the server itself,
+``lorabbit:{server}:...``, so that every script stays within one slot of a cluster. redis-py sends
+a command again after a broken connection, which is safe because every script that must happen
+once carries an operation id. The same code runs over fakeredis in an embedded run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Self, TypeVar
+
+import redis
+from redis.backoff import FullJitterBackoff
+from redis.exceptions import BusyLoadingError, ConnectionError, RedisError, ResponseError, TimeoutError  # noqa: A004
+from redis.retry import Retry
+
+from lorabbit.errors import Fenced, StoreUnavailable
+from lorabbit.state import scripts
+from lorabbit.state.base import (
+    START,
+    Change,
+    ClientEntry,
+    Committed,
+    Conflict,
+    JobEntry,
+    JobRecord,
+    JobStatus,
+    LoggedEvent,
+    StateStore,
+)
+
+Answer = TypeVar("Answer")
+SLICE_SECONDS = 2.0
+"""A blocking read is cut into slices well under the socket's timeout."""
+PROGRESS_KEPT = 2000
+_SERVER = "lorabbit:{server}:"
+
+
+class RedisStore(StateStore):
+    """See `StateStore`. Give it a client, or use `connect` or `embedded`."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        """Speak through this client, whatever its `decode_responses`."""
+        self._redis: Any = client  # redis-py's own types mix its sync and async answers
+        self._scripts: dict[str, Callable[..., Any]] = {}
+        self._closed = False
+
+    @classmethod
+    def connect(cls, url: str, *, patience: int = 12) -> Self:
+        """Use the Redis at a URL; each call is tried again `patience` times with full jitter up to 2 s apart."""
+        retry = Retry(
+            FullJitterBackoff(cap=2.0, base=0.05),
+            patience,
+            supported_errors=(ConnectionError, TimeoutError, BusyLoadingError, OSError),
+        )
+        return cls(
+            redis.Redis.from_url(
+                url,
+                retry=retry,
+                socket_timeout=10.0,
+                socket_connect_timeout=5.0,
+                health_check_interval=30,
+                decode_responses=True,
+            )
+        )
+
+    @classmethod
+    def embedded(cls) -> Self:
+        """Use a Redis of one's own inside this process."""
+        import fakeredis  # noqa: PLC0415 - an extra that only the embedded run needs
+
+        return cls(fakeredis.FakeRedis(decode_responses=True))
+
+    # ---- the server's lease ----
+    def acquire_lease(self, owner: str, seconds: float) -> int | None:
+        """See `StateStore.acquire_lease`."""
+        answer = self._run(scripts.ACQUIRE, _server("lease", "epoch"), owner, _ms(seconds))
+        return int(answer[1]) if _text(answer[0]) == "ok" else None
+
+    def renew_lease(self, owner: str, epoch: int, seconds: float) -> None:
+        """See `StateStore.renew_lease`."""
+        self._fenced(self._run(scripts.RENEW, _server("lease", "epoch"), owner, epoch, _ms(seconds)))
+
+    def release_lease(self, owner: str, epoch: int) -> None:
+        """See `StateStore.release_lease`."""
+        self._run(scripts.RELEASE, _server("lease", "epoch"), owner, epoch)
+
+    def lease_holder(self) -> str | None:
+        """See `StateStore.lease_holder`."""
+        holder = self._call(lambda: self._redis.get(_SERVER + "lease"))
+        return None if holder is None else _text(holder)
+
+    # ---- clients ----
+    def lease_identity(self, address: str, wanted: str | None, *, record: str, now_ms: int, expires_ms: int) -> str:
+        """See `StateStore.lease_identity`."""
+        keys = _server("clients", "addresses", "alive")
+        return _text(self._run(scripts.IDENTITY, keys, address, wanted or "", record, now_ms, expires_ms)[1])
+
+    def touch_clients(self, expires_ms: Mapping[str, int]) -> None:
+        """See `StateStore.touch_clients`."""
+        if expires_ms:
+            self._call(lambda: self._redis.zadd(_SERVER + "alive", dict(expires_ms), xx=True))
+
+    def free_identity(self, client: str, address: str) -> None:
+        """See `StateStore.free_identity`."""
+        self._run(scripts.FREE, _server("clients", "addresses", "alive"), client, address)
+
+    def clients(self) -> dict[str, ClientEntry]:
+        """See `StateStore.clients`."""
+        entries = self._call(lambda: self._redis.hgetall(_SERVER + "clients"))
+        scores = self._call(lambda: self._redis.zrange(_SERVER + "alive", 0, -1, withscores=True))
+        expires = {_text(client): int(score) for client, score in scores}
+        found = {}
+        for name, value in entries.items():
+            client = _text(name)
+            address, _, record = _text(value).partition(" ")
+            found[client] = ClientEntry(client, address, record, expires.get(client, 0))
+        return found
+
+    # ---- the queue of jobs ----
+    def enqueue(self, name: str, spec: str, *, taken: Sequence[str] = (), now_ms: int = 0, operation: str = "") -> str:
+        """See `StateStore.enqueue`."""
+        entry = asdict(JobEntry("", spec, submitted_ms=now_ms))
+        del entry["job"]
+        operation = operation or uuid.uuid4().hex
+        keys = _server("jobs", "order", "submissions")
+        return _text(self._run(scripts.ENQUEUE, keys, name, json.dumps(entry), operation, *taken)[1])
+
+    def jobs(self) -> dict[str, JobEntry]:
+        """See `StateStore.jobs`."""
+        order = [_text(job) for job in self._call(lambda: self._redis.lrange(_SERVER + "order", 0, -1))]
+        entries = self._call(lambda: self._redis.hgetall(_SERVER + "jobs"))
+        known = {_text(job): json.loads(_text(entry)) for job, entry in entries.items()}
+        return {job: JobEntry(job, **known[job]) for job in order if job in known}
+
+    def mark_job(self, job: str, status: JobStatus, *, epoch: int, reason: str = "", exit_code: int = 0) -> None:
+        """See `StateStore.mark_job`."""
+        values = {"status": status, "reason": reason, "exit_code": exit_code}
+        pairs = [part for key, value in values.items() for part in (key, json.dumps(value))]
+        self._fenced(self._run(scripts.MARK, _server("jobs", "epoch"), job, epoch, *pairs))
+
+    def request_cancel(self, job: str) -> bool:
+        """See `StateStore.request_cancel`."""
+        answer = self._run(scripts.MARK, _server("jobs", "epoch"), job, "", "cancel_requested", "true")
+        return _text(answer[0]) == "ok"
+
+    # ---- one job ----
+    def claim_job(self, job: str, epoch: int) -> JobRecord:
+        """See `StateStore.claim_job`."""
+        self._fenced(self._run(scripts.CLAIM, _keys(job, "meta"), epoch))
+        return self.load_job(job)
+
+    def load_job(self, job: str) -> JobRecord:
+        """See `StateStore.load_job`."""
+        meta, tasks = _keys(job, "meta", "tasks")
+        version, header = self._call(lambda: self._redis.hmget(meta, ["version", "header"]))
+        kept = self._call(lambda: self._redis.hgetall(tasks))
+        return JobRecord(
+            int(version or 0),
+            None if header is None else _text(header),
+            {_text(task): _text(value) for task, value in kept.items()},
+        )
+
+    def commit(self, job: str, change: Change) -> Committed:
+        """See `StateStore.commit`."""
+        kept = [part for task, value in change.tasks.items() if value is not None for part in (task, value)]
+        gone = [task for task, value in change.tasks.items() if value is None]
+        effects = [part for item in change.effects.items() for part in item]
+        lists: list[Sequence[str]] = [kept, gone, effects, change.events, change.outbox, change.relayed]
+        counted = [part for each in lists for part in (len(each), *each)]
+        keys = _keys(job, "meta", "tasks", "effects", "events", "outbox")
+        head = (change.operation, change.epoch, change.version, change.header or "")
+        answer = [_text(part) for part in self._run(scripts.COMMIT, keys, *head, *counted)]
+        match answer[0]:
+            case "fenced":
+                raise Fenced(f"epoch {answer[1]} owns job {job}, not {change.epoch}")
+            case "version":
+                raise Conflict(f"job {job} is at version {answer[1]}, not {change.version}")
+            case "effect":
+                raise Conflict(f"the result of task {answer[1]} counts already")
+        behind = 3 + int(answer[2])
+        return Committed(int(answer[1]), tuple(answer[3:behind]), tuple(answer[behind:]))
+
+    def effect(self, job: str, task: str) -> str | None:
+        """See `StateStore.effect`."""
+        value = self._call(lambda: self._redis.hget(_keys(job, "effects")[0], task))
+        return None if value is None else _text(value)
+
+    def outbox(self, job: str) -> list[tuple[str, str]]:
+        """See `StateStore.outbox`."""
+        return self._stream(self._call(lambda: self._redis.xrange(_keys(job, "outbox")[0])))
+
+    def log_progress(self, job: str, events: Sequence[str]) -> None:
+        """See `StateStore.log_progress`."""
+        stream = _keys(job, "progress")[0]
+
+        def append() -> None:
+            with self._redis.pipeline(transaction=False) as pipe:
+                for event in events:
+                    pipe.xadd(stream, {"e": event}, maxlen=PROGRESS_KEPT, approximate=True)
+                pipe.execute()
+
+        self._call(append)
+
+    def events(
+        self, job: str, after: str = START, *, progress: bool = True, wait_seconds: float = 0.0
+    ) -> list[LoggedEvent]:
+        """See `StateStore.events`."""
+        positions = dict(zip(_keys(job, "events", "progress"), _cursor(after), strict=True))
+        if not progress:
+            positions.popitem()
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            left = deadline - time.monotonic()
+            block = None if left <= 0 else max(1, _ms(min(left, SLICE_SECONDS)))
+            found = self._call(lambda block=block: self._redis.xread(positions, block=block))  # type: ignore[misc]
+            if found or left <= 0 or self._closed:
+                return self._merge(found or [], after)
+
+    def _merge(self, found: Any, after: str) -> list[LoggedEvent]:  # noqa: ANN401 - redis-py's answer
+        """Bring the log and the progress into one order, each event with the cursor behind it."""
+        streams = found.items() if isinstance(found, dict) else found
+        rows: list[tuple[tuple[int, int], int, str, str]] = []
+        for name, entries in streams:
+            if isinstance(found, dict):
+                entries = entries[0] if entries else []  # noqa: PLW2901 - RESP3 nests once more
+            place = 1 if _text(name).endswith("progress") else 0
+            rows.extend((_order(entry), place, entry, event) for entry, event in self._stream(entries))
+        cursor = list(_cursor(after))
+        logged = []
+        for _, place, entry, event in sorted(rows):
+            cursor[place] = entry
+            logged.append(LoggedEvent("_".join(cursor), event))
+        return logged
+
+    # ---- the store itself ----
+    def ping(self) -> None:
+        """See `StateStore.ping`."""
+        self._call(self._redis.ping)
+
+    def close(self) -> None:
+        """See `StateStore.close`."""
+        self._closed = True
+        self._redis.close()
+
+    def _run(self, script: str, keys: Sequence[str], *args: str | int) -> Any:  # noqa: ANN401 - redis-py's answer
+        """Run a script, registered on first use."""
+        registered = self._scripts.get(script)
+        if registered is None:
+            registered = self._scripts[script] = self._redis.register_script(script)
+        return self._call(lambda: registered(keys=keys, args=args))
+
+    @staticmethod
+    def _call(ask: Callable[[], Answer]) -> Answer:
+        """Ask Redis; what its client could not mend becomes StoreUnavailable."""
+        try:
+            return ask()
+        except ResponseError as error:
+            if str(error).startswith(("OOM", "READONLY", "MISCONF", "LOADING", "MASTERDOWN")):
+                raise StoreUnavailable(f"Redis takes no writes: {error}") from error
+            raise
+        except (RedisError, OSError) as error:
+            raise StoreUnavailable(f"Redis does not answer: {error}") from error
+
+    @staticmethod
+    def _fenced(answer: Sequence[str | bytes]) -> None:
+        if _text(answer[0]) == "fenced":
+            raise Fenced("another server holds the lease")
+
+    @staticmethod
+    def _stream(entries: Iterable[Any]) -> list[tuple[str, str]]:
+        """(id, text) of stream entries, which hold one field each."""
+        return [(_text(entry), _text(next(iter(fields.values())))) for entry, fields in entries]
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _server(*names: str) -> list[str]:
+    return [_SERVER + name for name in names]
+
+
+def _keys(job: str, *names: str) -> list[str]:
+    return [f"lorabbit:{{{job}}}:{name}" for name in names]
+
+
+def _cursor(text: str) -> tuple[str, str]:
+    """Positions in the log and in the progress."""
+    log, _, progress = text.partition("_")
+    return log or START, progress or START
+
+
+def _order(entry: str) -> tuple[int, int]:
+    """A stream id as numbers."""
+    milliseconds, _, sequence = entry.partition("-")
+    return int(milliseconds), int(sequence or 0)
