@@ -1,0 +1,74 @@
+"""Fixtures that every test may use: real RabbitMQ and Redis, shared or private.
+
+`rabbitmq_url` and `redis_url` are shared by the whole run (or come from LORABBIT_TEST_BROKER_URL and
+LORABBIT_TEST_REDIS_URL); `empty_rabbitmq_url` is a virtual host of its own on the shared broker; `rabbitmq`
+and `redis_server` are private to one test, which may kill them. Without services the tests that
+ask for them are skipped on a laptop and fail where CI=true.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import pytest
+import services
+
+S = TypeVar("S", services.RabbitMQ, services.Redis)
+
+
+def serve(make: Callable[[], S]) -> Iterator[S]:
+    try:
+        service = make()
+    except services.ServiceMissing as missing:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
+    try:
+        service.start()
+        yield service
+    finally:
+        service.close()
+
+
+@pytest.fixture(scope="session")
+def shared_rabbitmq() -> Iterator[services.RabbitMQ]:
+    """The run's broker; never kill it (ask for `rabbitmq` instead)."""
+    yield from serve(lambda: services.RabbitMQ(vhosts=100))
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_url(request: pytest.FixtureRequest) -> str:
+    """AMQP URL of a broker that the whole run shares, declarations and all."""
+    return os.environ.get("LORABBIT_TEST_BROKER_URL") or request.getfixturevalue("shared_rabbitmq").url
+
+
+@pytest.fixture
+def empty_rabbitmq_url(request: pytest.FixtureRequest) -> str:
+    """AMQP URL of a virtual host that no other test uses (a broker given by URL is taken as it is)."""
+    return os.environ.get("LORABBIT_TEST_BROKER_URL") or request.getfixturevalue("shared_rabbitmq").empty_url()
+
+
+@pytest.fixture
+def rabbitmq() -> Iterator[services.RabbitMQ]:
+    """A broker of this test's own, to kill and start again."""
+    yield from serve(services.RabbitMQ)
+
+
+@pytest.fixture(scope="session")
+def shared_redis() -> Iterator[services.Redis]:
+    """The run's Redis; never kill it (ask for `redis_server` instead)."""
+    yield from serve(services.Redis)
+
+
+@pytest.fixture(scope="session")
+def redis_url(request: pytest.FixtureRequest) -> str:
+    """URL of a Redis that the whole run shares, keys and all."""
+    return os.environ.get("LORABBIT_TEST_REDIS_URL") or request.getfixturevalue("shared_redis").url
+
+
+@pytest.fixture
+def redis_server() -> Iterator[services.Redis]:
+    """A Redis of this test's own, to kill and start again."""
+    yield from serve(services.Redis)

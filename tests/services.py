@@ -1,0 +1,332 @@
+"""Private RabbitMQ and Redis for the test run: found, started on free ports, killed at will.
+
+A server is a running process with `url`, `kill()` (SIGKILL, as a power cut would) and `start()`
+(again, on the same data and port), so that a crash test reads as what it does. Binaries on this
+machine are used first, then a Docker engine that already holds the image; `ServiceMissing` says
+why there is neither. Nothing here listens on a well-known port, so a broker that already runs on
+the machine is never touched.
+"""
+
+# ruff: noqa: S603, S607 - the test run starts programs of this machine by name
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+from uuid import uuid4
+
+import pika
+import redis
+
+START_SECONDS = 120.0
+MAX_MESSAGE_BYTES = 16 * 2**20
+RABBITMQ_IMAGE = "rabbitmq:4-management"
+REDIS_IMAGE = "redis:8"
+DEBIAN_RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+
+
+class ServiceMissing(Exception):
+    """Neither a binary nor an image is at hand; the text says what was looked for."""
+
+
+class Host(Protocol):
+    """Where a server runs: a child process or a container."""
+
+    def start(self) -> None:
+        """Start it on the data it had; returns before it answers."""
+
+    def kill(self) -> None:
+        """SIGKILL: nothing is flushed, nobody is told."""
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal, for example SIGSTOP to make it silent without closing its sockets."""
+
+    def alive(self) -> bool:
+        """Tell whether it still runs."""
+
+    def output(self) -> str:
+        """The end of what it printed, for a failure's message."""
+
+    def close(self) -> None:
+        """Kill it and give back what it held."""
+
+
+class ChildProcess:
+    """A server as a child process in a session of its own."""
+
+    def __init__(self, folder: Path, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        self._command = list(command)
+        self._environment = {**os.environ, **(environment or {})}
+        self._folder = folder
+        self._log = folder / "output.log"
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._child = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        if self._child is not None:
+            self.signal(signal.SIGKILL)
+            self._child.wait()
+            self._child = None
+
+    def signal(self, number: signal.Signals) -> None:
+        if self._child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child.pid, number)
+
+    def alive(self) -> bool:
+        return self._child is not None and self._child.poll() is None
+
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")[-4000:]
+
+    def close(self) -> None:
+        self.kill()
+
+
+class Container:
+    """A server in a Docker container, its port published on the loopback."""
+
+    def __init__(self, image: str, arguments: Sequence[str], command: Sequence[str] = ()) -> None:
+        self._name = f"lorabbit-test-{uuid4().hex[:12]}"
+        self._run = ["run", "--detach", "--name", self._name, *arguments, image, *command]
+        self._made = False
+
+    def start(self) -> None:
+        docker("start", self._name) if self._made else docker(*self._run)
+        self._made = True
+
+    def kill(self) -> None:
+        docker("kill", self._name)
+
+    def signal(self, number: signal.Signals) -> None:
+        docker("kill", f"--signal={number.name}", self._name)
+
+    def alive(self) -> bool:
+        return docker("inspect", "--format={{.State.Running}}", self._name) == "true"
+
+    def output(self) -> str:
+        return docker("logs", "--tail=50", self._name)
+
+    def close(self) -> None:
+        if self._made:
+            docker("rm", "--force", "--volumes", self._name)
+
+
+class Service:
+    """A private server; see the module's docstring."""
+
+    url: str
+
+    def __init__(self, kind: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix=f"lorabbit-{kind}-"))
+        self.folder.chmod(0o755)
+        self.port = free_port()
+        self.host: Host
+
+    def start(self) -> None:
+        """Start it, on the data it had, and wait until it answers."""
+        self.host.start()
+        deadline = time.monotonic() + START_SECONDS
+        while not self.answers():
+            if not self.host.alive() or time.monotonic() > deadline:
+                output = self.host.output()
+                self.host.kill()
+                raise RuntimeError(f"{type(self).__name__} did not start on port {self.port}:\n{output}")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """SIGKILL it; `start` brings it back on the same port and data."""
+        self.host.kill()
+
+    def freeze(self) -> None:
+        """Make it silent: its connections stay open and nothing answers."""
+        self.host.signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen server go on."""
+        self.host.signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """Kill it and forget its data."""
+        self.host.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def answers(self) -> bool:
+        """Tell whether a client gets through."""
+        raise NotImplementedError
+
+
+class RabbitMQ(Service):
+    """A private RabbitMQ, `max_message_size` 16 MiB as 4.x has it.
+
+    `settings` adds lines to rabbitmq.conf. `vhosts` virtual hosts are made at boot (10 ms each): every test that
+    wants an empty broker takes the next one.
+    """
+
+    def __init__(self, settings: str = "", vhosts: int = 1) -> None:
+        super().__init__("rabbitmq")
+        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/"
+        self._vhosts = [f"test-{number}" for number in range(vhosts)]
+        self._unused = iter(self._vhosts)
+        self._epmd: ChildProcess | None = None
+        image = os.environ.get("LORABBIT_TEST_RABBITMQ_IMAGE")
+        binary = shutil.which("rabbitmq-server") or shutil.which(DEBIAN_RABBITMQ)
+        (self.folder / "definitions.json").write_text(definitions(["/", *self._vhosts]))
+        if binary and not image:
+            self.host = self._process(binary, settings)
+        elif has_image(image or RABBITMQ_IMAGE):
+            self.host = self._container(image or RABBITMQ_IMAGE, settings)
+        else:
+            shutil.rmtree(self.folder)
+            raise ServiceMissing(f"no rabbitmq-server on PATH, and no Docker engine holds {image or RABBITMQ_IMAGE}")
+
+    def empty_url(self) -> str:
+        """URL of a virtual host that nobody has used yet."""
+        vhost = next(self._unused, None)
+        assert vhost, f"more tests want an empty broker than the {len(self._vhosts)} virtual hosts made at boot"
+        return self.url + vhost
+
+    def start(self) -> None:
+        if self._epmd is not None and not self._epmd.alive():
+            self._epmd.start()
+        super().start()
+
+    def close(self) -> None:
+        super().close()
+        if self._epmd is not None:
+            self._epmd.close()
+
+    def answers(self) -> bool:
+        try:
+            pika.BlockingConnection(pika.URLParameters(self.url + self._vhosts[-1])).close()
+        except (pika.exceptions.AMQPError, OSError):
+            return False
+        return True
+
+    def _process(self, binary: str, settings: str) -> Host:
+        # Debian's rabbitmq-server on PATH insists on root or the rabbitmq user; the script behind it does not.
+        binary = str(DEBIAN_RABBITMQ) if DEBIAN_RABBITMQ.exists() else binary
+        folder, epmd_port = str(self.folder), str(free_port())
+        (self.folder / "rabbitmq.conf").write_text(configuration(self.folder, self.port, settings))
+        (self.folder / "enabled_plugins").write_text("[].\n")
+        environment = {
+            "HOME": folder,
+            "RABBITMQ_NODENAME": f"lorabbit{self.port}@localhost",
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "ERL_EPMD_PORT": epmd_port,
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_MNESIA_BASE": f"{folder}/data",
+            "RABBITMQ_LOG_BASE": f"{folder}/log",
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_CONFIG_FILE": f"{folder}/rabbitmq",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/enabled_plugins",
+            # The start script then becomes the server instead of watching over it: SIGKILL reaches it.
+            "RUNNING_UNDER_SYSTEMD": "true",
+        }
+        # The node would start a name server that outlives it; ours ends with the test run.
+        (self.folder / "epmd").mkdir()
+        self._epmd = ChildProcess(
+            self.folder / "epmd",
+            [shutil.which("epmd") or "epmd", "-port", epmd_port],
+            {"ERL_EPMD_ADDRESS": "127.0.0.1"},
+        )
+        return ChildProcess(self.folder, [binary], environment)
+
+    def _container(self, image: str, settings: str) -> Host:
+        inside = Path("/etc/lorabbit")
+        (self.folder / "rabbitmq.conf").write_text(configuration(inside, 5672, settings))
+        mount = f"--volume={self.folder}:{inside}:ro"
+        config = f"--env=RABBITMQ_CONFIG_FILE={inside}/rabbitmq.conf"
+        return Container(image, [f"--publish=127.0.0.1:{self.port}:5672", mount, config, "--hostname=broker"])
+
+
+class Redis(Service):
+    """A private Redis that fsyncs every write before it answers."""
+
+    def __init__(self) -> None:
+        super().__init__("redis")
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        settings = ["--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", "--save", ""]
+        binary = shutil.which("redis-server") or shutil.which("valkey-server")
+        if binary:
+            here = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+            self.host = ChildProcess(self.folder, [binary, *here, *settings])
+        elif has_image(REDIS_IMAGE):
+            publish = f"--publish=127.0.0.1:{self.port}:6379"
+            self.host = Container(REDIS_IMAGE, [publish], ["redis-server", *settings])
+        else:
+            shutil.rmtree(self.folder)
+            raise ServiceMissing(f"no redis-server on PATH, and no Docker engine holds {REDIS_IMAGE}")
+
+    def answers(self) -> bool:
+        try:
+            with redis.Redis.from_url(self.url, retry=None) as client:
+                return bool(client.ping())
+        except (redis.RedisError, OSError):
+            return False
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def configuration(folder: Path, port: int, settings: str) -> str:
+    """Text of rabbitmq.conf; `folder` is where the server sees the definitions."""
+    return (
+        f"listeners.tcp.1 = 0.0.0.0:{port}\n"
+        f"max_message_size = {MAX_MESSAGE_BYTES}\n"
+        f"load_definitions = {folder}/definitions.json\n"
+        "loopback_users = none\n"
+        "log.console = true\n"
+        "log.console.level = warning\n"
+        "disk_free_limit.absolute = 200MB\n"
+    ) + settings
+
+
+def definitions(vhosts: Sequence[str]) -> str:
+    """Users and virtual hosts as the JSON that RabbitMQ loads at boot."""
+    everything = {"user": "guest", "configure": ".*", "write": ".*", "read": ".*"}
+    return json.dumps(
+        {
+            "users": [{"name": "guest", "password": "guest", "tags": "administrator"}],
+            "vhosts": [{"name": name} for name in vhosts],
+            "permissions": [{**everything, "vhost": name} for name in vhosts],
+        }
+    )
+
+
+def docker(*arguments: str) -> str:
+    """Run the Docker command line; its output, stripped."""
+    done = subprocess.run(["docker", *arguments], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, f"docker {' '.join(arguments)}: {done.stderr}"
+    return done.stdout.strip()
+
+
+def has_image(image: str) -> bool:
+    """Tell whether a Docker engine answers and holds the image."""
+    if shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False).returncode == 0
