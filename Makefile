@@ -1,0 +1,64 @@
+# The whole interface of the project: `make` lists what there is.
+# Needs Python 3.11 or newer (make PYTHON=... picks one), nothing else; everything is made in .venv.
+# Linux: pip takes torch's CPU build where an extra index or a folder of wheels offers one
+# (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS), and the CUDA build, gigabytes, elsewhere.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+# Twice quiet: only errors are printed.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+TESTS ?=
+
+.PHONY: help demo test check lint format types contracts docs compose-test clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/made.stamp: .ci/environment
+	@.ci/environment
+	@touch $@
+
+# What a run needs; the development environment below holds it too.
+.venv/run.stamp: .venv/made.stamp pyproject.toml constraints.txt
+	@echo "installing LoRAbbit with torch and transformers (one to three minutes)" >&2
+	@$(PIP) -e '.[server,client,cli,demo]'
+	@touch $@
+
+.venv/dev.stamp: .venv/made.stamp pyproject.toml constraints.txt
+	@echo "installing LoRAbbit with its development tools (one to three minutes)" >&2
+	@$(PIP) -e '.[all,dev]'
+	@touch .venv/run.stamp $@
+
+demo: .venv/run.stamp ## fine-tune a small model on real text with six clients in one process
+	$(BIN)/lorabbit run examples/quickstart.yaml
+
+test: .venv/dev.stamp ## all tests but the container ones, with a real RabbitMQ and Redis (TESTS="-k name" narrows)
+	.ci/with-services $(BIN)/pytest -m "not containers" $(TESTS)
+
+check: lint types contracts test ## everything a change must pass: lint, types, import contracts, tests
+
+lint: .venv/dev.stamp ## look for lint and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	@if command -v shellcheck >/dev/null; then shellcheck .ci/*; fi
+
+format: .venv/dev.stamp ## put the code into its format and mend what can be mended
+	$(BIN)/ruff check --fix --exit-zero
+	$(BIN)/ruff format
+
+types: .venv/dev.stamp ## check the types, strictly
+	$(BIN)/mypy
+
+contracts: .venv/dev.stamp ## check who may import whom
+	$(BIN)/lint-imports --no-cache
+
+docs: .venv/dev.stamp ## write the reference pages that are generated from the code
+	$(BIN)/python -m lorabbit_cli.reference docs/reference
+
+compose-test: .venv/dev.stamp ## build the images and run the quickstart under compose
+	$(BIN)/pytest -m containers $(TESTS)
+
+clean: ## remove the environment and everything that was built
+	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
