@@ -26,6 +26,8 @@ SERIES = tuple(f"#0a0b{i:02x}" for i in range(12))
 CSS = {INK: "currentColor", GRID: "var(--grid)"} | {colour: f"var(--c{i})" for i, colour in enumerate(SERIES)}
 MOST_LINES = 12
 """With more clients than this, a figure shows their spread instead of a line each."""
+MOST_MARKERS = 60
+"""Longer lines have no dots."""
 MOST_BARS = 60
 """The split over labels shows so many clients, the first ones."""
 STYLE: dict[Any, Any] = {
@@ -55,8 +57,8 @@ def figures(report: Report) -> dict[str, str]:
     rounds = report.rounds
     made: dict[str, str] = {}
 
-    def add(title: str, paint: Callable[[Axes], None], *, height: float = 2.9) -> None:
-        made[title] = _svg(f"f{len(made)}", paint, title, height)
+    def add(title: str, paint: Callable[[Axes], None], *, size: tuple[float, float] = (5.6, 2.9)) -> None:
+        made[title] = _svg(f"f{len(made)}", paint, title, size)
 
     metric = report.main_metric
     if metric is not None and any(metric in row.metrics for row in rounds):
@@ -74,15 +76,15 @@ def figures(report: Report) -> dict[str, str]:
     if report.label_counts:
         bars = min(MOST_BARS, len(report.label_counts))
         which = f"first {bars} clients" if bars < len(report.label_counts) else "client"
-        height = max(2.9, 0.9 + 0.2 * bars)
-        add(f"Training examples per {which} and label", lambda axes: _labels(axes, report), height=height)
+        size = (11.6, 0.8 + 0.2 * max(bars, 5))
+        add(f"Training examples per {which} and label", lambda axes: _labels(axes, report), size=size)
     return made
 
 
-def _svg(prefix: str, paint: Callable[[Axes], None], title: str, height: float) -> str:
+def _svg(prefix: str, paint: Callable[[Axes], None], title: str, size: tuple[float, float]) -> str:
     """Draw one figure and turn its placeholder colours into CSS."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(5.6, height), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         paint(figure.add_subplot())
         out = io.StringIO()
@@ -113,7 +115,8 @@ def _line(axes: Axes, points: Sequence[tuple[int, float | None]], colour: str, l
     """A line through the points that have a value."""
     known = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
     if known:
-        axes.plot([x for x, _ in known], [y for _, y in known], "o-", color=colour, label=label)
+        marker = "o" if len(known) <= MOST_MARKERS else ""
+        axes.plot([x for x, _ in known], [y for _, y in known], marker=marker, color=colour, label=label)
 
 
 def _scores(axes: Axes, rounds: Sequence[Round], metric: str) -> None:
@@ -178,7 +181,7 @@ def _bytes(axes: Axes, rounds: Sequence[Round]) -> None:
     axes.bar([n + 0.2 for n in numbers], [row.bytes_down for row in rounds], 0.38, color=SERIES[1], label="down")
     axes.yaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.set_ylim(bottom=0)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     axes.grid(visible=False, axis="x")
     _round_axis(axes, rounds)
 
@@ -212,7 +215,7 @@ def _labels(axes: Axes, report: Report) -> None:
         axes.barh(range(len(clients)), widths, 0.75, left=left, color=SERIES[i], label=title)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(clients)), clients, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(clients) - 0.4, -0.6)
     axes.set_xlabel("training examples")
     axes.grid(visible=False, axis="y")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
