@@ -57,8 +57,8 @@ def load_docs(root: Path | None = None, cache: Path | None = None) -> list[Doc]:
         _write_cache(kept, docs)
     if len(docs) < FEWEST:
         raise BadInput(
-            f"data.source: stdlib-docs found only {len(docs)} docstrings under {root}, because this Python came without "
-            "its library's sources; install a complete Python or name a file of your own"
+            f"data.source: stdlib-docs found only {len(docs)} docstrings under {root}, because this Python came"
+            " without its library's sources; install a complete Python or name a file of your own"
         )
     return docs
 

@@ -1,0 +1,79 @@
+"""A learning task: how rows become examples, examples tensors, and outputs scores.
+
+`parse` checks rows and names what is wrong with file and line; it needs no model, so a job can be
+validated without one. `encode` does the model-specific part once, before any training.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lorabbit.jobspec import DataSpec
+from lorabbit_client.features import Features
+from lorabbit_client.tables import Codes, Source, Table
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Checked examples of one split, not yet encoded."""
+
+    columns: Mapping[str, Sequence[Any]]
+    """Role (text, label, ...) to values."""
+    classes: Codes
+    """Class of each example for partitioners and label counts; all zero where the task has none."""
+
+    def __len__(self) -> int:
+        """Count the examples."""
+        return len(self.classes)
+
+    def take(self, rows: Codes) -> Records:
+        """Return some examples, in the order of `rows`."""
+        columns = {
+            role: values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+            for role, values in self.columns.items()
+        }
+        return Records(columns, self.classes[rows])
+
+
+class LearningTask(ABC):
+    """One of the tasks that a job's `model.task` names."""
+
+    name: ClassVar[str]
+    main_metric: ClassVar[str]
+    """Picks `best/` unless the job names another."""
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
+    roles: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Role to the field names that are tried for it, in order."""
+    has_classes: ClassVar[bool] = True
+    """Whether an example has one class, by which it can be partitioned."""
+
+    @abstractmethod
+    def labels(self, source: Source, spec: DataSpec) -> tuple[str, ...]:
+        """Return the label table, empty where the task has no labels."""
+
+    @abstractmethod
+    def parse(self, table: Table, labels: tuple[str, ...], spec: DataSpec) -> Records:
+        """Check a table's rows; raises BadInput naming file and line of the first bad one."""
+
+    @abstractmethod
+    def encode(self, records: Records, processor: Any, labels: tuple[str, ...], *, spec: DataSpec) -> Features:  # noqa: ANN401 - a tokenizer, or an ImageFormat
+        """Encode examples for the model whose tokenizer (or image format) is given."""
+
+    def column(self, table: Table, role: str, spec: DataSpec) -> str:
+        """Return the field that plays a role."""
+        return table.column(role, self.roles[role], spec.fields)
+
+
+def longest(tokenizer: Any, spec: DataSpec) -> int:  # noqa: ANN401 - any tokenizer
+    """Return the length at which texts are cut: the job's, or less where the model takes less."""
+    return min(spec.max_length, int(tokenizer.model_max_length))
+
+
+def pad_id(tokenizer: Any) -> int:  # noqa: ANN401 - any tokenizer
+    """Return what fills short rows; its value is masked, so any will do where there is none."""
+    return int(tokenizer.pad_token_id or 0)
