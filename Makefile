@@ -34,7 +34,8 @@ demo: .venv/run.stamp ## fine-tune a small model on real text with six clients i
 	$(BIN)/lorabbit run examples/quickstart.yaml
 
 test: .venv/dev.stamp ## all tests but the container ones, with a real RabbitMQ and Redis (TESTS="-k name" narrows)
-	.ci/with-services $(BIN)/pytest -m "not containers" $(TESTS)
+	@.ci/services
+	$(BIN)/pytest -m "not containers" $(TESTS)
 
 check: lint types contracts test ## everything a change must pass: lint, types, import contracts, tests
 
