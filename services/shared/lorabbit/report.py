@@ -5,12 +5,15 @@ The server writes it after every round, so a report exists however a job ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr
 
 from lorabbit import events as ev
+from lorabbit.jobspec import JobSpec
+from lorabbit.messages import Metrics
+from lorabbit.types import EVALUATE
 
 
 class Part(BaseModel):
@@ -101,8 +104,164 @@ class Report(Part):
     best: Best = Field(default_factory=Best)
     adapter: AdapterFacts = Field(default_factory=AdapterFacts)
     base: BaseFacts = Field(default_factory=BaseFacts)
+    _started_ms: int = PrivateAttr(default=0)
+
+    def round_of(self, number: int) -> Round | None:
+        """The round of a number; None before it began."""
+        return self.rounds[number - 1] if 0 < number <= len(self.rounds) else None
+
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+
+def begin(job: str, spec: JobSpec) -> Report:
+    """Return the report of a job of which nothing has happened yet."""
+    return Report(
+        job=job,
+        method={"name": spec.method.name, **spec.method.settings},
+        seed=spec.seed,
+        main_metric=spec.evaluation.metric,
+    )
 
 
 def fold(report: Report, events: Iterable[ev.AnyEvent]) -> Report:
     """Fold events, in order, into a report; returns the same object."""
-    raise NotImplementedError
+    for event in events:
+        if event.at_ms and not isinstance(event, ev.TaskProgressed):
+            report._started_ms = report._started_ms or event.at_ms  # noqa: SLF001 - its own fold
+            report.seconds = (event.at_ms - report._started_ms) / 1000  # noqa: SLF001
+        step = _STEPS.get(type(event))
+        if step is not None:
+            step(report, event)
+    return report
+
+
+def report_schema() -> dict[str, Any]:
+    """The JSON schema of `report.json`."""
+    schema = Report.model_json_schema(mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "report.json"}
+
+
+def _job_started(report: Report, event: ev.JobStarted) -> None:
+    report.clients = list(event.clients)
+
+
+def _adapter_initialised(report: Report, event: ev.AdapterInitialised) -> None:
+    """Take over what the first client found out about model and adapter."""
+    facts = event.facts
+    parameters, rank = facts.get("adapter_parameters", event.parameters), facts.get("rank")
+    report.adapter = AdapterFacts(
+        sha256=event.sha256,
+        bytes=event.size_bytes,
+        parameters=parameters if isinstance(parameters, int) else event.parameters,
+        rank=rank if isinstance(rank, int) else None,
+    )
+    base = facts.get("base_parameters")
+    report.base = BaseFacts(parameters=base if isinstance(base, int) else 0, sha256=event.base_sha256)
+    metric, versions = facts.get("main_metric"), facts.get("versions")
+    if report.main_metric is None and isinstance(metric, str):
+        report.main_metric = metric
+    if isinstance(versions, dict):
+        report.versions = {name: str(version) for name, version in sorted(versions.items())}
+    _label_counts(report, event.client, facts)
+
+
+def _label_counts(report: Report, client: str, facts: Mapping[str, JsonValue]) -> None:
+    """Note a client's own label counts."""
+    counts = facts.get("label_counts")
+    if isinstance(counts, dict) and all(isinstance(n, int) for n in counts.values()):
+        report.label_counts[client] = {label: n for label, n in counts.items() if isinstance(n, int)}
+
+
+def _round_started(report: Report, event: ev.RoundStarted) -> None:
+    report.rounds.append(Round(round=event.round, cohort=list(event.cohort)))
+
+
+def _update_accepted(report: Report, event: ev.UpdateAccepted) -> None:
+    """Count a result's bytes, and what it says of its client."""
+    _label_counts(report, event.client, event.metrics.facts)
+    round_ = report.round_of(event.round)
+    if round_ is None:
+        return
+    entry = next((c for c in round_.per_client if c.client == event.client), None)
+    if entry is None:
+        entry = ClientRound(client=event.client, num_examples=0)
+        round_.per_client.append(entry)
+        places = {client: place for place, client in enumerate(report.clients)}
+        round_.per_client.sort(key=lambda c: places.get(c.client, len(places)))
+    for part in (round_, entry):
+        part.bytes_up += event.bytes_up
+        part.bytes_down += event.bytes_down
+        part.overhead_up += event.overhead_up
+        part.overhead_down += event.overhead_down
+    if event.phase == EVALUATE:
+        entry.metrics = _scores(event.metrics)
+        return
+    entry.num_examples = event.metrics.num_examples
+    entry.loss = event.metrics.loss
+    entry.seconds = event.metrics.seconds
+    entry.steps = event.metrics.steps
+    trained = [(c.num_examples, c.loss) for c in round_.per_client if c.loss is not None and c.num_examples]
+    total = sum(n for n, _ in trained)
+    round_.train_loss = sum(n * loss for n, loss in trained) / total if total else None
+
+
+def _scores(metrics: Metrics) -> dict[str, float]:
+    """A client's scores, the loss among them."""
+    return dict(metrics.values) if metrics.loss is None else {"loss": metrics.loss, **metrics.values}
+
+
+def _update_rejected(report: Report, event: ev.UpdateRejected) -> None:
+    round_ = report.round_of(event.round)
+    if round_ is not None:
+        round_.rejected[event.reason] = round_.rejected.get(event.reason, 0) + 1
+
+
+def _round_closed(report: Report, event: ev.RoundClosed) -> None:
+    round_ = report.round_of(event.round)
+    if round_ is not None:
+        round_.accepted = event.accepted
+        round_.seconds = event.seconds
+        round_.aggregate_seconds = event.aggregate_seconds
+        round_.sha256 = event.sha256
+    report.adapter.sha256 = event.sha256
+
+
+def _round_evaluated(report: Report, event: ev.RoundEvaluated) -> None:
+    """Note the scores of a version, and whether it is the best or the last so far."""
+    round_ = report.round_of(event.round)
+    if round_ is not None:
+        round_.metrics = dict(event.metrics)
+    if all(not r.metrics for r in report.rounds if r.round > event.round):
+        report.final = Final(metrics=dict(event.metrics))
+    if _is_better(report, event.metrics):
+        report.best = Best(round=event.round, metrics=dict(event.metrics))
+
+
+def _is_better(report: Report, metrics: Mapping[str, float]) -> bool:
+    """Compare with the best so far on the main metric, or the loss where there is none."""
+    name = report.main_metric if report.main_metric in metrics else "loss"
+    if name not in metrics:
+        return report.best.round == 0
+    if report.best.round == 0 or name not in report.best.metrics:
+        return True
+    if name in LOWER_IS_BETTER:
+        return metrics[name] < report.best.metrics[name]
+    return metrics[name] > report.best.metrics[name]
+
+
+def _job_ended(report: Report, event: ev.JobEnded) -> None:
+    report.status = event.status
+    report.reason = event.reason
+
+
+_STEPS: dict[type[ev.Event], Callable[[Report, Any], None]] = {
+    ev.JobStarted: _job_started,
+    ev.AdapterInitialised: _adapter_initialised,
+    ev.RoundStarted: _round_started,
+    ev.UpdateAccepted: _update_accepted,
+    ev.UpdateRejected: _update_rejected,
+    ev.RoundClosed: _round_closed,
+    ev.RoundEvaluated: _round_evaluated,
+    ev.JobEnded: _job_ended,
+}

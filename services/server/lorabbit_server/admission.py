@@ -1,0 +1,88 @@
+"""Admission: what an update must be before it may count.
+
+Every refusal has a short name that is counted in the report. The order of the checks is that of
+their price: the offer's numbers first, then the file's header, then every value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lorabbit import codec
+from lorabbit.errors import CorruptPayload, Refused
+from lorabbit.messages import PayloadRef
+from lorabbit.tensors import is_floating
+from lorabbit.types import Tensors
+
+HEADER_BYTES = 2**20
+"""Room for the header of a safetensors file."""
+MAX_CHUNK_BYTES = 15 * 2**20
+"""A chunk must fit into RabbitMQ's default of 16 MiB a message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What every update of a job looks like: shape and dtype by name."""
+
+    shapes: Mapping[str, tuple[tuple[int, ...], str]]
+    size_bytes: int
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> Template:
+        """Describe tensors."""
+        shapes = {}
+        size = 0
+        for name in tensors:
+            value = tensors[name]
+            shapes[name] = (tuple(value.shape), value.dtype.name)
+            size += value.nbytes
+        return cls(shapes, size)
+
+
+def check_offer(payload: PayloadRef, template: Template | None, *, max_bytes: int) -> None:
+    """Refuse a payload that is too large to be what was asked for, before a byte of it moves."""
+    limit = max_bytes if template is None else min(max_bytes, template.size_bytes + HEADER_BYTES)
+    if payload.size_bytes > limit:
+        raise Refused("too-large", f"it has {payload.size_bytes} bytes; at most {limit} are expected")
+    if payload.chunk_bytes > MAX_CHUNK_BYTES:
+        raise Refused("too-large", f"chunks of {payload.chunk_bytes} bytes do not fit through a broker")
+
+
+def check_update(path: Path, template: Template | None) -> None:
+    """Refuse a file whose tensors are not those that the template names, or not all finite."""
+    try:
+        tensors = codec.read_tensors(path)
+        if template is not None:
+            _check_names(tensors, template)
+        for name in tensors:
+            _check_tensor(name, tensors, template)
+    except CorruptPayload as error:
+        raise Refused("corrupt", str(error)) from error
+    if not tensors:
+        raise Refused("names", "it holds no tensor")
+
+
+def _check_names(tensors: Tensors, template: Template) -> None:
+    """Refuse missing and unknown names."""
+    missing = sorted(template.shapes.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - template.shapes.keys())
+    if missing or unknown:
+        first = f"lacks {missing[0]!r}" if missing else f"has an unknown {unknown[0]!r}"
+        raise Refused("names", f"it {first} ({len(missing)} missing, {len(unknown)} unknown)")
+
+
+def _check_tensor(name: str, tensors: Tensors, template: Template | None) -> None:
+    """Refuse one tensor of the wrong shape or dtype, or with a value that is not finite."""
+    value = tensors[name]
+    if template is not None:
+        shape, dtype = template.shapes[name]
+        if tuple(value.shape) != shape:
+            raise Refused("shape", f"{name!r} has shape {list(value.shape)}, not {list(shape)}")
+        if value.dtype.name != dtype:
+            raise Refused("dtype", f"{name!r} is {value.dtype.name}, not {dtype}")
+    if is_floating(value) and not bool(np.isfinite(value).all()):
+        raise Refused("not-finite", f"{name!r} holds NaN or infinity")

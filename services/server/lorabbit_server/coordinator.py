@@ -1,0 +1,127 @@
+"""The round engine: `decide(state, event) -> (state, commands)`, pure.
+
+A job gathers its population, lets one client build the model (`INITIALISE`), then runs rounds: ask
+a cohort, wait for its results, aggregate, score. Whatever the order of arrival, the same results
+lead to the same state. An event that comes twice, late or from the wrong client changes nothing
+but a refusal count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lorabbit import events as ev
+from lorabbit.types import INITIALISE
+from lorabbit_server import cohort, results, rounds
+from lorabbit_server.asking import ask, in_order, send
+from lorabbit_server.jobstate import JobState
+from lorabbit_server.steps import (
+    CancelRequested,
+    ClientArrived,
+    ClientLeft,
+    Command,
+    Decision,
+    DenyUpload,
+    Event,
+    GrantUpload,
+    JobOpened,
+    MethodStarted,
+    Record,
+    ResultArrived,
+    ResultOffered,
+    ResultRefused,
+    RoundAggregated,
+    SendVerdict,
+    StartMethod,
+    StepFailed,
+    TaskFailed,
+)
+
+_STEPS: Mapping[type[Event], Callable[[JobState, Any], Decision]] = {
+    ResultOffered: results.offered,
+    ResultArrived: results.arrived,
+    ResultRefused: results.refused,
+    TaskFailed: results.task_failed,
+    MethodStarted: rounds.method_started,
+    RoundAggregated: rounds.round_aggregated,
+}
+
+
+def decide(state: JobState, event: Event) -> Decision:
+    """Return the state after an event, and what to do about it."""
+    if state.stage == "ended":
+        return _after_the_end(state, event)
+    match event:
+        case JobOpened() | ClientArrived() | ClientLeft():
+            return _presence(state, event)
+        case StepFailed():
+            return rounds.end(state, "failed", event.at_ms, reason=event.reason, exit_code=event.exit_code)
+        case CancelRequested():
+            return rounds.end(state, "cancelled", event.at_ms, reason="cancelled by an operator", exit_code=130)
+        case _:
+            return _STEPS[type(event)](state, event)
+
+
+def resume(state: JobState) -> tuple[Command, ...]:
+    """Return the commands that a restarted server must give again, because nothing on the wire holds them."""
+    if state.stage == "starting":
+        return tuple(StartMethod(task) for task in state.tasks.values())
+    if state.stage == "aggregating":
+        return (rounds.aggregation(state),)
+    return tuple(GrantUpload(task) for task in in_order(state.tasks) if task.status == "offered")
+
+
+def _presence(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> Decision:
+    """Start once the population is complete; afterwards keep count of who is lost."""
+    if state.stage == "gathering":
+        return _gather(state, event)
+    match event:
+        case ClientArrived() if event.client in state.clients:
+            return _welcome_back(state, event)
+        case ClientLeft() if event.client in state.clients and event.client not in state.lost:
+            lost = tuple(sorted((*state.lost, event.client), key=cohort.natural))
+            return replace(state, lost=lost), (Record(ev.ClientLost(at_ms=event.at_ms, client=event.client)),)
+        case _:
+            return state, ()
+
+
+def _gather(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> Decision:
+    """Wait for the population; when it is there, let its first client build the model."""
+    state = replace(state, present=len(event.present), since_ms=state.since_ms or event.at_ms)
+    joined: tuple[Command, ...] = ()
+    if isinstance(event, ClientArrived):
+        joined = (Record(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device)),)
+    if len(event.present) < state.spec.clients:
+        return state, joined
+    clients = cohort.population(event.present, state.spec.clients)
+    state = replace(state, stage="initialising", clients=clients, since_ms=event.at_ms)
+    started = Record(ev.JobStarted(at_ms=event.at_ms, clients=clients))
+    state, commands = ask(state, INITIALISE, [0], round_number=0, at_ms=event.at_ms)
+    return state, (*joined, started, *commands)
+
+
+def _welcome_back(state: JobState, event: ClientArrived) -> Decision:
+    """Send a returned client its open tasks again: the same ids and seeds, so the same results."""
+    commands: list[Command] = []
+    if event.client in state.lost:
+        commands.append(Record(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device)))
+    tasks = dict(state.tasks)
+    for task in in_order(state.tasks):
+        if task.client != event.client or task.status == "accepted" or task.id in event.outbox:
+            continue
+        again = replace(task, attempt=task.attempt + 1, status="open", offered=None)
+        tasks[task.id] = again
+        commands += send(again, event.at_ms)
+    lost = tuple(client for client in state.lost if client != event.client)
+    return replace(state, lost=lost, tasks=tasks), tuple(commands)
+
+
+def _after_the_end(state: JobState, event: Event) -> Decision:
+    """Answer those who still offer results, so that they can forget them."""
+    if not isinstance(event, ResultOffered):
+        return state, ()
+    if event.counted:
+        return state, (SendVerdict(event.task, event.client, accepted=True),)
+    return state, (DenyUpload(event.task, event.client, "job-ended"),)

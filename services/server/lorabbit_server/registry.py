@@ -1,0 +1,135 @@
+"""Who is there: identities, inboxes and leases of clients.
+
+Identities are kept in the store; who is *present* is this server's own observation, so a server
+that starts sees nobody until they speak. Clients that were alive when the last server stopped get
+one lease of grace, in which nobody else is given their identity.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from lorabbit.messages import Hello
+from lorabbit.state.base import StateStore
+from lorabbit.types import ClientId
+
+
+@dataclass(slots=True)
+class Client:
+    """One client as last heard of."""
+
+    client: ClientId
+    address: str
+    device: str = "cpu"
+    memory_bytes: int = 0
+    tags: tuple[str, ...] = ()
+    version: str = ""
+    expires_ms: int = 0
+    present: bool = False
+
+
+class Registry:
+    """See the module's docstring; for the loop thread."""
+
+    def __init__(self, store: StateStore, *, lease_ms: int) -> None:
+        """Keep leases of this length."""
+        self._store = store
+        self._lease_ms = lease_ms
+        self._clients: dict[ClientId, Client] = {}
+        self._by_address: dict[str, ClientId] = {}
+        self._heard: set[ClientId] = set()
+
+    def load(self, now_ms: int) -> None:
+        """Read every known identity, with a lease of grace for those alive a moment ago."""
+        for name, entry in self._store.clients().items():
+            client = ClientId(name)
+            recent = entry.expires_ms > now_ms - self._lease_ms
+            expires = now_ms + self._lease_ms if recent else entry.expires_ms
+            declared = json.loads(entry.record)
+            declared["tags"] = tuple(declared.get("tags", ()))
+            self._clients[client] = Client(client, entry.address, expires_ms=expires, **declared)
+            if recent:
+                self._heard.add(client)
+        self._by_address = {c.address: c.client for c in self._clients.values()}
+        self.renew()
+
+    def hello(self, message: Hello, now_ms: int) -> ClientId:
+        """Give a client its identity; it is present from now on."""
+        declared = {
+            "device": message.device,
+            "memory_bytes": message.memory_bytes,
+            "tags": list(message.tags),
+            "version": message.version,
+        }
+        expires = now_ms + self._lease_ms
+        name = self._store.lease_identity(
+            message.address, message.client, record=json.dumps(declared), now_ms=now_ms, expires_ms=expires
+        )
+        client = ClientId(name)
+        before = self._by_address.get(message.address)
+        if before is not None and before != client:
+            self._clients[before].present = False
+        displaced = self._clients.get(client)
+        if displaced is not None and displaced.address != message.address:
+            self._by_address.pop(displaced.address, None)
+        self._by_address[message.address] = client
+        self._clients[client] = Client(
+            client,
+            message.address,
+            message.device,
+            memory_bytes=message.memory_bytes,
+            tags=message.tags,
+            version=message.version,
+            expires_ms=expires,
+            present=True,
+        )
+        return client
+
+    def heard(self, address: str, now_ms: int) -> tuple[ClientId | None, bool]:
+        """Renew the lease of the client at an address; its identity, and whether it was absent before."""
+        client = self._by_address.get(address)
+        if client is None:
+            return None, False
+        entry = self._clients[client]
+        back = not entry.present
+        entry.present, entry.expires_ms = True, now_ms + self._lease_ms
+        self._heard.add(client)
+        return client, back
+
+    def leave(self, address: str) -> ClientId | None:
+        """End the lease of the client at an address; its identity is free."""
+        client = self._by_address.get(address)
+        if client is None:
+            return None
+        entry = self._clients[client]
+        entry.present, entry.expires_ms = False, 0
+        self._heard.discard(client)
+        self._store.free_identity(client, address)
+        return client
+
+    def expire(self, now_ms: int) -> list[ClientId]:
+        """Return the clients whose lease has just ended."""
+        gone = [c for c in self._clients.values() if c.expires_ms and c.expires_ms <= now_ms]
+        for entry in gone:
+            entry.present, entry.expires_ms = False, 0
+            self._heard.discard(entry.client)
+        return [entry.client for entry in gone]
+
+    def renew(self) -> None:
+        """Bring the leases renewed since the last call to the store, in one command."""
+        heard, self._heard = self._heard, set()
+        self._store.touch_clients({client: self._clients[client].expires_ms for client in heard})
+
+    @property
+    def present(self) -> tuple[ClientId, ...]:
+        """Clients that are here."""
+        return tuple(entry.client for entry in self._clients.values() if entry.present)
+
+    def get(self, client: ClientId) -> Client | None:
+        """A client by its identity."""
+        return self._clients.get(client)
+
+    def at(self, address: str) -> ClientId | None:
+        """The identity of the client at an address."""
+        return self._by_address.get(address)
