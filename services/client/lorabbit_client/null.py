@@ -122,7 +122,7 @@ class NullSession:
             value = below[name]
             if frozen is not None and frozen(name):
                 return value
-            moved: Array = np.add(value, constant, dtype=np.float32)  # type: ignore[arg-type]
+            moved: Array = np.add(value, constant, dtype=np.float32)
             return moved
 
         self._tensors = Computed(below, compute)

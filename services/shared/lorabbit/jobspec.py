@@ -46,6 +46,9 @@ class ModelSpec(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trainable: Trainable = "lora"
     lora: LoraSpec = LoraSpec()
+    dropout: float | None = Field(
+        default=None, ge=0.0, lt=1.0, description="of the base model's own layers; as its config says when absent"
+    )
     bottleneck: int = Field(default=16, ge=1, description="width of the bottleneck when trainable is 'adapter'")
 
 

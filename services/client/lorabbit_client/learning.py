@@ -1,0 +1,125 @@
+"""The learning workspace: one base model and one dataset, shared by every client of a process.
+
+Importing this imports torch. The model is built once per job from the job's seed; clients swap
+their adapters in and out of it, so a hundred simulated clients cost a hundred adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorabbit.errors import BadInput
+from lorabbit.jobspec import JobSpec
+from lorabbit.messages import Metrics, Task
+from lorabbit.tensors import count
+from lorabbit.types import Json, Tensors
+from lorabbit_client.data import ClientData, load_client, load_labels, load_test
+from lorabbit_client.evaluator import evaluate
+from lorabbit_client.execution import OnProgress
+from lorabbit_client.model_source import resolve
+from lorabbit_client.models import load_model, load_processor
+from lorabbit_client.session import TorchSession, read_tensors, write_tensors
+from lorabbit_client.trainable import TrainableModel, make_trainable
+from lorabbit_client.workspace import Initial
+
+CENTRAL = "central"
+REPORTED = ("torch", "transformers", "peft", "numpy", "tokenizers")
+
+
+def open_workspace(spec: JobSpec, *, threads: int, data_root: Path, device: str) -> LearningWorkspace:
+    """Set torch up for this process and open a job's workspace; nothing is loaded yet."""
+    torch.set_num_threads(threads)
+    return LearningWorkspace(spec, data_root=data_root, device=choose_device(device))
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device by name; ``auto`` is the first GPU where there is one. Raises BadInput for an absent one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadInput(f"device: {name!r} is no device; use auto, cpu, cuda or cuda:<n>") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"device: {name!r} is not here; torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+class LearningWorkspace:
+    """One job's model and data in one process."""
+
+    def __init__(self, spec: JobSpec, *, data_root: Path, device: torch.device) -> None:
+        """Remember what to load when it is first needed."""
+        self._spec = spec
+        self._data_root = data_root
+        self._device = device
+
+    @cached_property
+    def _source(self) -> Any:  # noqa: ANN401 - ModelSource; cached_property hides the type from mypy's plugin
+        return resolve(self._spec.model.name)
+
+    @cached_property
+    def _processor(self) -> Any:  # noqa: ANN401 - a tokenizer or an image processor
+        return load_processor(self._spec, self._source)
+
+    @cached_property
+    def _model(self) -> TrainableModel:
+        labels = load_labels(self._spec, self._data_root)
+        return make_trainable(self._spec, load_model(self._spec, self._source, labels), self._device)
+
+    @property
+    def base_sha256(self) -> str:
+        """Hash of the frozen base model."""
+        return self._model.base_sha256
+
+    def _data(self, index: int, population: int) -> ClientData:
+        """Return a client's examples; the dataset behind them is shared."""
+        return load_client(self._spec, index, population, processor=self._processor, data_root=self._data_root)
+
+    def warm(self, population: int, indices: Iterable[int]) -> None:
+        """Load the model and these clients' data."""
+        for index in indices:
+            self._data(index, population)
+        _ = self._model
+
+    def initialise(self, task: Task) -> Initial:
+        """Return the tensors as the job's seed drew them, and the facts that only this side knows."""
+        data, model = self._data(task.index, task.population), self._model
+        model.reset()
+        tensors = read_tensors(model)
+        facts: dict[str, Json] = {
+            "base_parameters": model.base_parameters,
+            "adapter_parameters": count(tensors),
+            "rank": model.rank,
+            "export": dict(model.export),
+            "main_metric": data.task.main_metric,
+            "versions": {name: version(name) for name in REPORTED},
+            "label_counts": dict(data.label_counts),
+            "labels": list(data.labels),
+            "model": self._source.facts(),
+        }
+        return Initial(tensors, facts, data.train.num_examples)
+
+    def session(self, task: Task, private: MutableMapping[str, Json], on_progress: OnProgress) -> TorchSession:
+        """Open one client's session."""
+        # Denormal numbers appear in converged gradients and cost a hundred times a normal one; per thread.
+        torch.set_flush_denormal(True)
+        data = self._data(task.index, task.population)
+        return TorchSession(task, self._model, data, private=private, on_progress=on_progress)
+
+    def evaluate(self, task: Task, adapter: Tensors, on_progress: OnProgress) -> Metrics:
+        """Score an adapter on the client's test split, or on the whole test set."""
+        torch.set_flush_denormal(True)
+        if task.settings.get("on") == CENTRAL:
+            examples = load_test(self._spec, processor=self._processor, data_root=self._data_root)
+        else:
+            examples = self._data(task.index, task.population).test
+        self._model.reset()
+        write_tensors(self._model, adapter)
+        return evaluate(self._model, examples, self._spec.evaluation.batch_size, on_progress=on_progress)

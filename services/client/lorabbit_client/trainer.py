@@ -1,0 +1,213 @@
+"""The local training loop: the job's optimiser over one client's rows, from the task's seed alone.
+
+Rows of like length share a batch, because attention over padding is the dearest way to compute
+nothing: on short texts this halves the time of a step. Batches are cut from a fresh shuffle each
+epoch and taken in random order, so length is the only thing a batch has in common. A loss that is
+not finite ends the task with a sentence instead of poisoning the aggregate.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from lorabbit.errors import LoRAbbitError
+from lorabbit.jobspec import LocalSpec
+from lorabbit.methods.base import GradientTerm
+from lorabbit.seeds import derive_seed
+from lorabbit_client.data import Examples
+from lorabbit_client.execution import OnProgress
+from lorabbit_client.models import seeded
+from lorabbit_client.tables import Codes
+from lorabbit_client.trainable import TrainableModel
+
+WINDOW_BATCHES = 64
+"""Batches' worth of shuffled rows that are sorted by length together."""
+PROGRESS_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Where in the job a task stands; the learning rate's schedule runs over all rounds."""
+
+    round: int
+    rounds: int
+
+    def share(self, step: int, steps: int) -> float:
+        """Return how much of the job is done in the middle of a 0-based step of this round."""
+        return (max(self.round, 1) - 1 + (step + 0.5) / steps) / self.rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a training did."""
+
+    loss: float
+    steps: int
+
+
+def rate_factor(local: LocalSpec, share: float) -> float:
+    """Return the factor on the learning rate when `share` of the whole job is done."""
+    warmup = local.warmup_share
+    if share < warmup:
+        return share / warmup
+    left = (1.0 - share) / (1.0 - warmup)
+    if local.schedule == "linear":
+        return left
+    return 0.5 * (1.0 - math.cos(math.pi * left)) if local.schedule == "cosine" else 1.0
+
+
+def steps_of(local: LocalSpec, rows: int) -> int:
+    """Return the optimiser steps of one round; a fraction of an epoch is rounded up."""
+    if local.steps is not None:
+        return local.steps
+    per_epoch = -(-rows // local.batch_size)
+    return max(1, math.ceil(per_epoch * (local.epochs or 1.0) - 1e-9))
+
+
+def batches(lengths: Codes, batch_size: int, steps: int, *, seed: int) -> Iterator[Codes]:
+    """Yield the positions of each step's rows, epoch after epoch until `steps` are given."""
+    given, epoch = 0, 0
+    while given < steps:
+        order = epoch_order(lengths, batch_size, seed=derive_seed(seed, "batches", epoch))
+        yield from order[: steps - given]
+        given, epoch = given + len(order), epoch + 1
+
+
+def epoch_order(lengths: Codes, batch_size: int, *, seed: int) -> list[Codes]:
+    """Cut one epoch into batches of rows of like length, in random order; every row occurs once."""
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(lengths))
+    window = WINDOW_BATCHES * batch_size
+    cut: list[Codes] = []
+    for start in range(0, len(shuffled), window):
+        part = shuffled[start : start + window]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        cut.extend(part[i : i + batch_size] for i in range(0, len(part), batch_size))
+    return [cut[i] for i in generator.permutation(len(cut))]
+
+
+def make_optimizer(local: LocalSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make the job's optimiser, fused where the tensors allow it."""
+    fused = all(p.dtype == torch.float32 for p in parameters)
+    rate, decay = local.learning_rate, local.weight_decay
+    if local.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=local.momentum, weight_decay=decay, fused=fused)
+    if local.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=fused)
+
+
+class Trainer:
+    """Tunes a model on one client's rows."""
+
+    def __init__(self, model: TrainableModel, examples: Examples, local: LocalSpec, *, clock: Clock, seed: int) -> None:
+        """Take what to train, on what, how, when in the job, and from which seed."""
+        self._model = model
+        self._examples = examples
+        self._local = local
+        self._clock = clock
+        self._seed = seed
+        self._device = next(model.model.parameters()).device
+
+    def run(
+        self,
+        on_progress: OnProgress,
+        *,
+        gradient_term: GradientTerm | None = None,
+        frozen: Callable[[str], bool] | None = None,
+    ) -> Trained:
+        """Train from the model's present tensors with a fresh optimiser; raises LoRAbbitError if it diverges."""
+        held = {name: value for name, value in self._model.tensors.items() if frozen is not None and frozen(name)}
+        moving = {name: value for name, value in self._model.parameters().items() if name not in held}
+        buffers = {name: value.clone() for name, value in held.items() if not isinstance(value, nn.Parameter)}
+        if not moving:
+            raise LoRAbbitError("nothing is left to train: every trainable tensor is frozen")
+        try:
+            for value in held.values():
+                value.requires_grad = False
+            self._train_mode()
+            with seeded(derive_seed(self._seed, "dropout")):
+                return self._steps(moving, on_progress, gradient_term)
+        finally:
+            self._model.model.eval()
+            for value in self._model.parameters().values():
+                value.requires_grad = True
+                value.grad = None
+            with torch.no_grad():
+                for name, value in buffers.items():
+                    held[name].copy_(value)
+
+    def _train_mode(self) -> None:
+        """Switch dropout on, and statistics only where they travel: a frozen BatchNorm must not drift."""
+        self._model.model.train()
+        travelling = {id(value) for value in self._model.tensors.values()}
+        for module in self._model.model.modules():
+            statistics = getattr(module, "running_mean", None)
+            if isinstance(statistics, torch.Tensor) and id(statistics) not in travelling:
+                module.eval()
+
+    def _steps(
+        self, moving: dict[str, nn.Parameter], on_progress: OnProgress, gradient_term: GradientTerm | None
+    ) -> Trained:
+        """Run the loop; nothing but the loss leaves the device, and only when progress is due."""
+        local, parameters = self._local, list(moving.values())
+        start = {name: value.detach().clone() for name, value in moving.items()} if gradient_term else {}
+        optimizer = make_optimizer(local, parameters)
+        steps = steps_of(local, len(self._examples))
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        due = time.monotonic() + PROGRESS_SECONDS
+        order = batches(self._examples.lengths, local.batch_size, steps, seed=self._seed)
+        for step, positions in enumerate(order):
+            rate = local.learning_rate * rate_factor(local, self._clock.share(step, steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = self._loss(positions)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if gradient_term is not None:
+                _add_gradient(moving, start, gradient_term)
+            if local.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, local.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total += loss.detach()
+            if time.monotonic() >= due:
+                on_progress((step + 1) / steps, self._finite(total, step + 1))
+                due = time.monotonic() + PROGRESS_SECONDS
+        mean = self._finite(total, steps)
+        on_progress(1.0, mean)
+        return Trained(mean, steps)
+
+    def _loss(self, positions: Codes) -> torch.Tensor:
+        """Return the mean loss of one batch."""
+        batch = self._examples.batch(positions)
+        if self._device.type != "cpu":
+            batch = {name: value.to(self._device, non_blocking=True) for name, value in batch.items()}
+        loss: torch.Tensor = self._model.model(**batch).loss
+        return loss
+
+    def _finite(self, total: torch.Tensor, steps: int) -> float:
+        """Return the mean loss so far; raises when it has left the numbers."""
+        mean = float(total) / steps
+        if not math.isfinite(mean):
+            raise LoRAbbitError(
+                f"the training loss is {mean} within the first {steps} steps of round {self._clock.round}: "
+                "lower local.learning_rate, or set local.max_grad_norm"
+            )
+        return mean
+
+
+def _add_gradient(moving: dict[str, nn.Parameter], start: dict[str, torch.Tensor], term: GradientTerm) -> None:
+    """Add a method's own term to every gradient."""
+    with torch.no_grad():
+        for name, value in moving.items():
+            extra = term(name, value.detach(), start[name])
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
+            value.grad.add_(extra)
