@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -37,7 +38,9 @@ def merge(spec: JobSpec, tensors_file: Path, out: Path) -> None:
         raise BadInput(f"{spec.model.name} is no transformers model, so there is nothing to merge into")
     trainable = make_trainable(spec, loaded, torch.device("cpu"))
     write_tensors(trainable, adapter)
-    whole = trainable.model.merge_and_unload() if isinstance(trainable.model, PeftModel) else trainable.model
+    whole: Any = trainable.model
+    if isinstance(whole, PeftModel):
+        whole = whole.merge_and_unload()
     whole.save_pretrained(out)
     load_processor(spec, source).save_pretrained(out)
 

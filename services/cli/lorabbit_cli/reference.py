@@ -1,0 +1,167 @@
+"""Reference: the pages of docs/reference, made from the code.
+
+`python -m lorabbit_cli.reference docs/reference` writes them; a test fails when one is stale. The
+same code gives the same bytes: nothing here depends on the machine, the terminal or the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import get_args
+
+from pydantic import BaseModel
+
+from lorabbit import errors, events, jobspec, messages, settings
+from lorabbit.methods import METHODS
+from lorabbit.report import Report
+from lorabbit_cli.reference_cli import cli_page
+from lorabbit_cli.schema_text import IDENTIFIER, doc, field_rows, table
+
+MADE = "<!-- Made from the code by `python -m lorabbit_cli.reference docs/reference`; do not edit. -->"
+ABOUT_MESSAGES = (
+    "Every message is JSON of one of these models. Its AMQP `type` property is the heading below, with version "
+    "{version}. An unknown key is refused. Tensors travel as chunks, which a `PayloadRef` names by content."
+)
+ABOUT_EVENTS = (
+    "Every transition of a job appends one of these to its log. The live view and the report are folds of this log. "
+    "Beside the fields below each has `kind`, its heading, and `at_ms`, the server's clock in milliseconds since 1970. "
+    "`round` is 1-based; 0 is the initialisation."
+)
+ABOUT_JOB_FILE = (
+    "YAML or TOML. Every key has a default that works, so an empty file is a job; an unknown key is an error. "
+    "[job.schema.json](job.schema.json) is the same as a JSON schema, for editors."
+)
+ABOUT_SETTINGS = (
+    "Settings of a process, from the environment. A secret may stand in a file: "
+    "`LORABBIT_REDIS_URL_FILE=/run/secrets/redis` sets `LORABBIT_REDIS_URL` to that file's content where the variable "
+    "itself is not set. What belongs to a run stands in its [job file](job-file.md), not here."
+)
+FIELDS = ("field", "type", "default", "meaning")
+
+
+def pages() -> dict[str, str]:
+    """Return file name -> content of every page of the reference."""
+    return {
+        "messages.md": _page("Messages", _messages()),
+        "events.md": _page("Events", _events()),
+        "job-file.md": _page("Job file", _job_file()),
+        "methods.md": _page("Methods", _methods()),
+        "settings.md": _page("Settings", _settings()),
+        "cli.md": _page("Command line", cli_page(_exit_codes())),
+        "report.schema.json": _schema(Report, "report.json of a LoRAbbit run", mode_is_output=True),
+        "job.schema.json": _schema(jobspec.JobSpec, "LoRAbbit job file", mode_is_output=False),
+    }
+
+
+def _page(title: str, body: str) -> str:
+    return f"# {title}\n\n{MADE}\n\n{body.strip()}\n"
+
+
+def _schema(model: type[BaseModel], title: str, *, mode_is_output: bool) -> str:
+    made = model.model_json_schema(mode="serialization" if mode_is_output else "validation")
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps(head | made | {"title": title}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _section(title: str, model: type[BaseModel], *, without: frozenset[str] = frozenset()) -> str:
+    """One model: what it is, and its fields."""
+    rows = [row for row in field_rows(model) if row[0] not in without]
+    fields = table(FIELDS, [(f"`{name}`", kind, default, meaning) for name, kind, default, meaning in rows])
+    return f"## {title}\n\n{doc(model)}\n\n{fields if rows else 'No fields.'}\n"
+
+
+def _messages() -> str:
+    lines = [
+        ABOUT_MESSAGES.format(version=messages.VERSION),
+        "",
+    ]
+    lines += [_section(f"`{model.type_name()}`", model) for model in (*messages.FROM_CLIENT, *messages.FROM_SERVER)]
+    lines += [_section(f"Value `{model.__name__}`", model) for model in (messages.PayloadRef, messages.Metrics)]
+    lines.append(f"An identifier matches `{IDENTIFIER}`.")
+    return "\n".join(lines)
+
+
+def _events() -> str:
+    (union, *_) = get_args(events.AnyEvent)
+    lines = [ABOUT_EVENTS, ""]
+    for model in get_args(union):
+        kind = model.model_fields["kind"].default
+        lines.append(_section(f"`{kind}`", model, without=frozenset({"kind", "at_ms"})))
+    return "\n".join(lines)
+
+
+def _job_file() -> str:
+    lines = [
+        ABOUT_JOB_FILE,
+        "",
+        *_job_part(jobspec.JobSpec, "", "The job"),
+        "A method's hyper-parameters are further keys under `method`: see [Methods](methods.md).",
+    ]
+    return "\n".join(lines)
+
+
+def _job_part(model: type[BaseModel], prefix: str, title: str) -> list[str]:
+    """The scalar keys of one part, then every part inside it."""
+    inner = {
+        name: field.annotation
+        for name, field in model.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+    rows = [(f"`{prefix}{row[0]}`", *row[1:]) for row in field_rows(model) if row[0] not in inner]
+    lines = [f"## {title}", "", doc(model), "", table(("key", *FIELDS[1:]), rows), ""]
+    for name, part in inner.items():
+        lines += _job_part(part, f"{prefix}{name}.", f"`{prefix}{name}`")
+    return lines
+
+
+def _methods() -> str:
+    lines = ["`lorabbit methods` prints the same list.", ""]
+    for name in sorted(METHODS):
+        method = METHODS[name]
+        lines += [f"## `{name}`", "", f"{method.summary[0].upper()}{method.summary[1:]}.", "", f"{method.paper}.", ""]
+        rows = [(f"`method.{key}`", kind, default, meaning) for key, kind, default, meaning in field_rows(method)]
+        lines += [table(("key", *FIELDS[1:]), rows) if rows else "No hyper-parameters of its own.", ""]
+        lines += [f"[Formulas, departures, when to use it](../methods/{name}.md)", ""]
+    return "\n".join(lines)
+
+
+def _settings() -> str:
+    lines = [
+        ABOUT_SETTINGS,
+        "",
+    ]
+    parts = (
+        ("`lorabbit server`", settings.ServerSettings),
+        ("`lorabbit client`", settings.ClientSettings),
+        ("The operator's commands", settings.OperatorSettings),
+    )
+    for title, model in parts:
+        rows = [
+            (f"`LORABBIT_{name.upper()}`", kind, default, meaning) for name, kind, default, meaning in field_rows(model)
+        ]
+        lines += [f"## {title}", "", table(("variable", *FIELDS[1:]), rows), ""]
+    return "\n".join(lines)
+
+
+def _exit_codes() -> dict[int, str]:
+    """Return exit code -> meaning."""
+    return {
+        0: "done",
+        errors.RunFailed.exit_code: "the run failed, or was cancelled",
+        errors.BadInput.exit_code: "bad input: a job file, a data file, an option, a model name",
+        errors.Retryable.exit_code: "a service cannot be reached: the broker, the store, or the server",
+        130: "interrupted (Ctrl-C)",
+    }
+
+
+def write(folder: Path) -> None:
+    """Write every page into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in pages().items():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/reference"))
