@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Self
+from typing import Self
 
 import psutil
 import yaml
@@ -37,7 +39,7 @@ class Sampler:
     largest_mb: dict[str, float] = field(default_factory=dict)
     """Per group: the largest single process."""
 
-    def __enter__(self) -> Sampler:
+    def __enter__(self) -> Self:
         """Start sampling."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)

@@ -35,9 +35,12 @@ class Federation:
 
     def __init__(self, scratch: Path, clients: int) -> None:
         """Start everything; `close` stops it."""
-        self.broker, self.store = RabbitMQ(scratch / "rabbitmq"), Redis(scratch / "redis")
-        self.broker.start()
-        self.store.start()
+        self.broker, self.store = RabbitMQ(), Redis()
+        self.services: dict[str, list[psutil.Process]] = {}
+        for tier, service in (("broker", self.broker), ("store", self.store)):
+            before = set(psutil.Process().children())
+            service.start()
+            self.services[tier] = list(set(psutil.Process().children()) - before)
         port = free_port()
         self.environment = {
             **os.environ,
@@ -60,8 +63,7 @@ class Federation:
     def tiers(self) -> dict[str, list[psutil.Process]]:
         """The processes of each tier."""
         return {
-            "broker": [psutil.Process(self.broker.pid)],
-            "store": [psutil.Process(self.store.pid)],
+            **self.services,
             "server": [psutil.Process(self.server.pid)],
             "client": [psutil.Process(p.pid) for p in self.clients],
         }
@@ -90,8 +92,8 @@ class Federation:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
             process.kill()
-        self.broker.stop()
-        self.store.stop()
+        self.broker.close()
+        self.store.close()
 
 
 def cpu_seconds(processes: list[psutil.Process]) -> float:
