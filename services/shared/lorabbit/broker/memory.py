@@ -1,0 +1,260 @@
+"""The broker in memory: RabbitMQ's promises between parts of one process, without a socket.
+
+Every embedded run and most tests stand on it, so it keeps what the protocol relies on and nothing else:
+topic routing, order, prefetch, redelivery of what was not acknowledged, full queues, dead letters,
+expiry, and streams that each reader reads from the start. A callback never runs inside the call
+that caused it, as with a real broker. `reconnect` does what a broken connection does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from lorabbit.broker.base import Broker, Cancellable, Delivery, OnDelivery, OnDone, Outgoing, Queue
+from lorabbit.broker.loop import Clock, Loop
+from lorabbit.broker.resting import ExistingQueue, Reader, Stored, Token
+from lorabbit.broker.routing import Exchange
+from lorabbit.errors import BrokerBusy, LoRAbbitError
+
+
+class MemoryBroker(Broker):
+    """See the module's docstring. `user` is what deliveries name as their sender."""
+
+    def __init__(self, *, clock: Clock = time.monotonic, user: str | None = None) -> None:
+        """Start without exchanges or queues; `clock` counts seconds for timers and expiry."""
+        self._clock = clock
+        self._user = user
+        self._loop = Loop(clock)
+        self._exchanges: dict[str, Exchange] = {}
+        self._queues: dict[str, ExistingQueue] = {}
+        self._waiting: dict[str, list[Reader]] = {}
+        self._numbers = 0
+
+    def declare_exchange(self, name: str) -> None:
+        """Declare a topic exchange; idempotent."""
+        self._exchanges.setdefault(name, Exchange())
+
+    def declare_queue(self, queue: Queue) -> None:
+        """Declare a queue with its bindings; idempotent, and whoever waited for it starts reading."""
+        existing = self._queues.get(queue.name)
+        if existing is None:
+            existing = self._queues[queue.name] = ExistingQueue(queue)
+            self._watch_expiry(existing)
+        elif _properties(existing.declared) != _properties(queue):
+            raise LoRAbbitError(f"queue {queue.name} exists with other properties; delete it first")
+        for exchange, pattern in queue.bindings:
+            if exchange not in self._exchanges:
+                raise LoRAbbitError(f"queue {queue.name} cannot be bound: there is no exchange {exchange}")
+            self._exchanges[exchange].bind(pattern, queue.name)
+        for reader in self._waiting.pop(queue.name, []):
+            self._attach(reader)
+
+    def delete_queue(self, name: str) -> None:
+        """Delete a queue or stream with its messages; its readers wait until it is declared again."""
+        existing = self._queues.pop(name, None)
+        if existing is None:
+            return
+        for exchange in self._exchanges.values():
+            exchange.unbind(name)
+        for reader in existing.readers:
+            reader.unacked.clear()
+            self._waiting.setdefault(name, []).append(reader)
+
+    def send(self, message: Outgoing, on_done: OnDone | None = None) -> None:
+        """Route a message now; `on_done` is called from the loop, later."""
+        error = self._publish(message)
+        if on_done is not None:
+            self._loop.post(partial(on_done, error))
+
+    def subscribe(self, queue: str, on_delivery: OnDelivery, *, prefetch: int = 16) -> Cancellable:
+        """Consume a queue, once it exists."""
+        reader = Reader(queue, on_delivery, prefetch, self._leave)
+        self._attach(reader)
+        return reader
+
+    def read_stream(self, stream: str, on_delivery: OnDelivery, *, prefetch: int = 16) -> Cancellable:
+        """Read a stream from its first message on, once it exists."""
+        return self.subscribe(stream, on_delivery, prefetch=prefetch)
+
+    def _leave(self, reader: Reader) -> None:
+        """Stop a reader; what it did not acknowledge goes to others."""
+        existing = self._queues.get(reader.queue)
+        if existing is not None and reader in existing.readers:
+            existing.readers.remove(reader)
+            self._watch_expiry(existing)
+            self._give_back(existing, [reader])
+        waiting = self._waiting.get(reader.queue, [])
+        if reader in waiting:
+            waiting.remove(reader)
+
+    def ack(self, delivery: Delivery) -> None:
+        """Forget the message; nothing happens when it went back in the meantime."""
+        self._settle(delivery)
+
+    def reject(self, delivery: Delivery) -> None:
+        """Move the message to the dead letters."""
+        stored = self._settle(delivery)
+        existing = self._queues.get(delivery.queue)
+        if stored is not None and existing is not None and not existing.is_stream:
+            self._bury(existing, stored)
+
+    def reconnect(self) -> None:
+        """Do what a broken connection does: every unacknowledged delivery comes again, streams from their start."""
+        for existing in self._queues.values():
+            self._give_back(existing, list(existing.readers))
+
+    def post(self, callback: Callable[[], None]) -> None:
+        """Run a function on the loop thread soon; callable from any thread."""
+        self._loop.post(callback)
+
+    def after(self, seconds: float, callback: Callable[[], None]) -> Cancellable:
+        """Run a function on the loop thread once, later."""
+        return self._loop.after(seconds, callback)
+
+    def run(self) -> None:
+        """Run callbacks until `stop`."""
+        self._loop.run()
+
+    def run_until_idle(self) -> None:
+        """Run what is due now and return; for tests that own the clock."""
+        self._loop.run_until_idle()
+
+    def stop(self) -> None:
+        """Make `run` return after the current callback."""
+        self._loop.stop()
+
+    def trouble(self) -> str | None:
+        """Nothing can be wrong with memory."""
+        return None
+
+    def close(self) -> None:
+        """Forget every queue and reader."""
+        self._queues.clear()
+        self._waiting.clear()
+
+    def _publish(self, message: Outgoing) -> LoRAbbitError | None:
+        """Put a message into every queue it is routed to; the answer that a broker would give."""
+        targets = list(self._route(message))
+        if not targets:
+            where = f"{message.exchange}/{message.routing_key}" if message.exchange else message.routing_key
+            return LoRAbbitError(f"nobody listens at {where}: no queue is bound there")
+        expires_at = None if message.expires_ms is None else self._clock() + message.expires_ms / 1000
+        error: LoRAbbitError | None = None
+        for existing in targets:
+            if existing.is_full():
+                error = BrokerBusy(f"queue {existing.declared.name} is full")
+                continue
+            existing.put(Stored(message, expires_at))
+            self._pump(existing)
+        return error
+
+    def _route(self, message: Outgoing) -> Iterator[ExistingQueue]:
+        if message.exchange:
+            exchange = self._exchanges.get(message.exchange)
+            names = sorted(exchange.route(message.routing_key)) if exchange else []
+        else:
+            names = [message.routing_key]
+        for name in names:
+            if name in self._queues:
+                yield self._queues[name]
+
+    def _attach(self, reader: Reader) -> None:
+        existing = self._queues.get(reader.queue)
+        if existing is None:
+            self._waiting.setdefault(reader.queue, []).append(reader)
+            return
+        reader.offset = 0
+        existing.readers.append(reader)
+        self._pump(existing)
+
+    def _pump(self, existing: ExistingQueue) -> None:
+        """Hand out what the readers have room for: a stream to each of them, a queue in turns."""
+        if existing.is_stream:
+            for reader in existing.readers:
+                while reader.has_room and reader.offset < len(existing.messages):
+                    self._deliver(reader, existing.messages[reader.offset])
+                    reader.offset += 1
+            return
+        readers = existing.readers
+        while existing.messages and any(reader.has_room for reader in readers):
+            stored = existing.take()
+            if stored.expires_at is not None and stored.expires_at <= self._clock():
+                self._bury(existing, stored)
+                continue
+            while not readers[0].has_room:
+                readers.rotate(-1)
+            self._deliver(readers[0], stored)
+            readers.rotate(-1)
+
+    def _deliver(self, reader: Reader, stored: Stored) -> None:
+        self._numbers += 1
+        message, token = stored.message, Token(reader, self._numbers)
+        reader.unacked[token.number] = stored
+        delivery = Delivery(
+            queue=reader.queue,
+            routing_key=message.routing_key,
+            type=message.type,
+            body=message.body,
+            headers=message.headers,
+            sender=self._user,
+            redelivered=stored.redelivered,
+            token=token,
+        )
+        self._loop.post(partial(_hand_over, delivery))
+
+    def _settle(self, delivery: Delivery) -> Stored | None:
+        """Take a delivery off its reader; None when it is no longer the reader's."""
+        token = delivery.token
+        assert isinstance(token, Token)  # noqa: S101 - a delivery of another driver is a programming error
+        stored = token.reader.unacked.pop(token.number, None)
+        existing = self._queues.get(delivery.queue)
+        if stored is not None and existing is not None:
+            self._pump(existing)
+        return stored
+
+    def _give_back(self, existing: ExistingQueue, readers: list[Reader]) -> None:
+        """Put what the readers hold back in its old order, then hand it out again."""
+        held = {number: stored for reader in readers for number, stored in reader.unacked.items()}
+        for reader in readers:
+            reader.unacked.clear()
+            reader.offset = 0
+        if not existing.is_stream:
+            for number in sorted(held, reverse=True):
+                existing.put_back(held[number])
+        self._pump(existing)
+
+    def _bury(self, existing: ExistingQueue, stored: Stored) -> None:
+        """Move a message to the queue's dead letters, if it has any."""
+        exchange = existing.declared.dead_letter_exchange
+        if exchange is not None:
+            letter = stored.message
+            self._publish(Outgoing(exchange, letter.routing_key, letter.type, letter.body, letter.headers))
+
+    def _watch_expiry(self, existing: ExistingQueue) -> None:
+        """Delete a queue that nobody has read for `expires_ms`."""
+        expires_ms = existing.declared.expires_ms
+        if expires_ms is None or existing.readers:
+            return
+
+        def expire() -> None:
+            is_unused = not existing.readers and self._clock() - existing.unused_since >= expires_ms / 1000
+            if is_unused and self._queues.get(existing.declared.name) is existing:
+                self.delete_queue(existing.declared.name)
+
+        existing.unused_since = self._clock()
+        self._loop.after(expires_ms / 1000, expire)
+
+
+def _properties(queue: Queue) -> tuple[object, ...]:
+    """What a second declaration has to agree on; bindings may be added."""
+    return queue.kind, queue.max_bytes, queue.dead_letter_exchange, queue.expires_ms
+
+
+def _hand_over(delivery: Delivery) -> None:
+    """Call the reader, unless the message went back or the reader left in the meantime."""
+    token = delivery.token
+    assert isinstance(token, Token)  # noqa: S101 - made by this module
+    if token.number in token.reader.unacked:
+        token.reader.on_delivery(delivery)
