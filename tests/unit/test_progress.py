@@ -47,6 +47,9 @@ def test_a_whole_log_leaves_every_figure_of_the_run():
 def test_a_client_shows_the_task_that_it_reports_on():
     progress = Progress(sample_spec())
     fold(progress, [*opening(), *one_round(1)[:4]])
+    assert progress.clients[name(0)].state == "waiting"
+
+    progress.apply(ev.TaskProgressed(at_ms=START_MS, round=1, client=name(0), phase=TRAIN, fraction=0.1))
     assert progress.clients[name(0)].state == "training"
 
     progress.apply(ev.TaskSent(at_ms=START_MS, round=1, client=name(0), phase=EVALUATE, attempt=1))

@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from doubles_events import loss, pooled_accuracy, sample_report
+from doubles_events import loss, pooled_accuracy, sample_log, sample_report, sample_spec
 from tensorboardX.proto.event_pb2 import Event
 
 from lorabbit.errors import BadInput
-from lorabbit.report import Report
+from lorabbit.report import Report, begin, fold
 from lorabbit_cli.report_pages import html, markdown, write_pages
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -159,3 +159,12 @@ def test_a_report_of_another_shape_is_refused_by_path(tmp_path: Path):
 
     with pytest.raises(BadInput, match=r"is not a report of this version: rounds: "):
         write_pages(tmp_path)
+
+
+def test_a_report_folded_from_a_log_makes_the_pages():
+    report = fold(begin("sample", sample_spec()), sample_log())
+
+    page = html(report)
+
+    assert f"{pooled_accuracy(3, 3):.4f}" in page
+    assert "9.0 kB" in page

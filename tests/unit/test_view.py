@@ -62,6 +62,7 @@ def test_on_a_terminal_a_frame_shows_rounds_clients_and_totals():
     assert "fedavg of lora on sentence-transformers/all-MiniLM-L6-v2" in shown
     assert "round 2/3" in shown
     assert "client-3" in shown
+    assert "waiting" in shown
     assert "training" in shown
     assert "up 3.0 kB" in shown
     assert "accuracy" in shown

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lorabbit.report import Report
-from lorabbit_cli.units import LOWER_IS_BETTER
+from lorabbit.report import LOWER_IS_BETTER, Report
 
 
 @dataclass(slots=True)

@@ -25,7 +25,14 @@ OTHER_LINES = 14
 """Lines of a frame that are not clients."""
 NOTES = 4
 STYLES: dict[Level, str] = {"info": "none", "warning": "yellow", "error": "bold red"}
-STATE_STYLES = {"idle": "dim", "training": "green", "evaluating": "cyan", "initialising": "magenta", "lost": "bold red"}
+STATE_STYLES = {
+    "idle": "dim",
+    "waiting": "dim",
+    "training": "green",
+    "evaluating": "cyan",
+    "initialising": "magenta",
+    "lost": "bold red",
+}
 STATUS_STYLES = {"running": "green", "done": "bold green", "failed": "bold red", "cancelled": "yellow"}
 
 

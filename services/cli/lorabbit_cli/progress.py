@@ -59,7 +59,7 @@ class Progress:
         if self.current is None or not self.current.cohort:
             return 0.0
         at_work = sum(
-            done
+            done or 0.0
             for row in self.clients.values()
             for (phase, number), done in row.tasks.items()
             if number == self.current.number and phase != EVALUATE
@@ -146,7 +146,7 @@ class Progress:
 
     def _sent(self, event: ev.TaskSent) -> Lines:
         row = self._client(event.client)
-        row.tasks[event.phase, event.round] = 0.0
+        row.tasks[event.phase, event.round] = None
         if event.attempt == 1:
             return []
         return [(f"{event.client} is asked again for round {event.round} (attempt {event.attempt})", "warning")]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from lorabbit import errors, events, jobspec, messages, settings
 from lorabbit.methods import METHODS
-from lorabbit.report import Report
+from lorabbit.report import report_schema
 from lorabbit_cli.reference_cli import cli_page
 from lorabbit_cli.schema_text import IDENTIFIER, doc, field_rows, table
 
@@ -50,8 +51,8 @@ def pages() -> dict[str, str]:
         "methods.md": _page("Methods", _methods()),
         "settings.md": _page("Settings", _settings()),
         "cli.md": _page("Command line", cli_page(_exit_codes())),
-        "report.schema.json": _schema(Report, "report.json of a LoRAbbit run", mode_is_output=True),
-        "job.schema.json": _schema(jobspec.JobSpec, "LoRAbbit job file", mode_is_output=False),
+        "report.schema.json": _json(report_schema()),
+        "job.schema.json": _json(_job_schema()),
     }
 
 
@@ -59,10 +60,13 @@ def _page(title: str, body: str) -> str:
     return f"# {title}\n\n{MADE}\n\n{body.strip()}\n"
 
 
-def _schema(model: type[BaseModel], title: str, *, mode_is_output: bool) -> str:
-    made = model.model_json_schema(mode="serialization" if mode_is_output else "validation")
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return json.dumps(head | made | {"title": title}, indent=2, ensure_ascii=False) + "\n"
+def _json(schema: Mapping[str, Any]) -> str:
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def _job_schema() -> dict[str, Any]:
+    made = jobspec.JobSpec.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, "title": "LoRAbbit job file"}
 
 
 def _section(title: str, model: type[BaseModel], *, without: frozenset[str] = frozenset()) -> str:

@@ -13,10 +13,10 @@ STATES = {TRAIN: "training", EVALUATE: "evaluating", INITIALISE: "initialising"}
 
 @dataclass(slots=True)
 class ClientRow:
-    """What is known of one client. `tasks` maps (phase, round) to the fraction done."""
+    """What is known of one client. `tasks` maps (phase, round) to the fraction done, None before it began."""
 
     client: str
-    tasks: dict[tuple[str, int], float] = field(default_factory=dict)
+    tasks: dict[tuple[str, int], float | None] = field(default_factory=dict)
     active: tuple[str, int] | None = None
     """The task that reported last."""
     lost: bool = False
@@ -36,17 +36,21 @@ class ClientRow:
 
     @property
     def state(self) -> str:
-        """idle, training, evaluating, initialising, lost, or the name of a method's own phase."""
+        """idle, waiting, training, evaluating, initialising, lost, or the name of a method's own phase."""
         if self.lost:
             return "lost"
         current = self.current
-        return "idle" if current is None else STATES.get(current[0], current[0])
+        if current is None:
+            return "idle"
+        if self.tasks[current] is None and current[0] != INITIALISE:
+            return "waiting"
+        return STATES.get(current[0], current[0])
 
     @property
     def fraction(self) -> float:
         """How far the current task is, 0 without one."""
         current = self.current
-        return 0.0 if current is None else self.tasks[current]
+        return 0.0 if current is None else self.tasks[current] or 0.0
 
 
 @dataclass(slots=True)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 BARS = "▁▂▃▄▅▆▇█"
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
 def bytes_text(size: float) -> str:
