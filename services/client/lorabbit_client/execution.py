@@ -46,6 +46,8 @@ class Outcome:
     """One sentence when the task failed; everything else is then meaningless."""
     bad_input: bool = False
     details: Mapping[str, str] = field(default_factory=dict)
+    sha256: str | None = None
+    """Of the file at `Work.output`; a runner fills it in, off the loop thread, where the executor did not."""
 
 
 class Runner(Protocol):
