@@ -1,0 +1,282 @@
+"""Codec: messages to and from JSON, tensors to and from safetensors files.
+
+Nothing is ever pickled, and nothing from the wire is believed before it is checked: a message is
+validated whole, a tensor file's header is bounded and must account for every byte after it. The
+same tensors and facts give the same bytes on every machine, so that a file is known by its sha256.
+
+A file is read and written one tensor at a time: memory is one tensor, whatever the adapter's
+size. Reading uses `pread` and not a memory map, because a mapped file that is cut short kills the
+process, and because mapped pages count as memory of a server that says it needs none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from pydantic import BaseModel, ConfigDict, StrictInt, TypeAdapter, ValidationError
+
+from lorabbit.errors import BadInput, CorruptPayload, Refused
+from lorabbit.messages import BY_TYPE, Message
+from lorabbit.types import Array, Facts, Json, Tensors
+
+MAX_MESSAGE_BYTES = 2**20
+"""Control messages are small; anything larger is refused unread."""
+MAX_HEADER_BYTES = 16 * 2**20
+METADATA = "__metadata__"
+FACTS = "lorabbit.facts"
+_LENGTH_BYTES = 8
+
+DTYPES: Mapping[str, np.dtype[np.generic]] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
+    "U64": np.dtype("<u8"),
+    "I64": np.dtype("<i8"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+"""safetensors' names of the element types that travel."""
+_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
+
+
+def encode(message: Message) -> bytes:
+    """Write a message as JSON; its type name travels beside it."""
+    return message.model_dump_json().encode()
+
+
+def decode(type_name: str, body: bytes) -> Message:
+    """Read a message of the type that its sender named.
+
+    Raises Refused: ``unknown-type`` (also a newer version's), ``too-large``, ``malformed``.
+    """
+    model = BY_TYPE.get(type_name)
+    if model is None:
+        raise Refused("unknown-type", f"there is no message type {type_name[:100]!r} in this version")
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise Refused("too-large", f"{type_name} has {len(body)} bytes; at most {MAX_MESSAGE_BYTES} are read")
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the body"
+        raise Refused("malformed", f"{type_name}: {where}: {first['msg']}") from error
+
+
+class _Entry(BaseModel):
+    """One tensor in a safetensors header."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: str
+    shape: tuple[StrictInt, ...]
+    data_offsets: tuple[StrictInt, StrictInt]
+
+
+_ENTRIES = TypeAdapter(dict[str, _Entry])
+_TEXTS = TypeAdapter(dict[str, str])
+
+
+class FileTensors(Mapping[str, Array]):
+    """Tensors of a safetensors file, each read when it is asked for, as a writable array of its own.
+
+    The file stays readable as long as this object lives, even when its name is deleted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read and check the header; raises CorruptPayload where it does not describe the file."""
+        self._path = path
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
+        self._entries, self.metadata, self._data_start = _read_header(self._file, path)
+
+    def __getitem__(self, name: str) -> Array:
+        """Read one tensor."""
+        dtype, shape = self.describe(name)
+        start, end = self._entries[name].data_offsets
+        raw = np.empty(end - start, dtype=np.uint8)
+        _read_into(self._file, raw.data, self._data_start + start, self._path)
+        return raw.view(dtype).reshape(shape)
+
+    def __contains__(self, name: object) -> bool:
+        """Answer without reading."""
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names, sorted."""
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        """Count the tensors."""
+        return len(self._entries)
+
+    def describe(self, name: str) -> tuple[np.dtype[np.generic], tuple[int, ...]]:
+        """Element type and shape of a tensor, without reading it."""
+        entry = self._entries[name]
+        return DTYPES[entry.dtype], entry.shape
+
+
+def read_tensors(path: Path) -> FileTensors:
+    """Open a safetensors file; raises CorruptPayload when its header is not to be believed."""
+    return FileTensors(path)
+
+
+def read_facts(path: Path) -> dict[str, Json]:
+    """Return the facts that `write_tensors` stored beside the tensors; empty where there are none."""
+    text = FileTensors(path).metadata.get(FACTS, "{}")
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptPayload(f"{path.name}: its facts are not JSON") from error
+    if not isinstance(facts, dict):
+        raise CorruptPayload(f"{path.name}: its facts are no JSON object")
+    return facts
+
+
+def write_tensors(path: Path, tensors: Tensors, facts: Facts | None = None, *, durable: bool = False) -> str:
+    """Write tensors and facts as a safetensors file, atomically; returns the file's sha256.
+
+    A tensor is asked for twice, once for the header and once for its values, so a mapping that computes them
+    costs no memory. `durable` means on the disk when this returns. Raises BadInput for a type that cannot travel.
+    """
+    digest = hashlib.sha256()
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("wb", buffering=0) as file:
+
+        def put(data: bytes | memoryview) -> None:
+            digest.update(data)
+            while data:
+                data = memoryview(data)[file.write(data) :]
+
+        _serialise(tensors, facts or {}, put)
+        if durable:
+            os.fsync(file.fileno())
+    unfinished.replace(path)
+    if durable:
+        sync_folder(path.parent)
+    return digest.hexdigest()
+
+
+def tensors_sha256(tensors: Tensors, facts: Facts | None = None) -> str:
+    """Hash of the file that `write_tensors` would write, without writing it."""
+    digest = hashlib.sha256()
+    _serialise(tensors, facts or {}, digest.update)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were created, renamed or deleted in a folder survive a power cut."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _serialise(tensors: Tensors, facts: Facts, put: Callable[[bytes | memoryview], object]) -> None:
+    """Hand the bytes of a safetensors file over, part by part.
+
+    The widest types come first, then names in order: every tensor is aligned to its element size, as readers that
+    map the file need it.
+    """
+    described = {name: _describe(tensors, name) for name in tensors}
+    names = sorted(described, key=lambda name: (-described[name][0].itemsize, name))
+    metadata = {"format": "pt"}  # transformers reads no file without it
+    if facts:
+        metadata[FACTS] = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    header: dict[str, object] = {METADATA: metadata}
+    offset = 0
+    for name in names:
+        dtype, shape = described[name]
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype.name], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    put(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+    for name in names:
+        dtype, shape = described[name]
+        value = np.ascontiguousarray(tensors[name], dtype=dtype)
+        if value.size:
+            put(value.reshape(-1).view(np.uint8).data)
+
+
+def _describe(tensors: Tensors, name: str) -> tuple[np.dtype[np.generic], tuple[int, ...]]:
+    """Element type on the wire and shape of a tensor."""
+    if name == METADATA:
+        raise BadInput(f"a tensor cannot be called {METADATA}")
+    if isinstance(tensors, FileTensors):
+        return tensors.describe(name)
+    value = tensors[name]
+    wire = _NAMES.get(value.dtype.name)
+    if wire is None:
+        raise BadInput(f"tensor {name!r} is {value.dtype}, which cannot travel; use one of {', '.join(_NAMES)}")
+    return DTYPES[wire], value.shape
+
+
+def _read_header(file: int, path: Path) -> tuple[dict[str, _Entry], dict[str, str], int]:
+    """Entries, metadata and where the data starts; every byte of the file is accounted for."""
+    size = os.fstat(file).st_size
+    length = int.from_bytes(os.pread(file, _LENGTH_BYTES, 0), "little")
+    if size < _LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - _LENGTH_BYTES):
+        raise CorruptPayload(f"{path.name} is no safetensors file: its header would have {length} of {size} bytes")
+    text = bytearray(length)
+    _read_into(file, memoryview(text), _LENGTH_BYTES, path)
+    try:
+        raw = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        metadata = _TEXTS.validate_python(raw.pop(METADATA, {}))
+        entries = _ENTRIES.validate_python(raw)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CorruptPayload(f"{path.name} has a malformed safetensors header") from error
+    _check_offsets(entries, size - _LENGTH_BYTES - length, path)
+    return entries, metadata, _LENGTH_BYTES + length
+
+
+def _check_offsets(entries: Mapping[str, _Entry], data_bytes: int, path: Path) -> None:
+    """Refuse unknown types, sizes that do not follow from the shape, overlaps, holes and missing or extra bytes."""
+    expected = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise CorruptPayload(f"{path.name}: tensor {name!r} has the unknown type {entry.dtype!r}")
+        start, end = entry.data_offsets
+        if min(entry.shape, default=0) < 0 or end - start != math.prod(entry.shape) * dtype.itemsize:
+            raise CorruptPayload(f"{path.name}: tensor {name!r} does not have the size that its shape asks for")
+        if start != expected:
+            raise CorruptPayload(f"{path.name}: tensor {name!r} starts at byte {start}, not {expected}")
+        expected = end
+    if expected != data_bytes:
+        raise CorruptPayload(f"{path.name} holds {data_bytes} bytes of tensors; its header names {expected}")
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Refuse a JSON object that names one key twice: readers would not agree on what it says."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate key")
+    return result
+
+
+def _read_into(file: int, target: memoryview, offset: int, path: Path) -> None:
+    """Fill a buffer from a place in a file."""
+    while target:
+        count = os.preadv(file, [target], offset)
+        if count == 0:
+            raise CorruptPayload(f"{path.name} was cut short while it was read")
+        target = target[count:]
+        offset += count
