@@ -78,7 +78,7 @@ def _head(progress: Progress, now_ms: int) -> RenderableType:
         time_text.append(f", about {duration_text(round(left)) if left >= 1 else '1 s'} left", "dim")
     grid.add_row(
         Text(f"round {number}/{total if spec else '?'}", "bold"),
-        ProgressBar(total=total, completed=done + part, width=None),
+        ProgressBar(total=total, completed=done + part, complete_style="cyan", finished_style="green"),
         time_text,
     )
     return Group(line, grid)
@@ -111,7 +111,7 @@ def _clients(rows: Iterable[ClientRow], main_metric: str | None) -> RenderableTy
         table.add_row(
             row.client,
             Text(state, STATE_STYLES.get(state, "none")),
-            ProgressBar(total=1.0, completed=row.fraction, width=None) if row.current else "",
+            ProgressBar(total=1.0, completed=row.fraction, complete_style="green") if row.current else "",
             score_text(row.loss),
             score_text(row.score),
             f"{row.examples:,}" if row.examples else "-",
