@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Self
-from typing import Self
 
 import psutil
 import yaml
@@ -83,7 +82,7 @@ def memory_mb(processes: Iterable[psutil.Process]) -> float:
 def run_measured(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> Usage:
     """Run a command to its end; raises SystemExit with its output when it fails."""
     began, before = time.perf_counter(), os.times()
-    with subprocess.Popen(  # noqa: S603 - our own command
+    with subprocess.Popen(  # noqa: S603, SIM117 - our own command; the sampler needs its pid
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(environment or {})}
     ) as process:
         with Sampler({"all": [psutil.Process(process.pid)]}) as sampler:
