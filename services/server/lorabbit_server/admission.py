@@ -6,6 +6,7 @@ their price: the offer's numbers first, then the file's header, then every value
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +31,27 @@ class Template:
 
     shapes: Mapping[str, tuple[tuple[int, ...], str]]
     size_bytes: int
+    parameters: int = 0
 
     @classmethod
     def of(cls, tensors: Tensors) -> Template:
         """Describe tensors."""
         shapes = {}
-        size = 0
+        size = parameters = 0
         for name in tensors:
-            value = tensors[name]
-            shapes[name] = (tuple(value.shape), value.dtype.name)
-            size += value.nbytes
-        return cls(shapes, size)
+            dtype, shape = _describe(tensors, name)
+            shapes[name] = (shape, dtype.name)
+            parameters += math.prod(shape)
+            size += math.prod(shape) * dtype.itemsize
+        return cls(shapes, size, parameters)
+
+
+def _describe(tensors: Tensors, name: str) -> tuple[np.dtype[np.generic], tuple[int, ...]]:
+    """Element type and shape, read from the header where the tensors are a file."""
+    if isinstance(tensors, codec.FileTensors):
+        return tensors.describe(name)
+    value = tensors[name]
+    return value.dtype, value.shape
 
 
 def check_offer(payload: PayloadRef, template: Template | None, *, max_bytes: int) -> None:
@@ -77,12 +88,13 @@ def _check_names(tensors: Tensors, template: Template) -> None:
 
 def _check_tensor(name: str, tensors: Tensors, template: Template | None) -> None:
     """Refuse one tensor of the wrong shape or dtype, or with a value that is not finite."""
-    value = tensors[name]
+    dtype, shape = _describe(tensors, name)
     if template is not None:
-        shape, dtype = template.shapes[name]
-        if tuple(value.shape) != shape:
-            raise Refused("shape", f"{name!r} has shape {list(value.shape)}, not {list(shape)}")
-        if value.dtype.name != dtype:
-            raise Refused("dtype", f"{name!r} is {value.dtype.name}, not {dtype}")
+        right_shape, right_dtype = template.shapes[name]
+        if shape != right_shape:
+            raise Refused("shape", f"{name!r} has shape {list(shape)}, not {list(right_shape)}")
+        if dtype.name != right_dtype:
+            raise Refused("dtype", f"{name!r} is {dtype.name}, not {right_dtype}")
+    value = tensors[name]
     if is_floating(value) and not bool(np.isfinite(value).all()):
         raise Refused("not-finite", f"{name!r} holds NaN or infinity")

@@ -32,9 +32,7 @@ def updates(tasks: Iterable[TaskState], payloads: PayloadStore) -> Iterator[Clie
         )
 
 
-def aggregate(
-    method: Method, state: ServerState, tasks: Sequence[TaskState], *, payloads: PayloadStore
-) -> ServerState:
+def aggregate(method: Method, state: ServerState, tasks: Sequence[TaskState], *, payloads: PayloadStore) -> ServerState:
     """Let the method fold the round's updates, in ascending client index."""
     in_order = sorted(tasks, key=lambda task: task.index)
     return method.aggregate(state, updates(in_order, payloads))

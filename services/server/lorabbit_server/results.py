@@ -7,10 +7,11 @@ from dataclasses import replace
 from lorabbit import events as ev
 from lorabbit.types import EVALUATE, INITIALISE
 from lorabbit_server.asking import name_of, new_task, send
-from lorabbit_server.jobstate import JobState, TaskState
+from lorabbit_server.jobstate import JobState, Offered, TaskState
 from lorabbit_server.rounds import aggregation, end, round_is_complete, scored
 from lorabbit_server.steps import (
     Command,
+    CountResult,
     Decision,
     DenyUpload,
     GrantUpload,
@@ -61,9 +62,9 @@ def arrived(state: JobState, event: ResultArrived) -> Decision:
     task = state.tasks.get(event.task)
     if task is None or task.offered is None or task.status == "accepted":
         return state, ()
+    done = _accepted(task, task.offered, event)
     task = replace(task, status="accepted")
     state = replace(state, tasks={**state.tasks, task.id: task})
-    done: tuple[Command, ...] = (_accepted(task, event), SendVerdict(task.id, task.client, accepted=True))
     if task.phase == INITIALISE:
         state = replace(state, stage="starting", since_ms=event.at_ms)
         return state, (*done, StartMethod(task))
@@ -77,24 +78,23 @@ def arrived(state: JobState, event: ResultArrived) -> Decision:
     return state, (*done, *more)
 
 
-def _accepted(task: TaskState, event: ResultArrived) -> Record:
-    """Tell the log of a result that counts."""
-    assert task.offered is not None  # noqa: S101 - an accepted task has been offered
-    offered, traffic = task.offered, event.traffic
-    return Record(
-        ev.UpdateAccepted(
-            at_ms=event.at_ms,
-            round=task.round,
-            client=task.client,
-            phase=task.phase,
-            metrics=offered.metrics,
-            sha256=offered.payload.sha256 if offered.payload else None,
-            bytes_up=traffic.bytes_up,
-            bytes_down=offered.bytes_down,
-            overhead_up=traffic.overhead_up,
-            overhead_down=traffic.overhead_down,
-        )
+def _accepted(task: TaskState, offered: Offered, event: ResultArrived) -> tuple[Command, ...]:
+    """Count a result, tell the log and let the client forget it."""
+    sha256 = offered.payload.sha256 if offered.payload else None
+    told = ev.UpdateAccepted(
+        at_ms=event.at_ms,
+        round=task.round,
+        client=task.client,
+        phase=task.phase,
+        metrics=offered.metrics,
+        sha256=sha256,
+        bytes_up=event.traffic.bytes_up,
+        bytes_down=offered.bytes_down,
+        overhead_up=event.traffic.overhead_up,
+        overhead_down=event.traffic.overhead_down,
     )
+    verdict = SendVerdict(task.id, task.client, accepted=True)
+    return CountResult(task.id, sha256 or "-"), Record(told), verdict
 
 
 def refused(state: JobState, event: ResultRefused) -> Decision:

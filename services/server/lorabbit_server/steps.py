@@ -203,6 +203,14 @@ class SendVerdict:
 
 
 @dataclass(frozen=True, slots=True)
+class CountResult:
+    """Note for ever that a task's result counts; the store refuses to note it twice."""
+
+    task: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class StartMethod:
     """Make the first server state from the initial adapter."""
 
@@ -223,6 +231,15 @@ class EndJob:
 
 
 Command: TypeAlias = (
-    Record | SendTask | CancelTask | GrantUpload | DenyUpload | SendVerdict | StartMethod | Aggregate | EndJob
+    Record
+    | SendTask
+    | CancelTask
+    | GrantUpload
+    | DenyUpload
+    | SendVerdict
+    | CountResult
+    | StartMethod
+    | Aggregate
+    | EndJob
 )
 Decision: TypeAlias = tuple[JobState, tuple[Command, ...]]

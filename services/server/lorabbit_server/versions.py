@@ -51,6 +51,11 @@ class Versions:
         """Write the tensors of a plan that are not files yet; the same object is written once."""
         return {role: self._ref(tensors) for role, tensors in payloads.items()}
 
+    @property
+    def current(self) -> frozenset[str]:
+        """The files that plans on the loaded server state refer to."""
+        return frozenset(ref.sha256 for _, ref in self._refs.values())
+
     def _ref(self, tensors: Tensors) -> PayloadRef:
         known = self._refs.get(id(tensors))
         if known is None:

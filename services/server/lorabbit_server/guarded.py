@@ -1,0 +1,71 @@
+"""The loop thread, with a guard around every callback, and the one thread that does heavy work beside it.
+
+A callback that finds the lease lost or the store gone must not end the process: the guard hands the
+error to the service, which steps down and tries again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import TypeVar
+
+from lorabbit.broker.base import Broker, Cancellable
+from lorabbit.errors import Fenced, Retryable
+from lorabbit.state.base import Conflict
+
+Result = TypeVar("Result")
+
+
+class GuardedLoop:
+    """Posts guarded callbacks to the broker's loop thread."""
+
+    def __init__(
+        self, broker: Broker, on_setback: Callable[[Exception], None], *, worker: Executor | None = None
+    ) -> None:
+        """Call `on_setback` with the error of a callback that another server or a lost service caused."""
+        self._broker, self._on_setback = broker, on_setback
+        self._worker = worker or ThreadPoolExecutor(max_workers=1, thread_name_prefix="heavy")
+        self._closed = False
+
+    def guard(self, callback: Callable[[], None]) -> None:
+        """Call now."""
+        if self._closed:
+            return
+        try:
+            callback()
+        except (Fenced, Conflict, Retryable) as error:
+            self._on_setback(error)
+
+    def post(self, callback: Callable[[], None]) -> None:
+        """Call soon; from any thread."""
+        self._broker.post(lambda: self.guard(callback))
+
+    def after(self, seconds: float, callback: Callable[[], None]) -> Cancellable:
+        """Call later."""
+        return self._broker.after(seconds, lambda: self.guard(callback))
+
+    def work(
+        self,
+        job: Callable[[], Result],
+        then: Callable[[Result], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        """Do heavy work beside the loop, in the order asked for; `then` or `failed` is called on the loop."""
+
+        def run() -> None:
+            try:
+                result = job()
+            except Exception as error:  # noqa: BLE001 - whatever it was, its owner must hear of it
+                caught = error
+                self.post(lambda: failed(caught))
+            else:
+                self.post(lambda: then(result))
+
+        if not self._closed:
+            self._worker.submit(run)
+
+    def close(self) -> None:
+        """Call nothing any more; waits for the work under way."""
+        self._closed = True
+        self._worker.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,289 @@
+"""JobRun: the shell of one job. It feeds events to `decide` and performs the commands.
+
+Everything that a decision changes goes through the ledger, so it is durable before anybody hears
+of it; heavy work (hashing, admission, aggregation, exports) runs beside the loop and comes back as
+an event. After a crash the same commands are given again from the state in the store.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+
+from lorabbit import codec
+from lorabbit import events as ev
+from lorabbit.broker.base import Delivery
+from lorabbit.errors import Refused
+from lorabbit.events import EVENTS, AnyEvent
+from lorabbit.jobspec import JobSpec
+from lorabbit.messages import CancelTask, Deny, Message, Offer, TaskFailed, Verdict
+from lorabbit.methods import build
+from lorabbit.state.base import JobRecord
+from lorabbit.types import INITIALISE, TRAIN, ClientId
+from lorabbit_server import admission, aggregator, steps
+from lorabbit_server.coordinator import decide, resume
+from lorabbit_server.downloads import Downloads
+from lorabbit_server.jobstate import JobState, Offered, TaskState, Version, load_state
+from lorabbit_server.ledger import Ledger
+from lorabbit_server.meter import Meter
+from lorabbit_server.planner import Planner
+from lorabbit_server.runfolder import RunFolder
+from lorabbit_server.tools import Tools
+from lorabbit_server.uploads import Uploads, refusal
+from lorabbit_server.versions import Versions
+
+log = structlog.get_logger()
+_Step = Callable[[], None]
+
+
+class JobRun:
+    """See the module's docstring; for the loop thread."""
+
+    def __init__(self, tools: Tools, job: str, spec: JobSpec, record: JobRecord) -> None:
+        """Continue a job from what the store holds of it, or begin it."""
+        self.job, self.spec = job, spec
+        self.on_events: Callable[[list[AnyEvent]], None] = lambda _: None
+        self.on_end: Callable[[], None] = lambda: None
+        state = JobState(job, spec) if record.header is None else load_state(record.header, spec, record.tasks)
+        self._is_new = record.header is None
+        self._tools, self._meter = tools, Meter()
+        self._method = build(spec)
+        self._versions = Versions(self._method, tools.payloads, tools.settings.chunk_bytes)
+        self._planner = Planner(self._method, self._versions, tools.registry, epoch=tools.epoch)
+        self._uploads = Uploads(tools, job, self._meter, self._checked)
+        self._downloads = Downloads(tools, self._needs)
+        folder = tools.settings.folder / "runs" / job
+        self._folder = RunFolder(folder, job, spec, tools.payloads, durable=tools.settings.durable)
+        self._ledger = Ledger(tools, state, record)
+        self._ledger.on_events = self._told
+
+    @property
+    def state(self) -> JobState:
+        """The state as decided, which may be a step ahead of the store."""
+        return self._ledger.state
+
+    def start(self, *, submitted_ms: int) -> None:
+        """Begin, or give again the commands that a stopped server left undone."""
+        if self._is_new:
+            self._ledger.record(ev.JobSubmitted(at_ms=submitted_ms))
+        else:
+            self._recover()
+        if self.state.stage == "ended":
+            self._ledger.afterwards(self._end)
+        else:
+            self.apply(steps.JobOpened(self._tools.registry.present, self._now()))
+
+    def _recover(self) -> None:
+        """Make again what a stopped server may have left undone: files, streams, messages, heavy steps."""
+        logged = self._tools.store.events(self.job, progress=False)
+        self._write(self._folder.recover(EVENTS.validate_json(each.event) for each in logged))
+        recent = {r.sha256 for r in self._folder.report.rounds[-3:] if r.sha256}
+        self._downloads.withdraw(sha256 for sha256 in recent if sha256 not in self.state.payloads)
+        self._ledger.relay_all()
+        for task in self.state.tasks.values():
+            if task.status != "accepted":
+                self._downloads.publish(self._planner.message(self.state, task).payloads.values())
+        for command in resume(self.state):
+            self._perform(command)
+
+    def commit(self) -> None:
+        """Make the step under way durable now."""
+        self._ledger.commit()
+
+    def close(self) -> None:
+        """Take no further step; the store holds what the next server needs."""
+        self._ledger.close()
+
+    # ---- events ----
+    def apply(self, event: steps.Event) -> None:
+        """Decide on an event and perform what follows."""
+        before = self.state
+        self._ledger.state, commands = decide(before, event)
+        for command in commands:
+            self._perform(command)
+        self._meter.keep(self.state.tasks.keys())
+        gone = before.payloads - self.state.payloads
+        if gone:
+            self._ledger.afterwards(lambda: self._downloads.sweep(gone))
+
+    def on_offer(self, message: Offer, delivery: Delivery, client: ClientId) -> None:
+        """Weigh an offer; the delivery is acknowledged once the answer is durable."""
+        self._ledger.hold(delivery)
+        task = self.state.tasks.get(message.task)
+        if task is not None and message.payload is not None and task.status != "accepted":
+            try:
+                limit = self._tools.settings.max_payload_bytes
+                admission.check_offer(message.payload, self._template(task), max_bytes=limit)
+            except Refused as why:
+                refused = steps.ResultRefused(task.id, why.reason, why.detail, before_upload=True, at_ms=self._now())
+                self.apply(refused)
+                return
+        counted = task is None and self._tools.store.effect(self.job, message.task) is not None
+        offered = Offered(message.metrics, message.payload, message.base_sha256, message.bytes_down)
+        traffic = self._meter.read(message.task)
+        self.apply(
+            steps.ResultOffered(message.task, client, offered, counted=counted, traffic=traffic, at_ms=self._now())
+        )
+
+    def on_task_failed(self, message: TaskFailed, delivery: Delivery, client: ClientId) -> None:
+        """Hear that a client could not do a task."""
+        self._ledger.hold(delivery)
+        at_ms = self._now()
+        self.apply(steps.TaskFailed(message.task, client, message.reason, bad_input=message.bad_input, at_ms=at_ms))
+
+    def on_chunk(self, delivery: Delivery) -> None:
+        """Take in a chunk."""
+        self._uploads.on_chunk(delivery)
+
+    def meter(self, task: str, overhead: int) -> None:
+        """Count a control message from a client."""
+        self._meter.up(task, overhead=overhead)
+
+    def tick(self) -> None:
+        """Ask again where an upload has stalled."""
+        self._uploads.again(frozenset(self.state.lost))
+
+    # ---- commands ----
+    def _perform(self, command: steps.Command) -> None:
+        """Put what a command changes into the ledger, and what it does behind the commit."""
+        match command:
+            case steps.Record(event):
+                self._ledger.record(event)
+            case steps.CountResult(id_, sha256):
+                self._ledger.count(id_, sha256)
+            case steps.SendTask(task):
+                self._send_task(task)
+            case steps.CancelTask(id_, client):
+                self._uploads.forget(id_)
+                self._post(client, CancelTask(job=self.job, task=id_, client=client), f"{id_}.cancel")
+            case steps.DenyUpload(id_, client, reason):
+                self._post(client, Deny(job=self.job, task=id_, client=client, reason=reason), f"{id_}.deny")
+            case steps.SendVerdict(id_, client, accepted, reason):
+                verdict = Verdict(job=self.job, task=id_, client=client, accepted=accepted, reason=reason)
+                self._post(client, verdict, f"{id_}.verdict")
+            case _:
+                self._ledger.afterwards(self._heavy(command))
+
+    def _heavy(self, command: steps.GrantUpload | steps.StartMethod | steps.Aggregate | steps.EndJob) -> _Step:
+        """What a command does once it is durable."""
+        match command:
+            case steps.GrantUpload(task):
+                return lambda: self._expect(task)
+            case steps.StartMethod(task):
+                return lambda: self._start_method(task)
+            case steps.Aggregate():
+                return lambda: self._aggregate(command)
+            case steps.EndJob():
+                return self._end
+
+    def _send_task(self, task: TaskState) -> None:
+        """Put a task into the outbox, and its payloads into streams."""
+        message = self._planner.message(self.state, task)
+        self._post(task.client, message, f"{task.id}.{message.attempt}.{self._tools.epoch}")
+        self._ledger.afterwards(lambda: self._downloads.publish(message.payloads.values()))
+
+    def _post(self, client: ClientId, message: Message, message_id: str) -> None:
+        """Put a message into the outbox; a client without an address gets its tasks when it says hello."""
+        entry = self._tools.registry.get(client)
+        if entry is not None:
+            size = self._ledger.post(entry.address, message, message_id=message_id)
+            self._meter.down(getattr(message, "task", ""), size)
+
+    # ---- uploads ----
+    def _expect(self, task: TaskState) -> None:
+        current = self.state.tasks.get(task.id)
+        if current is not None and current.status == "offered":
+            self._uploads.expect(current, self._template(current))
+
+    def _template(self, task: TaskState) -> admission.Template | None:
+        """What a task's result must look like; anything finite, for the first adapter."""
+        return self._planner.template(self.state) if task.phase == TRAIN else None
+
+    def _checked(self, task: TaskState, error: Exception | None) -> None:
+        """Count a payload that passed admission, unless its offer is no longer the one that counts."""
+        current = self.state.tasks.get(task.id)
+        if current is None or current.status != "offered" or current.offered != task.offered:
+            return
+        if error is None:
+            self.apply(steps.ResultArrived(task.id, self._meter.read(task.id), self._now()))
+            return
+        why = refusal(error)
+        if why is None:
+            self._step_failed(f"checking the {task.phase} result of {task.client}", error)
+        else:
+            self.apply(steps.ResultRefused(task.id, why.reason, why.detail, at_ms=self._now()))
+
+    def _needs(self, sha256: str) -> bool:
+        """Tell whether the job as it stands may still read a payload."""
+        return sha256 in self.state.payloads or (self.state.stage != "ended" and sha256 in self._versions.current)
+
+    # ---- heavy steps ----
+    def _start_method(self, task: TaskState) -> None:
+        """Make the first server state from the initial adapter."""
+        if task.phase != INITIALISE or task.offered is None or task.offered.payload is None:
+            return
+        offered, path = task.offered, self._tools.payloads.path(task.offered.payload.sha256)
+
+        def work() -> tuple[Version, int]:
+            state = self._method.start(codec.read_tensors(path))
+            return self._versions.save(state), admission.Template.of(self._method.adapter(state)).parameters
+
+        def done(result: tuple[Version, int]) -> None:
+            facts = dict(offered.metrics.facts)
+            known = facts.get("versions")
+            facts["versions"] = {**(known if isinstance(known, dict) else {}), **self._tools.versions}
+            self.apply(steps.MethodStarted(result[0], result[1], facts, self._now()))
+
+        self._tools.loop.work(work, done, lambda error: self._step_failed("starting the method", error))
+
+    def _aggregate(self, command: steps.Aggregate) -> None:
+        """Fold the round's updates into the next server state."""
+        if self.state.head is None:
+            return
+        state = self._versions.load(self.state.head)
+
+        def work() -> tuple[Version, float]:
+            began = time.monotonic()
+            folded = aggregator.aggregate(self._method, state, command.tasks, payloads=self._tools.payloads)
+            return self._versions.save(folded), time.monotonic() - began
+
+        def done(result: tuple[Version, float]) -> None:
+            self.apply(steps.RoundAggregated(command.round, result[0], result[1], self._now()))
+
+        self._tools.loop.work(work, done, lambda error: self._step_failed(f"aggregating round {command.round}", error))
+
+    def _step_failed(self, what: str, error: Exception) -> None:
+        """End the job on an error of the server's own work; it would come again."""
+        log.error("step-failed", job=self.job, what=what, why=repr(error))
+        reason = f"{what} failed: {error or type(error).__name__}"
+        self.apply(steps.StepFailed(reason, getattr(error, "exit_code", 1), self._now()))
+
+    # ---- the run folder and the end ----
+    def _told(self, events: list[AnyEvent]) -> None:
+        """Bring committed events to the run folder and to whoever listens."""
+        self._write(self._folder.told(events))
+        self.on_events(events)
+
+    def _write(self, work: _Step | None) -> None:
+        if work is not None:
+            self._tools.loop.work(work, lambda _: None, lambda error: self._step_failed("writing the run", error))
+
+    def _end(self) -> None:
+        """Let everything reach its place, then hand over to the next job."""
+
+        def written(_: object) -> None:
+            self._ledger.when_relayed(self._hand_over)
+
+        self._tools.loop.work(lambda: None, written, written)
+
+    def _hand_over(self) -> None:
+        state = self.state
+        status = "done" if state.outcome == "running" else state.outcome
+        reason, exit_code = state.reason, state.exit_code
+        self._tools.store.mark_job(self.job, status, epoch=self._tools.epoch, reason=reason, exit_code=exit_code)
+        self.on_end()
+
+    def _now(self) -> int:
+        return self._tools.now_ms()

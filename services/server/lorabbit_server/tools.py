@@ -1,0 +1,31 @@
+"""What a job's shell works with: the services of one server in one epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lorabbit.broker.base import Broker
+from lorabbit.payloads import PayloadStore
+from lorabbit.settings import ServerSettings
+from lorabbit.state.base import StateStore
+from lorabbit.transfer import AdapterPublisher
+from lorabbit_server.guarded import GuardedLoop
+from lorabbit_server.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """Valid as long as the server holds the lease under `epoch`."""
+
+    loop: GuardedLoop
+    broker: Broker
+    store: StateStore
+    payloads: PayloadStore
+    publisher: AdapterPublisher
+    registry: Registry
+    settings: ServerSettings
+    now_ms: Callable[[], int]
+    epoch: int
+    versions: Mapping[str, str]
+    """Of what this server runs on, for the report."""

@@ -1,0 +1,142 @@
+"""Uploads: from an offer that is wanted to a payload that passed admission.
+
+A payload is known by its content, so two tasks that bring the same bytes share one upload, and
+bytes that are here already move no second time. Chunks are acknowledged once written; the whole is
+checked beside the loop before anybody believes it. An upload on which nothing arrives for a while
+is granted again: the broker, or an earlier disk of this server, may have lost a chunk, and a grant
+itself needs no outbox for the same reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from lorabbit import codec
+from lorabbit.broker import topology
+from lorabbit.broker.base import Delivery, Outgoing
+from lorabbit.errors import CorruptPayload, LoRAbbitError, Refused
+from lorabbit.messages import Grant, PayloadRef
+from lorabbit_server import admission
+from lorabbit_server.jobstate import TaskState
+from lorabbit_server.meter import Meter, header_bytes
+from lorabbit_server.tools import Tools
+
+log = structlog.get_logger()
+STALLED_MS = 5_000
+"""An upload on which nothing moved for so long is granted again."""
+OnChecked = Callable[[TaskState, Exception | None], None]
+
+
+@dataclass(slots=True)
+class Upload:
+    """One payload on its way, or being checked once nothing of it is missing."""
+
+    ref: PayloadRef
+    missing: set[int]
+    moved_ms: int
+    waiting: dict[str, tuple[TaskState, admission.Template | None]] = field(default_factory=dict)
+
+
+class Uploads:
+    """See the module's docstring; for the loop thread."""
+
+    def __init__(self, tools: Tools, job: str, meter: Meter, on_checked: OnChecked) -> None:
+        """Report each task's payload, or why it is refused, to `on_checked`."""
+        self._tools, self._job, self._meter, self._on_checked = tools, job, meter, on_checked
+        self._open: dict[str, Upload] = {}
+
+    def expect(self, task: TaskState, template: admission.Template | None) -> None:
+        """Await the payload that a task's client offered, and grant what is missing of it."""
+        if task.offered is None or task.offered.payload is None:
+            return
+        ref = task.offered.payload
+        upload = self._open.get(ref.sha256)
+        if upload is None:
+            missing = set(self._tools.payloads.missing(ref))
+            upload = self._open[ref.sha256] = Upload(ref, missing, self._tools.now_ms())
+        upload.waiting[task.id] = (task, template)
+        upload.moved_ms = self._tools.now_ms()
+        if upload.missing:
+            self._grant(task, upload)
+        else:
+            self._check(upload)
+
+    def forget(self, task: str) -> None:
+        """Await nothing for a task any more."""
+        for sha256, upload in list(self._open.items()):
+            if upload.waiting.pop(task, None) is not None and upload.missing and not upload.waiting:
+                del self._open[sha256]
+
+    def again(self, absent: frozenset[str]) -> None:
+        """Grant again what has stalled, to the clients that are not absent."""
+        now = self._tools.now_ms()
+        for upload in self._open.values():
+            if upload.missing and now - upload.moved_ms >= STALLED_MS:
+                upload.moved_ms = now
+                for task, _ in upload.waiting.values():
+                    if task.client not in absent:
+                        self._grant(task, upload)
+
+    def on_chunk(self, delivery: Delivery) -> None:
+        """Write a chunk; one that is here already, or that nobody asked for, is dropped."""
+        headers = delivery.headers
+        task = str(headers.get("task", ""))
+        self._meter.up(task, payload=len(delivery.body), overhead=header_bytes(delivery))
+        upload = self._open.get(str(headers.get("sha256", "")))
+        if upload is not None:
+            try:
+                index = int(headers["index"])
+                if index in upload.missing:
+                    self._tools.payloads.write_chunk(upload.ref, index, delivery.body)
+            except (CorruptPayload, KeyError, ValueError) as error:
+                log.warning("chunk-rejected", task=task, why=str(error))
+                self._tools.broker.reject(delivery)
+                return
+            upload.moved_ms = self._tools.now_ms()
+            last = upload.missing == {index}
+            upload.missing.discard(index)
+            if last:
+                self._check(upload)
+        self._tools.broker.ack(delivery)
+
+    def _grant(self, task: TaskState, upload: Upload) -> None:
+        """Ask a client for the chunks that are missing."""
+        entry = self._tools.registry.get(task.client)
+        if entry is None:
+            return
+        missing = tuple(sorted(upload.missing))
+        grant = Grant(job=self._job, task=task.id, client=task.client, sha256=upload.ref.sha256, missing=missing)
+        body = codec.encode(grant)
+        self._meter.down(task.id, len(body))
+        headers = {"epoch": self._tools.epoch}
+        key = topology.control_key(entry.address)
+        self._tools.broker.send(Outgoing(topology.CONTROL, key, grant.type_name(), body, headers, f"{task.id}.grant"))
+
+    def _check(self, upload: Upload) -> None:
+        """Check a whole payload beside the loop, for everybody who waits for it."""
+        waiting, upload.waiting = upload.waiting, {}
+        for task, template in waiting.values():
+            self._check_for(upload, task, template)
+
+    def _check_for(self, upload: Upload, task: TaskState, template: admission.Template | None) -> None:
+        payloads, sha256 = self._tools.payloads, upload.ref.sha256
+
+        def work() -> None:
+            admission.check_update(payloads.finish(upload.ref), template)
+
+        def done(error: Exception | None) -> None:
+            if not upload.waiting:
+                self._open.pop(sha256, None)
+            self._on_checked(task, error)
+
+        self._tools.loop.work(work, done, done)
+
+
+def refusal(error: Exception) -> Refused | None:
+    """The refusal that a failed check means; None when it was this server's own failure."""
+    if isinstance(error, Refused):
+        return error
+    return Refused("corrupt", str(error)) if isinstance(error, LoRAbbitError) else None
