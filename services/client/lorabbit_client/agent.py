@@ -1,0 +1,251 @@
+"""Agent: the protocol half of a client, driven by callbacks on the broker's loop thread.
+
+It says hello until it is welcomed, renews its lease, journals and acknowledges tasks at once, and
+leaves each task's life to an `Assignment`. It holds no delivery while training, imports no torch,
+and waits for nothing: whatever comes twice, late or out of order changes nothing. A process may
+hold many agents on one broker; they share runner and shelf, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+
+import structlog
+
+import lorabbit
+from lorabbit import codec
+from lorabbit.broker import topology
+from lorabbit.broker.base import Broker, Cancellable, Delivery, OnDone, Outgoing
+from lorabbit.errors import LoRAbbitError, Refused
+from lorabbit.messages import Alive, CancelTask, Deny, ForTask, Goodbye, Grant, Hello, Message, Task, Verdict, Welcome
+from lorabbit.payloads import PayloadStore
+from lorabbit.settings import ClientSettings
+from lorabbit_client.assignment import Assignment, Desk
+from lorabbit_client.execution import Runner
+from lorabbit_client.journal import Journal
+from lorabbit_client.shelf import Shelf
+
+log = structlog.get_logger()
+
+FIRST_HELLO_SECONDS = 0.5
+LONGEST_HELLO_SECONDS = 10.0
+FINISHED_KEPT = 256
+HEARTBEATS_PER_HELLO = 12
+"""An idle client introduces itself again now and then, should the server have lost its registry."""
+
+
+class Agent:
+    """One client; `start` and `close` belong to the loop thread, as everything else."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        runner: Runner,
+        settings: ClientSettings,
+        *,
+        shelf: Shelf | None = None,
+        embedded: bool = False,
+    ) -> None:
+        """Use a shelf that others use too, or one of its own.
+
+        An embedded agent sends no heartbeats and keeps no journal: it dies with its server.
+        """
+        self._broker = broker
+        self._settings = settings
+        self._embedded = embedded
+        self._address = settings.address
+        self._journal = Journal(settings.folder, durable=not embedded)
+        self._shelf = shelf or Shelf(broker, PayloadStore(settings.folder / "payloads", durable=not embedded))
+        self.client = settings.client or self._journal.identity()
+        """The identity; None until the server gives one."""
+        self._held: dict[str, str] = self._journal.held()
+        self._assignments: dict[str, Assignment] = {}
+        self._finished: dict[tuple[str, int, int], None] = {}
+        self._epochs: dict[str, int] = {}
+        self._desk = Desk(
+            broker, runner, self._journal, self._shelf, self._address, self._send, self._count_read, self._forget
+        )
+        self._welcomed = False
+        self._hello_seconds = FIRST_HELLO_SECONDS
+        self._hello_is_out = False
+        self._heartbeats = 0
+        self._was_in_trouble = False
+        self._timer: Cancellable | None = None
+        self._inbox: Cancellable | None = None
+
+    # ---- being there ----
+    def start(self) -> None:
+        """Take up what the journal holds, listen, and say hello."""
+        for offer in self._journal.results():
+            assignment = self._assign(offer)
+            assignment.resume(offer)
+        for task in self._journal.tasks():
+            log.info("task-resumed", job=task.job, task=task.task)
+            self._assign(task).begin(task)
+        self._inbox = self._broker.subscribe(topology.inbox(self._address).name, self._on_delivery)
+        self._say_hello()
+
+    def close(self) -> None:
+        """Say goodbye and stop; what is unfinished stays in the journal."""
+        for assignment in self._assignments.values():
+            assignment.stop()
+        for running in (self._timer, self._inbox):
+            if running is not None:
+                running.cancel()
+        if self._welcomed and self.client is not None:
+            self._send(Goodbye(address=self._address, client=self.client), None)
+
+    @property
+    def is_idle(self) -> bool:
+        """Tell whether there is nothing to do."""
+        return not self._assignments
+
+    def _say_hello(self) -> None:
+        """Introduce this client, again and again until it is welcomed; one unconfirmed hello at a time."""
+        if not self._hello_is_out:
+            self._hello_is_out = True
+            self._send(self._hello(), self._hello_was_sent)
+        if not self._welcomed:
+            self._timer = self._broker.after(self._hello_seconds, self._say_hello)
+            self._hello_seconds = min(LONGEST_HELLO_SECONDS, 2 * self._hello_seconds)
+
+    def _hello_was_sent(self, error: LoRAbbitError | None) -> None:
+        self._hello_is_out = False
+        if error is not None:
+            log.info("server-not-there", address=self._address, why=str(error))
+
+    def _hello(self) -> Hello:
+        outbox = tuple(task for task, assignment in self._assignments.items() if assignment.is_in_outbox)
+        return Hello(
+            address=self._address,
+            client=self.client,
+            device=self._settings.device,
+            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            tags=self._settings.tags,
+            version=lorabbit.__version__,
+            outbox=outbox,
+        )
+
+    def _welcome(self, welcome: Welcome) -> None:
+        """Take the identity; whoever welcomes us may have started its count of epochs anew."""
+        if not self._welcomed or welcome.client != self.client:
+            log.info("welcomed", address=self._address, client=welcome.client)
+        self.client = welcome.client
+        self._journal.remember_identity(welcome.client)
+        self._epochs.clear()
+        self._finished.clear()
+        if self._welcomed:
+            return
+        self._welcomed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._embedded:
+            self._timer = self._broker.after(welcome.heartbeat_seconds, partial(self._beat, welcome.heartbeat_seconds))
+
+    def _beat(self, seconds: float) -> None:
+        """Renew the lease; after a break of the broker, or idle for long, say who we are instead."""
+        self._timer = self._broker.after(seconds, partial(self._beat, seconds))
+        trouble = self._broker.trouble()
+        if trouble is not None:
+            self._was_in_trouble = True  # what is sent now would only pile up
+            return
+        self._heartbeats += 1
+        if self._was_in_trouble or (self.is_idle and self._heartbeats % HEARTBEATS_PER_HELLO == 0):
+            self._was_in_trouble = False
+            self._say_hello()
+        elif self.client is not None:
+            self._send(Alive(address=self._address, client=self.client), None)
+
+    # ---- messages ----
+    def _on_delivery(self, delivery: Delivery) -> None:
+        """Take in one message; the acknowledgement follows whatever it changed on the disk."""
+        try:
+            message = codec.decode(delivery.type, delivery.body)
+        except Refused as error:
+            log.warning("message-refused", type=delivery.type, reason=error.reason, why=error.detail)
+            self._broker.reject(delivery)
+            return
+        if isinstance(message, Welcome):
+            self._welcome(message)
+        elif isinstance(message, Task):
+            self._accept(message)
+        elif isinstance(message, ForTask):
+            self._pass_on(message)
+        self._broker.ack(delivery)
+
+    def _accept(self, task: Task) -> None:
+        """Journal a task and begin it, unless it is known, stale or another client's."""
+        known = self._assignments.get(task.task)
+        if known is not None:
+            known.acknowledge()
+            return
+        if _order_id(task) in self._finished:
+            return
+        newest = self._epochs.get(task.job, task.epoch)
+        if task.epoch < newest or (self.client is not None and task.client != self.client):
+            log.info("task-ignored", task=task.task, epoch=task.epoch, newest=newest, client=task.client)
+            return
+        self._epochs[task.job] = task.epoch
+        self._journal.accept(task)
+        self._assign(task).begin(task)
+
+    def _pass_on(self, message: ForTask) -> None:
+        """Give an answer to the task that it belongs to; nobody waits for an answer to a forgotten task."""
+        assignment = self._assignments.get(message.task)
+        if assignment is None:
+            return
+        if isinstance(message, Grant):
+            assignment.granted(message)
+        elif isinstance(message, Verdict):
+            assignment.settled(accepted=message.accepted, reason=message.reason)
+        elif isinstance(message, Deny):
+            assignment.settled(accepted=False, reason=message.reason)
+        elif isinstance(message, CancelTask):
+            assignment.cancel()
+
+    def _send(self, message: Message, on_done: OnDone | None) -> None:
+        """Publish to the server under this client's address."""
+        key = topology.up_key(self._address)
+        self._broker.send(Outgoing(topology.UP, key, message.type_name(), codec.encode(message)), on_done)
+
+    # ---- bookkeeping ----
+    def _assign(self, about: ForTask | Task) -> Assignment:
+        assignment = Assignment(self._desk, job=about.job, task=about.task, client=about.client)
+        self._assignments[about.task] = assignment
+        return assignment
+
+    def _forget(self, task: str) -> None:
+        """Forget an assignment, but remember for a while that it was done, should its order come a second time."""
+        assignment = self._assignments.pop(task)
+        if assignment.order is not None:
+            self._finished[_order_id(assignment.order)] = None
+            if len(self._finished) > FINISHED_KEPT:
+                del self._finished[next(iter(self._finished))]
+
+    def _count_read(self, task: Task) -> int:
+        """Count what this client lacks of a task's payloads, hold them, and put away what they replace."""
+        counted: dict[str, int] = {}
+        known = set(self._held.values())
+        for ref in task.payloads.values():
+            if ref.sha256 not in known or not (self._shelf.is_shared or self._shelf.has(ref.sha256)):
+                counted[ref.sha256] = ref.size_bytes
+        self._hold({f"{task.job} {task.phase} {role}": ref.sha256 for role, ref in task.payloads.items()}, job=task.job)
+        return sum(counted.values())
+
+    def _hold(self, taken: Mapping[str, str], *, job: str) -> None:
+        """Hold payloads under what they are for; those of earlier jobs go."""
+        before = self._held
+        kept = {key: sha256 for key, sha256 in before.items() if key.startswith(f"{job} ")}
+        self._held = {**kept, **taken}
+        if self._held == before:
+            return
+        self._journal.remember_held(self._held)
+        for sha256 in set(before.values()) - set(self._held.values()):
+            self._shelf.put_away(sha256)
+
+
+def _order_id(task: Task) -> tuple[str, int, int]:
+    """What tells an order that was delivered twice from one that the server gave again on purpose."""
+    return task.task, task.attempt, task.epoch

@@ -1,0 +1,281 @@
+"""Assignment: the life of one task on a client, from the journal to the verdict.
+
+    fetching -> running -> offered -> sending -> committed -> (gone)
+
+Every step may be repeated: an offer or a commit that stays unanswered is sent again with a growing
+delay, a second grant is served, and whatever was done is found again in the journal after a crash.
+An assignment ends with a verdict, a denial, a cancellation, or a failure that the broker has taken.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+
+from lorabbit.backoff import Backoff
+from lorabbit.broker.base import Broker, Cancellable, OnDone
+from lorabbit.errors import LoRAbbitError
+from lorabbit.messages import (
+    Commit,
+    Grant,
+    Message,
+    Offer,
+    PayloadRef,
+    Task,
+    TaskAccepted,
+    TaskFailed,
+    TaskProgress,
+)
+from lorabbit.transfer import ChunkSender
+from lorabbit_client.execution import Outcome, Runner, Work
+from lorabbit_client.journal import Journal
+from lorabbit_client.shelf import Shelf
+
+log = structlog.get_logger()
+
+PROGRESS_SECONDS = 0.5
+ASK_AGAIN_SECONDS = 10.0
+ASK_AGAIN_MAX_SECONDS = 60.0
+CHUNK_BYTES = 2**20
+"""How a result is cut when the task brought no payload to take it from."""
+MAX_REASON = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What the assignments of one client share."""
+
+    broker: Broker
+    runner: Runner
+    journal: Journal
+    shelf: Shelf
+    address: str
+    send: Callable[[Message, OnDone | None], None]
+    count_read: Callable[[Task], int]
+    """Bytes that the payloads of a task cost this client; notes that it holds them from now on."""
+    done: Callable[[str], None]
+    """The task is over: forget the assignment."""
+
+
+class Assignment:
+    """See the module's docstring; for the loop thread."""
+
+    def __init__(self, desk: Desk, *, job: str, task: str, client: str) -> None:
+        """Do nothing yet: `begin` or `resume`."""
+        self._desk = desk
+        self._ids = {"job": job, "task": task, "client": client}
+        self._log = log.bind(**self._ids)
+        self.task = task
+        self.stage = "new"
+        self.order: Task | None = None
+        self._taken: list[PayloadRef] = []
+        self._awaited = 0
+        self._bytes_down = 0
+        self._offer: Offer | None = None
+        self._timer: Cancellable | None = None
+        self._sender: ChunkSender | None = None
+        self._patience = Backoff(ASK_AGAIN_SECONDS, ASK_AGAIN_MAX_SECONDS)
+        self._unconfirmed = 0
+
+    @property
+    def is_in_outbox(self) -> bool:
+        """Tell whether the result is safe on this client's disk."""
+        return self._offer is not None
+
+    # ---- up to the result ----
+    def begin(self, order: Task) -> None:
+        """Start a journaled task: bring its payloads here, then run it."""
+        self.order = order
+        self.stage = "fetching"
+        self.acknowledge()
+        self._bytes_down = self._desk.count_read(order)
+        refs = list(order.payloads.values())
+        self._awaited = len(refs)
+        for ref in refs:
+            self._taken.append(ref)
+            self._desk.shelf.take(ref, self._fetched)
+        if not refs:
+            self._run(order)
+
+    def acknowledge(self) -> None:
+        """Tell the server that the task is journaled, at the start and whenever it asks again."""
+        self._desk.send(TaskAccepted(**self._ids), None)
+
+    def _fetched(self, error: LoRAbbitError | None) -> None:
+        if self.stage != "fetching" or self.order is None:
+            return
+        if error is not None:
+            self._fail(f"the task's payload could not be read: {error}", bad_input=False)
+            return
+        self._awaited -= 1
+        if self._awaited == 0:
+            self._run(self.order)
+
+    def _run(self, order: Task) -> None:
+        """Hand the work to the runner."""
+        self._stop_timer()
+        self.stage = "running"
+        work = Work(
+            order,
+            {role: self._desk.shelf.path(ref.sha256) for role, ref in order.payloads.items()},
+            self._desk.journal.output(self.task),
+            self._desk.journal.private(order.job, order.client),
+        )
+        due = time.monotonic() + PROGRESS_SECONDS
+
+        def on_progress(fraction: float, loss: float | None) -> None:
+            nonlocal due
+            now = time.monotonic()
+            if now >= due:
+                due = now + PROGRESS_SECONDS
+                self._desk.broker.post(partial(self._progressed, fraction, loss))
+
+        def on_done(outcome: Outcome) -> None:
+            self._desk.broker.post(partial(self._finished, order, outcome))
+
+        self._desk.runner.submit(work, on_progress, on_done)
+
+    def _progressed(self, fraction: float, loss: float | None) -> None:
+        if self.stage == "running":
+            finite = loss if loss is not None and abs(loss) < float("inf") else None
+            self._desk.send(TaskProgress(**self._ids, fraction=min(1.0, max(0.0, fraction)), loss=finite), None)
+
+    def _finished(self, order: Task, outcome: Outcome) -> None:
+        """Put a result into the outbox and offer it, or report the failure."""
+        if self.stage != "running":
+            return
+        if outcome.error is not None:
+            self._log.warning("task-failed", why=outcome.error, **outcome.details)
+            self._fail(outcome.error, bad_input=outcome.bad_input)
+            return
+        offer = Offer(
+            **self._ids,
+            payload=self._payload(order, outcome),
+            metrics=outcome.metrics,
+            base_sha256=outcome.base_sha256,
+            bytes_down=self._bytes_down,
+        )
+        self._desk.journal.finish(offer)
+        self._give_payloads()
+        self.resume(offer)
+
+    def _payload(self, order: Task, outcome: Outcome) -> PayloadRef | None:
+        """Name the result's tensors by content, cut as the server cuts its own."""
+        if not outcome.has_tensors or outcome.sha256 is None:
+            return None
+        size = self._desk.journal.output(self.task).stat().st_size
+        cut = min((ref.chunk_bytes for ref in order.payloads.values()), default=CHUNK_BYTES)
+        return PayloadRef(sha256=outcome.sha256, size_bytes=size, chunk_bytes=cut)
+
+    def _fail(self, reason: str, *, bad_input: bool) -> None:
+        """Hand the task back; it is forgotten once the broker has taken the message."""
+        self._stop_timer()
+        self.stage = "failed"
+
+        def sent(error: LoRAbbitError | None) -> None:
+            if error is not None:
+                self._log.warning("failure-not-reported", why=str(error))
+            self._end()
+
+        self._desk.send(TaskFailed(**self._ids, reason=reason[:MAX_REASON], bad_input=bad_input), sent)
+
+    # ---- from the outbox to the verdict ----
+    def resume(self, offer: Offer) -> None:
+        """Offer a result that is in the outbox."""
+        self._offer = offer
+        self._ask()
+
+    def _ask(self) -> None:
+        """Offer, and again later while no answer comes; one unconfirmed offer at a time."""
+        self._stop_timer()
+        if self._offer is None or self.stage == "gone":
+            return
+        if self._unconfirmed == 0:
+            self._unconfirmed += 1
+            self._desk.send(self._offer, self._confirmed)
+        if self.stage != "committed":
+            self.stage = "offered"
+        self._timer = self._desk.broker.after(ASK_AGAIN_SECONDS + self._patience.next_seconds(), self._ask)
+
+    def _confirmed(self, error: LoRAbbitError | None) -> None:
+        self._unconfirmed -= 1
+        if error is not None:
+            self._log.info("offer-not-taken", why=str(error))
+
+    def granted(self, grant: Grant) -> None:
+        """Send the chunks that the server lacks, then commit; a sender at work goes on."""
+        offer = self._offer
+        if offer is None or offer.payload is None or offer.payload.sha256 != grant.sha256 or self.stage == "sending":
+            return
+        self._stop_timer()
+        if not grant.missing:
+            self._commit(grant.sha256)
+            return
+        self.stage = "sending"
+        self._sender = ChunkSender(
+            self._desk.broker,
+            self._desk.address,
+            offer.payload,
+            self._desk.journal.output(self.task),
+            grant.missing,
+            partial(self._sent, grant.sha256),
+            about=self._ids,
+        )
+
+    def _sent(self, sha256: str, error: LoRAbbitError | None) -> None:
+        self._sender = None
+        if self.stage != "sending":
+            return
+        if error is not None:
+            self._log.warning("chunks-not-sent", why=str(error))
+            self.stage = "offered"
+            self._timer = self._desk.broker.after(ASK_AGAIN_SECONDS, self._ask)
+            return
+        self._commit(sha256)
+
+    def _commit(self, sha256: str) -> None:
+        """Tell the server that everything is sent; while no verdict comes, offer again."""
+        self.stage = "committed"
+        self._desk.send(Commit(**self._ids, sha256=sha256), None)
+        self._timer = self._desk.broker.after(ASK_AGAIN_SECONDS, self._ask)
+
+    def settled(self, *, accepted: bool, reason: str) -> None:
+        """Forget the task: the server has its result durably, or never wants it."""
+        if not accepted:
+            self._log.info("result-refused", reason=reason)
+        if self.stage == "running":
+            self._desk.runner.cancel(self.task)
+        self._end()
+
+    def cancel(self) -> None:
+        """Stop whatever is going on: the task is no longer wanted."""
+        self.settled(accepted=False, reason="cancelled")
+
+    def stop(self) -> None:
+        """Stop without forgetting: the process ends, and the journal has the task."""
+        self._stop_timer()
+        if self._sender is not None:
+            self._sender.cancel()
+        self.stage = "gone"
+
+    def _end(self) -> None:
+        if self.stage == "gone":
+            return
+        self.stop()
+        self._give_payloads()
+        self._desk.journal.forget(self.task)
+        self._desk.done(self.task)
+
+    def _give_payloads(self) -> None:
+        taken, self._taken = self._taken, []
+        for ref in taken:
+            self._desk.shelf.give(ref)
+
+    def _stop_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
