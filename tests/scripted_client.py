@@ -1,0 +1,159 @@
+"""A client that speaks the protocol and learns nothing: its update is the adapter plus its index + 1.
+
+With the adapter zero at first and equal numbers of examples, one round over all of `n` clients moves every
+value by the mean of 1 ... n, so every sum in a test can be done on paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lorabbit import codec
+from lorabbit.broker import topology
+from lorabbit.broker.base import Broker, Cancellable, Delivery, Outgoing
+from lorabbit.messages import (
+    Commit,
+    Deny,
+    Goodbye,
+    Grant,
+    Hello,
+    Message,
+    Metrics,
+    Offer,
+    Task,
+    TaskAccepted,
+    Verdict,
+    Welcome,
+)
+from lorabbit.payloads import PayloadStore
+from lorabbit.transfer import AdapterReader, ChunkSender
+from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, Tensors
+
+SHAPES = {"a": (4, 3), "b": (3,)}
+BASE = "ba5e" * 16
+
+
+class ScriptedClient:
+    """Answers every task at once; `answer` may replace what it answers to one."""
+
+    def __init__(self, broker: Broker, address: str, folder: Path, *, client: str | None = None) -> None:
+        self.broker, self.address, self.wanted = broker, address, client
+        self.store = PayloadStore(folder / address, durable=False)
+        self.client: str | None = None
+        self.tasks: list[Task] = []
+        self.verdicts: list[Verdict | Deny] = []
+        self.offers: dict[str, Offer] = {}
+        self.work: Callable[[ScriptedClient, Task], bool] = lambda _client, _task: False
+        """Return True to do nothing more about a task."""
+        self.examples = 10
+        self.base_sha256 = BASE
+        self._subscription: Cancellable | None = None
+        self._reading: list[AdapterReader] = []
+
+    # ---- life ----
+    def start(self) -> None:
+        self.broker.post(self._start)
+
+    def _start(self) -> None:
+        self._subscription = self.broker.subscribe(topology.inbox(self.address).name, self._receive)
+        self.hello()
+
+    def hello(self) -> None:
+        self.send(Hello(address=self.address, client=self.wanted, outbox=tuple(self.offers)))
+
+    def stop(self) -> None:
+        """Die: nothing is said, what was delivered and not acknowledged comes again."""
+        if self._subscription is not None:
+            self._subscription.cancel()
+
+    def leave(self) -> None:
+        self.stop()
+        assert self.client is not None
+        self.send(Goodbye(address=self.address, client=self.client))
+
+    # ---- protocol ----
+    def send(self, message: Message) -> None:
+        self.broker.send(
+            Outgoing(topology.UP, topology.up_key(self.address), message.type_name(), codec.encode(message))
+        )
+
+    def _receive(self, delivery: Delivery) -> None:
+        message = codec.decode(delivery.type, delivery.body)
+        self.broker.ack(delivery)
+        match message:
+            case Welcome():
+                self.client = message.client
+                for offer in self.offers.values():
+                    self.send(offer)
+            case Task():
+                known = any(task.task == message.task for task in self.tasks)
+                self.tasks.append(message)
+                if not known and not self.work(self, message):
+                    self.do(message)
+            case Grant():
+                self.upload(message)
+            case Verdict() | Deny():
+                self.verdicts.append(message)
+                self.offers.pop(message.task, None)
+            case _:
+                pass
+
+    def about(self, task: Task) -> dict[str, str]:
+        return {"job": task.job, "task": task.task, "client": task.client}
+
+    def do(self, task: Task) -> None:
+        self.send(TaskAccepted(**self.about(task)))
+        refs = list(task.payloads.values())
+        if not refs:
+            self.finish(task)
+            return
+
+        def read(error: Exception | None) -> None:
+            assert error is None, error
+            self.finish(task)
+
+        self._reading.append(AdapterReader(self.broker, self.store, refs[0], read))
+
+    def finish(self, task: Task) -> None:
+        if task.phase == EVALUATE:
+            values = codec.read_tensors(self.store.path(task.payloads[ADAPTER].sha256))
+            mean = float(np.mean(values["a"]))
+            metrics = Metrics(num_examples=self.examples, loss=1.0 / (1.0 + mean), values={"accuracy": mean / 100})
+            self.send(Offer(**self.about(task), payload=None, metrics=metrics, base_sha256=self.base_sha256))
+            return
+        self.offer(task, self.tensors(task))
+
+    def tensors(self, task: Task) -> Tensors:
+        if task.phase == INITIALISE:
+            return {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+        received = codec.read_tensors(self.store.path(task.payloads[ADAPTER].sha256))
+        return {name: received[name] + np.float32(task.index + 1) for name in received}
+
+    def offer(self, task: Task, tensors: Tensors) -> None:
+        ref = self.store.add_tensors(tensors, chunk_bytes=1024)
+        facts = {} if task.phase != INITIALISE else {"main_metric": "accuracy", "rank": 2, "export": EXPORT}
+        metrics = Metrics(num_examples=self.examples, loss=0.5, steps=1, facts=facts)
+        offer = Offer(
+            **self.about(task), payload=ref, metrics=metrics, base_sha256=self.base_sha256, bytes_down=ref.size_bytes
+        )
+        self.offers[task.task] = offer
+        self.send(offer)
+
+    def upload(self, grant: Grant) -> None:
+        offer = self.offers.get(grant.task)
+        if offer is None or offer.payload is None:
+            return
+        about = {"job": grant.job, "task": grant.task, "client": grant.client}
+
+        def sent(error: Exception | None) -> None:
+            assert error is None, error
+            self.send(Commit(**about, sha256=grant.sha256))
+
+        path = self.store.path(grant.sha256)
+        ChunkSender(self.broker, self.address, offer.payload, path, grant.missing, sent, about=about)
+
+
+EXPORT = {"format": "peft", "files": {"adapter_config.json": {"peft_type": "LORA", "r": 2}}}
