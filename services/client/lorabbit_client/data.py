@@ -12,7 +12,7 @@ import hashlib
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -239,17 +239,24 @@ def _checked(table: Table, source: Source, labels: tuple[str, ...], *, request: 
     if spec.limit is not None and len(table) > spec.limit:
         rng = np.random.default_rng(derive_seed(request.seed, "limit", len(table)))
         table = table.take(np.sort(rng.permutation(len(table))[: spec.limit]))
-    records = TASKS[request.task].parse(table, labels, spec)
+    task = TASKS[request.task]
+    records = task.parse(table, labels, spec)
     group = spec.partition.field or source.group
     if group is None:
-        return records, Keys(records.classes)
+        return records, Keys(records.classes, classed=task.has_classes)
     column = table.column("group", [group], {"group": group} if group == spec.partition.field else {})
-    return records, Keys(records.classes, tuple(str(table.value(column, row)) for row in range(len(table))))
+    return records, Keys(
+        records.classes,
+        tuple(str(table.value(column, row)) for row in range(len(table))),
+        classed=task.has_classes,
+    )
 
 
 def _take(keys: Keys, rows: Codes) -> Keys:
     groups = keys.groups
-    return Keys(keys.classes[rows], None if groups is None else tuple(groups[row] for row in rows))
+    return replace(
+        keys, classes=keys.classes[rows], groups=None if groups is None else tuple(groups[row] for row in rows)
+    )
 
 
 def _examples(features: Features, examples: Codes) -> Examples:
@@ -257,6 +264,9 @@ def _examples(features: Features, examples: Codes) -> Examples:
 
 
 def _label_counts(labels: tuple[str, ...], keys: Keys, rows: Codes) -> dict[str, int]:
+    """Count a client's training examples by label; nothing where examples have no class."""
+    if not keys.classed:
+        return {}
     counts = np.bincount(keys.classes[rows], minlength=len(labels))
     return {label: int(count) for label, count in zip(labels, counts, strict=False)}
 

@@ -31,6 +31,8 @@ class Keys:
     """Class of each row; all zero where the task has no classes."""
     groups: tuple[str, ...] | None = None
     """Natural group of each row."""
+    classed: bool = True
+    """Whether rows have classes at all."""
 
     def __len__(self) -> int:
         """Count the rows."""
@@ -237,7 +239,7 @@ def _pack(groups: Sequence[str], clients: int) -> dict[str, int]:
 
 
 def _need_classes(split: _Split) -> None:
-    if len(np.unique(split.train.classes)) < 2:  # noqa: PLR2004 - one class cannot be skewed
+    if not split.train.classed or len(np.unique(split.train.classes)) < 2:  # noqa: PLR2004 - one class cannot be skewed
         raise BadInput(
             f"data.partition.kind: {split.spec.kind} splits by class, but these examples have one class or none;"
             " use iid, quantity or natural"

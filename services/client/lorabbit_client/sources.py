@@ -1,21 +1,54 @@
-"""Where rows come from."""
+"""Where rows come from: built-in datasets, files and folders under the client's data root, the hub.
+
+A name is looked for in that order. A folder holds `train`, `test` (else `dev`, `validation`, `val`)
+files by name, and may state its label table in a `dataset.json`. Whatever is wrong is BadInput in
+one sentence: nothing there, no train file, no network.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import DataSpec
+from lorabbit_client.files import format_of, read_images, read_table
 from lorabbit_client.stdlib_areas import AREAS
 from lorabbit_client.stdlib_docs import load_docs
 from lorabbit_client.tables import Source, Table
 
+STDLIB_DOCS = "stdlib-docs"
+DIGITS = "digits"
+BUILT_IN = (STDLIB_DOCS, DIGITS)
+TEST_SPLITS = ("test", "dev", "validation", "valid", "val")
+"""Names of a test split, best first: a development split serves where there is no other."""
+
 
 def read_source(spec: DataSpec, data_root: Path) -> Source:
-    """Return the rows that a job's `data.source` names; raises BadInput when it cannot be read."""
-    if spec.source == "stdlib-docs":
+    """Return the rows that a job's `data.source` names; relative paths start at `data_root`.
+
+    Raises BadInput when there is no such source or it cannot be read.
+    """
+    if spec.source == STDLIB_DOCS:
         return _stdlib_docs()
-    raise BadInput(f"data.source: {spec.source!r} is neither a built-in dataset nor under {data_root}")
+    if spec.source == DIGITS:
+        return _digits()
+    path = data_root / Path(spec.source).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        return _file(path)
+    if format_of(path) is not None or spec.source.startswith((".", "/", "~")) or spec.source.count("/") > 1:
+        raise BadInput(f"data.source: there is no file or folder {path}; relative paths start at {data_root.resolve()}")
+    near = get_close_matches(spec.source, BUILT_IN, n=1, cutoff=0.75)
+    if near:
+        raise BadInput(f"data.source: {spec.source!r} is unknown; did you mean {near[0]!r}?")
+    return _hub(spec.source, spec.config)
 
 
 def _stdlib_docs() -> Source:
@@ -27,3 +60,122 @@ def _stdlib_docs() -> Source:
         "name": [doc.name for doc in docs],
     }
     return Source(Table("data set stdlib-docs", columns), label_names=AREAS, group="module")
+
+
+def _digits() -> Source:
+    """Return scikit-learn's 1,797 handwritten digits of 8 x 8 grey pixels."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - heavy
+
+    digits = load_digits()
+    images = np.round(digits.images * (255.0 / 16.0)).astype(np.uint8)
+    names = tuple(str(name) for name in digits.target_names)
+    return Source(Table("data set digits", {"image": images, "label": digits.target}), label_names=names)
+
+
+def _file(path: Path) -> Source:
+    if format_of(path) == "npz":
+        return Source(*read_images(path))
+    return Source(read_table(path))
+
+
+def _folder(path: Path) -> Source:
+    """Read the train and test files of a folder, and its label table where `dataset.json` states one."""
+    names = _stated_labels(path / "dataset.json")
+    files = sorted(
+        file for file in path.iterdir() if file.is_file() and format_of(file) and file.name != "dataset.json"
+    )
+    archives = [file for file in files if format_of(file) == "npz"]
+    tables = [file for file in files if format_of(file) != "npz"]
+    if archives:
+        train, test = read_images(_main_archive(path, archives))
+        return Source(train, test, label_names=names)
+    training = _of_split(tables, "train")
+    if not training and len(tables) == 1:
+        return Source(read_table(tables[0]), label_names=names)
+    if not training:
+        held = ", ".join(file.name for file in tables) or "no data files"
+        raise BadInput(
+            f"data.source: folder {path} has no file named train (train.jsonl, train.csv, ...); it has {held}"
+        )
+    testing = next((found for split in TEST_SPLITS if (found := _of_split(tables, split))), [])
+    return Source(_joined(training), _joined(testing) if testing else None, label_names=names)
+
+
+def _of_split(files: Sequence[Path], split: str) -> list[Path]:
+    """Return the files of a split: `train.jsonl`, or parts such as `train-00000-of-00002.parquet`."""
+    return [file for file in files if file.name.lower().split(".")[0].split("-")[0].split("_")[0] == split]
+
+
+def _joined(files: Sequence[Path]) -> Table:
+    """Read the parts of a split as one table; rows are then numbered through all parts."""
+    tables = [read_table(file) for file in files]
+    if len(tables) == 1:
+        return tables[0]
+    fields = list(dict.fromkeys(field for table in tables for field in table.columns))
+    columns = {
+        field: [value for table in tables for value in table.columns.get(field, [None] * len(table))]
+        for field in fields
+    }
+    return Table(f"data files {files[0].name} to {files[-1].name}", columns)
+
+
+def _main_archive(path: Path, archives: Sequence[Path]) -> Path:
+    """Choose the archive named like its folder where there are several."""
+    if len(archives) == 1:
+        return archives[0]
+    for archive in archives:
+        if archive.stem == path.name:
+            return archive
+    names = ", ".join(archive.name for archive in archives)
+    raise BadInput(f"data.source: folder {path} has several archives ({names}); name one of them")
+
+
+def _stated_labels(path: Path) -> tuple[str, ...] | None:
+    if not path.is_file():
+        return None
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"data file {path} is not valid JSON: {error}") from error
+    names = facts.get("label_names") if isinstance(facts, dict) else None
+    return tuple(str(name) for name in names) if names else None
+
+
+def _hub(name: str, config: str | None) -> Source:
+    """Read a dataset of the Hugging Face hub, from its cache where there is no network."""
+    import datasets  # noqa: PLC0415 - heavy, and only hub datasets need it
+
+    try:
+        splits = datasets.load_dataset(name, config)
+    except Exception as error:  # the library raises dozens of unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(
+            f"data.source: {name!r} is neither a built-in dataset ({', '.join(BUILT_IN)}) nor a file or folder,"
+            f" and could not be loaded from the hub: {reason}"
+        ) from error
+    if "train" not in splits:
+        raise BadInput(f"data.source: hub dataset {name!r} has no train split; it has {', '.join(splits)}")
+    train = _hub_table(splits["train"], f"hub dataset {name}, train")
+    tests = (_hub_table(splits[split], f"hub dataset {name}, {split}") for split in TEST_SPLITS if split in splits)
+    test = next((table for table in tests if not _withheld(table)), None)
+    return Source(train, test, names_of=_class_names(splits["train"].features))
+
+
+def _hub_table(split: Any, name: str) -> Table:  # noqa: ANN401 - datasets.Dataset
+    return Table(name, {column: list(split[column]) for column in split.column_names})
+
+
+def _withheld(table: Table) -> bool:
+    """Tell whether a split's labels are kept secret, as those of GLUE's test splits are (-1 everywhere)."""
+    labels = table.columns.get("label")
+    return labels is not None and len(labels) > 0 and all(label == -1 for label in labels)
+
+
+def _class_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return the label tables that a hub dataset states, by column."""
+    found: dict[str, tuple[str, ...]] = {}
+    for column, feature in features.items():
+        names = getattr(getattr(feature, "feature", feature), "names", None)
+        if names:
+            found[column] = tuple(names)
+    return found

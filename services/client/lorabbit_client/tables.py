@@ -7,7 +7,7 @@ and line, and what is wrong with a field with the fields that exist.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -100,44 +100,67 @@ class Source:
     """The source's own test split, when it has one."""
     label_names: tuple[str, ...] | None = None
     """The label table, when the source states it."""
+    names_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The label table of single fields, when the source states them by field."""
     group: str | None = None
     """Field of the natural groups, when the source knows one."""
 
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """Both splits, or the one there is."""
+        return (self.train,) if self.test is None else (self.train, self.test)
 
-def label_table(tables: Sequence[Table], column: str, stated: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the labels: as stated, else as found in the tables (numbers in order, names sorted)."""
-    if stated:
-        return tuple(stated)
+    def stated(self, column: str) -> tuple[str, ...] | None:
+        """Return the label table of a field where it is stated."""
+        return self.names_of.get(column) or self.label_names
+
+
+def find_labels(tables: Sequence[Table], column: str) -> tuple[str, ...]:
+    """Return the distinct labels of some tables: numbers in their order, names sorted."""
     found: set[Any] = set()
     for table in tables:
         found.update(_plain(table.value(column, row)) for row in range(len(table)))
-    numbers = {value for value in found if isinstance(value, int)}
-    if numbers and len(numbers) == len(found) and min(numbers) >= 0:
-        return tuple(str(number) for number in range(max(numbers) + 1))
+    if all(isinstance(value, int) for value in found):
+        return tuple(str(value) for value in sorted(found))
     return tuple(sorted(str(value) for value in found))
 
 
-def label_codes(table: Table, column: str, names: Sequence[str]) -> Codes:
-    """Return the place of each row's label in the label table; raises BadInput for one that is not there."""
-    known = {name: code for code, name in enumerate(names)}
-    values = (label_code(table, row, _plain(table.value(column, row)), known) for row in range(len(table)))
-    return np.fromiter(values, dtype=np.int64, count=len(table))
+class LabelTable:
+    """Names of the labels, in the order of their codes."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Index the names."""
+        self._codes = {name: code for code, name in enumerate(names)}
+        self._numeric = all(_is_number(name) for name in names)
+
+    def code(self, table: Table, row: int, value: Any) -> int:  # noqa: ANN401 - from a file
+        """Return the code of one label, given by name or, where names are no numbers, by code.
+
+        Raises BadInput naming the row of a label that is not in the table.
+        """
+        plain = _plain(value)
+        for name in (str(value), str(plain)):
+            if name in self._codes:
+                return self._codes[name]
+        if isinstance(plain, int) and not self._numeric and 0 <= plain < len(self._codes):
+            return plain
+        shown = ", ".join(list(self._codes)[:12]) + (", ..." if len(self._codes) > 12 else "")  # noqa: PLR2004
+        raise BadInput(f"{table.place(row)}: label {_shown(value)} is not in the label table ({shown})")
+
+    def codes(self, table: Table, column: str) -> Codes:
+        """Return the code of each row's label."""
+        values = (self.code(table, row, table.value(column, row)) for row in range(len(table)))
+        return np.fromiter(values, dtype=np.int64, count=len(table))
 
 
-def label_code(table: Table, row: int, value: Any, known: Mapping[str, int]) -> int:  # noqa: ANN401 - from a file
-    """Return the code of one label, given by name or by number."""
-    code = known.get(str(value))
-    if code is not None:
-        return code
-    if isinstance(value, int) and 0 <= value < len(known):
-        return value
-    shown = ", ".join(list(known)[:12]) + (", ..." if len(known) > 12 else "")  # noqa: PLR2004 - enough to see
-    raise BadInput(f"{table.place(row)}: label {_shown(value)} is not in the label table ({len(known)}: {shown})")
+def _is_number(value: str) -> bool:
+    return value.isascii() and value.isdigit()
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever the file held
-    """Turn NumPy scalars, booleans and whole floats (CSV readers make them) into plain integers."""
-    if isinstance(value, bool | np.integer | np.bool_) or (isinstance(value, float) and value.is_integer()):
+    """Turn NumPy scalars, booleans, whole floats and numbers written as text (CSV) into plain integers."""
+    whole = isinstance(value, float) and value.is_integer()
+    if whole or isinstance(value, bool | np.integer | np.bool_) or (isinstance(value, str) and _is_number(value)):
         return int(value)
     return value
 

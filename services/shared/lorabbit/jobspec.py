@@ -68,6 +68,9 @@ class DataSpec(Strict):
     source: str = Field(default="stdlib-docs", description="stdlib-docs, digits, a file, a folder, or a hub name")
     config: str | None = Field(default=None, description="configuration of a hub dataset")
     fields: dict[str, str] = Field(default_factory=dict, description="role (text, label, ...) to column name")
+    labels: tuple[str, ...] | None = Field(
+        default=None, min_length=2, description="label names in order; those stated by or found in the data when absent"
+    )
     partition: PartitionSpec = PartitionSpec()
     test_share: float = Field(
         default=0.15, gt=0, lt=1, description="held out of every client where no test split exists"

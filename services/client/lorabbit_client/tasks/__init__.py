@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from lorabbit_client.tasks.answers import QuestionAnswering
 from lorabbit_client.tasks.base import LearningTask
+from lorabbit_client.tasks.images import ImageClassification
+from lorabbit_client.tasks.language import CausalLanguageModelling
 from lorabbit_client.tasks.text import TextClassification, TextPairClassification
+from lorabbit_client.tasks.tokens import TokenClassification
 
-TASKS: Mapping[str, LearningTask] = MappingProxyType(
-    {task.name: task for task in (TextClassification(), TextPairClassification())}
+_ALL: tuple[LearningTask, ...] = (
+    TextClassification(),
+    TextPairClassification(),
+    TokenClassification(),
+    QuestionAnswering(),
+    CausalLanguageModelling(),
+    ImageClassification(),
 )
+TASKS: Mapping[str, LearningTask] = MappingProxyType({task.name: task for task in _ALL})

@@ -7,22 +7,23 @@ validated without one. `encode` does the model-specific part once, before any tr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
+from lorabbit.errors import BadInput
 from lorabbit.jobspec import DataSpec
 from lorabbit_client.features import Features
-from lorabbit_client.tables import Codes, Source, Table
+from lorabbit_client.tables import Codes, Column, Source, Table, find_labels
 
 
 @dataclass(frozen=True, slots=True)
 class Records:
     """Checked examples of one split, not yet encoded."""
 
-    columns: Mapping[str, Sequence[Any]]
+    columns: Mapping[str, Column]
     """Role (text, label, ...) to values."""
     classes: Codes
     """Class of each example for partitioners and label counts; all zero where the task has none."""
@@ -52,9 +53,22 @@ class LearningTask(ABC):
     has_classes: ClassVar[bool] = True
     """Whether an example has one class, by which it can be partitioned."""
 
-    @abstractmethod
     def labels(self, source: Source, spec: DataSpec) -> tuple[str, ...]:
-        """Return the label table, empty where the task has no labels."""
+        """Return the label table: the job's, the source's, or as found in the examples; empty for no labels.
+
+        Raises BadInput where clients that own their data could each find another table.
+        """
+        column = self.column(source.train, "label", spec)
+        stated = spec.labels or source.stated(column)
+        if stated is None and spec.partition.kind == "own":
+            raise BadInput(
+                f"data.labels: every client reads its own data, so the job must name the labels of field {column!r}"
+            )
+        return stated or self.found(source, column)
+
+    def found(self, source: Source, column: str) -> tuple[str, ...]:
+        """Return the labels that occur in a field."""
+        return find_labels(source.tables, column)
 
     @abstractmethod
     def parse(self, table: Table, labels: tuple[str, ...], spec: DataSpec) -> Records:

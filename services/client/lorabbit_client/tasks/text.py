@@ -9,7 +9,7 @@ import numpy as np
 
 from lorabbit.jobspec import DataSpec
 from lorabbit_client.features import Batch, Features, MeanLoss, Scorer, Scores, TokenRows
-from lorabbit_client.tables import Codes, Source, Table, label_codes, label_table
+from lorabbit_client.tables import Codes, LabelTable, Table
 from lorabbit_client.tasks.base import LearningTask, Records, longest, pad_id
 
 
@@ -19,29 +19,25 @@ class TextClassification(LearningTask):
     name: ClassVar[str] = "text-classification"
     main_metric: ClassVar[str] = "accuracy"
     texts: ClassVar[tuple[str, ...]] = ("text",)
+    positive: ClassVar[bool] = False
+    """Whether two classes mean no and yes, so that F1 of the second is a usual figure."""
     roles: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "text": ("text", "sentence", "content", "review", "document"),
         "label": ("label", "labels", "class", "coarse_label"),
     }
 
-    def labels(self, source: Source, spec: DataSpec) -> tuple[str, ...]:
-        """Return the label table: stated, or found in the examples."""
-        tables = [source.train] if source.test is None else [source.train, source.test]
-        return label_table(tables, self.column(source.train, "label", spec), source.label_names)
-
     def parse(self, table: Table, labels: tuple[str, ...], spec: DataSpec) -> Records:
         """Check texts and labels."""
         columns = {role: table.texts(self.column(table, role, spec)) for role in self.texts}
-        return Records(columns, label_codes(table, self.column(table, "label", spec), labels))
+        return Records(columns, LabelTable(labels).codes(table, self.column(table, "label", spec)))
 
     def encode(self, records: Records, processor: Any, labels: tuple[str, ...], *, spec: DataSpec) -> Features:  # noqa: ANN401
         """Tokenise each text, or both texts together."""
         texts = [list(records.columns[role]) for role in self.texts]
         encoded = processor(*texts, truncation=True, max_length=longest(processor, spec)) if len(records) else {}
-        return ClassifiedTokens(TokenRows(encoded, pad_id(processor)), records.classes, len(labels), self.positive)
-
-    positive: ClassVar[bool] = False
-    """Whether two classes mean no and yes, so that F1 of the second is a usual figure."""
+        return ClassifiedTokens(
+            TokenRows(encoded, pad_id(processor)), records.classes, len(labels), positive=self.positive
+        )
 
 
 class TextPairClassification(TextClassification):
@@ -60,7 +56,7 @@ class TextPairClassification(TextClassification):
 class ClassifiedTokens(Features):
     """Token rows with one class each."""
 
-    def __init__(self, tokens: TokenRows, classes: Codes, num_classes: int, positive: bool) -> None:  # noqa: FBT001
+    def __init__(self, tokens: TokenRows, classes: Codes, num_classes: int, *, positive: bool) -> None:
         """Keep the rows; `positive` asks for F1 of the second of two classes."""
         self._tokens, self._classes = tokens, classes
         self._num_classes, self._positive = num_classes, positive

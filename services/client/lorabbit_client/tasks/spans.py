@@ -1,0 +1,167 @@
+"""Windows of contexts, the best answer over them, and SQuAD's exact match and F1.
+
+The two measures follow the official SQuAD evaluation script (Rajpurkar et al., 2016): answers are
+compared without case, punctuation, articles and spacing; an example counts its best reference.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorabbit_client.features import Batch, Features, MeanLoss, Ragged, Scorer, Scores, TokenRows
+from lorabbit_client.tables import Codes
+
+LONGEST_ANSWER_TOKENS = 30
+CONTEXT = 1
+"""Sequence number of the context in a pair."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A text and where it stands in its context, in characters."""
+
+    text: str
+    start: int
+    end: int
+
+
+class Windows(Features):
+    """Windows of (question, part of a context) with the answer's first and last token."""
+
+    def __init__(self, encoded: Any, contexts: list[str], answers: list[list[Answer]], *, pad: int) -> None:  # noqa: ANN401
+        """Keep the tokens, each token's place in the context (-1 elsewhere), and what scoring needs."""
+        self._tokens = TokenRows(encoded, pad)
+        self.contexts, self.answers = contexts, answers
+        count = len(self._tokens.ids)
+        example = encoded["overflow_to_sample_mapping"] if count else []
+        self.example = np.asarray(example, dtype=np.int64)
+        inside = [[kind == CONTEXT for kind in encoded.sequence_ids(row)] for row in range(count)]
+        places = encoded["offset_mapping"] if count else []
+        self.begins = Ragged(
+            [b if i else -1 for (b, _), i in zip(*w, strict=True)] for w in zip(places, inside, strict=True)
+        )
+        self.ends = Ragged(
+            [e if i else -1 for (_, e), i in zip(*w, strict=True)] for w in zip(places, inside, strict=True)
+        )
+        spans = [self._tokens_of(row, answers[example[row]]) for row in range(count)]
+        self._spans = np.asarray(spans, dtype=np.int64).reshape(count, 2)
+        self._first = np.searchsorted(self.example, np.arange(len(contexts) + 1))
+
+    def _tokens_of(self, row: int, answers: list[Answer]) -> tuple[int, int]:
+        """Return the first and last token of the first answer in a window, (0, 0) where it is not wholly inside."""
+        begins, ends = self.begins[row], self.ends[row]
+        if not answers:
+            return 0, 0
+        held = np.flatnonzero((begins >= 0) & (ends > answers[0].start) & (begins < answers[0].end))
+        if not len(held) or begins[held[0]] > answers[0].start or ends[held[-1]] < answers[0].end:
+            return 0, 0
+        return int(held[0]), int(held[-1])
+
+    def __len__(self) -> int:
+        """Count the windows."""
+        return len(self.example)
+
+    @property
+    def lengths(self) -> Codes:
+        """Tokens of each window."""
+        return self._tokens.ids.lengths
+
+    def rows_of(self, examples: Codes) -> Codes:
+        """Return all windows of some examples."""
+        parts = [np.arange(self._first[example], self._first[example + 1]) for example in examples]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def batch(self, rows: Codes) -> Batch:
+        """Return tokens, `start_positions` and `end_positions`."""
+        import torch  # noqa: PLC0415 - only where a model runs
+
+        spans = torch.from_numpy(self._spans[rows])
+        return {**self._tokens.batch(rows), "start_positions": spans[:, 0], "end_positions": spans[:, 1]}
+
+    def scorer(self) -> Scorer:
+        """Return exact match and F1."""
+        return SpanScorer(self)
+
+
+class SpanScorer:
+    """Best span of each example over its windows."""
+
+    def __init__(self, windows: Windows) -> None:
+        """Keep the windows for their places, contexts and answers."""
+        self._windows = windows
+        self._loss = MeanLoss()
+        self._best: dict[int, tuple[float, int, int]] = {}
+        self._unanswered = any(not answers for answers in windows.answers)
+
+    def add(self, rows: Codes, batch: Batch, outputs: Mapping[str, Any]) -> None:  # noqa: ARG002 - rows say all
+        """Take in the best span of each window."""
+        self._loss.add(outputs, len(rows))
+        starts, ends = (outputs[f"{end}_logits"].float().cpu().numpy() for end in ("start", "end"))
+        for row, start, end in zip(rows, starts, ends, strict=True):
+            example = int(self._windows.example[row])
+            found = self._best_span(int(row), start, end)
+            if example not in self._best or found[0] > self._best[example][0]:
+                self._best[example] = found
+
+    def _best_span(self, row: int, start: NDArray[np.float32], end: NDArray[np.float32]) -> tuple[float, int, int]:
+        """Return (score, first character, end character); no characters where "no answer" scores best."""
+        begins, ends = self._windows.begins[row], self._windows.ends[row]
+        inside = np.flatnonzero(begins >= 0)
+        if not len(inside):
+            return -np.inf, 0, 0
+        scores = start[inside][:, None] + end[inside][None, :]
+        allowed = np.triu(np.ones_like(scores, dtype=bool)) & ~np.triu(
+            np.ones_like(scores, dtype=bool), LONGEST_ANSWER_TOKENS
+        )
+        first, last = np.unravel_index(np.where(allowed, scores, -np.inf).argmax(), scores.shape)
+        best = float(scores[first, last])
+        if self._unanswered and float(start[0] + end[0]) > best:
+            return float(start[0] + end[0]), 0, 0
+        return best, int(begins[inside[first]]), int(ends[inside[last]])
+
+    def result(self) -> Scores:
+        """Return f1 and exact_match in 0..1, weighted by examples."""
+        if not self._best:
+            return Scores(0, None)
+        pairs = [
+            (self._windows.contexts[example][begin:end], [answer.text for answer in self._windows.answers[example]])
+            for example, (_, begin, end) in self._best.items()
+        ]
+        values = {
+            "f1": float(np.mean([best_of(f1, text, references) for text, references in pairs])),
+            "exact_match": float(np.mean([best_of(exact, text, references) for text, references in pairs])),
+        }
+        return Scores(len(pairs), self._loss.value, values)
+
+
+def normalised(text: str) -> list[str]:
+    """Return an answer's words without case, punctuation and articles."""
+    bare = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def exact(text: str, reference: str) -> float:
+    """Return 1.0 for equal answers, else 0.0."""
+    return float(normalised(text) == normalised(reference))
+
+
+def f1(text: str, reference: str) -> float:
+    """Return the F1 of the words that two answers share."""
+    words, wanted = normalised(text), normalised(reference)
+    if not words or not wanted:
+        return float(words == wanted)
+    shared = (Counter(words) & Counter(wanted)).total()
+    return 2.0 * shared / (len(words) + len(wanted))
+
+
+def best_of(measure: Any, text: str, references: Sequence[str]) -> float:  # noqa: ANN401 - exact or f1
+    """Return a measure against the best reference; without references the right answer is an empty one."""
+    return max((float(measure(text, reference)) for reference in references), default=float(not text))
