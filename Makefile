@@ -6,8 +6,8 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BIN := .venv/bin
-# Twice quiet: only errors are printed.
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# Twice quiet: only errors are printed. --use-pep517: Debian 12's pip cannot build seqeval the old way.
+PIP := $(BIN)/python -m pip install -qq --use-pep517 --disable-pip-version-check -c constraints.txt
 TESTS ?=
 
 .PHONY: help demo test check lint format types contracts docs compose-test clean
