@@ -46,11 +46,11 @@ class Ledger:
         self._header = record.header
         self._events: list[AnyEvent] = []
         self._effects: dict[str, str] = {}
-        self._outbox: list[str] = []
+        self._outbox: list[dict[str, str]] = []
         self._relayed: list[str] = []
         self._held: list[Delivery] = []
         self._afterwards: list[Callable[[], None]] = []
-        self._unconfirmed = 0
+        self._unconfirmed: dict[str, int] = {}
         self._on_relayed: Callable[[], None] | None = None
         self._scheduled = False
         self._closed = False
@@ -70,7 +70,7 @@ class Ledger:
         """Put a message to a client into the outbox; returns the bytes of its body."""
         body = codec.encode(message).decode()
         entry = {"address": address, "type": message.type_name(), "body": body, "message_id": message_id}
-        self._outbox.append(json.dumps(entry))
+        self._outbox.append(entry)
         self._schedule()
         return len(body)
 
@@ -105,9 +105,8 @@ class Ledger:
             self._version, self._committed = committed.version, self.state
             self._header = change.header or self._header
             self._effects = {}
-            self._unconfirmed += len(outbox)
-            for entry, text in zip(committed.outbox_ids, outbox, strict=True):
-                self._send(entry, text)
+            for entry in committed.outbox_ids:
+                self._relay(entry, outbox)
         held, self._held = self._held, []
         for delivery in held:
             self._broker.ack(delivery)
@@ -117,7 +116,7 @@ class Ledger:
         for callback in afterwards:
             callback()
 
-    def _change(self, events: list[AnyEvent], outbox: list[str], relayed: list[str]) -> Change | None:
+    def _change(self, events: list[AnyEvent], outbox: list[dict[str, str]], relayed: list[str]) -> Change | None:
         """Describe what differs from the last commit; None when nothing does."""
         before, now = self._committed.tasks, self.state.tasks
         changed = {id_: task for id_, task in now.items() if before.get(id_) is not task}
@@ -134,36 +133,34 @@ class Ledger:
             tasks=tasks,
             effects=self._effects,
             events=[event.model_dump_json() for event in events],
-            outbox=outbox,
+            outbox=[json.dumps(outbox)] if outbox else [],
             relayed=relayed,
         )
 
     # ---- relay ----
     def relay_all(self) -> None:
         """Send what an earlier server left in the outbox."""
-        left = self._store.outbox(self.state.job)
-        self._unconfirmed += len(left)
-        for entry, text in left:
-            self._send(entry, text)
+        for entry, text in self._store.outbox(self.state.job):
+            self._relay(entry, json.loads(text))
 
-    def _send(self, entry: str, text: str) -> None:
-        """Send one outbox entry until the broker has it."""
+    def _relay(self, entry: str, messages: list[dict[str, str]]) -> None:
+        """Send the messages of one step; they are forgotten together."""
+        self._unconfirmed[entry] = len(messages)
+        for message in messages:
+            self._send(entry, message)
+
+    def _send(self, entry: str, message: dict[str, str]) -> None:
+        """Send one message until the broker has it."""
         if self._closed:
             return
-        message = json.loads(text)
 
         def done(error: LoRAbbitError | None) -> None:
             if isinstance(error, BrokerBusy):
-                self._loop.after(RELAY_AGAIN_SECONDS, lambda: self._send(entry, text))
+                self._loop.after(RELAY_AGAIN_SECONDS, lambda: self._send(entry, message))
                 return
             if error is not None:
                 log.warning("message-undeliverable", address=message["address"], type=message["type"], why=str(error))
-            if not self._relayed:
-                self._loop.after(FORGET_SECONDS, self._forget)
-            self._relayed.append(entry)
-            self._unconfirmed -= 1
-            if not self._unconfirmed and self._on_relayed is not None:
-                self._loop.post(self._finish)
+            self._confirmed(entry)
 
         self._broker.send(
             Outgoing(
@@ -176,6 +173,18 @@ class Ledger:
             ),
             done,
         )
+
+    def _confirmed(self, entry: str) -> None:
+        """Forget a step's messages, soon, once the broker has the last of them."""
+        self._unconfirmed[entry] -= 1
+        if self._unconfirmed[entry]:
+            return
+        del self._unconfirmed[entry]
+        if not self._relayed:
+            self._loop.after(FORGET_SECONDS, self._forget)
+        self._relayed.append(entry)
+        if not self._unconfirmed and self._on_relayed is not None:
+            self._loop.post(self._finish)
 
     def _forget(self) -> None:
         if self._relayed and not self._closed:

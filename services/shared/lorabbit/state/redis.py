@@ -172,8 +172,10 @@ class RedisStore(StateStore):
         kept = [part for task, value in change.tasks.items() if value is not None for part in (task, value)]
         gone = [task for task, value in change.tasks.items() if value is None]
         effects = [part for item in change.effects.items() for part in item]
-        lists: list[Sequence[str]] = [kept, gone, effects, change.events, change.outbox, change.relayed]
-        counted = [part for each in lists for part in (len(each), *each)]
+        counted: list[str | int] = []
+        for each in (kept, gone, effects, change.events, change.outbox, change.relayed):
+            counted.append(len(each))
+            counted.extend(each)
         keys = _keys(job, "meta", "tasks", "effects", "events", "outbox")
         head = (change.operation, change.epoch, change.version, change.header or "")
         answer = [_text(part) for part in self._run(scripts.COMMIT, keys, *head, *counted)]

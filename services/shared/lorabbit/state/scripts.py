@@ -117,9 +117,14 @@ local effects = lists[3]
 for i = effects.first, effects.last, 2 do
   if redis.call('HEXISTS', KEYS[3], ARGV[i]) == 1 then return {'effect', ARGV[i]} end
 end
-for i = lists[1].first, lists[1].last, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
-for i = lists[2].first, lists[2].last do redis.call('HDEL', KEYS[2], ARGV[i]) end
-for i = effects.first, effects.last, 2 do redis.call('HSET', KEYS[3], ARGV[i], ARGV[i + 1]) end
+local function all(command, key, list)
+  for i = list.first, list.last, 1000 do
+    redis.call(command, key, unpack(ARGV, i, math.min(i + 999, list.last)))
+  end
+end
+all('HSET', KEYS[2], lists[1])
+all('HDEL', KEYS[2], lists[2])
+all('HSET', KEYS[3], effects)
 local answer = {'ok', tostring(version + 1), tostring(lists[4].last - lists[4].first + 1)}
 for i = lists[4].first, lists[4].last do
   answer[#answer + 1] = redis.call('XADD', KEYS[4], '*', 'e', ARGV[i])
@@ -127,7 +132,7 @@ end
 for i = lists[5].first, lists[5].last do
   answer[#answer + 1] = redis.call('XADD', KEYS[5], '*', 'm', ARGV[i])
 end
-for i = lists[6].first, lists[6].last do redis.call('XDEL', KEYS[5], ARGV[i]) end
+all('XDEL', KEYS[5], lists[6])
 if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'header', ARGV[4]) end
 redis.call('HSET', KEYS[1], 'version', version + 1, 'operation', ARGV[1], 'answer', cjson.encode(answer))
 return answer
