@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from lorabbit.errors import BadInput
 from lorabbit.report import Report, begin, fold
-from lorabbit_cli.report_pages import html, markdown, write_pages
+from lorabbit_cli.report_pages import JobFile, html, markdown, write_pages
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -78,6 +78,27 @@ def test_the_figures_take_their_colours_from_the_page():
     assert "#0a0b" not in page
 
 
+def test_the_pages_say_what_was_trained_where_the_job_is_at_hand(tmp_path: Path):
+    run_folder(tmp_path, sample_report())
+    (tmp_path / "job.yaml").write_text("name: sample\nmodel: {trainable: bitfit}\n", encoding="utf-8")
+
+    write_pages(tmp_path)
+
+    assert "of bitfit on sentence-transformers/all-MiniLM-L6-v2" in (tmp_path / "report.html").read_text(
+        encoding="utf-8"
+    )
+    assert "trained: bitfit" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_job_file_that_cannot_be_read_does_not_keep_the_pages_back(tmp_path: Path):
+    run_folder(tmp_path, sample_report())
+    (tmp_path / "job.yaml").write_text("rouds: [", encoding="utf-8")
+
+    write_pages(tmp_path)
+
+    assert "rouds: [" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_both_pages_show_the_figures_of_the_report():
     report = sample_report()
     final = f"{pooled_accuracy(3, 3):.4f}"
@@ -92,7 +113,7 @@ def test_both_pages_show_the_figures_of_the_report():
 def test_names_from_the_job_are_escaped():
     report = sample_report().model_copy(update={"reason": "<script>alert(1)</script>"})
 
-    page = html(report, job_file="a: <b>")
+    page = html(report, JobFile("a: <b>"))
 
     assert "<script>" not in page
     assert "a: &lt;b&gt;" in page

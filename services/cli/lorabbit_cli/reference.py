@@ -19,6 +19,7 @@ from lorabbit.methods import METHODS
 from lorabbit.report import report_schema
 from lorabbit_cli.reference_cli import cli_page
 from lorabbit_cli.schema_text import IDENTIFIER, doc, field_rows, table
+from lorabbit_client.tasks import TASKS
 
 MADE = "<!-- Made from the code by `python -m lorabbit_cli.reference docs/reference`; do not edit. -->"
 ABOUT_MESSAGES = (
@@ -29,6 +30,11 @@ ABOUT_EVENTS = (
     "Every transition of a job appends one of these to its log. The live view and the report are folds of this log. "
     "Beside the fields below each has `kind`, its heading, and `at_ms`, the server's clock in milliseconds since 1970. "
     "`round` is 1-based; 0 is the initialisation."
+)
+ABOUT_TASKS = (
+    "What `model.task` can be, the metric that picks `best/` unless `evaluation.metric` names another, and for every "
+    "role the fields that are tried for it, in this order. `data.fields` names others, for example "
+    "`fields: {text: body}`."
 )
 ABOUT_JOB_FILE = (
     "YAML or TOML. Every key has a default that works, so an empty file is a job; an unknown key is an error. "
@@ -48,6 +54,7 @@ def pages() -> dict[str, str]:
         "messages.md": _page("Messages", _messages()),
         "events.md": _page("Events", _events()),
         "job-file.md": _page("Job file", _job_file()),
+        "tasks.md": _page("Tasks", _tasks()),
         "methods.md": _page("Methods", _methods()),
         "settings.md": _page("Settings", _settings()),
         "cli.md": _page("Command line", cli_page(_exit_codes())),
@@ -118,6 +125,14 @@ def _job_part(model: type[BaseModel], prefix: str, title: str) -> list[str]:
     for name, part in inner.items():
         lines += _job_part(part, f"{prefix}{name}.", f"`{prefix}{name}`")
     return lines
+
+
+def _tasks() -> str:
+    lines = [ABOUT_TASKS, ""]
+    for name, task in TASKS.items():
+        rows = [(f"`{role}`", ", ".join(f"`{field}`" for field in fields)) for role, fields in task.roles.items()]
+        lines += [f"## `{name}`", "", f"Main metric: {task.main_metric}.", "", table(("role", "fields"), rows), ""]
+    return "\n".join(lines)
 
 
 def _methods() -> str:

@@ -7,14 +7,17 @@ machine, and show nothing that is not in it (but the job file that lies beside i
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from pydantic import ValidationError
 
 from lorabbit.errors import BadInput
+from lorabbit.jobspec import JobSpec
 from lorabbit.report import Report, Round
 from lorabbit_cli import facts
+from lorabbit_cli.export import read_job
 from lorabbit_cli.units import bytes_text, duration_text, score_text, sparkline
 
 MOST_CLIENTS_TRACKED = 50
@@ -36,25 +39,42 @@ def read_report(folder: Path) -> Report:
 
 def write_pages(folder: Path) -> None:
     """Write report.md, report.html and tensorboard/ beside a run's report.json; raises BadInput without one."""
-    report = read_report(folder)
-    job = folder / "job.yaml"
-    job_file = job.read_text(encoding="utf-8") if job.is_file() else ""
-    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
-    (folder / "report.html").write_text(html(report, job_file=job_file), encoding="utf-8")
+    report, job = read_report(folder), _job(folder)
+    (folder / "report.md").write_text(markdown(report, job), encoding="utf-8")
+    (folder / "report.html").write_text(html(report, job), encoding="utf-8")
     write_tensorboard(report, folder / "tensorboard")
 
 
-def markdown(report: Report) -> str:
+@dataclass(frozen=True, slots=True)
+class JobFile:
+    """The job file beside a report, as it stands, and read where it can be."""
+
+    text: str = ""
+    spec: JobSpec | None = None
+
+
+def _job(folder: Path) -> JobFile:
+    path = folder / "job.yaml"
+    if not path.is_file():
+        return JobFile()
+    try:
+        spec = read_job(folder)
+    except BadInput:
+        spec = None
+    return JobFile(path.read_text(encoding="utf-8"), spec)
+
+
+def markdown(report: Report, job: JobFile = JobFile()) -> str:
     """Render a report as Markdown."""
-    return _environment().get_template("report.md.j2").render(_context(report))
+    return _environment().get_template("report.md.j2").render(_context(report, job))
 
 
-def html(report: Report, *, job_file: str = "") -> str:
+def html(report: Report, job: JobFile = JobFile()) -> str:
     """Render a report as one HTML page that needs nothing else."""
     # matplotlib costs a second to import: only who draws pays it.
     from lorabbit_cli.plots import figures  # noqa: PLC0415
 
-    context = _context(report) | {"figures": figures(report), "job_file": job_file}
+    context = _context(report, job) | {"figures": figures(report)}
     return _environment().get_template("report.html.j2").render(context)
 
 
@@ -99,7 +119,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _context(report: Report) -> dict[str, object]:
+def _context(report: Report, job: JobFile) -> dict[str, object]:
     """What both templates see."""
     known = facts.of_report(report)
     names: list[str] = []
@@ -108,6 +128,7 @@ def _context(report: Report) -> dict[str, object]:
     names.sort(key=lambda name: (name != known.main_metric, name))
     return {
         "report": report,
+        "job": job,
         "facts": known,
         "method": str(report.method.get("name", "")),
         "settings": {name: value for name, value in report.method.items() if name != "name"},

@@ -1,0 +1,72 @@
+"""The documentation: made pages are current, links lead somewhere, everything registered has its page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from doubles_events import sample_report
+from jsonschema import Draft202012Validator
+
+from lorabbit.jobspec import JobSpec
+from lorabbit.methods import METHODS
+from lorabbit_cli.reference import pages
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*DOCS.rglob("*.md"), ROOT / "README.md"))
+
+
+def test_the_reference_says_what_the_code_says():
+    stale = [name for name, text in pages().items() if (DOCS / "reference" / name).read_text(encoding="utf-8") != text]
+
+    assert not stale, f"run `make docs`: {', '.join(stale)}"
+
+
+def test_nothing_stands_in_the_reference_that_is_not_made():
+    assert {path.name for path in (DOCS / "reference").iterdir()} == set(pages())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str):
+    path = ROOT / page
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+
+    broken = [link for link in links if link and "://" not in link and not (path.parent / link).exists()]
+
+    assert not broken
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_has_its_page(method: str):
+    text = (DOCS / "methods" / f"{method}.md").read_text(encoding="utf-8")
+
+    assert "## Formulas" in text
+    assert "## Departures" in text
+    arxiv = re.findall(r"arXiv (\d{4}\.\d{5})", METHODS[method].paper)
+    assert all(number in text for number in arxiv)
+
+
+def test_the_index_names_every_page():
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+
+    missing = [page for page in PAGES if page.startswith("docs/") and page != "docs/README.md"]
+
+    assert not [page for page in missing if f"({page.removeprefix('docs/')})" not in index]
+
+
+def test_a_report_satisfies_its_published_schema():
+    schema = json.loads((DOCS / "reference" / "report.schema.json").read_text(encoding="utf-8"))
+
+    Draft202012Validator(schema).validate(json.loads(sample_report().model_dump_json()))
+
+
+def test_a_job_satisfies_its_published_schema():
+    schema = json.loads((DOCS / "reference" / "job.schema.json").read_text(encoding="utf-8"))
+    validator = Draft202012Validator(schema)
+
+    validator.validate(json.loads(JobSpec().model_dump_json()))
+    assert not validator.is_valid({"rouds": 3})
