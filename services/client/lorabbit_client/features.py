@@ -19,6 +19,7 @@ from lorabbit_client.tables import Codes
 if TYPE_CHECKING:
     import torch
 
+Row: TypeAlias = "Sequence[int] | NDArray[np.int32]"
 Batch: TypeAlias = "dict[str, torch.Tensor]"
 IGNORED = -100
 """Label of a token that has no part in the loss."""
@@ -27,7 +28,7 @@ IGNORED = -100
 class Ragged:
     """Rows of integers of unlike length, in one flat array."""
 
-    def __init__(self, rows: Iterable[Sequence[int]]) -> None:
+    def __init__(self, rows: Iterable[Row]) -> None:
         """Copy the rows into int32."""
         arrays = [np.asarray(row, dtype=np.int32) for row in rows]
         self.values = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
@@ -103,11 +104,11 @@ class Features(ABC):
 class TokenRows:
     """Token ids of each row with what a tokenizer says beside them."""
 
-    def __init__(self, encoded: Mapping[str, Sequence[Sequence[int]]], pad: int) -> None:
+    def __init__(self, encoded: Mapping[str, Sequence[Row]], pad: int) -> None:
         """Keep `input_ids`, and `token_type_ids` where they are not all zero."""
-        self.ids = Ragged(encoded["input_ids"])
+        self.ids = Ragged(encoded.get("input_ids", ()))
         types = encoded.get("token_type_ids")
-        self.types = Ragged(types) if types is not None and any(any(row) for row in types) else None
+        self.types = Ragged(types) if types is not None and any(np.any(row) for row in types) else None
         self.pad = pad
 
     def batch(self, rows: Codes) -> Batch:

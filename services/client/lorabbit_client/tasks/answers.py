@@ -16,10 +16,12 @@ from lorabbit.jobspec import DataSpec
 from lorabbit_client.features import Features
 from lorabbit_client.tables import Source, Table
 from lorabbit_client.tasks.base import LearningTask, Records, longest, pad_id
-from lorabbit_client.tasks.spans import Answer, Windows
+from lorabbit_client.tasks.spans import Answer, Window, Windows, windows_of
 
 STRIDE_SHARE = 0.25
 """Part of a window that it shares with the next."""
+PORTION = 1000
+"""Examples encoded at once: a tokenizer's own lists take a hundred bytes a token until they are compacted."""
 
 
 class QuestionAnswering(LearningTask):
@@ -52,20 +54,23 @@ class QuestionAnswering(LearningTask):
 
     def encode(self, records: Records, processor: Any, labels: tuple[str, ...], *, spec: DataSpec) -> Features:  # noqa: ANN401, ARG002
         """Cut contexts into windows and find each answer's tokens."""
-        contexts, answers = list(records.columns["context"]), list(records.columns["answers"])
-        if not contexts:
-            return Windows({"input_ids": []}, contexts, answers, pad=0)
         length = longest(processor, spec)
-        encoded = processor(
-            _cut_questions(list(records.columns["question"]), processor, length // 2),
-            contexts,
-            truncation="only_second",
-            max_length=length,
-            stride=int(length * STRIDE_SHARE),
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        return Windows(encoded, contexts, answers, pad=pad_id(processor))
+        rows = (records.columns["question"], records.columns["context"], records.columns["answers"])
+        windows: list[Window] = []
+        for start in range(0, len(records), PORTION):
+            questions, contexts, _ = (list(column[start : start + PORTION]) for column in rows)
+            encoded = processor(
+                _cut_questions(questions, processor, length // 2),
+                contexts,
+                truncation="only_second",
+                max_length=length,
+                stride=int(length * STRIDE_SHARE),
+                return_overflowing_tokens=True,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            windows += windows_of(encoded, start)
+        return Windows(windows, list(rows[1]), list(rows[2]), pad=pad_id(processor))
 
 
 def _answers(table: Table, column: str, row: int, *, context: str) -> Iterator[Answer]:
@@ -85,10 +90,10 @@ def _answers(table: Table, column: str, row: int, *, context: str) -> Iterator[A
         starts = [item.get("answer_start", 0) for item in items if isinstance(item, Mapping)]
     starts += [0] * (len(texts) - len(starts))
     for text, start in zip(texts, starts, strict=False):
-        place = _nearest(context, text, start) if isinstance(text, str) and text else None
+        place = _nearest(context, text, start) if isinstance(text, str) and text.strip() else None
         if place is None:
             raise BadInput(f"{table.place(row)}: answer {text!r} does not stand in the context")
-        yield Answer(text, place, place + len(text))
+        yield Answer(text, place + len(text) - len(text.lstrip()), place + len(text.rstrip()))
 
 
 def _nearest(context: str, text: str, start: int) -> int | None:

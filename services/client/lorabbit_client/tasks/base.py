@@ -6,8 +6,9 @@ validated without one. `encode` does the model-specific part once, before any tr
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -86,6 +87,16 @@ class LearningTask(ABC):
 def longest(tokenizer: Any, spec: DataSpec) -> int:  # noqa: ANN401 - any tokenizer
     """Return the length at which texts are cut: the job's, or less where the model takes less."""
     return min(spec.max_length, int(tokenizer.model_max_length))
+
+
+def first_words(texts: Iterable[str], words: int) -> list[str]:
+    """Cut texts after twice so many words, because a tokenizer reads a whole text before it cuts it.
+
+    A word is a token or more, so what is left out would have been cut off anyway.
+    """
+    beginning = re.compile(rf"(?:\S*\s+){{{2 * words}}}")
+    cuts = ((text, beginning.match(text)) for text in texts)
+    return [text if found is None else text[: found.end()] for text, found in cuts]
 
 
 def pad_id(tokenizer: Any) -> int:  # noqa: ANN401 - any tokenizer

@@ -64,7 +64,7 @@ class CausalLanguageModelling(LearningTask):
         write = _templated if spec.chat_template else _plain
         segments = [write(messages, processor) for messages in records.columns["messages"]]
         flat = [text for row in segments for text, _ in row]
-        ids = iter(processor(flat, add_special_tokens=False)["input_ids"] if flat else [])
+        ids = iter(processor(flat, add_special_tokens=False, verbose=False)["input_ids"] if flat else [])
         opening, closing = ([], []) if spec.chat_template else _marks(processor)
         rows = [
             cut([(opening, False), *((next(ids), said) for _, said in row), (closing, True)], longest(processor, spec))

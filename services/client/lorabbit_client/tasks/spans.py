@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,26 +33,42 @@ class Answer:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A question and a part of its context, in tokens."""
+
+    example: int
+    ids: NDArray[np.int32]
+    types: NDArray[np.int32]
+    begins: NDArray[np.int32]
+    """First character of each token in the context, -1 outside of it."""
+    ends: NDArray[np.int32]
+    """Character behind each token in the context, -1 outside of it."""
+
+
+def windows_of(encoded: Any, first: int) -> Iterator[Window]:  # noqa: ANN401 - a tokenizer's BatchEncoding
+    """Yield the windows of what a tokenizer returned for examples counted from `first`."""
+    for row, example in enumerate(encoded["overflow_to_sample_mapping"]):
+        ids = np.asarray(encoded["input_ids"][row], dtype=np.int32)
+        types = encoded["token_type_ids"][row] if "token_type_ids" in encoded else np.zeros_like(ids)
+        inside = np.array([sequence == CONTEXT for sequence in encoded.sequence_ids(row)])
+        places = np.where(inside[:, None], np.asarray(encoded["offset_mapping"][row], dtype=np.int32), -1)
+        yield Window(first + example, ids, np.asarray(types, dtype=np.int32), *places.T.astype(np.int32))
+
+
 class Windows(Features):
     """Windows of (question, part of a context) with the answer's first and last token."""
 
-    def __init__(self, encoded: Any, contexts: list[str], answers: list[list[Answer]], *, pad: int) -> None:  # noqa: ANN401
-        """Keep the tokens, each token's place in the context (-1 elsewhere), and what scoring needs."""
-        self._tokens = TokenRows(encoded, pad)
+    def __init__(self, windows: list[Window], contexts: list[str], answers: list[list[Answer]], *, pad: int) -> None:
+        """Keep the tokens, each token's place in the context, and what scoring needs."""
         self.contexts, self.answers = contexts, answers
-        count = len(self._tokens.ids)
-        example = encoded["overflow_to_sample_mapping"] if count else []
-        self.example = np.asarray(example, dtype=np.int64)
-        inside = [[kind == CONTEXT for kind in encoded.sequence_ids(row)] for row in range(count)]
-        places = encoded["offset_mapping"] if count else []
-        self.begins = Ragged(
-            [b if i else -1 for (b, _), i in zip(*w, strict=True)] for w in zip(places, inside, strict=True)
+        self._tokens = TokenRows(
+            {"input_ids": [w.ids for w in windows], "token_type_ids": [w.types for w in windows]}, pad
         )
-        self.ends = Ragged(
-            [e if i else -1 for (_, e), i in zip(*w, strict=True)] for w in zip(places, inside, strict=True)
-        )
-        spans = [self._tokens_of(row, answers[example[row]]) for row in range(count)]
-        self._spans = np.asarray(spans, dtype=np.int64).reshape(count, 2)
+        self.begins, self.ends = Ragged(w.begins for w in windows), Ragged(w.ends for w in windows)
+        self.example = np.array([w.example for w in windows], dtype=np.int64)
+        spans = [self._tokens_of(row, answers[window.example]) for row, window in enumerate(windows)]
+        self._spans = np.array(spans, dtype=np.int64).reshape(len(windows), 2)
         self._first = np.searchsorted(self.example, np.arange(len(contexts) + 1))
 
     def _tokens_of(self, row: int, answers: list[Answer]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import numpy as np
 from lorabbit.jobspec import DataSpec
 from lorabbit_client.features import Batch, Features, MeanLoss, Scorer, Scores, TokenRows
 from lorabbit_client.tables import Codes, LabelTable, Table
-from lorabbit_client.tasks.base import LearningTask, Records, longest, pad_id
+from lorabbit_client.tasks.base import LearningTask, Records, first_words, longest, pad_id
 
 
 class TextClassification(LearningTask):
@@ -33,8 +33,9 @@ class TextClassification(LearningTask):
 
     def encode(self, records: Records, processor: Any, labels: tuple[str, ...], *, spec: DataSpec) -> Features:  # noqa: ANN401
         """Tokenise each text, or both texts together."""
-        texts = [list(records.columns[role]) for role in self.texts]
-        encoded = processor(*texts, truncation=True, max_length=longest(processor, spec)) if len(records) else {}
+        length = longest(processor, spec)
+        texts = [first_words(records.columns[role], length) for role in self.texts]
+        encoded = processor(*texts, truncation=True, max_length=length) if len(records) else {}
         return ClassifiedTokens(
             TokenRows(encoded, pad_id(processor)), records.classes, len(labels), positive=self.positive
         )
