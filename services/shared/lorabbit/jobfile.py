@@ -16,7 +16,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -34,13 +34,9 @@ _TAG = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's idea of numbers and booleans, which refuses keys given twice."""
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
-
 
 class _Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads."""
-
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
 
 
 _CORE_SCHEMA = (
@@ -54,8 +50,9 @@ _CORE_SCHEMA = (
     ),
     ("merge", r"^<<$", ["<"]),
 )
-for _name, _pattern, _first in _CORE_SCHEMA:
-    for _kind in (_Loader, _Dumper):
+for _kind in (_Loader, _Dumper):
+    _kind.yaml_implicit_resolvers = {}
+    for _name, _pattern, _first in _CORE_SCHEMA:
         _kind.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
 
 
