@@ -91,7 +91,7 @@ def _gather(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> D
     """Wait for the population; when it is there, let its first client build the model."""
     state = replace(state, present=len(event.present), since_ms=state.since_ms or event.at_ms)
     joined: tuple[Command, ...] = ()
-    if isinstance(event, ClientArrived):
+    if isinstance(event, ClientArrived) and event.is_new:
         joined = (Record(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device)),)
     if len(event.present) < state.spec.clients:
         return state, joined

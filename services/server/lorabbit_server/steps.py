@@ -45,6 +45,8 @@ class ClientArrived:
     present: tuple[ClientId, ...]
     device: str = "cpu"
     outbox: frozenset[str] = frozenset()
+    is_new: bool = True
+    """Whether it was not here before."""
     at_ms: int = 0
 
 

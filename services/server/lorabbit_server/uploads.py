@@ -86,7 +86,8 @@ class Uploads:
         task = str(headers.get("task", ""))
         self._meter.up(task, payload=len(delivery.body), overhead=header_bytes(delivery))
         upload = self._open.get(str(headers.get("sha256", "")))
-        if upload is not None:
+        sender = self._tools.registry.at(topology.address_of(delivery.routing_key))
+        if upload is not None and any(each.client == sender for each, _ in upload.waiting.values()):
             try:
                 index = int(headers["index"])
                 if index in upload.missing:

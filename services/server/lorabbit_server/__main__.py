@@ -1,0 +1,123 @@
+"""The server process: connect, serve, drain.
+
+It keeps trying until broker and store are there, says what it waits for, and gives its lease up
+when it is told to stop, so that the next server need not wait for it to expire.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import structlog
+
+from lorabbit import __version__
+from lorabbit.broker.base import Broker
+from lorabbit.broker.rabbit import RabbitBroker
+from lorabbit.errors import LoRAbbitError, StoreUnavailable
+from lorabbit.events import AnyEvent, TaskProgressed
+from lorabbit.settings import ServerSettings, file_secrets
+from lorabbit.state.redis import RedisStore
+from lorabbit.telemetry import configure
+from lorabbit_server.api import make_app
+from lorabbit_server.http import HttpServer
+from lorabbit_server.measures import Measures
+from lorabbit_server.service import Service
+
+log = structlog.get_logger()
+INTERRUPTED = 130
+
+
+def main(settings: ServerSettings | None = None) -> int:
+    """Serve until told to stop; returns the exit code."""
+    if settings is None:
+        file_secrets()
+        settings = ServerSettings()
+    try:
+        configure(settings.log_level, settings.log_format)
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        return _serve(settings)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except LoRAbbitError as error:
+        log.error("server-failed", why=str(error))  # noqa: TRY400 - a sentence, not a trace
+        return error.exit_code
+
+
+def _serve(settings: ServerSettings) -> int:
+    """Put the parts together and run the loop."""
+    store = RedisStore.connect(settings.redis_url)
+    broker: Broker = RabbitBroker(settings.broker_url, name=f"lorabbit-server@{socket.gethostname()}")
+    service = Service(broker, store, settings, owner=f"{socket.gethostname()}:{settings.folder.resolve()}")
+    measures = Measures()
+    service.listen(measures.on_event)
+    service.listen(_log_event)
+    if settings.submit is not None:
+        service.on_leading(partial(_submit, service, settings.submit))
+    try:
+        http = HttpServer(make_app(service, measures), settings.http_host, settings.http_port)
+        http.start()
+        log.info("server-started", version=__version__, http=http.url, folder=str(settings.folder))
+        try:
+            with _signals(service, broker):
+                service.start()
+                broker.run()
+        finally:
+            http.close()
+    finally:
+        with suppress(StoreUnavailable):
+            service.close()
+        broker.close()
+        store.close()
+    log.info("server-stopped")
+    return 0
+
+
+def _submit(service: Service, path: Path) -> None:
+    """Submit a job file, unless this store has had this very file before."""
+    from lorabbit import jobfile  # noqa: PLC0415 - needed once, by few
+
+    spec = jobfile.load(path)
+    digest = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+    job = service.submit(spec, operation=f"on-start:{digest}")
+    log.info("job-submitted", job=job, file=str(path))
+
+
+def _log_event(job: str, event: AnyEvent) -> None:
+    """Tell the log what the event log is told; progress is for watchers."""
+    if not isinstance(event, TaskProgressed):
+        fields = event.model_dump(exclude={"kind", "at_ms", "facts", "metrics"}, exclude_none=True)
+        log.info(event.kind, job=job, **fields)
+
+
+@contextmanager
+def _signals(service: Service, broker: Broker) -> Iterator[None]:
+    """Drain on the first SIGTERM or SIGINT, stop at once on the second."""
+    asked = 0
+
+    def stop(number: int, _: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            log.info("draining", signal=signal.Signals(number).name)
+            service.drain(broker.stop)
+        else:
+            broker.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

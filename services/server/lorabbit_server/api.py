@@ -1,0 +1,175 @@
+"""The HTTP interface: submit, watch and fetch; JSON in and out, errors as one sentence.
+
+Everything but a submission or a cancellation reads the store and the run folders, so a server that
+stands by answers too. A watcher's poll blocks on the store until there is something to tell.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from lorabbit import __version__
+from lorabbit.errors import LoRAbbitError, Retryable, StoreUnavailable
+from lorabbit.events import EVENTS
+from lorabbit.jobspec import JobSpec
+from lorabbit.report import begin, fold
+from lorabbit.state.base import START
+from lorabbit.validation import explain
+from lorabbit_server.measures import Measures
+from lorabbit_server.service import Service
+from lorabbit_server.status import Status, status_of
+
+log = structlog.get_logger()
+LONGEST_WAIT_SECONDS = 60.0
+Json = dict[str, Any]
+
+
+class Unknown(LoRAbbitError):
+    """There is no such thing."""
+
+
+def make_app(service: Service, measures: Measures) -> FastAPI:
+    """Build the application over a service."""
+    app = FastAPI(title="LoRAbbit", version=__version__)
+    _add_errors(app)
+    _add_jobs(app, service)
+    _add_files(app, service.settings.folder / "runs")
+    _add_health(app, service, measures)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Answer every failure with one sentence."""
+
+    @app.exception_handler(LoRAbbitError)
+    def ours(_: Request, error: LoRAbbitError) -> JSONResponse:
+        status = 404 if isinstance(error, Unknown) else 503 if isinstance(error, Retryable) else 400
+        return JSONResponse({"error": str(error)}, status)
+
+    @app.exception_handler(HTTPException)
+    def http(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"error": str(error.detail)}, error.status_code)
+
+
+def _add_jobs(app: FastAPI, service: Service) -> None:
+    store = service.store
+
+    @app.post("/jobs", status_code=201)
+    async def submit(request: Request) -> Json:
+        body = await request.body()
+        try:
+            spec = JobSpec.model_validate_json(body)
+        except ValidationError as error:
+            raise HTTPException(400, explain(error, JobSpec)) from error
+        return {"job": await run_in_threadpool(service.submit, spec)}
+
+    @app.get("/jobs")
+    def jobs() -> list[Json]:
+        shown = ("job", "status", "submitted_ms", "reason", "exit_code")
+        return [{name: getattr(entry, name) for name in shown} for entry in store.jobs().values()]
+
+    @app.get("/jobs/{job}")
+    def status(job: str) -> Status:
+        found = status_of(store, job)
+        if found is None:
+            raise Unknown(_no_job(job, list(store.jobs())))
+        return found
+
+    @app.post("/jobs/{job}/cancel")
+    def cancel(job: str) -> Json:
+        known = status(job)
+        return {"job": job, "cancelled": service.cancel(job), "status": known.status}
+
+    @app.get("/jobs/{job}/events")
+    def events(
+        job: str,
+        after: str = START,
+        wait: Annotated[float, Query(ge=0, le=LONGEST_WAIT_SECONDS)] = 0.0,
+        progress: bool = True,  # noqa: FBT001, FBT002 - a query parameter
+    ) -> list[Json]:
+        status(job)
+        found = store.events(job, after, progress=progress, wait_seconds=wait)
+        return [
+            {"id": each.cursor, "event": EVENTS.validate_json(each.event).model_dump(mode="json")} for each in found
+        ]
+
+    @app.get("/jobs/{job}/report")
+    def report(job: str) -> Json:
+        status(job)
+        spec = JobSpec.model_validate_json(store.jobs()[job].spec)
+        logged = store.events(job, progress=False)
+        return fold(begin(job, spec), (EVENTS.validate_json(each.event) for each in logged)).model_dump(mode="json")
+
+    @app.get("/clients")
+    def clients() -> list[Json]:
+        return [
+            {
+                "client": e.client,
+                "address": e.address,
+                "expires_ms": e.expires_ms,
+                "present": e.expires_ms > service.now_ms(),
+            }
+            for e in store.clients().values()
+        ]
+
+
+def _add_files(app: FastAPI, runs: Path) -> None:
+    """Serve what lies in run folders, and nothing else."""
+
+    def folder(job: str) -> Path:
+        path = (runs / job).resolve()
+        if path.parent != runs.resolve() or not path.is_dir():
+            raise Unknown(f"there is no run folder of a job {job!r} on this server")
+        return path
+
+    @app.get("/jobs/{job}/files")
+    def files(job: str) -> list[Json]:
+        root = folder(job)
+        found = (p for p in sorted(root.rglob("*")) if p.is_file() and p.suffix != ".part")
+        return [{"path": str(p.relative_to(root)), "bytes": p.stat().st_size} for p in found]
+
+    @app.get("/jobs/{job}/files/{path:path}")
+    def file(job: str, path: str) -> FileResponse:
+        root = folder(job)
+        wanted = (root / path).resolve()
+        if not wanted.is_relative_to(root) or not wanted.is_file():
+            raise Unknown(f"job {job!r} has no file {path!r}")
+        return FileResponse(wanted)
+
+
+def _add_health(app: FastAPI, service: Service, measures: Measures) -> None:
+    @app.get("/healthz")
+    def healthz() -> Json:
+        return {"alive": True, "version": __version__}
+
+    @app.get("/readyz")
+    def readyz() -> JSONResponse:
+        checks: Json = {"broker": service.broker.trouble(), "store": None, "lease": None}
+        try:
+            service.store.ping()
+        except StoreUnavailable as error:
+            checks["store"] = str(error)
+        if not service.is_leading:
+            checks["lease"] = "another server leads, or none does yet; this one stands by"
+        troubles = [str(trouble) for trouble in checks.values() if trouble]
+        if troubles:
+            return JSONResponse({"error": "; ".join(troubles), "checks": checks}, 503)
+        return JSONResponse({"ready": True, "checks": checks})
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        text = measures.text(clients_present=service.clients_present, is_leading=service.is_leading)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+
+def _no_job(job: str, known: list[str]) -> str:
+    some = f" (jobs: {', '.join(known[-10:])})" if known else "; none has been submitted yet"
+    return f"there is no job {job!r}{some}"

@@ -1,0 +1,64 @@
+"""Metrics for Prometheus, counted from the events that jobs commit; no label grows with the clients."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from lorabbit import events as ev
+
+SECONDS = (0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
+
+
+class Measures:
+    """One server's metrics."""
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        self.registry = CollectorRegistry()
+        self._updates = Counter(
+            "lorabbit_updates", "Results by phase and outcome", ["phase", "outcome"], registry=self.registry
+        )
+        self._bytes = Counter("lorabbit_bytes", "Bytes on the wire", ["direction", "kind"], registry=self.registry)
+        self._jobs = Counter("lorabbit_jobs", "Jobs that ended", ["status"], registry=self.registry)
+        self._round_seconds = Histogram(
+            "lorabbit_round_seconds",
+            "From asking the cohort to the new version",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._aggregate_seconds = Histogram(
+            "lorabbit_aggregate_seconds", "Folding a round's updates", buckets=SECONDS, registry=self.registry
+        )
+        self._tasks = Counter("lorabbit_tasks_sent", "Tasks sent, by phase", ["phase"], registry=self.registry)
+        self._lost = Counter("lorabbit_clients_lost", "Leases that ended", registry=self.registry)
+        self._clients = Gauge("lorabbit_clients_present", "Clients that are here", registry=self.registry)
+        self._leading = Gauge("lorabbit_leading", "1 while this server holds the lease", registry=self.registry)
+
+    def on_event(self, _job: str, event: ev.AnyEvent) -> None:
+        """Count a committed event."""
+        match event:
+            case ev.UpdateAccepted():
+                self._updates.labels(event.phase, "accepted").inc()
+                self._bytes.labels("up", "payload").inc(event.bytes_up)
+                self._bytes.labels("down", "payload").inc(event.bytes_down)
+                self._bytes.labels("up", "overhead").inc(event.overhead_up)
+                self._bytes.labels("down", "overhead").inc(event.overhead_down)
+            case ev.UpdateRejected():
+                self._updates.labels("any", event.reason).inc()
+            case ev.RoundClosed():
+                self._round_seconds.observe(event.seconds)
+                self._aggregate_seconds.observe(event.aggregate_seconds)
+            case ev.TaskSent():
+                self._tasks.labels(event.phase).inc()
+            case ev.ClientLost():
+                self._lost.inc()
+            case ev.JobEnded():
+                self._jobs.labels(event.status).inc()
+            case _:
+                pass
+
+    def text(self, *, clients_present: int, is_leading: bool) -> bytes:
+        """Render everything in Prometheus' text format."""
+        self._clients.set(clients_present)
+        self._leading.set(int(is_leading))
+        return generate_latest(self.registry)

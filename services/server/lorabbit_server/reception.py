@@ -1,0 +1,218 @@
+"""Reception: every message from a client, checked and brought to whom it concerns.
+
+One server answers in one epoch. Answers that need no memory (a welcome, a word about a job that is
+over) are sent straight away, and the question is acknowledged once the broker has the answer;
+everything else is the business of the running job.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+
+from lorabbit import codec
+from lorabbit.broker import topology
+from lorabbit.broker.base import Delivery, Outgoing
+from lorabbit.errors import Refused
+from lorabbit.events import AnyEvent, TaskProgressed
+from lorabbit.messages import (
+    Alive,
+    Deny,
+    ForTask,
+    Goodbye,
+    Hello,
+    Message,
+    Offer,
+    TaskFailed,
+    TaskProgress,
+    Verdict,
+    Welcome,
+)
+from lorabbit.types import ClientId
+from lorabbit_server import steps
+from lorabbit_server.jobrun import JobRun
+from lorabbit_server.meter import header_bytes
+from lorabbit_server.tools import Tools
+
+log = structlog.get_logger()
+PROGRESS_SECONDS = 0.5
+
+
+class Reception:
+    """See the module's docstring; for the loop thread."""
+
+    def __init__(
+        self, tools: Tools, running: Callable[[], JobRun | None], tell: Callable[[str, list[AnyEvent]], None]
+    ) -> None:
+        """Serve whatever job is `running`; `tell` listeners of progress."""
+        self._tools, self._running, self._tell = tools, running, tell
+        self._broker, self._registry, self._now = tools.broker, tools.registry, tools.now_ms
+        self._progress: dict[str, TaskProgressed] = {}
+        self._inboxes: set[str] = set()
+
+    def on_data(self, delivery: Delivery) -> None:
+        """Take in a chunk."""
+        run = self._running()
+        if run is None:
+            self._broker.ack(delivery)
+        else:
+            run.on_chunk(delivery)
+
+    def on_control(self, delivery: Delivery) -> None:
+        """Read a control message and bring it to whom it concerns."""
+        address = topology.address_of(delivery.routing_key)
+        try:
+            message = codec.decode(delivery.type, delivery.body)
+            self._check_sender(message, address)
+        except Refused as why:
+            log.warning("message-refused", address=address, type=delivery.type, reason=why.reason, detail=why.detail)
+            self._broker.reject(delivery)
+            return
+        match message:
+            case Hello():
+                self._on_hello(message, delivery)
+            case Alive():
+                self._on_alive(message, delivery)
+            case Goodbye():
+                self._on_goodbye(message, delivery)
+            case ForTask():
+                self._on_task_message(message, delivery, address)
+            case _:
+                self._broker.ack(delivery)
+
+    def _check_sender(self, message: Message, address: str) -> None:
+        """Refuse a message in somebody else's name."""
+        if isinstance(message, Hello | Alive | Goodbye):
+            if message.address != address:
+                raise Refused("forged", f"it came from {address} in the name of {message.address}")
+        elif isinstance(message, ForTask):
+            known = self._registry.at(address)
+            if known != message.client:
+                raise Refused("unknown-client", f"{address} is {known or 'nobody'}, not {message.client}")
+
+    def _on_hello(self, message: Hello, delivery: Delivery) -> None:
+        """Give a client its inbox, its identity and what it has to do."""
+        if message.address not in self._inboxes:
+            self._broker.declare_queue(topology.inbox(message.address))
+            self._inboxes.add(message.address)
+        known = self._registry.at(message.address)
+        was_here = known is not None and known in self._registry.present
+        client = self._registry.hello(message, self._now())
+        log.info("client-arrived", client=client, address=message.address, device=message.device)
+        welcome = Welcome(client=client, heartbeat_seconds=self._tools.settings.heartbeat_seconds)
+        self._reply(message.address, welcome, f"welcome.{uuid.uuid4().hex}", delivery)
+        self._apply(
+            steps.ClientArrived(
+                client, self._registry.present, message.device, frozenset(message.outbox), not was_here, self._now()
+            )
+        )
+
+    def _on_alive(self, message: Alive, delivery: Delivery) -> None:
+        """Renew a lease; a client that this server does not know is as good as one that says hello."""
+        client, back = self._registry.heard(message.address, self._now())
+        if client is None:
+            claimed = ClientId(message.client)
+            taken = claimed in self._registry.present
+            self._on_hello(Hello(address=message.address, client=None if taken else claimed), delivery)
+            return
+        if client != message.client:
+            welcome = Welcome(client=client, heartbeat_seconds=self._tools.settings.heartbeat_seconds)
+            self._reply(message.address, welcome, f"welcome.{uuid.uuid4().hex}", delivery)
+            return
+        self._broker.ack(delivery)
+        if back:
+            self._came_back(client)
+
+    def _came_back(self, client: ClientId) -> None:
+        """Note a client that was silent, but never gone: it still has its tasks."""
+        entry = self._registry.get(client)
+        run = self._running()
+        if run is None or entry is None:
+            return
+        own = frozenset(task.id for task in run.state.tasks.values() if task.client == client)
+        self._apply(steps.ClientArrived(client, self._registry.present, entry.device, own, at_ms=self._now()))
+
+    def _on_goodbye(self, message: Goodbye, delivery: Delivery) -> None:
+        client = self._registry.leave(message.address)
+        self._broker.ack(delivery)
+        if client is not None:
+            log.info("client-left", client=client)
+            self._apply(steps.ClientLeft(client, self._registry.present, self._now()))
+
+    def _on_task_message(self, message: ForTask, delivery: Delivery, address: str) -> None:
+        """Bring a message about a task to its job."""
+        client, back = self._registry.heard(address, self._now())
+        if client is not None and back:
+            self._came_back(client)
+        run = self._running()
+        if run is None or run.job != message.job or client is None:
+            self._on_other_job(message, delivery, address)
+            return
+        run.meter(message.task, len(delivery.body) + header_bytes(delivery))
+        match message:
+            case Offer():
+                run.on_offer(message, delivery, client)
+            case TaskFailed():
+                run.on_task_failed(message, delivery, client)
+            case TaskProgress():
+                self._on_progress(run, message)
+                self._broker.ack(delivery)
+            case _:
+                self._broker.ack(delivery)
+
+    def _on_other_job(self, message: ForTask, delivery: Delivery, address: str) -> None:
+        """Answer an offer for a job that is not running, so that the client can forget it."""
+        if not isinstance(message, Offer):
+            self._broker.ack(delivery)
+            return
+        about = {"job": message.job, "task": message.task, "client": message.client}
+        answer: Message
+        if self._tools.store.effect(message.job, message.task) is not None:
+            answer = Verdict(**about, accepted=True)
+        else:
+            answer = Deny(**about, reason="job-ended")
+        self._reply(address, answer, f"{message.task}.late", delivery)
+
+    def _reply(self, address: str, message: Message, message_id: str, delivery: Delivery) -> None:
+        """Answer without the store: the question is acknowledged once the broker has the answer."""
+        outgoing = Outgoing(
+            topology.CONTROL,
+            topology.control_key(address),
+            message.type_name(),
+            codec.encode(message),
+            {"epoch": self._tools.epoch},
+            message_id,
+        )
+        self._broker.send(outgoing, lambda _: self._broker.ack(delivery))
+
+    # ---- progress ----
+    def _on_progress(self, run: JobRun, message: TaskProgress) -> None:
+        """Show progress at once here, and a little later to those who read the store."""
+        task = run.state.tasks.get(message.task)
+        if task is None or task.client != message.client:
+            return
+        event = TaskProgressed(
+            at_ms=self._now(),
+            round=task.round,
+            client=task.client,
+            phase=task.phase,
+            fraction=message.fraction,
+            loss=message.loss,
+        )
+        self._tell(run.job, [event])
+        if not self._progress:
+            self._tools.loop.after(PROGRESS_SECONDS, partial(self._log_progress, run.job))
+        self._progress[task.id] = event
+
+    def _log_progress(self, job: str) -> None:
+        events, self._progress = list(self._progress.values()), {}
+        if events:
+            self._tools.store.log_progress(job, [event.model_dump_json() for event in events])
+
+    def _apply(self, event: steps.Event) -> None:
+        run = self._running()
+        if run is not None:
+            run.apply(event)
