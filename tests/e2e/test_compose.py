@@ -1,0 +1,120 @@
+"""The federation as a user starts it: images, compose, the command line inside the server's container."""
+
+# ruff: noqa: S603, S607 - docker, by name
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from services import free_port
+from tree import ROOT
+
+# Less of the quickstart, so that both sizes of federation fit into a test run.
+LESS = ["--set", "rounds=2", "--set", "data.limit=1200", "--set", "cohort=1.0"]
+QUICKSTART = "/examples/quickstart.yaml"
+BUILD_SECONDS = 900
+JOB_SECONDS = 600
+pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(BUILD_SECONDS + JOB_SECONDS)]
+
+
+class Compose:
+    """One compose project with a name, tag and port of its own."""
+
+    def __init__(self) -> None:
+        self.tag = f"test-{uuid4().hex[:8]}"
+        self._project = f"lorabbit-{self.tag}"
+        settings = {"LORABBIT_TAG": self.tag, "LORABBIT_PORT": str(free_port()), "DOCKER_BUILDKIT": "1"}
+        self._environment = {**os.environ, **settings}
+
+    def __call__(self, *arguments: str, seconds: float = 300) -> str:
+        """Run `docker compose ARGUMENTS`; its standard output."""
+        return self._run(["docker", "compose", "--project-name", self._project, *arguments], seconds)
+
+    def client(self, *arguments: str) -> str:
+        """Run a command of the client's image, outside the federation."""
+        image = f"lorabbit-client:{self.tag}"
+        return self._run(["docker", "run", "--rm", image, *arguments], JOB_SECONDS)
+
+    def close(self) -> None:
+        self("down", "--volumes", "--remove-orphans")
+        self._run(["docker", "image", "rm", f"lorabbit-server:{self.tag}", f"lorabbit-client:{self.tag}"], 60)
+
+    def _run(self, command: list[str], seconds: float) -> str:
+        run = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=self._environment
+        )
+        if run.returncode != 0:
+            pytest.fail(f"{' '.join(command)} ended with {run.returncode}\n{run.stdout[-4000:]}\n{run.stderr[-8000:]}")
+        return run.stdout
+
+
+@pytest.fixture(scope="module")
+def compose() -> Iterator[Compose]:
+    if (
+        shutil.which("docker") is None
+        or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode
+    ):
+        if os.environ.get("CI") == "true":
+            pytest.fail("no Docker engine answers")
+        pytest.skip("no Docker engine answers")
+    project = Compose()
+    try:
+        project("build", "--quiet", seconds=BUILD_SECONDS)
+        yield project
+    finally:
+        project.close()
+
+
+@pytest.mark.parametrize("clients", [3, 8])
+def test_the_quickstart_under_compose_makes_the_adapter_of_one_process(compose: Compose, clients: int) -> None:
+    sized = [*LESS, "--set", f"clients={clients}"]
+    compose("up", "--detach", "--wait", "--no-recreate", "--scale", f"client={clients}")
+
+    job = json.loads(compose("exec", "-T", "server", "lorabbit", "submit", QUICKSTART, *sized, "--format", "json"))[
+        "job"
+    ]
+    compose("exec", "-T", "server", "lorabbit", "watch", job, seconds=JOB_SECONDS)
+
+    report = reported(compose, job)
+    embedded = json.loads(compose.client("run", QUICKSTART, *sized, "--format", "json", "--out", "/tmp/runs"))  # noqa: S108
+    assert report["adapter"]["sha256"] == embedded["adapter"]["sha256"]
+    assert len(report["clients"]) == clients
+    assert report["rounds"][-1]["metrics"] == embedded["rounds"][-1]["metrics"]
+
+
+def test_the_adapter_is_exported_from_inside_the_server(compose: Compose) -> None:
+    job = json.loads(compose("exec", "-T", "server", "lorabbit", "jobs", "--format", "json"))[-1]["job"]
+
+    compose("exec", "-T", "server", "lorabbit", "export", job, "--out", "/tmp/exported")  # noqa: S108
+
+    digest = compose("exec", "-T", "server", "sha256sum", "/tmp/exported/adapter_model.safetensors").split()[0]  # noqa: S108
+    config = json.loads(compose("exec", "-T", "server", "cat", "/tmp/exported/adapter_config.json"))  # noqa: S108
+    assert digest == reported(compose, job)["adapter"]["sha256"]
+    assert config["peft_type"] == "LORA"
+
+
+def test_the_server_image_holds_no_learning_framework(compose: Compose) -> None:
+    program = "import importlib.util as u; print([n for n in ('torch', 'transformers', 'peft') if u.find_spec(n)])"
+
+    found = compose("exec", "-T", "server", "python", "-c", program).strip()
+
+    assert found == "[]"
+
+
+def test_nobody_runs_as_root_or_writes_to_the_image(compose: Compose) -> None:
+    script = "id -u; touch /opt/lorabbit/written 2>/dev/null && echo written || echo refused"
+
+    said = [compose("exec", "-T", service, "sh", "-c", script).split() for service in ("server", "client")]
+
+    assert said == [["10001", "refused"]] * 2
+
+
+def reported(compose: Compose, job: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(compose("exec", "-T", "server", "lorabbit", "report", job, "--format", "json"))
+    return report

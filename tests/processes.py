@@ -1,0 +1,176 @@
+"""A federation of real processes over a real RabbitMQ and Redis, each to be killed and started at will."""
+
+# ruff: noqa: S603 - the interpreter of the test run, by path
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from services import free_port
+
+Event = dict[str, Any]
+START_SECONDS = 60.0
+JOB_SECONDS = 240.0
+
+
+class Process:
+    """One `python -m MODULE`; its folder and its log outlive it."""
+
+    def __init__(self, module: str, folder: Path, environment: dict[str, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "process.log"
+        self._command = [sys.executable, "-m", module]
+        self._environment = {**os.environ, **environment, "LORABBIT_FOLDER": str(folder)}
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self._child = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        """SIGKILL it and what it started: nothing is flushed, nobody is told."""
+        if self._child is not None:
+            os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait()
+            self._child = None
+
+    def stop(self) -> int:
+        """Ask it to end, as Docker does; its exit code."""
+        assert self._child is not None, "not started"
+        self._child.terminate()
+        code = self._child.wait(30)
+        self._child = None
+        return code
+
+    def tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:]) if self.log.exists() else ""
+
+
+class Federation:
+    """One server and its clients, by name."""
+
+    def __init__(self, folder: Path, broker_url: str, redis_url: str) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        shared = {"LORABBIT_BROKER_URL": broker_url, "LORABBIT_LOG_FORMAT": "json", "LORABBIT_LOG_LEVEL": "DEBUG"}
+        self._shared = shared
+        self._folder = folder
+        # Short leases: what a crash test waits for is a lost client's or a lost server's.
+        server = {
+            "LORABBIT_REDIS_URL": redis_url,
+            "LORABBIT_HTTP_PORT": str(port),
+            "LORABBIT_LEASE_SECONDS": "2",
+            "LORABBIT_CLIENT_LEASE_SECONDS": "4",
+            "LORABBIT_HEARTBEAT_SECONDS": "1",
+        }
+        self.server = Process("lorabbit_server", folder / "server", shared | server)
+        self.clients: dict[str, Process] = {}
+
+    def start(self, clients: int) -> None:
+        """Start the server and so many clients, and wait until the server answers."""
+        self.server.start()
+        for number in range(clients):
+            address = f"site-{number}"
+            environment = self._shared | {"LORABBIT_ADDRESS": address}
+            self.clients[address] = Process("lorabbit_client", self._folder / address, environment)
+            self.clients[address].start()
+        self._await_server()
+
+    def address_of(self, client: str) -> str:
+        """The process that holds a client's identity."""
+        entries = httpx.get(f"{self.url}/clients", timeout=10).json()
+        return next(str(entry["address"]) for entry in entries if entry["client"] == client)
+
+    def submit(self, job: dict[str, Any]) -> str:
+        """Submit a job; its id."""
+        answer = httpx.post(f"{self.url}/jobs", content=json.dumps(job), timeout=30)
+        assert answer.status_code == httpx.codes.CREATED, answer.text
+        return str(answer.json()["job"])
+
+    def events(self, job: str) -> Iterator[Event]:
+        """Every event of a job until its end, from the first; goes on over a restart of the server."""
+        cursor = ""
+        deadline = time.monotonic() + JOB_SECONDS
+        while time.monotonic() < deadline:
+            for each in self._page(job, cursor):
+                cursor = each["id"]
+                yield each["event"]
+                if each["event"]["kind"] == "job-ended":
+                    return
+        raise AssertionError(f"job {job} did not end in {JOB_SECONDS:.0f} s\n{self.tails()}")
+
+    def run(self, job: dict[str, Any], on_event: Callable[[Event], None] = lambda _: None) -> dict[str, Any]:
+        """Submit a job and follow it to its end; its report."""
+        name = self.submit(job)
+        for event in self.events(name):
+            on_event(event)
+        report: dict[str, Any] = httpx.get(f"{self.url}/jobs/{name}/report", timeout=30).json()
+        assert report["status"] == "done", f"{report['reason']}\n{self.tails()}"
+        return report
+
+    def close(self) -> None:
+        for process in (self.server, *self.clients.values()):
+            process.kill()
+
+    def tails(self) -> str:
+        """The end of every process's log, for a failure's message."""
+        named = {"server": self.server, **self.clients}
+        return "\n".join(f"--- {name}\n{process.tail()}" for name, process in named.items())
+
+    def _page(self, job: str, cursor: str) -> list[dict[str, Any]]:
+        parameters = {"wait": "5"} | ({"after": cursor} if cursor else {})
+        try:
+            answer = httpx.get(f"{self.url}/jobs/{job}/events", params=parameters, timeout=30)
+        except httpx.TransportError:
+            self._await_server()
+            return []
+        return answer.json() if answer.status_code == httpx.codes.OK else []
+
+    def _await_server(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(f"{self.url}/healthz", timeout=5).status_code == httpx.codes.OK:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.1)
+        raise AssertionError(f"the server did not answer in {START_SECONDS:.0f} s\n{self.server.tail()}")
+
+
+def run_embedded(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run a job with `lorabbit run`, in processes of its own; its report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "job.yaml"
+    file.write_text(json.dumps(job), encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "lorabbit_cli",
+        "run",
+        str(file),
+        "--out",
+        str(folder / "runs"),
+        "--format",
+        "json",
+    ]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=JOB_SECONDS, cwd=folder)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = sorted((folder / "runs").rglob("report.json"))
+    assert len(found) == 1, f"expected one report.json under {folder}: {found}\n{run.stderr}"
+    report: dict[str, Any] = json.loads(found[0].read_text(encoding="utf-8"))
+    return report
