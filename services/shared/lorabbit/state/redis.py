@@ -52,7 +52,7 @@ class RedisStore(StateStore):
         self._closed = False
 
     @classmethod
-    def connect(cls, url: str, *, patience: int = 6) -> Self:
+    def connect(cls, url: str, *, patience: int = 14) -> Self:
         """Use the Redis at a URL; each call is tried again `patience` times with full jitter up to 2 s apart."""
         retry = Retry(
             FullJitterBackoff(cap=2.0, base=0.05),
