@@ -36,6 +36,10 @@ class Compose:
         """Run `docker compose ARGUMENTS`; its standard output."""
         return self._run(["docker", "compose", "--project-name", self._project, *arguments], seconds)
 
+    def operator(self, *arguments: str) -> str:
+        """Run `lorabbit ARGUMENTS` inside the server's container."""
+        return self("exec", "-T", "server", "lorabbit", *arguments, seconds=JOB_SECONDS)
+
     def client(self, *arguments: str) -> str:
         """Run a command of the client's image, outside the federation."""
         image = f"lorabbit-client:{self.tag}"
@@ -54,12 +58,16 @@ class Compose:
         return run.stdout
 
 
+def has_engine() -> bool:
+    """Tell whether a Docker engine answers."""
+    if shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0
+
+
 @pytest.fixture(scope="module")
 def compose() -> Iterator[Compose]:
-    if (
-        shutil.which("docker") is None
-        or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode
-    ):
+    if not has_engine():
         if os.environ.get("CI") == "true":
             pytest.fail("no Docker engine answers")
         pytest.skip("no Docker engine answers")
@@ -76,10 +84,8 @@ def test_the_quickstart_under_compose_makes_the_adapter_of_one_process(compose: 
     sized = [*LESS, "--set", f"clients={clients}"]
     compose("up", "--detach", "--wait", "--no-recreate", "--scale", f"client={clients}")
 
-    job = json.loads(compose("exec", "-T", "server", "lorabbit", "submit", QUICKSTART, *sized, "--format", "json"))[
-        "job"
-    ]
-    compose("exec", "-T", "server", "lorabbit", "watch", job, seconds=JOB_SECONDS)
+    job = json.loads(compose.operator("submit", QUICKSTART, *sized, "--format", "json"))["job"]
+    compose.operator("watch", job)
 
     report = reported(compose, job)
     embedded = json.loads(compose.client("run", QUICKSTART, *sized, "--format", "json", "--out", "/tmp/runs"))  # noqa: S108
@@ -89,9 +95,9 @@ def test_the_quickstart_under_compose_makes_the_adapter_of_one_process(compose: 
 
 
 def test_the_adapter_is_exported_from_inside_the_server(compose: Compose) -> None:
-    job = json.loads(compose("exec", "-T", "server", "lorabbit", "jobs", "--format", "json"))[-1]["job"]
+    job = json.loads(compose.operator("jobs", "--format", "json"))[-1]["job"]
 
-    compose("exec", "-T", "server", "lorabbit", "export", job, "--out", "/tmp/exported")  # noqa: S108
+    compose.operator("export", job, "--out", "/tmp/exported")  # noqa: S108
 
     digest = compose("exec", "-T", "server", "sha256sum", "/tmp/exported/adapter_model.safetensors").split()[0]  # noqa: S108
     config = json.loads(compose("exec", "-T", "server", "cat", "/tmp/exported/adapter_config.json"))  # noqa: S108
@@ -116,5 +122,5 @@ def test_nobody_runs_as_root_or_writes_to_the_image(compose: Compose) -> None:
 
 
 def reported(compose: Compose, job: str) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(compose("exec", "-T", "server", "lorabbit", "report", job, "--format", "json"))
+    report: dict[str, Any] = json.loads(compose.operator("report", job, "--format", "json"))
     return report
