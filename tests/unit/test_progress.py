@@ -36,7 +36,7 @@ def test_a_whole_log_leaves_every_figure_of_the_run():
     assert progress.scores == pytest.approx([pooled_accuracy(t, 3) for t in (1, 2, 3)])
     assert progress.rounds[2].train_loss == pytest.approx(pooled_loss(2, 3))
     assert (progress.bytes_up, progress.bytes_down) == (9000, 9000)
-    assert progress.overhead_bytes == 100 * (1 + 2 * 3 * 3)
+    assert progress.overhead_bytes == 100 * 2 * 3 * 3
     second = progress.clients[name(1)]
     assert second.examples == examples(1)
     assert second.loss == pytest.approx(loss(3, 1))

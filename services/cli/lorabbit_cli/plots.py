@@ -76,7 +76,8 @@ def figures(report: Report) -> dict[str, str]:
     if report.label_counts:
         bars = min(MOST_BARS, len(report.label_counts))
         which = f"first {bars} clients" if bars < len(report.label_counts) else "client"
-        size = (11.6, 0.8 + 0.2 * max(bars, 5))
+        legend = min(len(SERIES), len({label for counts in report.label_counts.values() for label in counts}))
+        size = (11.6, max(0.8 + 0.2 * max(bars, 5), 0.3 + 0.18 * legend))
         add(f"Training examples per {which} and label", lambda axes: _labels(axes, report), size=size)
     return made
 

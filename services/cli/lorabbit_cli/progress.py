@@ -163,13 +163,14 @@ class Progress:
         row = self._client(event.client)
         row.lost = False
         row.tasks.pop((event.phase, event.round), None)
+        if event.phase == INITIALISE:
+            # Bytes are those of rounds, here as in the report.
+            return
         row.bytes_up += event.bytes_up
         row.bytes_down += event.bytes_down
         self.bytes_up += event.bytes_up
         self.bytes_down += event.bytes_down
         self.overhead_bytes += event.overhead_up + event.overhead_down
-        if event.phase == INITIALISE:
-            return
         number = self._round(event.round)
         number.bytes_up += event.bytes_up
         number.bytes_down += event.bytes_down

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from rich import box
@@ -67,6 +68,6 @@ def next_commands(report: Report, folder: Path) -> list[str]:
     if not (folder / "adapter").is_dir() or report.status == "failed":
         return []
     commands = [f"lorabbit export {folder} --out {report.job}-adapter"]
-    if (folder / "tensorboard").is_dir():
+    if (folder / "tensorboard").is_dir() and shutil.which("tensorboard"):
         commands.append(f"tensorboard --logdir {folder / 'tensorboard'}")
     return commands
