@@ -1,0 +1,516 @@
+"""The round engine, transition by transition, and whole jobs in every order of arrival."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorabbit import events as ev
+from lorabbit.jobspec import JobSpec
+from lorabbit.messages import Metrics, PayloadRef
+from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId
+from lorabbit_server import steps
+from lorabbit_server.cohort import population, sample
+from lorabbit_server.coordinator import decide, resume
+from lorabbit_server.jobstate import JobState, Offered, Version, dump_header, dump_task, load_state
+from lorabbit_server.results import MAX_TRIES
+from lorabbit_server.rounds import pool
+
+A, B, C = ClientId("client-1"), ClientId("client-2"), ClientId("client-3")
+BASE = "ba5e" * 16
+
+
+def spec(**what):
+    return JobSpec(**{"clients": 3, "rounds": 2, "name": "job", **what})
+
+
+def ref(text):
+    return PayloadRef(sha256=text.encode().hex().rjust(64, "0"), size_bytes=100, chunk_bytes=1024)
+
+
+def version(name):
+    return Version(ref(f"state {name}"), ref(f"adapter {name}"))
+
+
+def metrics(**what):
+    return Metrics(**{"num_examples": 10, "loss": 0.5, **what})
+
+
+def offer(task, *, base=BASE, **what):
+    """What a client would offer for a task, made of nothing but the task itself."""
+    if task.phase == EVALUATE:
+        return Offered(metrics(values={"accuracy": task.index / 10}, **what), None, base)
+    return Offered(metrics(**what), ref(f"{task.phase} {task.round} {task.index}"), base)
+
+
+def offered(state, task, **what):
+    return decide(state, steps.ResultOffered(task.id, task.client, offer(task, **what)))
+
+
+def answered(state, task):
+    """Let a client's result be offered and pass admission."""
+    state, first = offered(state, task)
+    if task.phase == EVALUATE:
+        return state, first
+    state, second = decide(state, steps.ResultArrived(task.id))
+    return state, (*first, *second)
+
+
+def sent(commands):
+    return [command.task for command in commands if isinstance(command, steps.SendTask)]
+
+
+def told(commands):
+    return [command.event.kind for command in commands if isinstance(command, steps.Record)]
+
+
+def of(commands, kind):
+    return [command for command in commands if isinstance(command, kind)]
+
+
+def opened(job=None):
+    state, commands = decide(JobState("job", job or spec()), steps.JobOpened((C, A, B), at_ms=5))
+    return state, commands
+
+
+def training(job=None):
+    """A job in its first round, and the tasks of that round."""
+    state, commands = opened(job)
+    state, _ = answered(state, sent(commands)[0])
+    state, commands = decide(state, steps.MethodStarted(version("0"), 7, {"rank": 2}))
+    return state, sent(commands)
+
+
+def aggregating():
+    state, tasks = training()
+    for task in tasks:
+        state, _ = answered(state, task)
+    return state
+
+
+# ---- gathering ----
+
+
+def test_a_job_waits_until_its_population_is_complete():
+    state, commands = decide(JobState("job", spec()), steps.JobOpened((A,)))
+    state, more = decide(state, steps.ClientArrived(B, (A, B)))
+
+    assert commands == ()
+    assert told(more) == ["client-joined"]
+    assert (state.stage, state.present) == ("gathering", 2)
+
+
+def test_a_client_that_says_hello_twice_while_gathering_joined_once():
+    state, _ = decide(JobState("job", spec()), steps.JobOpened((A,)))
+
+    _, commands = decide(state, steps.ClientArrived(A, (A,), is_new=False))
+
+    assert commands == ()
+
+
+def test_a_complete_population_is_ordered_naturally_and_its_first_client_builds_the_model():
+    state, commands = opened()
+
+    assert state.clients == (A, B, C)
+    assert told(commands) == ["job-started", "task-sent"]
+    assert [(t.phase, t.round, t.client, t.index) for t in sent(commands)] == [(INITIALISE, 0, A, 0)]
+
+
+def test_more_clients_than_the_job_asks_for_stay_idle():
+    many = [ClientId(f"client-{i}") for i in (10, 2, 1, 9)]
+
+    assert population(many, 3) == ("client-1", "client-2", "client-9")
+
+
+# ---- results ----
+
+
+def test_an_offer_is_granted_and_its_arrival_counts_with_a_verdict():
+    state, (task, *_) = training()
+
+    state, first = offered(state, task)
+    state, second = decide(state, steps.ResultArrived(task.id, steps.Traffic(3, 2, 1)))
+
+    assert of(first, steps.GrantUpload)[0].task.id == task.id
+    assert second[0] == steps.CountResult(task.id, offer(task).payload.sha256)
+    accepted = second[1].event
+    assert (accepted.bytes_up, accepted.overhead_up, accepted.overhead_down) == (3, 2, 1)
+    assert second[2] == steps.SendVerdict(task.id, task.client, accepted=True)
+    assert state.tasks[task.id].status == "accepted"
+
+
+def test_a_result_that_arrives_twice_counts_once():
+    state, (task, *_) = training()
+    state, _ = answered(state, task)
+
+    assert decide(state, steps.ResultArrived(task.id)) == (state, ())
+    assert offered(state, task) == (state, (steps.SendVerdict(task.id, task.client, accepted=True),))
+
+
+def test_an_offer_for_a_task_of_a_past_round_is_accepted_again_if_it_counted_and_stale_if_not():
+    state, _ = training()
+    late = steps.ResultOffered("job.r0.train.k0", A, offer(replace(state.tasks["job.r1.train.k0"])))
+
+    assert decide(state, replace(late, counted=True))[1] == (steps.SendVerdict(late.task, A, accepted=True),)
+    assert decide(state, late)[1] == (steps.DenyUpload(late.task, A, "stale"),)
+
+
+def test_an_offer_in_somebody_elses_name_changes_nothing():
+    state, (task, *_) = training()
+
+    after, commands = decide(state, steps.ResultOffered(task.id, B, offer(task)))
+
+    assert after == state
+    assert commands == (steps.DenyUpload(task.id, B, "not-yours"),)
+
+
+def test_a_training_result_without_tensors_is_refused():
+    state, (task, *_) = training()
+
+    state, commands = decide(state, steps.ResultOffered(task.id, task.client, Offered(metrics())))
+
+    assert of(commands, steps.DenyUpload)[0].reason == "payload"
+    assert told(commands) == ["update-rejected", "task-sent"]
+
+
+def test_an_update_on_another_base_model_is_refused():
+    state, (task, *_) = training()
+
+    state, commands = offered(state, task, base="0ther" * 12 + "0the")
+
+    assert of(commands, steps.DenyUpload)[0].reason == "base-model"
+
+
+def test_a_refused_result_is_asked_for_again_under_a_new_name():
+    state, (task, *_) = training()
+    state, _ = offered(state, task)
+
+    state, commands = decide(state, steps.ResultRefused(task.id, "not-finite", "it holds NaN"))
+
+    assert commands[0] == steps.SendVerdict(task.id, task.client, accepted=False, reason="not-finite")
+    assert told(commands) == ["update-rejected", "task-sent"]
+    assert task.id not in state.tasks
+    assert (sent(commands)[0].tries, sent(commands)[0].id) == (2, f"{task.id}.try2")
+
+
+def test_a_late_duplicate_of_a_refused_result_is_not_counted_against_the_client_again():
+    state, (task, *_) = training()
+    state, _ = decide(state, steps.ResultRefused(task.id, "not-finite", "it holds NaN"))
+
+    assert decide(state, steps.ResultRefused(task.id, "not-finite", "it holds NaN")) == (state, ())
+    assert offered(state, task)[1] == (steps.DenyUpload(task.id, task.client, "stale"),)
+
+
+def test_a_client_that_brings_nothing_usable_ends_the_job_after_a_bounded_number_of_tries():
+    state, (task, *_) = training()
+
+    for _ in range(MAX_TRIES):
+        task = next(t for t in state.tasks.values() if t.index == 0)
+        assert state.stage == "training"
+        state, commands = decide(state, steps.TaskFailed(task.id, task.client, "out of memory", at_ms=9))
+
+    assert (state.stage, state.outcome, state.exit_code) == ("ended", "failed", 1)
+    assert "client-1" in state.reason
+    assert "out of memory" in state.reason
+    assert told(commands) == ["update-rejected", "job-ended"]
+
+
+def test_bad_input_on_one_client_ends_the_job_at_once_with_its_sentence():
+    state, tasks = training()
+
+    state, commands = decide(
+        state, steps.TaskFailed(tasks[1].id, B, "data file x has no field 'label'", bad_input=True)
+    )
+
+    assert (state.outcome, state.exit_code, state.reason) == ("failed", 2, "data file x has no field 'label'")
+    assert {c.client for c in of(commands, steps.CancelTask)} == {A, B, C}
+    assert isinstance(commands[-1], steps.EndJob)
+
+
+# ---- rounds ----
+
+
+def test_the_first_version_opens_the_first_round_and_fixes_the_base_model():
+    state, tasks = training()
+
+    assert (state.stage, state.round, state.head, state.base_sha256) == ("training", 1, version("0"), BASE)
+    assert [(t.phase, t.index) for t in tasks] == [(TRAIN, 0), (TRAIN, 1), (TRAIN, 2)]
+
+
+def test_a_sync_round_is_aggregated_once_the_last_of_its_cohort_has_answered():
+    state, tasks = training()
+    for task in reversed(tasks[1:]):
+        state, commands = answered(state, task)
+        assert not of(commands, steps.Aggregate)
+
+    state, commands = answered(state, tasks[0])
+
+    assert state.stage == "aggregating"
+    assert [t.index for t in of(commands, steps.Aggregate)[0].tasks] == [0, 1, 2]
+
+
+def test_a_closed_round_opens_the_next_one_and_scores_its_version_meanwhile():
+    state = aggregating()
+
+    state, commands = decide(state, steps.RoundAggregated(1, version("1"), at_ms=1_500))
+
+    assert (state.stage, state.round, state.head, state.scored) == ("training", 2, version("1"), {1: version("1")})
+    assert told(commands)[0] == "round-closed"
+    assert [(t.phase, t.round) for t in sent(commands)] == [(TRAIN, 2)] * 3 + [(EVALUATE, 1)] * 3
+
+
+def test_a_round_that_is_closed_twice_is_closed_once():
+    state, _ = decide(aggregating(), steps.RoundAggregated(1, version("1")))
+
+    assert decide(state, steps.RoundAggregated(1, version("other"))) == (state, ())
+
+
+def test_rounds_between_two_evaluations_are_not_scored_and_central_evaluation_asks_one_client():
+    job = spec(rounds=3, evaluation={"every": 3, "on": "central"})
+    state, tasks = training(job)
+    scored = []
+    for number in (1, 2, 3):
+        for task in tasks:
+            state, _ = answered(state, task)
+        state, commands = decide(state, steps.RoundAggregated(number, version(str(number))))
+        tasks = [t for t in sent(commands) if t.phase == TRAIN]
+        scored += [(t.round, t.index) for t in sent(commands) if t.phase == EVALUATE]
+
+    assert scored == [(3, 0)]
+
+
+def test_scores_are_pooled_by_examples_and_perplexity_from_the_pooled_loss():
+    _, tasks = training()
+    parts = [(1, 0.0, {"accuracy": 1.0, "perplexity": 1.0}), (3, 2.0, {"accuracy": 0.0, "perplexity": math.exp(2)})]
+    scored = [
+        replace(task, offered=Offered(Metrics(num_examples=n, loss=loss, values=values)))
+        for task, (n, loss, values) in zip(tasks, parts, strict=False)
+    ]
+
+    assert pool(scored) == pytest.approx({"accuracy": 0.25, "loss": 1.5, "perplexity": math.exp(1.5)})
+
+
+def test_the_job_is_done_once_the_last_version_is_scored():
+    state, tasks = training(spec(rounds=1))
+    for task in tasks:
+        state, _ = answered(state, task)
+    state, commands = decide(state, steps.RoundAggregated(1, version("1")))
+    assert state.stage == "scoring"
+
+    for task in sent(commands):
+        state, commands = answered(state, task)
+
+    assert (state.stage, state.outcome, state.exit_code) == ("ended", "done", 0)
+    assert told(commands) == ["update-accepted", "round-evaluated", "job-ended"]
+    assert state.payloads == frozenset()
+
+
+# ---- clients come and go ----
+
+
+def test_a_lost_client_is_told_once_and_its_return_sends_its_open_tasks_again():
+    state, tasks = training()
+    state, _ = answered(state, tasks[0])
+    state, lost = decide(state, steps.ClientLeft(B, (A, C)))
+    again = decide(state, steps.ClientLeft(B, (A, C)))
+
+    state, commands = decide(state, steps.ClientArrived(B, (A, B, C), "cuda"))
+
+    assert told(lost) == ["client-lost"]
+    assert again[1] == ()
+    assert told(commands) == ["client-joined", "task-sent"]
+    assert [(t.id, t.attempt) for t in sent(commands)] == [(tasks[1].id, 2)]
+    assert state.lost == ()
+
+
+def test_a_returned_client_is_not_asked_for_what_it_holds_or_what_counted():
+    state, tasks = training()
+    state, _ = answered(state, tasks[1])
+    state, _ = decide(state, steps.RoundAggregated(1, version("1")))
+
+    _, commands = decide(state, steps.ClientArrived(B, (A, B, C), outbox=frozenset({tasks[1].id})))
+
+    assert sent(commands) == []
+
+
+def test_a_stranger_changes_nothing_in_a_job_that_has_started():
+    state, _ = training()
+    stranger = ClientId("client-9")
+
+    assert decide(state, steps.ClientArrived(stranger, (A, B, C, stranger))) == (state, ())
+    assert decide(state, steps.ClientLeft(stranger, (A, B, C))) == (state, ())
+
+
+# ---- the end ----
+
+
+def test_a_cancelled_job_calls_everything_off():
+    state, _ = training()
+
+    state, commands = decide(state, steps.CancelRequested(at_ms=7))
+
+    assert (state.stage, state.outcome, state.exit_code) == ("ended", "cancelled", 130)
+    assert len(of(commands, steps.CancelTask)) == 3
+    assert told(commands) == ["job-ended"]
+
+
+def test_the_servers_own_failure_ends_the_job_with_its_reason():
+    state, _ = decide(aggregating(), steps.StepFailed("aggregating round 1 failed: disk full"))
+
+    assert (state.outcome, state.reason) == ("failed", "aggregating round 1 failed: disk full")
+
+
+def test_after_the_end_offers_are_answered_and_nothing_else_happens():
+    running, tasks = training()
+    state, _ = decide(running, steps.CancelRequested())
+    late = steps.ResultOffered(tasks[0].id, A, offer(tasks[0]))
+
+    assert decide(state, late) == (state, (steps.DenyUpload(tasks[0].id, A, "job-ended"),))
+    assert decide(state, replace(late, counted=True))[1] == (steps.SendVerdict(tasks[0].id, A, accepted=True),)
+    assert decide(state, steps.CancelRequested()) == (state, ())
+    assert decide(state, steps.ClientArrived(A, (A,))) == (state, ())
+
+
+# ---- restarts ----
+
+
+def test_a_restarted_server_gives_exactly_the_commands_again_that_nothing_on_the_wire_holds():
+    gathering, commands = opened()
+    starting, _ = answered(gathering, sent(commands)[0])
+    running, tasks = training()
+    awaiting, _ = offered(running, tasks[2])
+
+    assert resume(gathering) == ()
+    assert [type(c) for c in resume(starting)] == [steps.StartMethod]
+    assert resume(running) == ()
+    assert [c.task.id for c in resume(awaiting)] == [tasks[2].id]
+    assert [len(c.tasks) for c in resume(aggregating())] == [3]
+
+
+def test_every_state_comes_back_from_the_store_as_it_was():
+    running, tasks = training()
+    awaiting, _ = offered(running, tasks[2])
+    scoring, _ = decide(aggregating(), steps.RoundAggregated(1, version("1"), 0.25, at_ms=99))
+    ended, _ = decide(running, steps.CancelRequested(at_ms=7))
+
+    for state in (JobState("job", spec()), opened()[0], awaiting, scoring, ended):
+        kept = {id_: dump_task(task) for id_, task in state.tasks.items()}
+        assert load_state(dump_header(state), state.spec, kept) == state
+
+
+# ---- cohorts ----
+
+
+def test_a_cohort_hangs_on_seed_and_round_alone_and_is_ascending():
+    drawn = [sample(7, r, population_size=100, size=10) for r in range(1, 50)]
+
+    assert drawn == [sample(7, r, population_size=100, size=10) for r in range(1, 50)]
+    assert all(list(indices) == sorted(set(indices)) and len(indices) == 10 for indices in drawn)
+    assert len(set(drawn)) == 49
+    assert sample(7, 1, population_size=4, size=4) == (0, 1, 2, 3)
+
+
+# ---- whole jobs ----
+
+
+def play(job, choose):
+    """Run a job to its end; `choose(n)` picks which of n waiting clients answers next."""
+    state, commands = opened(job)
+    waiting, log, aggregations = [], [], []
+    for _ in range(10_000):
+        for command in commands:
+            match command:
+                case steps.SendTask(task):
+                    waiting.append(task)
+                case steps.Record(event):
+                    log.append(event)
+                case steps.StartMethod():
+                    waiting.append(steps.MethodStarted(version("0"), 7))
+                case steps.Aggregate(number, tasks):
+                    aggregations.append((number, tuple(t.id for t in tasks)))
+                    waiting.append(steps.RoundAggregated(number, version(str(number))))
+        if not waiting:
+            return state, log, aggregations
+        step = waiting.pop(choose(len(waiting)))
+        if isinstance(step, steps.MethodStarted | steps.RoundAggregated):
+            state, commands = decide(state, step)
+        else:
+            state, commands = answered(state, step)
+    raise AssertionError("the job does not end")
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), rounds=st.integers(1, 3), cohort=st.sampled_from([1, 2, 1.0]), every=st.integers(1, 3))
+def test_whatever_the_order_of_arrival_the_job_ends_in_the_same_state(data, rounds, cohort, every):
+    job = spec(rounds=rounds, cohort=cohort, evaluation={"every": every})
+    expected, log, aggregations = play(job, lambda _: 0)
+
+    state, other_log, other_aggregations = play(job, lambda n: data.draw(st.integers(0, n - 1)))
+
+    assert state == expected
+    assert expected.outcome == "done"
+    assert other_aggregations == aggregations
+    assert sorted(map(repr, other_log)) == sorted(map(repr, log))
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_duplicates_late_arrivals_and_returning_clients_do_not_change_the_outcome(data):
+    _, _, aggregations = play(spec(), lambda _: 0)
+    past, seen = [], []
+
+    def disturb(state):
+        """Bring back something old, or let a client come back; only tasks may be sent again."""
+        if not past or not data.draw(st.booleans()):
+            return state, []
+        old = data.draw(st.sampled_from(past))
+        state, commands = decide(state, data.draw(st.sampled_from([old, steps.ClientArrived(B, (A, B, C))])))
+        assert not of(commands, steps.CountResult | steps.Aggregate | steps.EndJob)
+        return state, sent(commands)
+
+    state, commands = opened()
+    waiting = []
+    while state.stage != "ended":
+        waiting += sent(commands)
+        for command in of(commands, steps.StartMethod):
+            waiting.append(steps.MethodStarted(version("0"), len(command.task.id)))
+        for command in of(commands, steps.Aggregate):
+            seen.append((command.round, tuple(task.id for task in command.tasks)))
+            waiting.append(steps.RoundAggregated(command.round, version(str(command.round))))
+        step = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
+        if isinstance(step, steps.MethodStarted | steps.RoundAggregated):
+            state, commands = decide(state, step)
+            past.append(step)
+        else:
+            state, commands = answered(state, step)
+            past.append(steps.ResultArrived(step.id))
+        state, again = disturb(state)
+        ids = {task.id for task in again}
+        waiting = [each for each in waiting if getattr(each, "id", None) not in ids] + again
+
+    assert state.outcome == "done"
+    assert seen == aggregations
+
+
+def test_the_log_of_a_job_tells_every_transition():
+    _, log, _ = play(spec(rounds=1, clients=1), lambda _: 0)
+
+    assert [event.kind for event in log] == [
+        "job-started",
+        "task-sent",
+        "update-accepted",
+        "adapter-initialised",
+        "round-started",
+        "task-sent",
+        "update-accepted",
+        "round-closed",
+        "task-sent",
+        "update-accepted",
+        "round-evaluated",
+        "job-ended",
+    ]
+    assert isinstance(log[-1], ev.JobEnded)
