@@ -32,9 +32,9 @@ class Strict(BaseModel):
 class LoraSpec(Strict):
     """Shape of the LoRA factors."""
 
-    rank: int = Field(default=8, ge=1, le=1024)
-    alpha: float = Field(default=16.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    rank: int = Field(default=8, ge=1, le=1024, description="columns of A and B; more learn more and travel longer")
+    alpha: float = Field(default=16.0, gt=0, description="scale: the update is alpha / rank times B A")
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="on the input of the factors while training")
     targets: tuple[str, ...] | None = Field(default=None, description="module names; PEFT's choice when absent")
 
 
@@ -42,9 +42,11 @@ class ModelSpec(Strict):
     """The base model and which of its parameters are trained."""
 
     name: str = Field(default="sentence-transformers/all-MiniLM-L6-v2", description="folder, hub id, or tiny:NAME")
-    task: Task = "text-classification"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    trainable: Trainable = "lora"
+    task: Task = Field(default="text-classification", description="what is learnt; decides head, fields and metrics")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="of the base model, and of the tensors on the wire"
+    )
+    trainable: Trainable = Field(default="lora", description="what is trained and travels")
     lora: LoraSpec = LoraSpec()
     dropout: float | None = Field(
         default=None, ge=0.0, lt=1.0, description="of the base model's own layers; as its config says when absent"
@@ -55,7 +57,9 @@ class ModelSpec(Strict):
 class PartitionSpec(Strict):
     """How an experiment splits one dataset over its clients."""
 
-    kind: Literal["natural", "iid", "dirichlet", "pathological", "quantity", "own"] = "iid"
+    kind: Literal["natural", "iid", "dirichlet", "pathological", "quantity", "own"] = Field(
+        default="iid", description="own: each client keeps what its own files hold"
+    )
     field: str | None = Field(default=None, description="natural: the field that names the group of a row")
     alpha: float = Field(default=0.5, gt=0, description="dirichlet, quantity: small is skewed")
     classes: int = Field(default=2, ge=1, description="pathological: classes a client holds")
@@ -85,7 +89,7 @@ class MethodSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    name: str = "fedavg"
+    name: str = Field(default="fedavg", description="see lorabbit methods")
 
     @property
     def settings(self) -> dict[str, JsonValue]:
@@ -96,18 +100,20 @@ class MethodSpec(BaseModel):
 class LocalSpec(Strict):
     """What one client does in one round; give `epochs` or `steps`, not both."""
 
-    epochs: float | None = Field(default=None, gt=0)
-    steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    learning_rate: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    epochs: float | None = Field(
+        default=None, gt=0, description="passes over the client's data; 1 when neither is given"
+    )
+    steps: int | None = Field(default=None, ge=1, description="optimiser steps")
+    batch_size: int = Field(default=16, ge=1, description="examples of one step")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="starts afresh in every round")
+    learning_rate: float = Field(default=1e-3, gt=0, description="highest of the schedule")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled in adamw, L2 in adam and sgd")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="sgd only")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="learning rate over all rounds of the job"
     )
     warmup_share: float = Field(default=0.0, ge=0, lt=1, description="share of all rounds spent warming up")
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0, description="gradients are clipped to it; null: never")
 
     @model_validator(mode="after")
     def _one_length(self) -> LocalSpec:
@@ -124,7 +130,7 @@ class EvaluationSpec(Strict):
         default="clients",
         description="clients: each scores its own test split; central: the first client scores the whole test set",
     )
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, description="examples scored at once")
     metric: str | None = Field(default=None, description="metric that picks best/; the task's main metric when absent")
 
 
@@ -132,24 +138,24 @@ class OutputSpec(Strict):
     """What is kept of a run."""
 
     keep_checkpoints: int = Field(default=2, ge=0, description="checkpoint-<round> folders kept, newest first")
-    checkpoint_every: int = Field(default=1, ge=1)
+    checkpoint_every: int = Field(default=1, ge=1, description="rounds between checkpoints; the last is always one")
 
 
 class JobSpec(Strict):
     """One federated fine-tuning run."""
 
-    name: Name = "job"
+    name: Name = Field(default="job", description="of the run and its folder")
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
     method: MethodSpec = MethodSpec()
-    rounds: int = Field(default=5, ge=1)
+    rounds: int = Field(default=5, ge=1, description="how often the clients' work is averaged")
     clients: int = Field(default=4, ge=1, description="population: the job starts once so many clients are there")
     cohort: int | float = Field(default=1.0, gt=0, description="asked in a round: 1.0 is all, 0.1 a tenth, 10 ten")
     local: LocalSpec = LocalSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     output: OutputSpec = OutputSpec()
-    schedule: Literal["sync"] = "sync"
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    schedule: Literal["sync"] = Field(default="sync", description="sync: a round waits for everybody asked")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="everything random hangs on it")
 
     @model_validator(mode="after")
     def _cohort_fits(self) -> JobSpec:
