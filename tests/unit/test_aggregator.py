@@ -1,0 +1,106 @@
+"""The aggregator: right sums, any order of arrival, memory that does not grow with the clients."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from lorabbit import codec
+from lorabbit.messages import Metrics
+from lorabbit.methods.fedavg import FedAvg
+from lorabbit.payloads import PayloadStore
+from lorabbit.types import ClientId, ServerState
+from lorabbit_server.aggregator import aggregate, updates
+from lorabbit_server.jobstate import Offered, TaskState
+from lorabbit_server.versions import Versions
+
+SHAPE = (64, 64)
+
+
+@pytest.fixture
+def payloads(tmp_path):
+    return PayloadStore(tmp_path / "payloads", durable=False)
+
+
+def task(payloads, index, value, *, examples=1):
+    ref = payloads.add_tensors({name: np.full(SHAPE, value, np.float32) for name in ("a", "b", "c")})
+    name = ClientId(f"client-{index}")
+    return TaskState(f"t{index}", "train", 1, name, index, offered=Offered(Metrics(num_examples=examples), ref))
+
+
+def test_updates_are_weighted_by_examples(payloads):
+    tasks = [task(payloads, 0, 1.0, examples=1), task(payloads, 1, 5.0, examples=3)]
+
+    state = aggregate(FedAvg(), ServerState({}), tasks, payloads=payloads)
+
+    assert np.array_equal(state.tensors["b"], np.full(SHAPE, 4.0, np.float32))
+
+
+def test_the_order_of_arrival_does_not_change_a_bit(payloads):
+    generator = np.random.default_rng(1)
+    tasks = [task(payloads, i, v, examples=i + 1) for i, v in enumerate(generator.normal(size=7))]
+    expected = aggregate(FedAvg(), ServerState({}), tasks, payloads=payloads).tensors
+
+    for _ in range(5):
+        generator.shuffle(tasks)
+        got = aggregate(FedAvg(), ServerState({}), tasks, payloads=payloads).tensors
+
+        assert codec.tensors_sha256(got) == codec.tensors_sha256(expected)
+
+
+def test_a_loss_that_a_client_did_not_measure_is_not_a_number(payloads):
+    (update,) = updates([task(payloads, 0, 1.0)], payloads)
+
+    assert np.isnan(update.loss)
+
+
+def test_memory_does_not_grow_with_the_number_of_clients(payloads):
+    peaks = []
+    for clients in (2, 40):
+        tasks = [task(payloads, i, float(i)) for i in range(clients)]
+        tracemalloc.start()
+        aggregate(FedAvg(), ServerState({}), tasks, payloads=payloads)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+
+    one_update = 3 * 64 * 64 * 4
+    assert peaks[1] - peaks[0] < one_update
+
+
+def test_a_server_state_survives_its_file_and_hands_its_own_file_out(payloads):
+    versions = Versions(FedAvg(), payloads, 1024)
+    state = ServerState({"a": np.arange(6, dtype=np.float32)})
+
+    saved = versions.save(state)
+    loaded = versions.load(saved)
+
+    assert saved.state == saved.adapter
+    assert np.array_equal(loaded.tensors["a"], state.tensors["a"])
+    assert versions.refs({"adapter": loaded.tensors}) == {"adapter": saved.state}
+    assert list(payloads.stored()) == [saved.state.sha256]
+
+
+def test_facts_travel_with_the_state_and_stay_out_of_what_clients_get(payloads):
+    versions = Versions(FedAvg(), payloads, 1024)
+    saved = versions.save(ServerState({"a": np.ones(3, np.float32)}, {"round": 3, "who": ["x"]}))
+
+    loaded = versions.load(saved)
+
+    assert loaded.facts == {"round": 3, "who": ["x"]}
+    assert saved.state != saved.adapter
+    assert codec.read_facts(payloads.path(saved.adapter.sha256)) == {}
+    assert versions.refs({"adapter": loaded.tensors}) == {"adapter": saved.adapter}
+
+
+def test_one_object_in_many_plans_is_written_once(payloads):
+    versions = Versions(FedAvg(), payloads, 1024)
+    versions.load(versions.save(ServerState({"a": np.ones(3, np.float32)})))
+    shared, other = {"b": np.zeros(2, np.float32)}, {"b": np.ones(2, np.float32)}
+
+    first = [versions.refs({"adapter": shared}) for _ in range(3)]
+    second = versions.refs({"adapter": other})
+
+    assert first[0] == first[1] == first[2] != second
+    assert {first[0]["adapter"].sha256, second["adapter"].sha256} < versions.current
