@@ -94,7 +94,7 @@ def first_words(texts: Iterable[str], words: int) -> list[str]:
 
     A word is a token or more, so what is left out would have been cut off anyway.
     """
-    beginning = re.compile(rf"(?:\S*\s+){{{2 * words}}}")
+    beginning = re.compile(rf"\s*+(?:\S++\s++){{{2 * words}}}")
     cuts = ((text, beginning.match(text)) for text in texts)
     return [text if found is None else text[: found.end()] for text, found in cuts]
 
