@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -64,27 +62,28 @@ class Means:
     """Training processes; one for each processor when None."""
 
 
-def run_local(
-    spec: JobSpec,
-    out: Path,
-    *,
-    means: Means,
-    on_loading: Callable[[], None] = lambda: None,
-    on_ready: Callable[[], None] = lambda: None,
-    on_event: Callable[[AnyEvent], None] = lambda _: None,
-) -> Ended:
-    """Run a job; its folder is made in `out`. Raises LoRAbbitError when it cannot begin.
+@dataclass(frozen=True, slots=True)
+class Audience:
+    """Who is told how a local run goes."""
 
-    `on_loading` is called before model and data are loaded, `on_ready` once threads may be started.
-    """
+    on_loading: Callable[[], None] = lambda: None
+    """Before model and data are loaded."""
+    on_ready: Callable[[], None] = lambda: None
+    """Once they are, and threads may be started."""
+    on_event: Callable[[AnyEvent], None] = lambda _: None
+
+
+def run_local(spec: JobSpec, out: Path, *, means: Means, audience: Audience | None = None) -> Ended:
+    """Run a job; its folder is made in `out`. Raises LoRAbbitError when it cannot begin."""
+    audience = audience or Audience()
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out, prefix=".run-")))
-        on_loading()
+        audience.on_loading()
         runner = open_runner(spec, means)
         stack.callback(runner.close)
-        on_ready()
-        federation = _Federation(spec, out, scratch, runner, on_event)
+        audience.on_ready()
+        federation = _Federation(spec, out, scratch, runner, audience.on_event)
         stack.callback(federation.close)
         with _interrupts(federation.cancel):
             return federation.run()
@@ -160,7 +159,10 @@ class _Federation:
 
     def cancel(self) -> None:
         """End the job soon; callable from a signal handler."""
-        self._broker.post(lambda: self._service.cancel(self._job) and None)
+        self._broker.post(self._cancel_now)
+
+    def _cancel_now(self) -> None:
+        self._service.cancel(self._job)
 
     def close(self) -> None:
         """Let everything go."""

@@ -1,0 +1,167 @@
+"""Commands that speak to a server: submit, jobs, status, watch, cancel."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lorabbit_cli.options import (
+    Format,
+    Job,
+    JobFile,
+    Output,
+    Overrides,
+    Seed,
+    ServerUrl,
+    load_job,
+    print_json,
+    print_table,
+    read_settings,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lorabbit.events import JobEnded
+    from lorabbit_cli.remote import Server
+
+INTERRUPTED = 130
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands."""
+    for command in (submit, jobs, status, watch, cancel):
+        app.command()(command)
+
+
+@contextmanager
+def server_at(url: str | None) -> Iterator[Server]:
+    """Open the server that the option or the environment names."""
+    from lorabbit.settings import OperatorSettings  # noqa: PLC0415 - imports are lazy throughout
+    from lorabbit_cli.remote import Server  # noqa: PLC0415
+
+    with Server(url or read_settings(OperatorSettings).server_url) as server:
+        yield server
+
+
+def submit(
+    file: JobFile,
+    overrides: Overrides = [],  # noqa: B006 - typer's way to say "may be repeated"
+    seed: Seed = None,
+    output: Output = Format.TEXT,
+    url: ServerUrl = None,
+) -> None:
+    """Queue a job on a server.
+
+    It starts once its clients are there and the jobs before it have ended.
+    """
+    spec = load_job(file, overrides, seed)
+    with server_at(url) as server:
+        job = server.submit(spec)
+    if output is Format.JSON:
+        print_json({"job": job})
+    else:
+        typer.echo(f"submitted {job}; next: lorabbit watch {job}")
+
+
+def jobs(output: Output = Format.TEXT, url: ServerUrl = None) -> None:
+    """List the server's jobs, oldest first."""
+    with server_at(url) as server:
+        listed = server.jobs()
+    if output is Format.JSON:
+        print_json(listed)
+        return
+    if not listed:
+        typer.echo("no job has been submitted yet")
+        return
+    print_table(
+        ("job", "status", "submitted", "reason"),
+        [(j["job"], j["status"], _clock(j["submitted_ms"]), j["reason"]) for j in listed],
+    )
+
+
+def status(job: Job = None, output: Output = Format.TEXT, url: ServerUrl = None) -> None:
+    """Say where a job stands and whom it waits for."""
+    with server_at(url) as server:
+        found = server.status(job or server.newest())
+    if output is Format.JSON:
+        print_json(found)
+        return
+    typer.echo(f"{found['job']}: {found['status']}, {_stage(found)}")
+    if found["reason"]:
+        typer.echo(f"  reason: {found['reason']}")
+    for wait in found["waits"]:
+        since = f" (since {_clock(wait['since_ms'])})" if wait["since_ms"] else ""
+        typer.echo(f"  waits for {wait['owner']}: {wait['reason']}{since}")
+
+
+def _stage(found: dict[str, Any]) -> str:
+    """Say how far a job is."""
+    lost = f", {len(found['lost'])} lost" if found["lost"] else ""
+    return f"{found['stage']}, round {found['round']} of {found['rounds']}, {len(found['clients'])} clients{lost}"
+
+
+def _clock(at_ms: int) -> str:
+    """Write a moment in the local time zone."""
+    return datetime.fromtimestamp(at_ms / 1000, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def watch(job: Job = None, output: Output = Format.TEXT, url: ServerUrl = None) -> None:
+    """Follow a job to its end, and exit as it does.
+
+    With --format json, every event is a line of JSON.
+    """
+    with server_at(url) as server:
+        name = job or server.newest()
+        try:
+            ended = _follow_json(server, name) if output is Format.JSON else _follow(server, name)
+        except KeyboardInterrupt:
+            typer.echo(f"{name} goes on; watch it again with: lorabbit watch {name}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+    raise typer.Exit(1 if ended.status == "cancelled" else ended.exit_code)
+
+
+def _follow(server: Server, job: str) -> JobEnded:
+    """Show the events as a picture, or as lines."""
+    from lorabbit.events import JobEnded  # noqa: PLC0415 - as above
+    from lorabbit_cli.view import View  # noqa: PLC0415
+
+    with View() as view:
+        for event in server.watch(job):
+            view.feed(event)
+            if isinstance(event, JobEnded):
+                return event
+    raise AssertionError("a watch ends with the job")
+
+
+def _follow_json(server: Server, job: str) -> JobEnded:
+    """Print the events."""
+    from lorabbit.events import JobEnded  # noqa: PLC0415 - as above
+
+    for event in server.watch(job):
+        typer.echo(event.model_dump_json())
+        if isinstance(event, JobEnded):
+            return event
+    raise AssertionError("a watch ends with the job")
+
+
+def cancel(
+    job: str = typer.Argument(metavar="JOB", help="A job's name."),
+    output: Output = Format.TEXT,
+    url: ServerUrl = None,
+) -> None:
+    """End a job, or take it out of the queue.
+
+    What it has made stays.
+    """
+    with server_at(url) as server:
+        answer = server.cancel(job)
+    if output is Format.JSON:
+        print_json(answer)
+    elif answer["cancelled"]:
+        typer.echo(f"{job} is being cancelled; what it has made stays: lorabbit report {job}")
+    else:
+        typer.echo(f"{job} is {answer['status']} already")

@@ -1,0 +1,78 @@
+"""Commands about what a run made: report, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from lorabbit_cli.commands_jobs import server_at
+from lorabbit_cli.options import Format, Output, ServerUrl, is_run_folder, print_json
+
+REPORT_FILES = ("report.json", "rounds.jsonl", "job.yaml")
+Source = Annotated[str, typer.Argument(metavar="JOB", help="A job's name on the server, or a run's folder.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands."""
+    app.command()(report)
+    app.command()(export)
+
+
+def report(
+    source: Source,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the folder with a server's report and its pages is made.")
+    ] = Path("runs"),
+    output: Output = Format.TEXT,
+    url: ServerUrl = None,
+) -> None:
+    """Print a run's summary and write its pages.
+
+    The pages are report.md, report.html and TensorBoard events. A job on a server is fetched into DIR/<job>; a
+    run's folder gets its pages anew. With --format json, the report is printed as it is now, and nothing is
+    written.
+    """
+    from lorabbit_cli.report_pages import read_report, write_pages  # noqa: PLC0415 - imports are lazy throughout
+    from lorabbit_cli.summary import print_summary  # noqa: PLC0415
+
+    folder = Path(source) if is_run_folder(source) else out / source
+    if not is_run_folder(source):
+        with server_at(url) as server:
+            if output is Format.JSON:
+                print_json(server.report(source).model_dump(mode="json"))
+                return
+            fetched = server.report(source)
+            server.fetch(source, folder, below=REPORT_FILES)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "report.json").write_text(fetched.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    if output is Format.JSON:
+        print_json(read_report(folder).model_dump(mode="json"))
+        return
+    write_pages(folder)
+    print_summary(read_report(folder), folder)
+
+
+def export(  # noqa: PLR0913, PLR0917 - options of the command line
+    source: Source,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make; it must not exist.")],
+    which: Annotated[str, typer.Option(help="adapter (the last one), best, or checkpoint-<round>.")] = "adapter",
+    merged: Annotated[bool, typer.Option("--merged", help="Write the base model with the adapter merged in.")] = False,  # noqa: FBT002 - a flag
+    output: Output = Format.TEXT,
+    url: ServerUrl = None,
+) -> None:
+    """Write an adapter for PEFT, or merged into its base model."""
+    from lorabbit_cli import export as exports  # noqa: PLC0415 - as above
+
+    if is_run_folder(source):
+        made = exports.export(Path(source), out, merged=merged, which=which)
+    else:
+        with server_at(url) as server, TemporaryDirectory() as scratch:
+            server.fetch(source, Path(scratch) / source, below=("report.json", "job.yaml", f"{which}/"))
+            made = exports.export(Path(scratch) / source, out, merged=merged, which=which)
+    if output is Format.JSON:
+        print_json({"folder": str(made), "files": [*sorted(path.name for path in made.iterdir())]})
+    else:
+        typer.echo(f"wrote {made} ({', '.join(sorted(path.name for path in made.iterdir()))})")

@@ -1,0 +1,238 @@
+"""Forecast: what a job would run and move, found out before anything starts.
+
+The model is built and the first adapter made exactly as a run's first client would, the data is
+split exactly as clients would split it, and the method itself says which payloads travel, in the
+first round and, from an update in which everything has changed, in later ones. A client reads no
+payload that it holds already.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from lorabbit import codec
+from lorabbit.errors import BadInput, RunFailed
+from lorabbit.jobspec import JobSpec
+from lorabbit.messages import Task
+from lorabbit.methods import Method, build
+from lorabbit.tensors import count, is_floating
+from lorabbit.types import INITIALISE, Array, ClientId, ClientProfile, ClientUpdate, ServerState, Tensors
+from lorabbit_cli.local import Means
+from lorabbit_cli.units import bytes_text, count_text
+from lorabbit_client.execution import Outcome, Work
+from lorabbit_client.executor import Executor
+from lorabbit_client.null import is_null
+
+CENTRAL = "central"
+FEW = 12
+"""Clients whose examples are listed one by one."""
+
+
+class Payload(BaseModel):
+    """Payload bytes of one client in one round."""
+
+    model_config = ConfigDict(frozen=True)
+
+    up: int
+    down_first: int
+    """For training, when the client holds nothing."""
+    down: int
+    """For training, in later rounds."""
+    down_evaluation: int
+    """For scoring the adapter of a round."""
+    shared: int
+    """Of `down`, what the client holds when it has scored the round before."""
+
+
+class Share(BaseModel):
+    """Examples of one client."""
+
+    model_config = ConfigDict(frozen=True)
+
+    train: int
+    test: int
+
+
+class Forecast(BaseModel):
+    """What a job would do; None is unknown."""
+
+    model_config = ConfigDict(frozen=True)
+
+    job: str
+    method: str
+    model: str
+    task: str
+    rounds: int
+    clients: int
+    cohort: int
+    evaluated_rounds: int
+    evaluating_clients: int
+    base_parameters: int | None
+    trainable_parameters: int
+    tensors: int
+    labels: tuple[str, ...]
+    shares: tuple[Share, ...] | None
+    payload: Payload
+    round_bytes_up: int
+    round_bytes_down: int
+    """Of a round that follows another one and is scored."""
+    total_bytes: int
+
+
+def forecast(spec: JobSpec, means: Means) -> Forecast:
+    """Build the model and split the data once; raises BadInput where a run would."""
+    method = build(spec)
+    labels, shares = _shares(spec, means)
+    with tempfile.TemporaryDirectory() as scratch:
+        outcome, path = _initialise(spec, means, Path(scratch))
+        adapter = codec.read_tensors(path)
+        payload = _payload(method, adapter, Path(scratch), spec)
+        up, down, total = _totals(spec, payload, path.stat().st_size)
+        return Forecast(
+            job=spec.name,
+            method=spec.method.name,
+            model=spec.model.name,
+            task=spec.model.task,
+            rounds=spec.rounds,
+            clients=spec.clients,
+            cohort=spec.cohort_size,
+            evaluated_rounds=sum(spec.evaluates(number) for number in range(1, spec.rounds + 1)),
+            evaluating_clients=_evaluating(spec),
+            base_parameters=_number(outcome.metrics.facts, "base_parameters"),
+            trainable_parameters=count(adapter),
+            tensors=len(adapter),
+            labels=labels,
+            shares=shares,
+            payload=payload,
+            round_bytes_up=up,
+            round_bytes_down=down,
+            total_bytes=total,
+        )
+
+
+def lines(found: Forecast) -> Iterator[tuple[str, str]]:
+    """Say it for people: a name and a text per line."""
+    yield "job", f"{count_text(found.rounds, 'round')}, {found.cohort} of {count_text(found.clients, 'client')} in each"
+    yield "method", found.method
+    base = f"{found.base_parameters:,} parameters" if found.base_parameters is not None else "parameters unknown"
+    yield "model", f"{found.model} ({base}), task {found.task}"
+    yield "trained", f"{found.trainable_parameters:,} parameters in {count_text(found.tensors, 'tensor')}"
+    if found.shares is not None:
+        yield "data", _data(found.shares, found.labels)
+    payload = found.payload
+    first = f" ({bytes_text(payload.down_first)} the first time)" if payload.down_first != payload.down else ""
+    yield "a client", f"{bytes_text(payload.up)} up, {bytes_text(payload.down)} down{first} to train in a round"
+    who = f"{count_text(found.evaluated_rounds, 'round')} scored by {count_text(found.evaluating_clients, 'client')}"
+    yield "evaluation", f"{who}, {bytes_text(payload.down_evaluation)} down each"
+    yield (
+        "a round",
+        f"{bytes_text(found.round_bytes_up)} up, {bytes_text(found.round_bytes_down)} down, evaluation included",
+    )
+    yield "the job", f"{bytes_text(found.total_bytes)} of payload at most, both ways together"
+
+
+def _data(shares: tuple[Share, ...], labels: tuple[str, ...]) -> str:
+    """Sum up who has how much."""
+    train, test = [share.train for share in shares], [share.test for share in shares]
+    each = ", ".join(str(n) for n in train) if len(train) <= FEW else f"{min(train):,} to {max(train):,}"
+    classes = f", {count_text(len(labels), 'label')}" if labels else ""
+    return f"{sum(train):,} training and {sum(test):,} test examples{classes}; training examples of a client: {each}"
+
+
+def _shares(spec: JobSpec, means: Means) -> tuple[tuple[str, ...], tuple[Share, ...] | None]:
+    """Split the data as the clients would; the null model has none."""
+    if is_null(spec.model.name):
+        return (), None
+    from lorabbit_client.data import describe  # noqa: PLC0415 - what null jobs do not need
+
+    outline = describe(spec, spec.clients, means.data_root)
+    return outline.labels, tuple(Share(train=c.train, test=c.test) for c in outline.clients)
+
+
+def _initialise(spec: JobSpec, means: Means, scratch: Path) -> tuple[Outcome, Path]:
+    """Make the first adapter as the first client of a run would."""
+    task = Task(
+        job=spec.name,
+        task="forecast",
+        client="client-1",
+        index=0,
+        population=spec.clients,
+        round=0,
+        attempt=1,
+        epoch=0,
+        phase=INITIALISE,
+        seed=spec.seed,
+        payloads={},
+        settings={},
+        spec=spec,
+    )
+    path = scratch / "first.safetensors"
+    executor = Executor(threads=means.threads, data_root=means.data_root, device=means.device)
+    outcome = executor.execute(Work(task, {}, path, scratch), lambda *_: None)
+    if outcome.error is not None:
+        raise BadInput(outcome.error) if outcome.bad_input else RunFailed(outcome.error)
+    return outcome, path
+
+
+def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> Payload:
+    """Ask the method what travels in the first round, and after an update in which everything has changed."""
+    client = ClientProfile(ClientId("client-1"), 0)
+    first = method.start(adapter)
+    moved = {name: _moved(value) for name, value in method.uploads(first).items()}
+    updates = (ClientUpdate(ClientId(f"client-{k + 1}"), k, moved, 1, 0.0) for k in range(min(2, spec.cohort_size)))
+    later = method.aggregate(first, updates)
+    before, after = _travelling(method, first, client, scratch), _travelling(method, later, client, scratch)
+    scored, size = _file(method.adapter(later), scratch)
+    fresh = {sha256: size for sha256, size in after.items() if sha256 not in before}
+    return Payload(
+        up=_file(method.uploads(first), scratch)[1],
+        down_first=sum(before.values()),
+        down=sum(fresh.values()),
+        down_evaluation=size,
+        shared=fresh.get(scored, 0),
+    )
+
+
+def _moved(value: Array) -> Array:
+    """Another tensor of the same kind."""
+    return np.add(value, value.dtype.type(1)) if is_floating(value) else value
+
+
+def _travelling(method: Method, state: ServerState, client: ClientProfile, scratch: Path) -> dict[str, int]:
+    """Hash and size of every payload of a plan."""
+    return dict(_file(tensors, scratch) for tensors in method.plan(state, client).payloads.values())
+
+
+def _file(tensors: Tensors, scratch: Path) -> tuple[str, int]:
+    """Hash and size of the file that tensors travel as."""
+    path = scratch / "payload.safetensors"
+    sha256 = codec.write_tensors(path, tensors)
+    return sha256, path.stat().st_size
+
+
+def _evaluating(spec: JobSpec) -> int:
+    return 1 if spec.evaluation.on == CENTRAL else spec.clients
+
+
+def _totals(spec: JobSpec, payload: Payload, first_adapter: int) -> tuple[int, int, int]:
+    """Bytes up and down of a scored round, and both of the whole job."""
+    cohort, evaluating = spec.cohort_size, _evaluating(spec)
+    shared = 0 if spec.evaluation.on == CENTRAL else payload.shared
+    up = cohort * payload.up
+    scoring = evaluating * payload.down_evaluation
+    down = scoring + cohort * (payload.down - (shared if spec.evaluation.every == 1 else 0))
+    total = first_adapter + spec.rounds * up + cohort * payload.down_first
+    for number in range(2, spec.rounds + 1):
+        total += cohort * (payload.down - (shared if spec.evaluates(number - 1) else 0))
+    total += scoring * sum(spec.evaluates(number) for number in range(1, spec.rounds + 1))
+    return up, down, total
+
+
+def _number(facts: Mapping[str, JsonValue], name: str) -> int | None:
+    value = facts.get(name)
+    return value if isinstance(value, int) else None

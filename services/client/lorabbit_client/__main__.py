@@ -1,0 +1,85 @@
+"""The client process: connect, do what the server asks, leave cleanly.
+
+It imports no torch: a client that waits costs less than 80 MB, and the executor loads what a task needs when
+the first one comes. On SIGTERM it stops training at the next step, says goodbye and exits; the
+journal has what is unfinished, and a restart goes on with it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import structlog
+
+from lorabbit import __version__
+from lorabbit.broker.base import Broker
+from lorabbit.broker.rabbit import RabbitBroker
+from lorabbit.errors import LoRAbbitError
+from lorabbit.settings import ClientSettings, file_secrets
+from lorabbit.telemetry import configure
+from lorabbit_client.agent import Agent
+from lorabbit_client.executor import Executor
+from lorabbit_client.folderlock import FolderLock
+from lorabbit_client.runners import ThreadRunner
+
+log = structlog.get_logger()
+INTERRUPTED = 130
+
+
+def main(settings: ClientSettings | None = None) -> int:
+    """Work until told to stop; returns the exit code."""
+    if settings is None:
+        file_secrets()
+        settings = ClientSettings()
+    try:
+        configure(settings.log_level, settings.log_format)
+        with FolderLock(settings.folder):
+            return _work(settings)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except LoRAbbitError as error:
+        log.error("client-failed", why=str(error))  # noqa: TRY400 - a sentence, not a trace
+        return error.exit_code
+
+
+def _work(settings: ClientSettings) -> int:
+    """Put the parts together and run the loop."""
+    broker: Broker = RabbitBroker(settings.broker_url, name=f"lorabbit-client {settings.address}")
+    executor = Executor(threads=settings.threads, data_root=settings.data_root, device=settings.device)
+    runner = ThreadRunner(executor)
+    agent = Agent(broker, runner, settings)
+    log.info("client-started", version=__version__, address=settings.address, folder=str(settings.folder))
+    try:
+        with _signals(broker):
+            broker.post(agent.start)
+            broker.run()
+        agent.close()
+    finally:
+        runner.close()
+        broker.close()
+    log.info("client-stopped")
+    return 0
+
+
+@contextmanager
+def _signals(broker: Broker) -> Iterator[None]:
+    """End the loop on SIGTERM and SIGINT."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        log.info("stopping", signal=signal.Signals(number).name)
+        broker.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
