@@ -15,6 +15,7 @@ from lorabbit import codec
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery, Outgoing
 from lorabbit.messages import (
+    Alive,
     Commit,
     Deny,
     Goodbye,
@@ -48,6 +49,12 @@ class ScriptedClient:
         self.offers: dict[str, Offer] = {}
         self.work: Callable[[ScriptedClient, Task], bool] = lambda _client, _task: False
         """Return True to do nothing more about a task."""
+        self.on_grant: Callable[[ScriptedClient, Grant], bool] = lambda _client, _grant: False
+        """Return True to send nothing."""
+        self.sent: list[Message] = []
+        self.received: list[Message] = []
+        self.stutter = 1
+        """How often everything is said."""
         self.examples = 10
         self.base_sha256 = BASE
         self._subscription: Cancellable | None = None
@@ -68,6 +75,11 @@ class ScriptedClient:
         """Die: nothing is said, what was delivered and not acknowledged comes again."""
         if self._subscription is not None:
             self._subscription.cancel()
+            self._subscription = None
+
+    def alive(self) -> None:
+        if self.client is not None and self._subscription is not None:
+            self.send(Alive(address=self.address, client=self.client))
 
     def leave(self) -> None:
         self.stop()
@@ -76,13 +88,15 @@ class ScriptedClient:
 
     # ---- protocol ----
     def send(self, message: Message) -> None:
-        self.broker.send(
-            Outgoing(topology.UP, topology.up_key(self.address), message.type_name(), codec.encode(message))
-        )
+        self.sent.append(message)
+        outgoing = Outgoing(topology.UP, topology.up_key(self.address), message.type_name(), codec.encode(message))
+        for _ in range(self.stutter):
+            self.broker.send(outgoing)
 
     def _receive(self, delivery: Delivery) -> None:
         message = codec.decode(delivery.type, delivery.body)
         self.broker.ack(delivery)
+        self.received.append(message)
         match message:
             case Welcome():
                 self.client = message.client
@@ -94,7 +108,8 @@ class ScriptedClient:
                 if not known and not self.work(self, message):
                     self.do(message)
             case Grant():
-                self.upload(message)
+                if not self.on_grant(self, message):
+                    self.upload(message)
             case Verdict() | Deny():
                 self.verdicts.append(message)
                 self.offers.pop(message.task, None)
@@ -126,9 +141,12 @@ class ScriptedClient:
             return
         self.offer(task, self.tensors(task))
 
+    def tensors_like(self, value: float) -> Tensors:
+        return {name: np.full(shape, value, np.float32) for name, shape in SHAPES.items()}
+
     def tensors(self, task: Task) -> Tensors:
         if task.phase == INITIALISE:
-            return {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+            return self.tensors_like(0.0)
         received = codec.read_tensors(self.store.path(task.payloads[ADAPTER].sha256))
         return {name: received[name] + np.float32(task.index + 1) for name in received}
 

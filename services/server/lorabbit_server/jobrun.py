@@ -20,7 +20,7 @@ from lorabbit.events import EVENTS, AnyEvent
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import CancelTask, Deny, Message, Offer, TaskFailed, Verdict
 from lorabbit.methods import build
-from lorabbit.state.base import JobRecord
+from lorabbit.state.base import JobEntry, JobRecord
 from lorabbit.types import INITIALISE, TRAIN, ClientId
 from lorabbit_server import admission, aggregator, steps
 from lorabbit_server.coordinator import decide, resume
@@ -64,14 +64,16 @@ class JobRun:
         """The state as decided, which may be a step ahead of the store."""
         return self._ledger.state
 
-    def start(self, *, submitted_ms: int) -> None:
+    def start(self, entry: JobEntry) -> None:
         """Begin, or give again the commands that a stopped server left undone."""
         if self._is_new:
-            self._ledger.record(ev.JobSubmitted(at_ms=submitted_ms))
+            self._ledger.record(ev.JobSubmitted(at_ms=entry.submitted_ms))
         else:
             self._recover()
         if self.state.stage == "ended":
             self._ledger.afterwards(self._end)
+        elif entry.cancel_requested:
+            self.apply(steps.CancelRequested(self._now()))
         else:
             self.apply(steps.JobOpened(self._tools.registry.present, self._now()))
 

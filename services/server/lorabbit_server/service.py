@@ -84,6 +84,7 @@ class Service:
         self._timers: list[Cancellable] = []
         self._tools: Tools | None = None
         self._renewed_ms = 0
+        self._stood_behind: str | None = None
 
     # ---- for everybody ----
     def start(self) -> None:
@@ -163,10 +164,14 @@ class Service:
             return
         self._epoch = self.store.acquire_lease(self.owner, self.settings.lease_seconds)
         if self._epoch is None:
-            log.info("standing-by", holder=self.store.lease_holder())
+            holder = self.store.lease_holder()
+            if holder != self._stood_behind:
+                log.info("standing-by", holder=holder)
+            self._stood_behind = holder
             self._timers = [self._loop.after(self.settings.lease_seconds / 3, self._stand_by)]
             return
         log.info("leading", epoch=self._epoch)
+        self._stood_behind = None
         self._renewed_ms = self._now()
         for exchange in topology.EXCHANGES:
             self.broker.declare_exchange(exchange)
@@ -268,7 +273,7 @@ class Service:
         run.on_end = partial(self._ended, entry.job)
         self._run = run
         log.info("job-opened", job=entry.job, stage=run.state.stage)
-        run.start(submitted_ms=entry.submitted_ms)
+        run.start(entry)
 
     def _ended(self, job: str) -> None:
         """Take the next job."""
