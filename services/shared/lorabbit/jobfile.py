@@ -159,7 +159,8 @@ def _parse(name: str, text: str) -> _Source:
         try:
             return _Source(name, tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
-            raise BadInput(f"{name} is no valid TOML: {error}") from None
+            said = str(error).replace("overwrite a value", "overwrite a value (a key is given twice)")
+            raise BadInput(f"{name} is no valid TOML: {said}") from None
     try:
         root = yaml.compose(text, Loader=_Loader)
         content = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader

@@ -1,0 +1,196 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorabbit import jobfile
+from lorabbit.errors import BadInput
+from lorabbit.jobspec import JobSpec
+from lorabbit_cli.template import template
+
+BROKEN = {
+    "a word for a number": ("rounds: ten", "job.yaml:1: rounds: expected a whole number, not 'ten'"),
+    "a number in quotes": ("rounds: '10'", "job.yaml:1: rounds: expected a whole number, not '10'"),
+    "a yes for a number": ("rounds: yes", "job.yaml:1: rounds: expected a whole number, not 'yes'"),
+    "a fraction for a count": ("rounds: 1.5", "job.yaml:1: rounds: expected a whole number, not 1.5"),
+    "a truth for a number": ("rounds: true", "job.yaml:1: rounds: expected a whole number, not true"),
+    "a list for a number": ("rounds: [1, 2]", "job.yaml:1: rounds: expected a whole number, not [1, 2]"),
+    "a key with a typing error": ("name: a\nrouds: 3", "job.yaml:2: rouds: unknown key; did you mean 'rounds'?"),
+    "a key in the wrong place": (
+        "seed: 1\nbatch_size: 3",
+        "job.yaml:2: batch_size: unknown key; did you mean 'local.batch_size'?",
+    ),
+    "an abbreviated key": ("local:\n  lr: 1e-3", "job.yaml:2: local.lr: unknown key; did you mean 'learning_rate'?"),
+    "a value below its bound": ("model:\n  lora:\n    rank: 0", "job.yaml:3: model.lora.rank: must be at least 1, not"),
+    "a word that is none of the choices": (
+        "model: {task: text-clasification}",
+        "job.yaml:1: model.task: expected 'text-classification', ",
+    ),
+    "two keys that exclude each other": (
+        "local:\n  epochs: 1\n  steps: 2",
+        "job.yaml:1: local: give either epochs or steps, not both",
+    ),
+    "a cohort larger than its population": ("cohort: 9\nclients: 4", "cohort is 9, but there are only 4 clients"),
+    "a word for a cohort": ("cohort: all", "job.yaml:1: cohort: expected a whole number or a number, not 'all'"),
+    "text where keys belong": ("model: tiny:bert", "job.yaml:1: model: expected keys and values, not 'tiny:bert'"),
+    "text where a list belongs": (
+        "model: {lora: {targets: query}}",
+        "job.yaml:1: model.lora.targets: expected a list, not 'query'",
+    ),
+    "an infinite learning rate": ("local: {learning_rate: .inf}", "learning_rate: expected a finite number, not inf"),
+    "an unknown method": ("method: {name: fedprx}", "there is no method 'fedprx'; did you mean 'fedprox'?"),
+    "an unknown setting of a method": (
+        "method:\n  name: fedprox\n  nu: 1.0",
+        "job.yaml:3: method.nu: unknown key; did you mean 'mu'?",
+    ),
+    "a setting of a method with the wrong type": (
+        "method:\n  name: fedprox\n  mu: '1'",
+        "job.yaml:3: method.mu: expected a number, not '1'",
+    ),
+    "what a method's maths forbids": ("method: {name: ffa-lora}\nmodel: {trainable: full}", "ffa-lora freezes"),
+    "a key given twice": ("rounds: 1\nrounds: 2", "job.yaml: line 2: the key 'rounds' is given twice"),
+    "a bracket left open": ("data: {fields: [a\nseed: 1", "job.yaml, line 2, column 5, is no valid YAML"),
+    "a tab": ("model:\n\tname: x", "job.yaml, line 2, column 1, is no valid YAML"),
+    "a list at the top": ("- rounds: 1", "a job file holds keys and values, such as 'rounds: 5', not a list"),
+    "a number as a key": ("5: rounds", "job.yaml: line 1: '5' is no key"),
+    "something that contains itself": ("data: &d\n  fields: *d", "is no valid YAML"),
+    "a control character": ("name: a\x01", "is no valid YAML"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_is_one_sentence_with_the_place_and_what_was_expected(case: str) -> None:
+    text, expected = BROKEN[case]
+
+    with pytest.raises(BadInput) as caught:
+        jobfile.parse(text)
+
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_file_is_the_default_job() -> None:
+    assert jobfile.parse("") == JobSpec()
+    assert jobfile.parse("# nothing\n") == JobSpec()
+
+
+def test_numbers_and_words_mean_what_yaml_1_2_says() -> None:
+    spec = jobfile.parse("local: {learning_rate: 1e-3}\nevaluation:\n  on: central\nseed: 010\ncohort: 1")
+
+    assert spec.local.learning_rate == 0.001
+    assert spec.evaluation.on == "central"
+    assert spec.seed == 10
+    assert spec.cohort_size == 1
+
+
+def test_a_whole_number_is_good_enough_for_a_number() -> None:
+    assert jobfile.parse("model: {lora: {alpha: 4}}").model.lora.alpha == 4.0
+
+
+def test_toml_says_the_same_as_yaml() -> None:
+    text = 'rounds = 3\n[model]\nname = "tiny:bert"\n[model.lora]\ntargets = ["query", "value"]\n'
+
+    spec = jobfile.parse(text, name="job.toml")
+
+    assert spec == jobfile.parse("rounds: 3\nmodel: {name: 'tiny:bert', lora: {targets: [query, value]}}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rounds = \n", "job.toml is no valid TOML: Invalid value (at line 1, column 10)"),
+        ("rounds = 1\nrounds = 2\n", "Cannot overwrite a value (a key is given twice) (at line 2"),
+        ("name = 2020-01-01", "2020-01-01 is a date or time; put it in quotes to make it text"),
+        ("rounds = 'x'", "job.toml: rounds: expected a whole number, not 'x'"),
+    ],
+)
+def test_broken_toml_is_one_sentence_too(text: str, expected: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        jobfile.parse(text, name="job.toml")
+
+    assert expected in str(caught.value)
+
+
+def test_overrides_and_seed_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("rounds: 3\nseed: 1\n", encoding="utf-8")
+
+    spec = jobfile.load(file, ["rounds=7", "model.lora.targets=[q, v]", "method.name=fedprox", "method.mu=0.5"], seed=9)
+
+    assert (spec.rounds, spec.seed, spec.model.lora.targets) == (7, 9, ("q", "v"))
+    assert spec.method.settings == {"mu": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("local.lr=1", "--set local.lr=1: local.lr: unknown key; did you mean 'learning_rate'?"),
+        ("rounds=many", "--set rounds=many: rounds: expected a whole number, not 'many'"),
+        ("rounds", "--set rounds: write PATH=VALUE"),
+        ("rounds.x=1", "--set rounds.x=1: rounds is 3, which has no keys below it"),
+        ("=1", "--set =1: write PATH=VALUE"),
+        ("model=tiny:bert", "--set model=tiny:bert: model: expected keys and values"),
+    ],
+)
+def test_a_wrong_override_is_named_as_it_was_written(tmp_path: Path, override: str, expected: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("rounds: 3\n", encoding="utf-8")
+
+    with pytest.raises(BadInput) as caught:
+        jobfile.load(file, [override])
+
+    assert expected in str(caught.value)
+
+
+def test_a_missing_file_is_named_with_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text("", encoding="utf-8")
+
+    with pytest.raises(BadInput, match=r"there is no job file .*quickstar\.yaml; did you mean .*quickstart\.yaml\?"):
+        jobfile.load(tmp_path / "quickstar.yaml")
+
+
+def test_a_folder_and_bytes_are_no_job_files(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_bytes(b"\xff\xfe\x00r")
+
+    with pytest.raises(BadInput, match="is a folder"):
+        jobfile.load(tmp_path)
+    with pytest.raises(BadInput, match="is no text in UTF-8"):
+        jobfile.load(tmp_path / "job.yaml")
+
+
+NAMES = st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)
+
+
+@given(
+    name=NAMES,
+    source=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=30),
+    rate=st.floats(min_value=1e-12, max_value=1e6),
+    cohort=st.one_of(st.integers(1, 4), st.floats(0.01, 1.0)),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_a_dumped_job_reads_as_the_same_job(name: str, source: str, rate: float, cohort: float, seed: int) -> None:
+    spec = JobSpec.model_validate({
+        "name": name, "data": {"source": source}, "local": {"learning_rate": rate}, "cohort": cohort, "seed": seed,
+    })  # fmt: skip
+
+    text = jobfile.dump(spec, head="resolved\nby a test")
+
+    assert jobfile.parse(text) == spec
+    assert text.startswith("# resolved\n# by a test\n")
+
+
+def test_the_template_is_the_default_job() -> None:
+    text = template("job.yaml")
+
+    assert jobfile.parse(text) == JobSpec()
+    assert all(f"{name}:" in text for name in JobSpec.model_fields)
+
+
+def test_what_other_yaml_readers_write_is_read_as_they_meant_it() -> None:
+    spec = JobSpec.model_validate({"name": "on", "data": {"fields": {"text": "1e3", "label": "yes"}}})
+
+    text = yaml.safe_dump(spec.model_dump(mode="json"))
+
+    assert jobfile.parse(text.replace("1e3", "'1e3'")) == spec
