@@ -17,7 +17,7 @@ JOB: dict[str, Any] = {
     "data": {"source": "stdlib-docs", "limit": 300, "max_length": 32},
     "rounds": 3,
     "clients": CLIENTS,
-    "local": {"steps": 30, "batch_size": 8, "learning_rate": 0.001},
+    "local": {"steps": 250, "batch_size": 8, "learning_rate": 0.001},
     "seed": 7,
 }
 pytestmark = [pytest.mark.services, pytest.mark.slow]
