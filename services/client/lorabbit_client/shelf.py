@@ -51,8 +51,8 @@ class Shelf:
         return self._keep is not None
 
     def has(self, sha256: str) -> bool:
-        """Tell whether a payload is here."""
-        return self._store.has(sha256)
+        """Tell whether a payload is here, or on its way."""
+        return sha256 in self._reading or self._store.has(sha256)
 
     def path(self, sha256: str) -> Path:
         """Where a payload lies."""

@@ -1,0 +1,469 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scripted_server import CHUNK_BYTES, Rig, ScriptedRunner
+
+from lorabbit import codec
+from lorabbit.broker import topology
+from lorabbit.broker.base import Outgoing
+from lorabbit.messages import (
+    Alive,
+    CancelTask,
+    Commit,
+    Deny,
+    Goodbye,
+    Grant,
+    Hello,
+    Offer,
+    TaskAccepted,
+    TaskFailed,
+    Verdict,
+    Welcome,
+)
+from lorabbit.types import ADAPTER, EVALUATE
+
+RESULT = {"w": np.arange(1500, dtype=np.float32)}
+IDS = {"job": "job", "task": "t-1", "client": "client-7"}
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    rig = Rig(tmp_path)
+    rig.declare()
+    return rig
+
+
+def offered(rig: Rig) -> Offer:
+    """The one result that a client offered last."""
+    return rig.heard(Offer)[-1]
+
+
+def payload_of(offer: Offer) -> str:
+    assert offer.payload is not None
+    return offer.payload.sha256
+
+
+def all_chunks(offer: Offer) -> Grant:
+    assert offer.payload is not None
+    return Grant(**IDS, sha256=offer.payload.sha256, missing=tuple(range(offer.payload.chunks)))
+
+
+def files(folder: Path) -> list[str]:
+    """What a client keeps of its tasks."""
+    return sorted(path.name for part in ("journal", "outbox") for path in (folder / part).iterdir())
+
+
+# ---- being there ----
+def test_a_client_says_hello_until_the_server_is_there(tmp_path: Path) -> None:
+    rig, runner = Rig(tmp_path), ScriptedRunner()
+    agent = rig.agent(runner)
+
+    rig.run(seconds=60)
+    rig.declare()
+    rig.run(seconds=11)
+
+    assert agent.client == "client-7"
+    assert len(rig.heard(Hello)) == 1
+
+
+def test_a_welcomed_client_renews_its_lease(rig: Rig) -> None:
+    rig.agent(ScriptedRunner())
+
+    rig.run(seconds=16)
+
+    assert rig.heard(Alive) == [Alive(address="somewhere", client="client-7")] * 3
+
+
+def test_a_client_keeps_its_identity_over_a_restart(rig: Rig) -> None:
+    rig.agent(ScriptedRunner()).close()
+    rig.run()
+
+    rig.agent(ScriptedRunner())
+
+    assert [hello.client for hello in rig.heard(Hello)] == [None, "client-7"]
+    assert rig.heard(Goodbye) == [Goodbye(address="somewhere", client="client-7")]
+
+
+def test_a_message_that_cannot_be_read_becomes_a_dead_letter(rig: Rig) -> None:
+    rig.agent(ScriptedRunner())
+    dead: list[bytes] = []
+    rig.broker.subscribe(topology.DEAD_QUEUE.name, lambda delivery: dead.append(delivery.body))
+
+    rig.broker.send(Outgoing(topology.CONTROL, topology.control_key("somewhere"), "lorabbit.task.v9", b"{}"))
+    rig.run()
+
+    assert dead == [b"{}"]
+
+
+# ---- a task ----
+def test_a_task_goes_from_order_to_verdict(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    ref = rig.publish(1.5)
+
+    rig.tell(rig.task("t-1", ref))
+    rig.run()
+    got = codec.read_tensors(runner.work["t-1"][0].inputs[ADAPTER])["w"]
+    runner.finish("t-1", RESULT)
+    rig.run()
+    rig.tell(all_chunks(offered(rig)))
+    rig.run()
+    rig.tell(Verdict(**IDS, accepted=True))
+    rig.run()
+
+    assert rig.heard(TaskAccepted) == [TaskAccepted(**IDS)]
+    assert got[0] == 1.5
+    assert offered(rig).bytes_down == ref.size_bytes
+    assert rig.received() == payload_of(offered(rig)) == codec.tensors_sha256(RESULT)
+    assert all(len(chunk.body) <= CHUNK_BYTES for chunk in rig.chunks)
+    assert rig.heard(Commit) == [Commit(**IDS, sha256=payload_of(offered(rig)))]
+    assert files(rig.folder / "somewhere") == []
+
+
+def test_only_the_chunks_that_are_missing_are_sent(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+    runner.finish("t-1", RESULT)
+    rig.run()
+
+    rig.tell(Grant(**IDS, sha256=payload_of(offered(rig)), missing=(1, 3)))
+    rig.run()
+
+    assert [int(chunk.headers["index"]) for chunk in rig.chunks] == [1, 3]
+
+
+def test_a_result_that_the_server_has_already_is_committed_without_sending(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+    runner.finish("t-1", RESULT)
+    rig.run()
+
+    rig.tell(Grant(**IDS, sha256=payload_of(offered(rig)), missing=()))
+    rig.run()
+
+    assert rig.chunks == []
+    assert len(rig.heard(Commit)) == 1
+
+
+def test_a_payload_that_is_held_is_not_read_again(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    frozen, first, second = rig.publish(1.0), rig.publish(2.0), rig.publish(3.0)
+
+    for name, payloads in {"t-1": (first, frozen), "t-2": (second, frozen)}.items():
+        rig.tell(rig.task(name, *payloads))
+        rig.run()
+        runner.finish(name)
+        rig.run()
+        rig.tell(Verdict(job="job", task=name, client="client-7", accepted=True))
+        rig.run()
+
+    assert [offer.bytes_down for offer in rig.heard(Offer)] == [
+        first.size_bytes + frozen.size_bytes,
+        second.size_bytes,
+    ]
+    kept = {path.name.removesuffix(".safetensors") for path in (rig.folder / "somewhere" / "payloads").iterdir()}
+    assert kept == {second.sha256, frozen.sha256}
+
+
+def test_scoring_and_training_share_one_adapter(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    ref = rig.publish(1.0)
+
+    rig.tell(rig.task("score", ref, phase=EVALUATE))
+    rig.tell(rig.task("train", ref))
+    rig.run()
+    runner.finish("score")
+    runner.finish("train", RESULT)
+    rig.run()
+
+    assert [offer.bytes_down for offer in rig.heard(Offer)] == [ref.size_bytes, 0]
+    assert [offer.payload is None for offer in rig.heard(Offer)] == [True, False]
+
+
+def test_progress_is_told_twice_a_second_at_most(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, clock = ScriptedRunner(), [100.0]
+    monkeypatch.setattr("lorabbit_client.assignment.time.monotonic", lambda: clock[0])
+    rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+    on_progress = runner.work["t-1"][1]
+
+    for step in range(1, 31):
+        clock[0] = 100.0 + step / 10
+        on_progress(step / 30, 1.0)
+    rig.run()
+
+    told = [message for message in rig.said if message.kind == "task-progress"]
+    assert len(told) == 6
+
+
+# ---- what comes twice, late or not at all ----
+def test_an_order_that_comes_twice_is_done_once(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    order = rig.task("t-1", rig.publish(1.0))
+
+    rig.tell(order)
+    rig.tell(order)
+    rig.run()
+    runner.finish("t-1", RESULT)
+    rig.run()
+    rig.tell(Verdict(**IDS, accepted=True))
+    rig.tell(order)
+    rig.run()
+
+    assert runner.submitted == ["t-1"]
+
+
+def test_an_order_that_the_broker_delivers_again_is_done_once(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+
+    rig.broker.run_until_idle()
+    rig.broker.reconnect()
+    rig.run()
+
+    assert runner.submitted == ["t-1"]
+
+
+def test_an_order_given_again_on_purpose_after_its_end_is_done_again(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    ref = rig.publish(1.0)
+    rig.tell(rig.task("t-1", ref))
+    rig.run()
+    runner.finish("t-1", RESULT)
+    rig.run()
+    rig.tell(Verdict(**IDS, accepted=False, reason="non-finite"))
+
+    rig.tell(rig.task("t-1", ref, attempt=2))
+    rig.run()
+
+    assert runner.submitted == ["t-1", "t-1"]
+
+
+def test_an_order_of_a_server_that_lost_its_lease_is_ignored(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    ref = rig.publish(1.0)
+
+    rig.tell(rig.task("new", ref, epoch=3))
+    rig.tell(rig.task("old", ref, epoch=2))
+    rig.run()
+
+    assert runner.submitted == ["new"]
+
+
+def test_a_server_whose_store_was_emptied_is_obeyed_once_it_welcomes_the_client(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    ref = rig.publish(1.0)
+    rig.tell(rig.task("before", ref, epoch=3))
+    rig.run()
+
+    rig.tell(Welcome(client="client-7", heartbeat_seconds=5.0))
+    rig.tell(rig.task("after", ref, epoch=1))
+    rig.run()
+
+    assert runner.submitted == ["before", "after"]
+
+
+def test_an_offer_without_an_answer_is_made_again(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+    runner.finish("t-1", RESULT)
+
+    rig.run(seconds=9)
+    before = len(rig.heard(Offer))
+    rig.run(seconds=12)
+
+    assert before == 1
+    assert len(rig.heard(Offer)) >= 2
+
+
+def test_a_commit_without_a_verdict_is_followed_by_another_offer(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+    runner.finish("t-1", RESULT)
+    rig.run()
+    rig.tell(all_chunks(offered(rig)))
+
+    rig.run(seconds=11)
+
+    assert len(rig.heard(Commit)) == 1
+    assert len(rig.heard(Offer)) == 2
+
+
+def test_chunks_that_got_lost_are_sent_when_they_are_granted_again(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+    runner.finish("t-1", RESULT)
+    rig.run()
+    rig.tell(all_chunks(offered(rig)))
+    rig.run()
+    sent = len(rig.chunks)
+
+    rig.tell(Grant(**IDS, sha256=payload_of(offered(rig)), missing=(2,)))
+    rig.run()
+
+    assert [int(chunk.headers["index"]) for chunk in rig.chunks[sent:]] == [2]
+    assert len(rig.heard(Commit)) == 2
+
+
+def test_a_denied_result_is_forgotten(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    agent = rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+    runner.finish("t-1", RESULT)
+    rig.run()
+
+    rig.tell(Deny(**IDS, reason="stale"))
+    rig.run(seconds=60)
+
+    assert len(rig.heard(Offer)) == 1
+    assert files(rig.folder / "somewhere") == []
+    assert agent.is_idle
+
+
+def test_a_failed_task_is_handed_back_with_its_sentence(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+
+    runner.finish("t-1", error="the training process was killed by SIGKILL")
+    rig.run()
+
+    assert rig.heard(TaskFailed) == [TaskFailed(**IDS, reason="the training process was killed by SIGKILL")]
+    assert files(rig.folder / "somewhere") == []
+
+
+def test_a_payload_that_is_corrupt_fails_the_task(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    ref = rig.publish(1.0)
+    wrong = ref.model_copy(update={"sha256": "0" * 64})
+    stream = topology.adapter_stream(wrong.sha256)
+    rig.broker.declare_queue(stream)
+    for index in range(wrong.chunks):
+        size = min(CHUNK_BYTES, wrong.size_bytes - index * CHUNK_BYTES)
+        rig.broker.send(Outgoing("", stream.name, "chunk", b"x" * size, {"index": index, "sha256": wrong.sha256}))
+
+    rig.tell(rig.task("t-1", wrong))
+    rig.run()
+
+    assert "could not be read" in rig.heard(TaskFailed)[0].reason
+    assert runner.submitted == []
+
+
+@pytest.mark.parametrize("stage", ["running", "offered"])
+def test_a_cancelled_task_is_dropped_whatever_its_stage(rig: Rig, stage: str) -> None:
+    runner = ScriptedRunner()
+    agent = rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+    if stage == "offered":
+        runner.finish("t-1", RESULT)
+        rig.run()
+
+    rig.tell(CancelTask(**IDS))
+    rig.run()
+
+    assert runner.cancelled == (["t-1"] if stage == "running" else [])
+    assert agent.is_idle
+    assert files(rig.folder / "somewhere") == []
+
+
+def test_a_result_that_comes_after_the_cancellation_is_not_offered(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+
+    rig.tell(CancelTask(**IDS))
+    rig.run()
+    runner.finish("t-1", RESULT)
+    rig.run()
+
+    assert rig.heard(Offer) == []
+
+
+# ---- a restart: what a process leaves behind when it is killed is its folder ----
+def test_a_task_that_was_running_at_the_crash_is_done_again(rig: Rig) -> None:
+    before, after = ScriptedRunner(), ScriptedRunner()
+    first = rig.agent(before)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+
+    rig.kill(first)
+    rig.agent(after)
+    after.finish("t-1", RESULT)
+    rig.run()
+
+    assert before.submitted == after.submitted == ["t-1"]
+    assert [payload_of(offer) for offer in rig.heard(Offer)] == [codec.tensors_sha256(RESULT)]
+    assert offered(rig).bytes_down == 0  # the adapter had survived too
+
+
+def test_a_result_in_the_outbox_is_offered_again_after_the_crash(rig: Rig) -> None:
+    before, after = ScriptedRunner(), ScriptedRunner()
+    first = rig.agent(before)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+    before.finish("t-1", RESULT)
+    rig.run()
+
+    rig.kill(first)
+    rig.agent(after)
+    rig.tell(all_chunks(offered(rig)))
+    rig.run()
+
+    assert after.submitted == []
+    assert rig.heard(Hello)[-1].outbox == ("t-1",)
+    assert rig.received() == codec.tensors_sha256(RESULT)
+
+
+def test_a_result_whose_file_was_cut_short_is_made_again(rig: Rig) -> None:
+    before, after = ScriptedRunner(), ScriptedRunner()
+    first = rig.agent(before)
+    order = rig.task("t-1", rig.publish(1.0))
+    rig.tell(order)
+    rig.run()
+    kept = (rig.folder / "somewhere" / "journal" / "t-1.json").read_bytes()
+    before.finish("t-1", RESULT)
+    rig.run()
+    (rig.folder / "somewhere" / "journal" / "t-1.json").write_bytes(kept)
+    (rig.folder / "somewhere" / "outbox" / "t-1.safetensors").write_bytes(b"short")
+
+    rig.kill(first)
+    rig.agent(after)
+
+    assert after.submitted == ["t-1"]
+
+
+def test_a_journal_entry_that_was_cut_short_is_left_out(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    folder = rig.folder / "somewhere" / "journal"
+    folder.mkdir(parents=True)
+    (folder / "t-1.json").write_bytes(b'{"job": "jo')
+    (folder / "t-2.json.tmp").write_bytes(b"{")
+
+    agent = rig.agent(runner)
+
+    assert runner.submitted == []
+    assert agent.is_idle
