@@ -296,7 +296,7 @@ def free_port() -> int:
 def configuration(folder: Path, port: int, settings: str) -> str:
     """Text of rabbitmq.conf; `folder` is where the server sees the definitions."""
     return (
-        f"listeners.tcp.1 = 0.0.0.0:{port}\n"
+        f"listeners.tcp.default = {port}\n"
         f"max_message_size = {MAX_MESSAGE_BYTES}\n"
         f"load_definitions = {folder}/definitions.json\n"
         "loopback_users = none\n"

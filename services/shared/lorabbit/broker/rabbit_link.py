@@ -9,6 +9,7 @@ functions that were handed over in the meantime run then.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -27,6 +28,8 @@ RECEIVE_BYTES = 128 * 1024
 """pika reads 4 KiB at a time and joins them to frames of 128 KiB; larger reads take a third off the time per chunk."""
 
 log = structlog.get_logger()
+# pika reports one refused connection in nine lines of ERROR; `broker-lost` says it in one.
+logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
 def parameters_of(url: str, name: str) -> pika.URLParameters:
