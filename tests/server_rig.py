@@ -119,13 +119,13 @@ class Rig:
         self.now += 0.5
         if self.now % 5.0 == 0.0:
             for client in self.clients:
-                client.alive()
+                client.alive() if client.client else client.hello()
 
     def run_to_end(self, job: str, *, patience_seconds: float = 120.0) -> None:
         """Go on until a job has ended, in simulated time."""
         for _ in range(round(patience_seconds / 0.5)):
             self.idle()
-            if job in self.ended:
+            if job in self.ended or self.store.jobs()[job].status in {"done", "failed", "cancelled"}:
                 return
             self.beat()
         raise AssertionError(f"job {job} does not end: {self.store.jobs()[job]}")

@@ -12,9 +12,16 @@ class Downloads:
     """Publishes each payload once and withdraws it when no task needs it; for the loop thread."""
 
     def __init__(self, tools: Tools, needs: Callable[[str], bool]) -> None:
-        """Ask `needs` whether the job as it stands may still read a payload."""
+        """Ask `needs`, from any thread, whether the job as it stands may still read a payload."""
         self._tools, self._needs = tools, needs
         self._published: set[str] = set()
+        self._left: set[str] = set()
+        """Streams that an earlier server may have made."""
+
+    def inherit(self, hashes: Iterable[str]) -> None:
+        """Take over what a stopped server may have published and not withdrawn, needed or not."""
+        self._left |= set(hashes)
+        self.sweep(frozenset())
 
     def publish(self, refs: Iterable[PayloadRef]) -> None:
         """Publish payloads that are not in a stream yet."""
@@ -25,18 +32,31 @@ class Downloads:
 
     def sweep(self, gone: frozenset[str]) -> None:
         """Withdraw and delete payloads that nothing needs any more, behind the work that may still read them."""
-        stale = frozenset(sha256 for sha256 in self._published if not self._needs(sha256))
+        stale = frozenset(sha256 for sha256 in self._published | self._left if not self._needs(sha256))
         self._published -= stale
-        self.withdraw(stale)
+        self._left -= stale
+        for sha256 in stale:
+            self._tools.publisher.withdraw(sha256)
 
-        def delete(_: object) -> None:
+        def delete() -> None:
             for sha256 in gone | stale:
                 if not self._needs(sha256):
                     self._tools.payloads.delete(sha256)
 
-        self._tools.loop.work(lambda: None, delete, delete)
+        self._tools.loop.work(delete, _done, _done)
 
-    def withdraw(self, hashes: Iterable[str]) -> None:
-        """Delete streams; one that does not exist is fine."""
-        for sha256 in hashes:
-            self._tools.publisher.withdraw(sha256)
+    def tidy(self) -> None:
+        """Delete every file that nothing needs: what a killed server left, uploads that broke off among it."""
+
+        def delete() -> None:
+            for path in self._tools.payloads.folder.iterdir():
+                sha256 = path.name.partition(".")[0]
+                if not self._needs(sha256):
+                    self._tools.payloads.delete(sha256)
+                    path.unlink(missing_ok=True)
+
+        self._tools.loop.work(delete, _done, _done)
+
+
+def _done(_: object) -> None:
+    """Nothing depends on a file being gone."""

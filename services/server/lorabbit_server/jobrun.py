@@ -70,6 +70,7 @@ class JobRun:
             self._ledger.record(ev.JobSubmitted(at_ms=entry.submitted_ms))
         else:
             self._recover()
+        self._downloads.tidy()
         if self.state.stage == "ended":
             self._ledger.afterwards(self._end)
         elif entry.cancel_requested:
@@ -81,8 +82,9 @@ class JobRun:
         """Make again what a stopped server may have left undone: files, streams, messages, heavy steps."""
         logged = self._tools.store.events(self.job, progress=False)
         self._write(self._folder.recover(EVENTS.validate_json(each.event) for each in logged))
-        recent = {r.sha256 for r in self._folder.report.rounds[-3:] if r.sha256}
-        self._downloads.withdraw(sha256 for sha256 in recent if sha256 not in self.state.payloads)
+        report = self._folder.report
+        recent = {report.first_sha256, *(r.sha256 for r in report.rounds[-3:])}
+        self._downloads.inherit(sha256 for sha256 in recent if sha256)
         self._ledger.relay_all()
         for task in self.state.tasks.values():
             if task.status != "accepted":
@@ -218,8 +220,11 @@ class JobRun:
             self.apply(steps.ResultRefused(task.id, why.reason, why.detail, at_ms=self._now()))
 
     def _needs(self, sha256: str) -> bool:
-        """Tell whether the job as it stands may still read a payload."""
-        return sha256 in self.state.payloads or (self.state.stage != "ended" and sha256 in self._versions.current)
+        """Tell whether the job as it stands may still read a payload; for any thread."""
+        state = self.state
+        if state.stage == "ended":
+            return False
+        return sha256 in state.payloads or sha256 in self._versions.unclaimed or sha256 in self._versions.current
 
     # ---- heavy steps ----
     def _start_method(self, task: TaskState) -> None:
@@ -237,6 +242,7 @@ class JobRun:
             known = facts.get("versions")
             facts["versions"] = {**(known if isinstance(known, dict) else {}), **self._tools.versions}
             self.apply(steps.MethodStarted(result[0], result[1], facts, self._now()))
+            self._versions.unclaimed.clear()
 
         self._tools.loop.work(work, done, lambda error: self._step_failed("starting the method", error))
 
@@ -253,6 +259,7 @@ class JobRun:
 
         def done(result: tuple[Version, float]) -> None:
             self.apply(steps.RoundAggregated(command.round, result[0], result[1], self._now()))
+            self._versions.unclaimed.clear()
 
         self._tools.loop.work(work, done, lambda error: self._step_failed(f"aggregating round {command.round}", error))
 
@@ -278,6 +285,7 @@ class JobRun:
         def written(_: object) -> None:
             self._ledger.when_relayed(self._hand_over)
 
+        self._downloads.tidy()
         self._tools.loop.work(lambda: None, written, written)
 
     def _hand_over(self) -> None:

@@ -25,6 +25,8 @@ class Versions:
     method: Method
     payloads: PayloadStore
     chunk_bytes: int
+    unclaimed: set[str] = field(default_factory=set)
+    """Files written for a server state that the job does not name yet."""
     _loaded: tuple[Version, ServerState] | None = None
     _refs: dict[int, tuple[Tensors, PayloadRef]] = field(default_factory=dict)
 
@@ -54,7 +56,7 @@ class Versions:
     @property
     def current(self) -> frozenset[str]:
         """The files that plans on the loaded server state refer to."""
-        return frozenset(ref.sha256 for _, ref in self._refs.values())
+        return frozenset(ref.sha256 for _, ref in list(self._refs.values()))  # a copy: the worker asks too
 
     def _ref(self, tensors: Tensors) -> PayloadRef:
         known = self._refs.get(id(tensors))
@@ -63,4 +65,6 @@ class Versions:
         return known[1]
 
     def _write(self, tensors: Tensors, facts: Facts) -> PayloadRef:
-        return self.payloads.add_tensors(tensors, facts, chunk_bytes=self.chunk_bytes)
+        ref = self.payloads.add_tensors(tensors, facts, chunk_bytes=self.chunk_bytes)
+        self.unclaimed.add(ref.sha256)
+        return ref

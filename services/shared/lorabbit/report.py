@@ -105,6 +105,12 @@ class Report(Part):
     adapter: AdapterFacts = Field(default_factory=AdapterFacts)
     base: BaseFacts = Field(default_factory=BaseFacts)
     _started_ms: int = PrivateAttr(default=0)
+    _first_sha256: str | None = PrivateAttr(default=None)
+
+    @property
+    def first_sha256(self) -> str | None:
+        """Hash of the adapter that round 1 started from, while folding."""
+        return self._first_sha256
 
     def round_of(self, number: int) -> Round | None:
         """The round of a number; None before it began."""
@@ -149,6 +155,7 @@ def _job_started(report: Report, event: ev.JobStarted) -> None:
 def _adapter_initialised(report: Report, event: ev.AdapterInitialised) -> None:
     """Take over what the first client found out about model and adapter."""
     facts = event.facts
+    report._first_sha256 = event.sha256  # noqa: SLF001 - its own fold
     parameters, rank = facts.get("adapter_parameters", event.parameters), facts.get("rank")
     report.adapter = AdapterFacts(
         sha256=event.sha256,
