@@ -14,6 +14,11 @@ from typing import TypeVar
 
 import pytest
 import services
+from hypothesis import HealthCheck, settings
+
+# Property tests judge results, not how busy the machine is.
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+settings.load_profile("any-machine")
 
 S = TypeVar("S", services.RabbitMQ, services.Redis)
 

@@ -90,6 +90,7 @@ class _Entry(BaseModel):
 
 _ENTRIES = TypeAdapter(dict[str, _Entry])
 _TEXTS = TypeAdapter(dict[str, str])
+_OBJECT = TypeAdapter(dict[str, object])
 
 
 class FileTensors(Mapping[str, Array]):
@@ -238,10 +239,10 @@ def _read_header(file: int, path: Path) -> tuple[dict[str, _Entry], dict[str, st
     text = bytearray(length)
     _read_into(file, memoryview(text), _LENGTH_BYTES, path)
     try:
-        raw = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        raw = _OBJECT.validate_python(json.loads(text.decode(), object_pairs_hook=_without_duplicates))
         metadata = _TEXTS.validate_python(raw.pop(METADATA, {}))
         entries = _ENTRIES.validate_python(raw)
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptPayload(f"{path.name} has a malformed safetensors header") from error
     _check_offsets(entries, size - _LENGTH_BYTES - length, path)
     return entries, metadata, _LENGTH_BYTES + length

@@ -1,0 +1,279 @@
+"""Payloads over the broker in memory: down by stream, up by chunks, and what may go wrong on the way."""
+
+import numpy as np
+import pytest
+
+from lorabbit.broker import topology
+from lorabbit.broker.base import Outgoing, Queue
+from lorabbit.broker.memory import MemoryBroker
+from lorabbit.chunks import CHUNK, WINDOW
+from lorabbit.errors import BrokerUnavailable, CorruptPayload, LoRAbbitError
+from lorabbit.payloads import PayloadStore
+from lorabbit.transfer import AdapterPublisher, AdapterReader, ChunkSender
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def broker(clock):
+    broker = MemoryBroker(clock=clock)
+    for exchange in topology.EXCHANGES:
+        broker.declare_exchange(exchange)
+    for queue in topology.QUEUES:
+        broker.declare_queue(queue)
+    return broker
+
+
+@pytest.fixture
+def server_store(tmp_path):
+    return PayloadStore(tmp_path / "server", durable=False)
+
+
+@pytest.fixture
+def client_store(tmp_path):
+    return PayloadStore(tmp_path / "client", durable=False)
+
+
+@pytest.fixture
+def ref(server_store):
+    return server_store.add_tensors({"w": np.arange(3000.0)}, chunk_bytes=1024)
+
+
+def collect(broker, sink):
+    broker.subscribe("lorabbit.data", lambda delivery: (broker.ack(delivery), sink.append(delivery)))
+
+
+def test_a_published_adapter_arrives_whole(broker, server_store, client_store, ref):
+    answers = []
+    reader = AdapterReader(broker, client_store, ref, answers.append)
+    AdapterPublisher(broker, server_store).publish(ref, answers.append)
+
+    broker.run_until_idle()
+
+    assert answers == [None, None]
+    assert client_store.path(ref.sha256).read_bytes() == server_store.path(ref.sha256).read_bytes()
+    assert reader.received_bytes == ref.size_bytes
+
+
+def test_an_adapter_is_published_once(broker, server_store, tmp_path, ref):
+    publisher, answers = AdapterPublisher(broker, server_store), []
+    publisher.publish(ref)
+    broker.run_until_idle()
+    publisher.publish(ref, answers.append)
+    readers = [
+        AdapterReader(broker, PayloadStore(tmp_path / f"{n}", durable=False), ref, answers.append) for n in range(3)
+    ]
+
+    broker.run_until_idle()
+
+    assert answers == [None] * 4
+    assert [reader.received_bytes for reader in readers] == [ref.size_bytes] * 3
+
+
+def test_a_client_that_holds_the_adapter_reads_nothing(broker, server_store, ref):
+    answers = []
+
+    reader = AdapterReader(broker, server_store, ref, answers.append)
+    assert answers == []
+    broker.run_until_idle()
+
+    assert (answers, reader.received_bytes) == ([None], 0)
+
+
+def test_a_withdrawn_adapter_leaves_no_stream(broker, server_store, client_store, ref):
+    publisher, answers = AdapterPublisher(broker, server_store), []
+    publisher.publish(ref)
+    broker.run_until_idle()
+
+    publisher.withdraw(ref.sha256)
+    AdapterReader(broker, client_store, ref, answers.append)
+    broker.run_until_idle()
+
+    assert answers == []
+    assert client_store.missing(ref)
+
+
+def test_a_restarted_server_publishes_over_what_is_there(broker, server_store, client_store, ref):
+    answers = []
+    AdapterPublisher(broker, server_store).publish(ref)
+    broker.run_until_idle()
+    reader = AdapterReader(broker, client_store, ref, answers.append)
+
+    AdapterPublisher(broker, server_store).publish(ref)
+    broker.run_until_idle()
+
+    assert answers == [None]
+    assert reader.received_bytes >= ref.size_bytes
+
+
+def test_a_reader_goes_on_after_a_reconnect_with_what_it_has(broker, server_store, client_store, ref):
+    AdapterPublisher(broker, server_store).publish(ref)
+    broker.run_until_idle()
+    client_store.write_chunk(ref, 0, server_store.path(ref.sha256).read_bytes()[:1024])
+    answers = []
+    AdapterReader(broker, client_store, ref, answers.append)
+
+    broker.reconnect()
+    broker.run_until_idle()
+
+    assert answers == [None]
+
+
+def test_a_stream_with_a_flipped_byte_is_refused(broker, server_store, client_store, ref):
+    stream = topology.adapter_stream(ref.sha256)
+    broker.declare_queue(stream)
+    content = bytearray(server_store.path(ref.sha256).read_bytes())
+    content[5000] ^= 1
+    for index in range(ref.chunks):
+        body = bytes(content[index * 1024 : (index + 1) * 1024])
+        broker.send(Outgoing("", stream.name, CHUNK, body, {"index": index}))
+    answers = []
+
+    AdapterReader(broker, client_store, ref, answers.append)
+    broker.run_until_idle()
+
+    assert [type(answer) for answer in answers] == [CorruptPayload]
+    assert not client_store.has(ref.sha256)
+
+
+@pytest.mark.parametrize("headers", [{}, {"index": "first"}, {"index": 10_000}])
+def test_a_stream_of_something_else_is_refused(broker, client_store, ref, headers):
+    stream = topology.adapter_stream(ref.sha256)
+    broker.declare_queue(stream)
+    broker.send(Outgoing("", stream.name, CHUNK, b"x" * 1024, headers))
+    answers = []
+
+    AdapterReader(broker, client_store, ref, answers.append)
+    broker.run_until_idle()
+
+    assert [type(answer) for answer in answers] == [CorruptPayload]
+
+
+def test_a_read_on_which_nothing_arrives_ends(broker, clock, client_store, ref):
+    answers = []
+    AdapterReader(broker, client_store, ref, answers.append, patience_seconds=10)
+    broker.run_until_idle()
+
+    clock.now = 9.9
+    broker.run_until_idle()
+    assert answers == []
+    clock.now = 10.0
+    broker.run_until_idle()
+
+    assert [type(answer) for answer in answers] == [BrokerUnavailable]
+
+
+def test_a_cancelled_read_tells_nothing(broker, server_store, client_store, ref):
+    answers = []
+    reader = AdapterReader(broker, client_store, ref, answers.append)
+    AdapterPublisher(broker, server_store).publish(ref)
+
+    reader.cancel()
+    reader.cancel()
+    broker.run_until_idle()
+
+    assert answers == []
+
+
+def test_granted_chunks_arrive_with_what_they_are_about(broker, server_store, ref):
+    chunks, answers = [], []
+    collect(broker, chunks)
+
+    about = {"task": "t"}
+    sender = ChunkSender(
+        broker, "host-1", ref, server_store.path(ref.sha256), (1, 3, ref.chunks - 1), answers.append, about=about
+    )
+    broker.run_until_idle()
+
+    content = server_store.path(ref.sha256).read_bytes()
+    assert answers == [None]
+    assert [delivery.body for delivery in chunks] == [content[1024:2048], content[3072:4096], content[23 * 1024 :]]
+    assert dict(chunks[0].headers) == {"task": "t", "sha256": ref.sha256, "size": ref.size_bytes, "index": 1}
+    assert chunks[0].routing_key == "c.host-1.data"
+    assert sender.sent_bytes == sum(len(delivery.body) for delivery in chunks)
+
+
+def test_no_chunks_to_send_is_done_at_once(broker, server_store, ref):
+    answers = []
+
+    ChunkSender(broker, "host-1", ref, server_store.path(ref.sha256), (), answers.append)
+    broker.run_until_idle()
+
+    assert answers == [None]
+
+
+def test_a_full_queue_makes_the_sender_wait_and_then_go_on(clock, server_store, ref):
+    broker = MemoryBroker(clock=clock)
+    broker.declare_exchange(topology.UP)
+    broker.declare_queue(Queue("lorabbit.data", "classic", ((topology.UP, "c.*.data"),), max_bytes=3 * 1024))
+    chunks, answers = [], []
+    ChunkSender(broker, "host-1", ref, server_store.path(ref.sha256), range(ref.chunks), answers.append)
+    broker.run_until_idle()
+    assert answers == []
+
+    collect(broker, chunks)
+    clock.now += 60
+    broker.run_until_idle()
+
+    assert answers == [None]
+    assert sorted(delivery.headers["index"] for delivery in chunks) == list(range(ref.chunks))
+
+
+def test_a_sender_is_only_a_window_ahead(server_store, ref):
+    class Silent(MemoryBroker):
+        """A broker that takes messages and has not confirmed any of them yet."""
+
+        taken = 0
+
+        def send(self, _message, _on_done=None):
+            self.taken += 1
+
+    broker = Silent()
+
+    ChunkSender(broker, "host-1", ref, server_store.path(ref.sha256), range(ref.chunks), print)
+    broker.run_until_idle()
+
+    assert broker.taken == WINDOW
+
+
+def test_chunks_for_nobody_end_the_upload(server_store, ref):
+    broker, answers = MemoryBroker(), []
+
+    ChunkSender(broker, "host-1", ref, server_store.path(ref.sha256), range(ref.chunks), answers.append)
+    broker.run_until_idle()
+
+    assert [type(answer) for answer in answers] == [LoRAbbitError]
+
+
+def test_a_file_that_is_gone_ends_the_upload(broker, server_store, ref):
+    answers = []
+    path = server_store.path(ref.sha256)
+    path.unlink()
+
+    ChunkSender(broker, "host-1", ref, path, range(ref.chunks), answers.append)
+    broker.run_until_idle()
+
+    assert len(answers) == 1
+    assert "cannot be read" in str(answers[0])
+
+
+def test_a_cancelled_upload_tells_nothing(broker, server_store, ref):
+    chunks, answers = [], []
+    collect(broker, chunks)
+    sender = ChunkSender(broker, "host-1", ref, server_store.path(ref.sha256), range(ref.chunks), answers.append)
+
+    sender.cancel()
+    broker.run_until_idle()
+
+    assert (chunks, answers) == ([], [])
