@@ -139,7 +139,7 @@ def test_a_misspelt_hyper_parameter_is_named_with_its_path():
 
 
 def test_an_impossible_hyper_parameter_says_what_was_expected():
-    with pytest.raises(BadInput, match=r"method\.mu: .*greater than or equal to 0, not -1"):
+    with pytest.raises(BadInput, match=r"method\.mu: .*must be at least 0.0, not -1"):
         build(JobSpec.model_validate({"method": {"name": "fedprox", "mu": -1}}))
 
 
