@@ -134,7 +134,7 @@ class _Request:
 
 
 @dataclass(frozen=True)
-class _Processor:
+class _Reader:
     """A tokenizer or image format, equal to another one that encodes alike."""
 
     fingerprint: str
@@ -155,7 +155,7 @@ def load_client(
     """
     request = _Request.of(spec, data_root)
     with _LOCK:
-        dataset = _encoded(request, _Processor(_fingerprint(processor), processor))
+        dataset = _encoded(request, _Reader(_fingerprint(processor), processor))
         share = _shares(request, population)[index]
     return ClientData(
         train=_examples(dataset.train, share.train),
@@ -169,7 +169,7 @@ def load_client(
 def load_test(spec: JobSpec, *, processor: Any, data_root: Path = Path()) -> Examples:  # noqa: ANN401 - as above
     """Return the whole test set; raises BadInput as `load_client` does."""
     with _LOCK:
-        dataset = _encoded(_Request.of(spec, data_root), _Processor(_fingerprint(processor), processor))
+        dataset = _encoded(_Request.of(spec, data_root), _Reader(_fingerprint(processor), processor))
     return _examples(dataset.test, np.arange(len(dataset.test_keys)))
 
 
@@ -193,7 +193,7 @@ def describe(spec: JobSpec, population: int, data_root: Path = Path()) -> DataOu
 
 
 @lru_cache(maxsize=2)
-def _encoded(request: _Request, processor: _Processor) -> _Encoded:
+def _encoded(request: _Request, processor: _Reader) -> _Encoded:
     """Encode a dataset; the texts it was made from are not kept."""
     labels, train_keys, test_keys = _keys(request)
     task, spec, split = TASKS[request.task], request.spec, _read(request)
