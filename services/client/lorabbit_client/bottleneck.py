@@ -64,7 +64,7 @@ def insert_bottlenecks(model: nn.Module, inner: int) -> list[str]:
             raise BadInput("model.trainable: 'adapter' needs plain linear layers")
         # GPT-2's Conv1D keeps its weight transposed and says its width in `nf`.
         width = int(getattr(module, "nf", weight.shape[0]))
-        bottleneck = Bottleneck(width, inner).to(dtype=weight.dtype)
+        bottleneck = Bottleneck(width, inner).to(device=weight.device, dtype=weight.dtype)
         module.register_module("adapter", bottleneck)
         module.register_forward_hook(_through)
     if not found:

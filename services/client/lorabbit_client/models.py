@@ -117,32 +117,37 @@ def _built_in_processor(name: str, *, image: bool) -> Any:  # noqa: ANN401 - a t
 def load_model(spec: JobSpec, source: ModelSource, labels: Sequence[str]) -> LoadedModel:
     """Load or build the base model in the job's dtype, in eval mode and with no parameter trainable."""
     with quiet(), seeded(derive_seed(spec.seed, "model")):
-        loaded = _load(spec, source, labels)
-    model = loaded.model.to(dtype=getattr(torch, spec.model.dtype))
+        loaded = _load(spec, source, labels, getattr(torch, spec.model.dtype))
+    model = loaded.model
     model.requires_grad_(requires_grad=False)
     model.eval()
     _check_length(spec, model)
     return LoadedModel(model, loaded.source, loaded.fresh)
 
 
-def _load(spec: JobSpec, source: ModelSource, labels: Sequence[str]) -> LoadedModel:
-    """Load from files, or build from code."""
+def _load(spec: JobSpec, source: ModelSource, labels: Sequence[str], dtype: torch.dtype) -> LoadedModel:
+    """Load from files, or build from code.
+
+    transformers chooses what follows `dtype`: a model cast as a whole would round tables that it keeps in
+    float32 (LLaMA's rotary frequencies), and answer otherwise than the one that a user loads.
+    """
     family, _, which = spec.model.name.partition(":")
     named: dict[str, Any] = {}
     if spec.model.task in LABELLED:
         named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if source.folder is None and family == "cnn":
-        return LoadedModel(cnn.Cnn(which, len(labels)), source)
+        return LoadedModel(cnn.Cnn(which, len(labels)).to(dtype), source)
     auto = getattr(transformers, AUTO_CLASSES[spec.model.task])
     if source.folder is None:
         config = _drop(tiny.tiny_config(which, **named), spec.model.dropout)
-        return LoadedModel(_fitting(auto.from_config, spec, config), source)
+        return LoadedModel(_fitting(lambda known: auto.from_config(known, dtype=dtype), spec, config), source)
     config = _drop(AutoConfig.from_pretrained(source.folder, local_files_only=True, **named), spec.model.dropout)
 
     def from_files(config: Any) -> Any:  # noqa: ANN401 - a model and its loading report
         return auto.from_pretrained(
-            source.folder, config=config, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
-        )
+            source.folder, config=config, dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )  # fmt: skip
 
     model, report = _fitting(from_files, spec, config)
     if getattr(model.config, "pad_token_id", None) is None and getattr(model.config, "eos_token_id", None) is not None:

@@ -33,7 +33,7 @@ class TrainableModel:
     """A model of which some tensors are trained and travel."""
 
     model: nn.Module
-    """Called with a batch; anything but the named tensors is frozen."""
+    """Called with a batch; anything but the named tensors is frozen. PEFT's wrapper when LoRA is trained."""
     tensors: Mapping[str, torch.Tensor]
     """Wire name -> parameter or buffer, in the order of the names."""
     dtype: torch.dtype
@@ -59,14 +59,14 @@ class TrainableModel:
 
 def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> TrainableModel:
     """Choose, build and name the trainable tensors; everything random hangs on the job's seed."""
-    model = loaded.model
+    model: Any = loaded.model.to(device)  # first, since moving replaces buffers
     base_parameters = sum(p.numel() for p in model.parameters())
     base_names = {id(value): name for name, value in _state(model).items()}
     rank: int | None = None
     with quiet(), seeded(derive_seed(spec.seed, "adapter")):
         if spec.model.trainable == "lora":
-            wrapped, config = wrap_lora(spec, model, head_modules(loaded))
-            named: dict[str, torch.Tensor] = lora_names(wrapped)
+            model, config = wrap_lora(spec, model, head_modules(loaded))
+            named: dict[str, torch.Tensor] = lora_names(model)
             rank = spec.model.lora.rank
             export: dict[str, Json] = {"format": "peft", "files": {"adapter_config.json": config}}
         else:
@@ -74,7 +74,6 @@ def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> 
             export = _plain_export(spec, model)
     for value in named.values():
         value.requires_grad = value.is_floating_point() and isinstance(value, nn.Parameter)
-    model.to(device)
     tensors = {name: named[name] for name in sorted(named)}
     travelling = {id(value) for value in tensors.values()}
     frozen = {
@@ -136,7 +135,8 @@ def _plain_export(spec: JobSpec, model: nn.Module) -> dict[str, Json]:
     """Say what else an exported folder needs: a whole model its config, a part of one nothing."""
     config: Any = getattr(model, "config", None)
     if spec.model.trainable == "full" and config is not None:
-        return {"format": "transformers", "files": {"config.json": config.to_diff_dict()}}
+        content = {**config.to_diff_dict(), "architectures": [type(model).__name__], "dtype": spec.model.dtype}
+        return {"format": "transformers", "files": {"config.json": content}}
     facts: dict[str, Json] = {"base_model_name_or_path": spec.model.name, "trainable": spec.model.trainable}
     return {"format": "partial", "files": {"lorabbit_config.json": facts}}
 

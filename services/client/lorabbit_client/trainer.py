@@ -2,8 +2,9 @@
 
 Rows of like length share a batch, because attention over padding is the dearest way to compute
 nothing: on short texts this halves the time of a step. Batches are cut from a fresh shuffle each
-epoch and taken in random order, so length is the only thing a batch has in common. A loss that is
-not finite ends the task with a sentence instead of poisoning the aggregate.
+epoch and taken in random order, so length is the only thing a batch has in common. The optimiser
+moves float32 copies of half-precision parameters. A loss that is not finite ends the task with a
+sentence instead of poisoning the aggregate.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from lorabbit_client.trainable import TrainableModel
 WINDOW_BATCHES = 64
 """Batches' worth of shuffled rows that are sorted by length together."""
 PROGRESS_SECONDS = 0.25
+HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +159,9 @@ class Trainer:
         self, moving: dict[str, nn.Parameter], on_progress: OnProgress, gradient_term: GradientTerm | None
     ) -> Trained:
         """Run the loop; nothing but the loss leaves the device, and only when progress is due."""
-        local, parameters = self._local, list(moving.values())
-        start = {name: value.detach().clone() for name, value in moving.items()} if gradient_term else {}
+        local, masters = self._local, make_masters(moving)
+        parameters = list(masters.values())
+        start = {name: value.detach().clone() for name, value in masters.items()} if gradient_term else {}
         optimizer = make_optimizer(local, parameters)
         steps = steps_of(local, len(self._examples))
         total = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -170,12 +173,14 @@ class Trainer:
                 group["lr"] = rate
             loss = self._loss(positions)
             loss.backward()  # type: ignore[no-untyped-call]
+            _hand_gradients(moving, masters)
             if gradient_term is not None:
-                _add_gradient(moving, start, gradient_term)
+                _add_gradient(masters, start, gradient_term)
             if local.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, local.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            _hand_values(masters, moving)
             total += loss.detach()
             if time.monotonic() >= due:
                 on_progress((step + 1) / steps, self._finite(total, step + 1))
@@ -203,10 +208,37 @@ class Trainer:
         return mean
 
 
-def _add_gradient(moving: dict[str, nn.Parameter], start: dict[str, torch.Tensor], term: GradientTerm) -> None:
-    """Add a method's own term to every gradient."""
+def make_masters(moving: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return what the optimiser moves: float32 copies of half-precision parameters, others themselves.
+
+    In float16 Adam's epsilon is zero and its first step is 0 / 0; in bfloat16 a step below a 256th
+    of a weight is rounded away.
+    """
+    return {
+        name: nn.Parameter(value.detach().float()) if value.dtype in HALF else value for name, value in moving.items()
+    }
+
+
+def _hand_gradients(moving: dict[str, nn.Parameter], masters: dict[str, nn.Parameter]) -> None:
+    """Move the gradients of half-precision parameters to their float32 copies."""
+    for name, value in moving.items():
+        if masters[name] is not value and value.grad is not None:
+            masters[name].grad = value.grad.float()
+            value.grad = None
+
+
+def _hand_values(masters: dict[str, nn.Parameter], moving: dict[str, nn.Parameter]) -> None:
+    """Round the float32 copies back into the model."""
     with torch.no_grad():
         for name, value in moving.items():
+            if masters[name] is not value:
+                value.copy_(masters[name])
+
+
+def _add_gradient(masters: dict[str, nn.Parameter], start: dict[str, torch.Tensor], term: GradientTerm) -> None:
+    """Add a method's own term to every gradient."""
+    with torch.no_grad():
+        for name, value in masters.items():
             extra = term(name, value.detach(), start[name])
             if value.grad is None:
                 value.grad = torch.zeros_like(value)
