@@ -26,6 +26,7 @@ from lorabbit.messages import (
     Offer,
     Task,
     TaskAccepted,
+    TaskProgress,
     Verdict,
     Welcome,
 )
@@ -115,6 +116,9 @@ class ScriptedClient:
                 self.offers.pop(message.task, None)
             case _:
                 pass
+
+    def progress(self, task: Task, fraction: float) -> None:
+        self.send(TaskProgress(**self.about(task), fraction=fraction))
 
     def about(self, task: Task) -> dict[str, str]:
         return {"job": task.job, "task": task.task, "client": task.client}

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import structlog
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -53,6 +54,11 @@ def _add_errors(app: FastAPI) -> None:
     def ours(_: Request, error: LoRAbbitError) -> JSONResponse:
         status = 404 if isinstance(error, Unknown) else 503 if isinstance(error, Retryable) else 400
         return JSONResponse({"error": str(error)}, status)
+
+    @app.exception_handler(RequestValidationError)
+    def parameter(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return JSONResponse({"error": f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"}, 400)
 
     @app.exception_handler(HTTPException)
     def http(_: Request, error: HTTPException) -> JSONResponse:

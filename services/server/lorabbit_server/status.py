@@ -100,6 +100,8 @@ def _why(task: TaskState, *, lost: bool) -> str:
 
 def _queued(entry: JobEntry, entries: Sequence[JobEntry]) -> tuple[Wait, ...]:
     """Name the job that a queued one waits for."""
+    if entry.status == "running":
+        return (Wait(owner="server", reason="the server is about to begin", since_ms=entry.submitted_ms),)
     if entry.status != "queued":
         return ()
     ahead = [e.job for e in entries[: entries.index(entry)] if e.status in {"queued", "running"}]
