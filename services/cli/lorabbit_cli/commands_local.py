@@ -98,10 +98,14 @@ def _run(spec: JobSpec, out: Path, means: Means, *, is_quiet: bool) -> Ended:
 
 
 def _write_pages(folder: Path) -> None:
-    """Make the report's pages beside it; the report itself is there whatever becomes of them."""
-    from lorabbit_cli.report_pages import write_pages  # noqa: PLC0415 - imports matplotlib
+    """Make the report's pages beside it; a run that is done stays done whatever becomes of them."""
+    try:
+        from lorabbit_cli.report_pages import write_pages  # noqa: PLC0415 - imports matplotlib
 
-    write_pages(folder)
+        write_pages(folder)
+    except Exception as error:  # noqa: BLE001 - hours of training are worth more than a plot
+        why = f"{type(error).__name__}: {error}"
+        typer.echo(f"warning: no pages were made ({why}); try again with: lorabbit report {folder}", err=True)
 
 
 def _say_how_it_ended(ended: Ended) -> None:

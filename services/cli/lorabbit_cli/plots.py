@@ -73,7 +73,7 @@ def figures(report: Report) -> dict[str, str]:
     if rounds:
         add("Payload bytes per round", lambda axes: _bytes(axes, rounds))
         add("Seconds per round", lambda axes: _seconds(axes, rounds))
-    if report.label_counts:
+    if any(report.label_counts.values()):
         bars = min(MOST_BARS, len(report.label_counts))
         which = f"first {bars} clients" if bars < len(report.label_counts) else "client"
         legend = min(len(SERIES), len({label for counts in report.label_counts.values() for label in counts}))

@@ -1,0 +1,165 @@
+"""The operator's commands against a server's real HTTP interface."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lorabbit.broker.memory import MemoryBroker
+from lorabbit.errors import BadInput
+from lorabbit.payloads import PayloadStore
+from lorabbit.settings import ClientSettings, ServerSettings
+from lorabbit.state.redis import RedisStore
+from lorabbit_cli.__main__ import app
+from lorabbit_cli.remote import Server
+from lorabbit_client.agent import Agent
+from lorabbit_client.executor import Executor
+from lorabbit_client.runners import InlineRunner
+from lorabbit_client.shelf import Shelf
+from lorabbit_server.api import make_app
+from lorabbit_server.http import HttpServer
+from lorabbit_server.measures import Measures
+from lorabbit_server.service import Service
+
+JOB = "name: walk\nmodel: {name: 'null:40KB'}\nrounds: 2\nclients: 3\n"
+FOREVER = 1e8
+
+
+class Deployment:
+    """A server with its HTTP interface, and clients, in threads of this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.broker = MemoryBroker()
+        self.store = RedisStore.embedded()
+        settings = ServerSettings(
+            folder=folder / "server", durable=False, lease_seconds=FOREVER, client_lease_seconds=FOREVER
+        )
+        self.service = Service(self.broker, self.store, settings, owner="test")
+        self.http = HttpServer(make_app(self.service, Measures()), "127.0.0.1", 0)
+        self.shelf = Shelf(self.broker, PayloadStore(folder / "payloads", durable=False), keep=4)
+        self.folder = folder
+        self.thread = threading.Thread(target=self.broker.run, name="loop")
+
+    def start(self) -> None:
+        self.service.start()
+        self.thread.start()
+        self.http.start()
+
+    def add_clients(self, number: int) -> None:
+        for name in (f"client-{n}" for n in range(1, number + 1)):
+            settings = ClientSettings(folder=self.folder / name, address=name, client=name)
+            agent = Agent(self.broker, InlineRunner(Executor()), settings, shelf=self.shelf, embedded=True)
+            self.broker.post(agent.start)
+
+    def close(self) -> None:
+        self.http.close()
+        self.broker.stop()
+        self.thread.join(10)
+        self.service.close()
+        self.broker.close()
+        self.store.close()
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
+    deployment = Deployment(tmp_path)
+    deployment.start()
+    yield deployment
+    deployment.close()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> str:
+    file = tmp_path / "job.yaml"
+    file.write_text(JOB, encoding="utf-8")
+    return str(file)
+
+
+def lorabbit(deployment: Deployment, *arguments: str) -> Result:
+    return CliRunner().invoke(app, [*arguments, "--server", deployment.http.url])
+
+
+def test_a_job_is_submitted_watched_reported_and_exported(deployment: Deployment, job: str, tmp_path: Path) -> None:
+    deployment.add_clients(3)
+
+    submitted = lorabbit(deployment, "submit", job, "--set", "rounds=3")
+    watched = lorabbit(deployment, "watch", "walk")
+    reported = lorabbit(deployment, "report", "walk", "--out", str(tmp_path / "reports"))
+    exported = lorabbit(deployment, "export", "walk", "--out", str(tmp_path / "adapter"))
+    listed = json.loads(lorabbit(deployment, "jobs", "--format", "json").stdout)
+
+    assert submitted.stdout == "submitted walk; next: lorabbit watch walk\n"
+    assert [r.exit_code for r in (submitted, watched, reported, exported)] == [0, 0, 0, 0], exported.stderr
+    assert "round 3/3" in watched.stdout or "round 3" in watched.stdout
+    pages = {path.name for path in (tmp_path / "reports" / "walk").iterdir()}
+    assert {"report.json", "report.md", "report.html", "rounds.jsonl", "job.yaml"} <= pages
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert [(entry["job"], entry["status"]) for entry in listed] == [("walk", "done")]
+
+
+def test_the_newest_job_is_meant_when_none_is_named(deployment: Deployment, job: str) -> None:
+    deployment.add_clients(3)
+    lorabbit(deployment, "submit", job)
+    lorabbit(deployment, "watch", "walk")
+
+    events = [json.loads(line) for line in lorabbit(deployment, "watch", "--format", "json").stdout.splitlines()]
+    status = json.loads(lorabbit(deployment, "status", "--format", "json").stdout)
+
+    assert events[0]["kind"] == "job-submitted"
+    assert events[-1] == {**events[-1], "kind": "job-ended", "status": "done"}
+    assert (status["job"], status["status"]) == ("walk", "done")
+
+
+def test_a_job_that_waits_says_for_whom_and_can_be_cancelled(deployment: Deployment, job: str) -> None:
+    deployment.add_clients(1)
+    lorabbit(deployment, "submit", job)
+    lorabbit(deployment, "submit", job)
+
+    waiting = lorabbit(deployment, "status", "walk")
+    queued = lorabbit(deployment, "status", "walk-2")
+    cancelled = lorabbit(deployment, "cancel", "walk")
+    watched = lorabbit(deployment, "watch", "walk")
+    again = lorabbit(deployment, "cancel", "walk")
+
+    assert "walk: running, gathering" in waiting.stdout
+    assert "waits for operator: " in waiting.stdout
+    assert "waits for job walk: " in queued.stdout
+    assert cancelled.exit_code == 0
+    assert watched.exit_code == 1
+    assert again.stdout == "walk is cancelled already\n"
+
+
+def test_an_unknown_job_is_bad_input_in_the_servers_own_words(deployment: Deployment) -> None:
+    for command in ("status", "watch", "cancel", "report"):
+        result = lorabbit(deployment, command, "nothing")
+
+        assert result.exit_code == 2
+        assert result.stderr == "error: there is no job 'nothing'; none has been submitted yet\n"
+    assert lorabbit(deployment, "status").stderr.startswith("error: no job has been submitted yet")
+
+
+def test_doctor_finds_the_server_and_its_clients(deployment: Deployment) -> None:
+    with Server(deployment.http.url) as server:
+        assert server.ready() is None
+        assert server.clients() == []
+
+
+def test_an_export_of_what_was_not_made_names_what_there_is(deployment: Deployment, job: str, tmp_path: Path) -> None:
+    deployment.add_clients(3)
+    lorabbit(deployment, "submit", job)
+    lorabbit(deployment, "watch", "walk")
+
+    result = lorabbit(deployment, "export", "walk", "--out", str(tmp_path / "x"), "--which", "checkpoint-9")
+
+    assert result.exit_code == 2
+    assert "checkpoint-9" in result.stderr
+
+
+def test_an_address_that_is_no_url_is_bad_input() -> None:
+    with pytest.raises(BadInput, match="is no URL"):
+        Server("http://[::1").close()

@@ -1,0 +1,151 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from broken_jobs import BROKEN
+from services import free_port
+from typer.testing import CliRunner, Result
+
+from lorabbit import __version__, jobfile
+from lorabbit.jobspec import JobSpec
+from lorabbit.methods import METHODS
+from lorabbit_cli.__main__ import app
+from lorabbit_cli.doctor import Finding, exit_code, without_password
+
+COMMANDS = {
+    "run", "submit", "jobs", "status", "watch", "cancel", "report", "export", "methods", "init", "validate", "doctor",
+    "server", "client", "version",
+}  # fmt: skip
+
+
+def lorabbit(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def nowhere() -> str:
+    """A URL at which nobody listens."""
+    return f"http://127.0.0.1:{free_port()}"
+
+
+@pytest.mark.parametrize("command", ["validate", "run", "submit"])
+@pytest.mark.parametrize("case", list(BROKEN)[::4])
+def test_a_broken_job_file_is_one_line_and_exit_code_2(tmp_path: Path, command: str, case: str) -> None:
+    text, expected = BROKEN[case]
+    file = tmp_path / "job.yaml"
+    file.write_text(text, encoding="utf-8")
+
+    result = lorabbit(command, str(file))
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert expected.removeprefix("job.yaml") in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_names_every_command_and_every_exit_code() -> None:
+    result = lorabbit("--help")
+
+    assert result.exit_code == 0
+    assert all(f"\n  {command} " in result.stdout for command in COMMANDS)
+    assert "0 done, 1 the run failed or was cancelled, 2 bad input" in result.stdout.replace("\n  ", " ")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run"], ["nonsense"], ["run", "x.yaml", "--nonsense"], ["jobs", "--format", "x"]]
+)
+def test_a_command_written_wrongly_exits_with_2(arguments: list[str]) -> None:
+    assert lorabbit(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["jobs"], ["status", "a"], ["watch", "a"], ["cancel", "a"], ["report", "a"], ["export", "a", "--out", "x"]],
+)
+def test_a_server_that_is_not_there_is_exit_code_3_and_what_to_do(nowhere: str, arguments: list[str]) -> None:
+    result = lorabbit(*arguments, "--server", nowhere)
+
+    assert result.exit_code == 3
+    assert f"error: the server at {nowhere} cannot be reached" in result.stderr
+    assert "lorabbit server" in result.stderr
+
+
+def test_a_setting_that_cannot_be_is_named_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORABBIT_HTTP_PORT", "many")
+
+    result = lorabbit("server")
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: environment variable LORABBIT_HTTP_PORT: ")
+
+
+def test_version_and_methods_are_printed_for_people_and_programs() -> None:
+    methods = json.loads(lorabbit("methods", "--format", "json").stdout)
+
+    assert lorabbit("version").stdout.strip() == __version__
+    assert json.loads(lorabbit("version", "--format", "json").stdout) == {"lorabbit": __version__}
+    assert [method["name"] for method in methods] == list(METHODS)
+    assert all(name in lorabbit("methods").stdout for name in METHODS)
+
+
+def test_init_writes_a_job_file_once(tmp_path: Path) -> None:
+    file = tmp_path / "new.yaml"
+
+    first, second = lorabbit("init", str(file)), lorabbit("init", str(file))
+
+    assert (first.exit_code, second.exit_code) == (0, 2)
+    assert jobfile.load(file) == JobSpec()
+    assert f"error: {file} exists already" in second.stderr
+
+
+def test_validate_says_what_would_run_and_move(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("model: {name: 'null:1MB'}\nrounds: 4\nclients: 20\ncohort: 0.5\n", encoding="utf-8")
+
+    text = lorabbit("validate", str(file))
+    found = json.loads(lorabbit("validate", str(file), "--set", "rounds=7", "--format", "json").stdout)
+
+    assert text.exit_code == 0
+    assert "4 rounds, 10 of 20 clients in each" in text.stdout
+    assert found["rounds"] == 7
+    assert found["trainable_parameters"] == 250_000
+    assert found["payload"]["up"] == found["payload"]["down"] > 1_000_000
+    assert found["round_bytes_up"] == 10 * found["payload"]["up"]
+    assert (
+        found["round_bytes_down"] == 20 * found["payload"]["down"]
+    )  # every client scores; training reads nothing more
+
+
+def test_doctor_tells_services_from_everything_else() -> None:
+    broken, poor = Finding("disk", "fail", ""), Finding("docker", "warn", "")
+
+    assert exit_code([poor]) == 0
+    assert exit_code([broken, poor]) == 1
+    assert exit_code([broken, Finding("store", "fail", "")]) == 3
+
+
+def test_a_password_is_not_shown() -> None:
+    assert without_password("amqp://me:secret@host:5672/v") == "amqp://me:***@host:5672/v"
+    assert without_password("redis://:secret@[::1]:1/0") == "redis://:***@[::1]:1/0"
+    assert without_password("http://host") == "http://host"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["version"]])
+def test_the_command_line_starts_without_what_only_its_commands_need(arguments: list[str]) -> None:
+    program = (
+        "import sys\n"
+        f"sys.argv = ['lorabbit', *{arguments!r}]\n"
+        "from lorabbit_cli.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'httpx', 'fastapi', 'redis', 'matplotlib', 'pika'}\n"
+        "print('loaded:', sorted(heavy & sys.modules.keys()))\n"
+    )
+
+    done = subprocess.run(  # noqa: S603 - this very Python
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, env={**os.environ}, timeout=60
+    )
+
+    assert done.stdout.splitlines()[-1] == "loaded: []"
