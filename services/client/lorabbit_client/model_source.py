@@ -93,7 +93,7 @@ def _hub(name: str) -> tuple[ModelSource | None, str]:
 
     if constants.HF_HUB_OFFLINE:
         return None, "the hub is switched off by HF_HUB_OFFLINE"
-    answer = _within(HUB_ANSWER_SECONDS, lambda: HfApi().model_info(name, timeout=HUB_ANSWER_SECONDS))
+    answer = within(HUB_ANSWER_SECONDS, lambda: HfApi().model_info(name, timeout=HUB_ANSWER_SECONDS))
     if isinstance(answer, (RepositoryNotFoundError, HFValidationError)):
         return None, "not on the hub (or private: log in first)"
     if answer is not None:
@@ -105,7 +105,7 @@ def _hub(name: str) -> tuple[ModelSource | None, str]:
     return ModelSource("hub", folder, f"hub, revision {folder.name[:12]}"), ""
 
 
-def _within(seconds: float, call: Callable[[], object]) -> BaseException | None:
+def within(seconds: float, call: Callable[[], object]) -> BaseException | None:
     """Return None when a call ends well in time, else its exception (TimeoutError when it is too late)."""
     outcome: list[BaseException | None] = []
 

@@ -8,16 +8,16 @@ one sentence: nothing there, no train file, no network.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import DataSpec
 from lorabbit_client.files import format_of, read_images, read_table
+from lorabbit_client.hub import TEST_SPLITS, read_hub
 from lorabbit_client.stdlib_areas import AREAS
 from lorabbit_client.stdlib_docs import load_docs
 from lorabbit_client.tables import Source, Table
@@ -25,8 +25,6 @@ from lorabbit_client.tables import Source, Table
 STDLIB_DOCS = "stdlib-docs"
 DIGITS = "digits"
 BUILT_IN = (STDLIB_DOCS, DIGITS)
-TEST_SPLITS = ("test", "dev", "validation", "valid", "val")
-"""Names of a test split, best first: a development split serves where there is no other."""
 
 
 def read_source(spec: DataSpec, data_root: Path) -> Source:
@@ -48,7 +46,7 @@ def read_source(spec: DataSpec, data_root: Path) -> Source:
     near = get_close_matches(spec.source, BUILT_IN, n=1, cutoff=0.75)
     if near:
         raise BadInput(f"data.source: {spec.source!r} is unknown; did you mean {near[0]!r}?")
-    return _hub(spec.source, spec.config)
+    return read_hub(spec.source, spec.config)
 
 
 def _stdlib_docs() -> Source:
@@ -139,43 +137,3 @@ def _stated_labels(path: Path) -> tuple[str, ...] | None:
         raise BadInput(f"data file {path} is not valid JSON: {error}") from error
     names = facts.get("label_names") if isinstance(facts, dict) else None
     return tuple(str(name) for name in names) if names else None
-
-
-def _hub(name: str, config: str | None) -> Source:
-    """Read a dataset of the Hugging Face hub, from its cache where there is no network."""
-    import datasets  # noqa: PLC0415 - heavy, and only hub datasets need it
-
-    try:
-        splits = datasets.load_dataset(name, config)
-    except Exception as error:  # the library raises dozens of unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(
-            f"data.source: {name!r} is neither a built-in dataset ({', '.join(BUILT_IN)}) nor a file or folder,"
-            f" and could not be loaded from the hub: {reason}"
-        ) from error
-    if "train" not in splits:
-        raise BadInput(f"data.source: hub dataset {name!r} has no train split; it has {', '.join(splits)}")
-    train = _hub_table(splits["train"], f"hub dataset {name}, train")
-    tests = (_hub_table(splits[split], f"hub dataset {name}, {split}") for split in TEST_SPLITS if split in splits)
-    test = next((table for table in tests if not _withheld(table)), None)
-    return Source(train, test, names_of=_class_names(splits["train"].features))
-
-
-def _hub_table(split: Any, name: str) -> Table:  # noqa: ANN401 - datasets.Dataset
-    return Table(name, {column: list(split[column]) for column in split.column_names})
-
-
-def _withheld(table: Table) -> bool:
-    """Tell whether a split's labels are kept secret, as those of GLUE's test splits are (-1 everywhere)."""
-    labels = table.columns.get("label")
-    return labels is not None and len(labels) > 0 and all(label == -1 for label in labels)
-
-
-def _class_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Return the label tables that a hub dataset states, by column."""
-    found: dict[str, tuple[str, ...]] = {}
-    for column, feature in features.items():
-        names = getattr(getattr(feature, "feature", feature), "names", None)
-        if names:
-            found[column] = tuple(names)
-    return found
