@@ -115,3 +115,8 @@ def test_the_standard_library_is_split_by_module_without_asking():
     sizes = [share.train for share in outline.clients]
     assert max(sizes) - min(sizes) < 0.1 * max(sizes)
     assert outline.test / (outline.train + outline.test) == pytest.approx(0.15, abs=0.01)
+
+
+def test_a_role_that_the_task_does_not_have_is_named(root: Path):
+    with pytest.raises(BadInput, match=r"data\.fields: text-classification has no role 'body'; it has text, label"):
+        describe(job(fields={"body": "text"}), 2, root)

@@ -221,6 +221,7 @@ def _keys(request: _Request) -> tuple[tuple[str, ...], Keys, Keys]:
 def _read(request: _Request) -> _Split:
     """Read and check a dataset and set its test examples apart."""
     spec, task = request.spec, TASKS[request.task]
+    task.check(spec)
     source = read_source(spec, request.root)
     labels = task.labels(source, spec)
     train, train_keys = _checked(source.train, source, labels, request=request)
@@ -244,10 +245,11 @@ def _checked(table: Table, source: Source, labels: tuple[str, ...], *, request: 
     group = spec.partition.field or source.group
     if group is None:
         return records, Keys(records.classes, classed=task.has_classes)
-    column = table.column("group", [group], {"group": group} if group == spec.partition.field else {})
+    if group not in table.columns:
+        raise BadInput(f"data.partition.field: {table.name} has no field {group!r}; it has {', '.join(table.columns)}")
     return records, Keys(
         records.classes,
-        tuple(str(table.value(column, row)) for row in range(len(table))),
+        tuple(str(table.value(group, row)) for row in range(len(table))),
         classed=task.has_classes,
     )
 

@@ -79,6 +79,12 @@ class LearningTask(ABC):
     def encode(self, records: Records, processor: Any, labels: tuple[str, ...], *, spec: DataSpec) -> Features:  # noqa: ANN401 - a tokenizer, or an ImageFormat
         """Encode examples for the model whose tokenizer (or image format) is given."""
 
+    def check(self, spec: DataSpec) -> None:
+        """Raise BadInput when the job names a role that this task does not have."""
+        for role in spec.fields:
+            if role not in self.roles:
+                raise BadInput(f"data.fields: {self.name} has no role {role!r}; it has {', '.join(self.roles)}")
+
     def column(self, table: Table, role: str, spec: DataSpec) -> str:
         """Return the field that plays a role."""
         return table.column(role, self.roles[role], spec.fields)
