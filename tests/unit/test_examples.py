@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,12 @@ def test_the_examples_cover_every_task_trainable_and_method():
     }  # fmt: skip
     assert {job.model.trainable for job in jobs} == {"lora", "full", "bitfit", "adapter", "head"}
     assert {job.method.name for job in jobs} == set(methods.METHODS)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_every_knob_of_an_example_is_commented(path: Path):
+    knob = re.compile(r"^\s*[a-z_]+: [^#\s]")
+
+    bare = [line for line in path.read_text(encoding="utf-8").splitlines() if knob.match(line) and " #" not in line]
+
+    assert bare == []
