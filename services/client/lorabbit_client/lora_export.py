@@ -46,6 +46,7 @@ def wrap_lora(spec: JobSpec, model: nn.Module, heads: Sequence[str]) -> tuple[Pe
         lora_alpha=alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets) if lora.targets else default_targets(model),
+        layers_to_transform=list(lora.layers) if lora.layers is not None else None,
         modules_to_save=list(heads) or None,
     )
     try:
@@ -54,8 +55,9 @@ def wrap_lora(spec: JobSpec, model: nn.Module, heads: Sequence[str]) -> tuple[Pe
         linear = sorted(
             {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
         )
+        blocks = "" if lora.layers is None else f" in blocks {', '.join(map(str, lora.layers))} (model.lora.layers)"
         raise BadInput(
-            f"model.lora.targets: {', '.join(lora.targets or ())} is no layer of {spec.model.name}, which has "
+            f"model.lora.targets: {', '.join(lora.targets or ())} is no layer of {spec.model.name}{blocks}, which has "
             f"{', '.join(linear)}"
         ) from error
     return wrapped, _config_file(wrapped, spec.model.name)

@@ -36,6 +36,7 @@ class LoraSpec(Strict):
     alpha: float = Field(default=16.0, gt=0, description="scale: the update is alpha / rank times B A")
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="on the input of the factors while training")
     targets: tuple[str, ...] | None = Field(default=None, description="module names; PEFT's choice when absent")
+    layers: tuple[int, ...] | None = Field(default=None, description="blocks that get factors, from 0; all when absent")
 
 
 class ModelSpec(Strict):
