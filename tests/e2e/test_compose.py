@@ -16,7 +16,7 @@ from services import free_port
 from tree import ROOT
 
 # Less of the quickstart, so that both sizes of federation fit into a test run.
-LESS = ["--set", "rounds=2", "--set", "data.limit=1200", "--set", "cohort=1.0"]
+LESS = ["--set", "rounds=2", "--set", "data.limit=800", "--set", "local.steps=6"]
 QUICKSTART = "/examples/quickstart.yaml"
 BUILD_SECONDS = 900
 JOB_SECONDS = 600
