@@ -21,6 +21,7 @@ from lorabbit.messages import (
     Verdict,
     Welcome,
 )
+from lorabbit.payloads import PayloadStore
 from lorabbit.types import ADAPTER, EVALUATE
 
 RESULT = {"w": np.arange(1500, dtype=np.float32)}
@@ -467,3 +468,26 @@ def test_a_journal_entry_that_was_cut_short_is_left_out(rig: Rig) -> None:
 
     assert runner.submitted == []
     assert agent.is_idle
+
+
+def test_work_for_an_identity_that_another_client_has_now_is_dropped(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    agent = rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+
+    rig.tell(Welcome(client="client-2", heartbeat_seconds=5.0))
+    rig.tell(rig.task("t-2", rig.publish(2.0)))
+    rig.run()
+
+    assert agent.client == "client-2"
+    assert agent.is_idle
+    assert runner.submitted == ["t-1"]
+
+
+def test_payloads_that_nobody_wants_any_more_go_at_the_next_start(rig: Rig) -> None:
+    orphan = PayloadStore(rig.folder / "somewhere" / "payloads", durable=False).add_tensors(RESULT)
+
+    rig.agent(ScriptedRunner())
+
+    assert not (rig.folder / "somewhere" / "payloads" / f"{orphan.sha256}.safetensors").exists()

@@ -34,7 +34,13 @@ class OneSentence(TyperGroup):
         except LoRAbbitError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from error
+        except BrokenPipeError:
+            raise  # typer ends quietly when `| head` has had enough
+        except OSError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
         except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from lorabbit.broker.memory import MemoryBroker
-from lorabbit.errors import RunFailed
+from lorabbit.errors import BadInput, RunFailed
 from lorabbit.events import AnyEvent, JobEnded
 from lorabbit.jobspec import JobSpec
 from lorabbit.payloads import PayloadStore
@@ -76,9 +76,12 @@ class Audience:
 def run_local(spec: JobSpec, out: Path, *, means: Means, audience: Audience | None = None) -> Ended:
     """Run a job; its folder is made in `out`. Raises LoRAbbitError when it cannot begin."""
     audience = audience or Audience()
-    out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out, prefix=".run-")))
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out, prefix=".run-")))
+        except OSError as error:
+            raise BadInput(f"{out} cannot be written: {error.strerror}; name another folder with --out") from error
         audience.on_loading()
         runner = open_runner(spec, means)
         stack.callback(runner.close)

@@ -78,6 +78,7 @@ class Agent:
     # ---- being there ----
     def start(self) -> None:
         """Take up what the journal holds, listen, and say hello."""
+        self._shelf.tidy(self._held.values())
         for offer in self._journal.results():
             assignment = self._assign(offer)
             assignment.resume(offer)
@@ -129,13 +130,19 @@ class Agent:
         )
 
     def _welcome(self, welcome: Welcome) -> None:
-        """Take the identity; whoever welcomes us may have started its count of epochs anew."""
+        """Take the identity; whoever welcomes us may have started its count of epochs anew.
+
+        Work for an identity that is another client's now would be refused: it is dropped.
+        """
         if not self._welcomed or welcome.client != self.client:
             log.info("welcomed", address=self._address, client=welcome.client)
         self.client = welcome.client
         self._journal.remember_identity(welcome.client)
         self._epochs.clear()
         self._finished.clear()
+        for assignment in list(self._assignments.values()):
+            if assignment.client != welcome.client:
+                assignment.cancel()
         if self._welcomed:
             return
         self._welcomed = True

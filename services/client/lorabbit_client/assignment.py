@@ -70,6 +70,7 @@ class Assignment:
         self._ids = {"job": job, "task": task, "client": client}
         self._log = log.bind(**self._ids)
         self.task = task
+        self.client = client
         self.stage = "new"
         self.order: Task | None = None
         self._taken: list[PayloadRef] = []

@@ -9,7 +9,7 @@ it had a disk of its own.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,6 +98,12 @@ class Shelf:
             return
         self._unwanted.discard(sha256)
         self._store.delete(sha256)
+
+    def tidy(self, wanted: Iterable[str]) -> None:
+        """Delete what an earlier process left here and nobody wants; a shared shelf starts empty."""
+        if not self.is_shared:
+            for sha256 in set(self._store.stored()) - set(wanted):
+                self._store.delete(sha256)
 
     def _make_room(self, keep: int) -> None:
         """Delete the payloads that were used longest ago."""
