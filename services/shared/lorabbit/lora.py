@@ -1,0 +1,151 @@
+"""LoRA factors as mathematics: truncate, stack, compare products without ever forming them.
+
+A module's update is Delta W = s B A with A (r x d_in), B (d_out x r) and scaling s. Averages that
+are exact in Delta W live in the product, while the factors are only one of its many gauges: (B R,
+R^-1 A) is the same update. Everything here therefore works on products through thin QR and small
+SVDs in float64, at a cost of O(r^2 (d_in + d_out)), with signs fixed so that results are the same
+on every machine that runs the same LAPACK.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorabbit.types import Array, Tensors
+
+Matrix = NDArray[np.float64]
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One module's update s B A."""
+
+    a: Array
+    """r x d_in."""
+    b: Array
+    """d_out x r."""
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Rows of A, columns of B."""
+        return int(self.a.shape[0])
+
+    def product(self) -> Matrix:
+        """Delta W = s B A, dense (d_out x d_in): for tests and merging, never for aggregation."""
+        return self.scaling * _double(self.b) @ _double(self.a)
+
+
+def modules(names: Iterable[str]) -> list[str]:
+    """Module paths that have both LoRA factors, sorted."""
+    seen: dict[str, set[str]] = {}
+    for name in names:
+        if match := _FACTOR.match(name):
+            seen.setdefault(match["module"], set()).add(match["factor"])
+    return sorted(module for module, factors in seen.items() if factors == {"A", "B"})
+
+
+def is_factor(name: str) -> bool:
+    """Tell whether a tensor is one of a module's LoRA factors."""
+    return _FACTOR.match(name) is not None
+
+
+def read(tensors: Tensors, module: str, scaling: float = 1.0) -> Factors:
+    """Take one module's factors out of named tensors."""
+    return Factors(tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"], scaling)
+
+
+def write(module: str, factors: Factors) -> dict[str, Array]:
+    """Name one module's factors as PEFT does."""
+    return {f"{module}.lora_A.weight": factors.a, f"{module}.lora_B.weight": factors.b}
+
+
+def stack(weighted: Iterable[tuple[float, Factors]], scaling: float = 1.0) -> Factors:
+    """Concatenate factors so that the product is exactly the weighted sum of products (FLoRA).
+
+    With weights p_k: B = [p_1 s_1 B_1 | p_2 s_2 B_2 | ...] / s, A = [A_1; A_2; ...]. Ranks may differ.
+    """
+    pairs = list(weighted)
+    a = np.concatenate([_double(f.a) for _, f in pairs])
+    b = np.concatenate([(p * f.scaling / scaling) * _double(f.b) for p, f in pairs], axis=1)
+    return Factors(a, b, scaling)
+
+
+@dataclass(frozen=True, slots=True)
+class Truncated:
+    """The best approximation of a lower rank, balanced: A A^T = B^T B, diagonal and descending."""
+
+    factors: Factors
+    lost: float
+    """Frobenius norm of what was cut off."""
+    norm: float
+    """Frobenius norm of the whole product."""
+
+
+def truncate(factors: Factors, rank: int, *, scaling: float | None = None) -> Truncated:
+    """Cut a product to its best approximation of rank `rank` (Eckart-Young), without forming it.
+
+    Thin QR of B and A^T, SVD of the small core s R_b R_a^T, singular values split evenly between
+    the factors. In each column of the left singular vectors the entry of largest magnitude is made
+    positive. Because the result is balanced and ordered, its first q rows and columns are the best
+    approximation of rank q. The dtype of the given factors is kept.
+    """
+    target = factors.scaling if scaling is None else scaling
+    q_b, r_b = np.linalg.qr(_double(factors.b))
+    q_a, r_a = np.linalg.qr(_double(factors.a).T)
+    u, s, vt = np.linalg.svd(factors.scaling * r_b @ r_a.T)
+    left, right = q_b @ u[:, : len(s)], vt[: len(s)] @ q_a.T
+    largest = np.abs(left).argmax(axis=0)
+    signs = np.where(left[largest, np.arange(left.shape[1])] < 0, -1.0, 1.0)
+    keep = min(rank, len(s))
+    root = np.sqrt(s[:keep] / target)
+    b = _pad((left * signs)[:, :keep] * root, rank, axis=1).astype(factors.b.dtype)
+    a = _pad(root[:, None] * (right * signs[:, None])[:keep], rank, axis=0).astype(factors.a.dtype)
+    return Truncated(Factors(a, b, target), float(np.linalg.norm(s[keep:])), float(np.linalg.norm(s)))
+
+
+def norm(factors: Factors) -> float:
+    """Frobenius norm of s B A through the Gram matrices of the factors: sqrt(tr(B^T B  A A^T)) s."""
+    a, b = _double(factors.a), _double(factors.b)
+    return abs(factors.scaling) * float(np.sqrt(max(0.0, np.sum((b.T @ b) * (a @ a.T)))))
+
+
+def inner(left: Factors, right: Factors) -> float:
+    """Frobenius inner product of two products: s s' tr((B^T B')(A' A^T))."""
+    core = (_double(left.b).T @ _double(right.b)) * (_double(left.a) @ _double(right.a).T)
+    return left.scaling * right.scaling * float(np.sum(core))
+
+
+def aggregation_error(weighted: Sequence[tuple[float, Factors]], aggregate: Factors) -> tuple[float, float]:
+    """Norms of mean(s B A) - (what was aggregated), and of mean(s B A), for one module.
+
+    Weights must sum to one. The difference is a stacked product, reduced by QR before its norm is
+    taken so that a small error is not lost in the difference of two large squares.
+    """
+    mean = stack(weighted)
+    difference = stack([(1.0, mean), (-1.0, aggregate)])
+    return _norm_by_qr(difference), _norm_by_qr(mean)
+
+
+def _norm_by_qr(factors: Factors) -> float:
+    _, r_b = np.linalg.qr(_double(factors.b))
+    _, r_a = np.linalg.qr(_double(factors.a).T)
+    return abs(factors.scaling) * float(np.linalg.norm(r_b @ r_a.T))
+
+
+def _double(array: Array) -> Matrix:
+    return np.asarray(array, dtype=np.float64)
+
+
+def _pad(matrix: Matrix, rank: int, *, axis: int) -> Matrix:
+    """Fill with zero components up to `rank` when the product has fewer."""
+    missing = rank - matrix.shape[axis]
+    widths = [(0, 0), (0, 0)]
+    widths[axis] = (0, max(0, missing))
+    return np.pad(matrix, widths)
