@@ -123,8 +123,8 @@ class Registry:
 
     @property
     def present(self) -> tuple[ClientId, ...]:
-        """Clients that are here."""
-        return tuple(entry.client for entry in self._clients.values() if entry.present)
+        """Clients that are here; for any thread."""
+        return tuple(entry.client for entry in list(self._clients.values()) if entry.present)
 
     def get(self, client: ClientId) -> Client | None:
         """A client by its identity."""

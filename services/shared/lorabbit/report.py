@@ -194,8 +194,6 @@ def _update_accepted(report: Report, event: ev.UpdateAccepted) -> None:
     if entry is None:
         entry = ClientRound(client=event.client, num_examples=0)
         round_.per_client.append(entry)
-        places = {client: place for place, client in enumerate(report.clients)}
-        round_.per_client.sort(key=lambda c: places.get(c.client, len(places)))
     for part in (round_, entry):
         part.bytes_up += event.bytes_up
         part.bytes_down += event.bytes_down
@@ -208,9 +206,12 @@ def _update_accepted(report: Report, event: ev.UpdateAccepted) -> None:
     entry.loss = event.metrics.loss
     entry.seconds = event.metrics.seconds
     entry.steps = event.metrics.steps
-    trained = [(c.num_examples, c.loss) for c in round_.per_client if c.loss is not None and c.num_examples]
-    total = sum(n for n, _ in trained)
-    round_.train_loss = sum(n * loss for n, loss in trained) / total if total else None
+
+
+def _in_partition_order(report: Report, round_: Round) -> None:
+    """Sort a round's clients, which were noted as they answered."""
+    places = {client: place for place, client in enumerate(report.clients)}
+    round_.per_client.sort(key=lambda c: places.get(c.client, len(places)))
 
 
 def _scores(metrics: Metrics) -> dict[str, float]:
@@ -231,6 +232,10 @@ def _round_closed(report: Report, event: ev.RoundClosed) -> None:
         round_.seconds = event.seconds
         round_.aggregate_seconds = event.aggregate_seconds
         round_.sha256 = event.sha256
+        _in_partition_order(report, round_)
+        trained = [(c.num_examples, c.loss) for c in round_.per_client if c.loss is not None and c.num_examples]
+        total = sum(n for n, _ in trained)
+        round_.train_loss = sum(n * loss for n, loss in trained) / total if total else None
     report.adapter.sha256 = event.sha256
 
 
@@ -239,6 +244,7 @@ def _round_evaluated(report: Report, event: ev.RoundEvaluated) -> None:
     round_ = report.round_of(event.round)
     if round_ is not None:
         round_.metrics = dict(event.metrics)
+        _in_partition_order(report, round_)
     if all(not r.metrics for r in report.rounds if r.round > event.round):
         report.final = Final(metrics=dict(event.metrics))
     if _is_better(report, event.metrics):
