@@ -42,6 +42,7 @@ def make_app(service: Service, measures: Measures) -> FastAPI:
     app = FastAPI(title="LoRAbbit", version=__version__)
     _add_errors(app)
     _add_jobs(app, service)
+    _add_watching(app, service)
     _add_files(app, service.settings.folder / "runs")
     _add_health(app, service, measures)
     return app
@@ -66,6 +67,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _add_jobs(app: FastAPI, service: Service) -> None:
+    """Take submissions and cancellations, and say where jobs stand."""
     store = service.store
 
     @app.post("/jobs", status_code=201)
@@ -94,6 +96,17 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         known = status(job)
         return {"job": job, "cancelled": service.cancel(job), "status": known.status}
 
+
+def _add_watching(app: FastAPI, service: Service) -> None:
+    """Serve what jobs and clients tell of themselves."""
+    store = service.store
+
+    def spec_of(job: str) -> JobSpec:
+        entries = store.jobs()
+        if job not in entries:
+            raise Unknown(_no_job(job, list(entries)))
+        return JobSpec.model_validate_json(entries[job].spec)
+
     @app.get("/jobs/{job}/events")
     def events(
         job: str,
@@ -101,7 +114,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         wait: Annotated[float, Query(ge=0, le=LONGEST_WAIT_SECONDS)] = 0.0,
         progress: bool = True,  # noqa: FBT001, FBT002 - a query parameter
     ) -> list[Json]:
-        status(job)
+        spec_of(job)
         found = store.events(job, after, progress=progress, wait_seconds=wait)
         return [
             {"id": each.cursor, "event": EVENTS.validate_json(each.event).model_dump(mode="json")} for each in found
@@ -109,8 +122,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
 
     @app.get("/jobs/{job}/report")
     def report(job: str) -> Json:
-        status(job)
-        spec = JobSpec.model_validate_json(store.jobs()[job].spec)
+        spec = spec_of(job)
         logged = store.events(job, progress=False)
         return fold(begin(job, spec), (EVENTS.validate_json(each.event) for each in logged)).model_dump(mode="json")
 

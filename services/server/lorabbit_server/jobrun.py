@@ -82,9 +82,7 @@ class JobRun:
         """Make again what a stopped server may have left undone: files, streams, messages, heavy steps."""
         logged = self._tools.store.events(self.job, progress=False)
         self._write(self._folder.recover(EVENTS.validate_json(each.event) for each in logged))
-        report = self._folder.report
-        recent = {report.first_sha256, *(r.sha256 for r in report.rounds[-3:])}
-        self._downloads.inherit(sha256 for sha256 in recent if sha256)
+        self._downloads.inherit(self._folder.recent)
         self._ledger.relay_all()
         for task in self.state.tasks.values():
             if task.status != "accepted":

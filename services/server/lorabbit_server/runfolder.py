@@ -49,6 +49,12 @@ class RunFolder:
             works += [self._version(last), self._best()]
         return _in_order([*works, self._write_report(whole=True)])
 
+    @property
+    def recent(self) -> frozenset[str]:
+        """Hashes of the adapters that a server may have published lately."""
+        hashes = [self.report.first_sha256, *(r.sha256 for r in self.report.rounds[-3:])]
+        return frozenset(sha256 for sha256 in hashes if sha256)
+
     def told(self, events: Iterable[ev.AnyEvent]) -> _Work | None:
         """Fold committed events; returns the work that they cause, None when there is none."""
         works: list[_Work] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Self, TypeVar
 
@@ -21,7 +21,7 @@ from redis.exceptions import BusyLoadingError, ConnectionError, RedisError, Resp
 from redis.retry import Retry
 
 from lorabbit.errors import Fenced, StoreUnavailable
-from lorabbit.state import scripts
+from lorabbit.state import scripts, streams
 from lorabbit.state.base import (
     START,
     Change,
@@ -34,6 +34,7 @@ from lorabbit.state.base import (
     LoggedEvent,
     StateStore,
 )
+from lorabbit.state.streams import text_of
 
 Answer = TypeVar("Answer")
 SLICE_SECONDS = 2.0
@@ -81,7 +82,7 @@ class RedisStore(StateStore):
     def acquire_lease(self, owner: str, seconds: float) -> int | None:
         """See `StateStore.acquire_lease`."""
         answer = self._run(scripts.ACQUIRE, _server("lease", "epoch"), owner, _ms(seconds))
-        return int(answer[1]) if _text(answer[0]) == "ok" else None
+        return int(answer[1]) if text_of(answer[0]) == "ok" else None
 
     def renew_lease(self, owner: str, epoch: int, seconds: float) -> None:
         """See `StateStore.renew_lease`."""
@@ -94,13 +95,13 @@ class RedisStore(StateStore):
     def lease_holder(self) -> str | None:
         """See `StateStore.lease_holder`."""
         holder = self._call(lambda: self._redis.get(_SERVER + "lease"))
-        return None if holder is None else _text(holder)
+        return None if holder is None else text_of(holder)
 
     # ---- clients ----
     def lease_identity(self, address: str, wanted: str | None, *, record: str, now_ms: int, expires_ms: int) -> str:
         """See `StateStore.lease_identity`."""
         keys = _server("clients", "addresses", "alive")
-        return _text(self._run(scripts.IDENTITY, keys, address, wanted or "", record, now_ms, expires_ms)[1])
+        return text_of(self._run(scripts.IDENTITY, keys, address, wanted or "", record, now_ms, expires_ms)[1])
 
     def touch_clients(self, expires_ms: Mapping[str, int]) -> None:
         """See `StateStore.touch_clients`."""
@@ -115,11 +116,11 @@ class RedisStore(StateStore):
         """See `StateStore.clients`."""
         entries = self._call(lambda: self._redis.hgetall(_SERVER + "clients"))
         scores = self._call(lambda: self._redis.zrange(_SERVER + "alive", 0, -1, withscores=True))
-        expires = {_text(client): int(score) for client, score in scores}
+        expires = {text_of(client): int(score) for client, score in scores}
         found = {}
         for name, value in entries.items():
-            client = _text(name)
-            address, _, record = _text(value).partition(" ")
+            client = text_of(name)
+            address, _, record = text_of(value).partition(" ")
             found[client] = ClientEntry(client, address, record, expires.get(client, 0))
         return found
 
@@ -130,13 +131,13 @@ class RedisStore(StateStore):
         del entry["job"]
         operation = operation or uuid.uuid4().hex
         keys = _server("jobs", "order", "submissions")
-        return _text(self._run(scripts.ENQUEUE, keys, name, json.dumps(entry), operation, *taken)[1])
+        return text_of(self._run(scripts.ENQUEUE, keys, name, json.dumps(entry), operation, *taken)[1])
 
     def jobs(self) -> dict[str, JobEntry]:
         """See `StateStore.jobs`."""
-        order = [_text(job) for job in self._call(lambda: self._redis.lrange(_SERVER + "order", 0, -1))]
+        order = [text_of(job) for job in self._call(lambda: self._redis.lrange(_SERVER + "order", 0, -1))]
         entries = self._call(lambda: self._redis.hgetall(_SERVER + "jobs"))
-        known = {_text(job): json.loads(_text(entry)) for job, entry in entries.items()}
+        known = {text_of(job): json.loads(text_of(entry)) for job, entry in entries.items()}
         return {job: JobEntry(job, **known[job]) for job in order if job in known}
 
     def mark_job(self, job: str, status: JobStatus, *, epoch: int, reason: str = "", exit_code: int = 0) -> None:
@@ -148,7 +149,7 @@ class RedisStore(StateStore):
     def request_cancel(self, job: str) -> bool:
         """See `StateStore.request_cancel`."""
         answer = self._run(scripts.MARK, _server("jobs", "epoch"), job, "", "cancel_requested", "true")
-        return _text(answer[0]) == "ok"
+        return text_of(answer[0]) == "ok"
 
     # ---- one job ----
     def claim_job(self, job: str, epoch: int) -> JobRecord:
@@ -163,8 +164,8 @@ class RedisStore(StateStore):
         kept = self._call(lambda: self._redis.hgetall(tasks))
         return JobRecord(
             int(version or 0),
-            None if header is None else _text(header),
-            {_text(task): _text(value) for task, value in kept.items()},
+            None if header is None else text_of(header),
+            {text_of(task): text_of(value) for task, value in kept.items()},
         )
 
     def commit(self, job: str, change: Change) -> Committed:
@@ -178,7 +179,7 @@ class RedisStore(StateStore):
             counted.extend(each)
         keys = _keys(job, "meta", "tasks", "effects", "events", "outbox")
         head = (change.operation, change.epoch, change.version, change.header or "")
-        answer = [_text(part) for part in self._run(scripts.COMMIT, keys, *head, *counted)]
+        answer = [text_of(part) for part in self._run(scripts.COMMIT, keys, *head, *counted)]
         match answer[0]:
             case "fenced":
                 raise Fenced(f"epoch {answer[1]} owns job {job}, not {change.epoch}")
@@ -192,11 +193,11 @@ class RedisStore(StateStore):
     def effect(self, job: str, task: str) -> str | None:
         """See `StateStore.effect`."""
         value = self._call(lambda: self._redis.hget(_keys(job, "effects")[0], task))
-        return None if value is None else _text(value)
+        return None if value is None else text_of(value)
 
     def outbox(self, job: str) -> list[tuple[str, str]]:
         """See `StateStore.outbox`."""
-        return self._stream(self._call(lambda: self._redis.xrange(_keys(job, "outbox")[0])))
+        return streams.entries(self._call(lambda: self._redis.xrange(_keys(job, "outbox")[0])))
 
     def log_progress(self, job: str, events: Sequence[str]) -> None:
         """See `StateStore.log_progress`."""
@@ -214,7 +215,7 @@ class RedisStore(StateStore):
         self, job: str, after: str = START, *, progress: bool = True, wait_seconds: float = 0.0
     ) -> list[LoggedEvent]:
         """See `StateStore.events`."""
-        positions = dict(zip(_keys(job, "events", "progress"), _cursor(after), strict=True))
+        positions = dict(zip(_keys(job, "events", "progress"), streams.positions(after), strict=True))
         if not progress:
             positions.popitem()
         deadline = time.monotonic() + wait_seconds
@@ -223,23 +224,7 @@ class RedisStore(StateStore):
             block = None if left <= 0 else max(1, _ms(min(left, SLICE_SECONDS)))
             found = self._call(lambda block=block: self._redis.xread(positions, block=block))  # type: ignore[misc]
             if found or left <= 0 or self._closed:
-                return self._merge(found or [], after)
-
-    def _merge(self, found: Any, after: str) -> list[LoggedEvent]:  # noqa: ANN401 - redis-py's answer
-        """Bring the log and the progress into one order, each event with the cursor behind it."""
-        streams = found.items() if isinstance(found, dict) else found
-        rows: list[tuple[tuple[int, int], int, str, str]] = []
-        for name, entries in streams:
-            if isinstance(found, dict):
-                entries = entries[0] if entries else []  # noqa: PLW2901 - RESP3 nests once more
-            place = 1 if _text(name).endswith("progress") else 0
-            rows.extend((_order(entry), place, entry, event) for entry, event in self._stream(entries))
-        cursor = list(_cursor(after))
-        logged = []
-        for _, place, entry, event in sorted(rows):
-            cursor[place] = entry
-            logged.append(LoggedEvent("_".join(cursor), event))
-        return logged
+                return streams.merge(found or [], after)
 
     # ---- the store itself ----
     def ping(self) -> None:
@@ -272,17 +257,8 @@ class RedisStore(StateStore):
 
     @staticmethod
     def _fenced(answer: Sequence[str | bytes]) -> None:
-        if _text(answer[0]) == "fenced":
+        if text_of(answer[0]) == "fenced":
             raise Fenced("another server holds the lease")
-
-    @staticmethod
-    def _stream(entries: Iterable[Any]) -> list[tuple[str, str]]:
-        """(id, text) of stream entries, which hold one field each."""
-        return [(_text(entry), _text(next(iter(fields.values())))) for entry, fields in entries]
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _ms(seconds: float) -> int:
@@ -295,15 +271,3 @@ def _server(*names: str) -> list[str]:
 
 def _keys(job: str, *names: str) -> list[str]:
     return [f"lorabbit:{{{job}}}:{name}" for name in names]
-
-
-def _cursor(text: str) -> tuple[str, str]:
-    """Positions in the log and in the progress."""
-    log, _, progress = text.partition("_")
-    return log or START, progress or START
-
-
-def _order(entry: str) -> tuple[int, int]:
-    """A stream id as numbers."""
-    milliseconds, _, sequence = entry.partition("-")
-    return int(milliseconds), int(sequence or 0)
