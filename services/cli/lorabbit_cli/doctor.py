@@ -93,21 +93,25 @@ def _machine() -> Iterator[Finding]:
 
 
 def _disk() -> Iterator[Finding]:
-    """Room, and the right to write."""
-    for what, folder in (("here", Path()), ("server", read_settings(ServerSettings).folder)):
-        existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-        free = shutil.disk_usage(existing).free
+    """Room, and the right to write, here and in the server's folder."""
+    folders = dict.fromkeys(_existing(folder) for folder in (Path(), read_settings(ServerSettings).folder))
+    for folder in folders:
+        text = f"{bytes_text(shutil.disk_usage(folder).free)} free in {folder}"
         try:
-            with tempfile.TemporaryFile(dir=existing):
+            with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            yield Finding("disk", FAIL if what == "here" else WARN, f"{existing} cannot be written: {error.strerror}")
+            yield Finding("disk", FAIL, f"{folder} cannot be written: {error.strerror}; work in another folder")
             continue
-        text = f"{bytes_text(free)} free in {existing}"
-        if free < LITTLE_DISK_BYTES:
+        if shutil.disk_usage(folder).free < LITTLE_DISK_BYTES:
             yield Finding("disk", WARN, f"{text}: little for models and checkpoints; free some space")
         else:
             yield Finding("disk", PASS, text)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
 
 
 def _torch() -> Iterator[Finding]:
@@ -158,9 +162,9 @@ def _broker() -> Iterator[Finding]:
     deadline = time.monotonic() + CONNECT_SECONDS
     while (trouble := broker.trouble()) is not None and time.monotonic() < deadline:
         time.sleep(0.02)
-    broker.close()
     shown = without_password(url)
     if trouble is None:
+        broker.close()  # one that never connected has nothing to close, and would wait for it
         yield Finding("broker", PASS, f"RabbitMQ at {shown}")
     else:
         todo = "start RabbitMQ or set LORABBIT_BROKER_URL (`lorabbit run` needs none)"
