@@ -46,7 +46,7 @@ class Compose:
         return self._run(["docker", "run", "--rm", image, *arguments], JOB_SECONDS)
 
     def close(self) -> None:
-        self("down", "--volumes", "--remove-orphans")
+        self("down", "--volumes", "--remove-orphans", "--timeout", "5")
         self._run(["docker", "image", "rm", f"lorabbit-server:{self.tag}", f"lorabbit-client:{self.tag}"], 60)
 
     def _run(self, command: list[str], seconds: float) -> str:
