@@ -140,9 +140,13 @@ def test_the_template_is_the_default_job() -> None:
     assert all(f"{name}:" in text for name in JobSpec.model_fields)
 
 
-def test_what_other_yaml_readers_write_is_read_as_they_meant_it() -> None:
-    spec = JobSpec.model_validate({"name": "on", "data": {"fields": {"text": "1e3", "label": "yes"}}})
+@pytest.mark.parametrize(
+    "text", ["on", "yes", "1e3", "08", "010", "12:30", "null", "~", "", "true", "0x1f", "2020-01-01"]
+)
+def test_readers_of_either_yaml_take_a_dumped_text_for_text(text: str) -> None:
+    spec = JobSpec.model_validate({"data": {"fields": {"text": text}}})
 
-    text = yaml.safe_dump(spec.model_dump(mode="json"))
+    dumped = jobfile.dump(spec)
 
-    assert jobfile.parse(text.replace("1e3", "'1e3'")) == spec
+    assert jobfile.parse(dumped) == spec
+    assert yaml.safe_load(dumped) == spec.model_dump(mode="json")

@@ -14,10 +14,10 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import yaml
 from pydantic import JsonValue
 
 from lorabbit import events as ev
+from lorabbit import jobfile
 from lorabbit.jobspec import JobSpec
 from lorabbit.payloads import PayloadStore
 from lorabbit.report import Report, begin, fold
@@ -164,10 +164,10 @@ class RunFolder:
     def _write_job(self) -> _Work:
         """Write the job as it was resolved; it runs again as it stands."""
         versions = ", ".join(f"{name} {version}" for name, version in self.report.versions.items())
-        head = f"# Job {self.report.job}, resolved; run it again with: lorabbit run job.yaml\n"
+        head = f"Job {self.report.job}, resolved; run it again with: lorabbit run job.yaml"
         if versions:
-            head += f"# versions: {versions}\n"
-        text = head + yaml.safe_dump(self._spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            head += f"\nversions: {versions}"
+        text = jobfile.dump(self._spec, head=head)
 
         def work() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)

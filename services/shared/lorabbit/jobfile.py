@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads."""
+    """Quotes what `_Loader` or a reader of YAML 1.1 would take for something else than text."""
 
 
 _CORE_SCHEMA = (
@@ -50,9 +50,9 @@ _CORE_SCHEMA = (
     ),
     ("merge", r"^<<$", ["<"]),
 )
-for _kind in (_Loader, _Dumper):
-    _kind.yaml_implicit_resolvers = {}
-    for _name, _pattern, _first in _CORE_SCHEMA:
+_Loader.yaml_implicit_resolvers = {}
+for _name, _pattern, _first in _CORE_SCHEMA:
+    for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
 
 
