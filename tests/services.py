@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ from uuid import uuid4
 import pika
 import redis
 
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 MAX_MESSAGE_BYTES = 16 * 2**20
 RABBITMQ_IMAGE = "rabbitmq:4-management"
 REDIS_IMAGE = "redis:8"
@@ -287,10 +288,15 @@ class Redis(Service):
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on, below those that the system gives to outgoing connections.
+
+    A port of that range may be taken by a connection between the moment it was found free and the server's start.
+    """
+    while True:
+        port = random.randrange(10_240, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def configuration(folder: Path, port: int, settings: str) -> str:

@@ -157,17 +157,20 @@ def write_tensors(path: Path, tensors: Tensors, facts: Facts | None = None, *, d
     """
     digest = hashlib.sha256()
     unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb", buffering=0) as file:
+    try:
+        with unfinished.open("wb", buffering=0) as file:
 
-        def put(data: bytes | memoryview) -> None:
-            digest.update(data)
-            while data:
-                data = memoryview(data)[file.write(data) :]
+            def put(data: bytes | memoryview) -> None:
+                digest.update(data)
+                while data:
+                    data = memoryview(data)[file.write(data) :]
 
-        _serialise(tensors, facts or {}, put)
-        if durable:
-            os.fsync(file.fileno())
-    unfinished.replace(path)
+            _serialise(tensors, facts or {}, put)
+            if durable:
+                os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     if durable:
         sync_folder(path.parent)
     return digest.hexdigest()

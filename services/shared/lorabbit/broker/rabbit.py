@@ -27,6 +27,8 @@ from lorabbit.errors import BrokerUnavailable, LoRAbbitError
 PATIENCE_SECONDS = 10.0
 """How long a blocking call waits for a connection."""
 CLOSE_SECONDS = 5.0
+_STARTING = "is down or inaccessible"
+"""Part of the words in which a node that has just started says that a queue is not ready yet (404, of all codes)."""
 
 Step = Callable[[Channel, Callable[[object], None]], object]
 """One request on a channel; calls back with the broker's answer."""
@@ -43,7 +45,7 @@ class RabbitBroker(Broker):
         self._publishing = Link(url, f"{name} publish", on_bug=self._on_bug)
         self._consuming = Link(url, f"{name} consume", on_bug=self._on_bug)
         self._publisher = Publisher(self._publishing, self._loop.post)
-        self._publishing.start(on_up=self._publisher.up, on_down=self._publisher.down)
+        self._publishing.start(on_up=self._publishing_up, on_down=self._publisher.down)
         self._consuming.start(on_up=self._consuming_up, on_down=self._consuming_down)
 
     def declare_exchange(self, name: str) -> None:
@@ -129,7 +131,12 @@ class RabbitBroker(Broker):
         self._consuming.call(begin)
         return consumer
 
+    def _publishing_up(self) -> None:
+        self._consuming.hurry()
+        self._publisher.up()
+
     def _consuming_up(self) -> None:
+        self._publishing.hurry()
         for consumer in list(self._consumers):
             consumer.up()
 
@@ -177,10 +184,10 @@ def _perform(link: Link, steps: Iterable[Step], answer: Future[None]) -> None:
         resolve(None)
 
     def closed(_channel: Channel, reason: Exception) -> None:
-        if isinstance(reason, ChannelClosedByBroker):
+        if isinstance(reason, ChannelClosedByBroker) and _STARTING not in reason.reply_text:
             resolve(LoRAbbitError(f"RabbitMQ refuses: {reason.reply_text}"))
         else:
-            resolve(BrokerUnavailable(f"the connection to RabbitMQ was lost: {reason}"))
+            resolve(BrokerUnavailable(f"RabbitMQ cannot answer yet: {reason}"))
 
     def resolve(error: LoRAbbitError | None) -> None:
         # Whoever asked may have lost patience in this very moment.

@@ -60,7 +60,8 @@ class Link:
         self._woken = False
         self.connection: pika.SelectConnection | None = None
         """The open connection; for the I/O thread."""
-        self._closing = threading.Event()
+        self._closing = False
+        self._hurry = threading.Event()
         self._backoff = Backoff(0.2, 30.0)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._down: str | None = f"connecting to RabbitMQ at {self._where}"
@@ -85,13 +86,18 @@ class Link:
         if self._io is not None:
             self._io.call_later(seconds, lambda: function() if connection is self.connection else None)
 
+    def hurry(self) -> None:
+        """Try to connect now instead of later, because the broker is known to be there; callable from any thread."""
+        self._hurry.set()
+
     def trouble(self) -> str | None:
         """What keeps the connection from working, as a sentence; None if nothing."""
         return self._down or self._blocked
 
     def close(self, timeout_seconds: float) -> None:
         """Close the connection and end the thread."""
-        self._closing.set()
+        self._closing = True
+        self._hurry.set()
         with self._lock:
             if self._io is not None:
                 self._io.add_callback_threadsafe(self._hang_up)
@@ -99,7 +105,7 @@ class Link:
             self._thread.join(timeout_seconds)
 
     def _run(self) -> None:
-        while not self._closing.is_set():
+        while not self._closing:
             try:
                 self._connect_and_serve()
             except (AMQPError, OSError) as error:
@@ -107,7 +113,8 @@ class Link:
             except BaseException as error:  # noqa: BLE001 - reported where it ends the process
                 self._on_bug(error)
                 return
-            self._closing.wait(self._backoff.next_seconds())
+            self._hurry.wait(self._backoff.next_seconds())
+            self._hurry.clear()
 
     def _connect_and_serve(self) -> None:
         """Connect, and return when the connection has ended."""
@@ -122,7 +129,7 @@ class Link:
                 on_close_callback=self._ended,
                 custom_ioloop=io,
             )
-            if self._closing.is_set():
+            if self._closing:
                 return
             io.start()
         finally:
@@ -149,7 +156,8 @@ class Link:
             self._io.stop()
 
     def _note_down(self, error: BaseException | str) -> None:
-        if not self._closing.is_set():
+        # Once per outage; every further try that fails says the same.
+        if not self._closing and (self._down is None or self._down.startswith("connecting")):
             log.warning("broker-lost", connection=self.name, where=self._where, why=_reason(error))
         self._down = f"RabbitMQ at {self._where} cannot be reached: {_reason(error)}"
 
