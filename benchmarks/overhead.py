@@ -1,6 +1,6 @@
 """What LoRAbbit adds to training: the quickstart as a bare PyTorch/PEFT loop, embedded, and over services.
 
-    python benchmarks/overhead.py [--job examples/quickstart.yaml] [--repeat 1] [--out FILE]
+    python benchmarks/overhead.py [--job examples/quickstart.yaml] [--rounds N] [--repeat 1] [--out FILE]
 
 The bare loop is what one would write by hand for one process: one PEFT model, the same rows in the
 same batches, AdamW, a weighted average of the state dicts, an evaluation a round; no messages, no
@@ -17,7 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import Table, machine, run_measured
+import yaml
+from measure import Table, machine, run_measured, yaml_file
 from transport import LORABBIT, federation
 
 from lorabbit import jobfile
@@ -38,13 +39,16 @@ def bare(spec: JobSpec) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     clients = [load_client(spec, k, spec.clients, processor=tokenizer) for k in range(spec.clients)]
     torch.manual_seed(spec.seed)
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(clients[0].labels))
+    dropout = spec.model.dropout
+    drop = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(clients[0].labels), **drop)
     lora = spec.model.lora
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets) if lora.targets else None,
+        layers_to_transform=None if lora.layers is None else list(lora.layers),
         task_type="SEQ_CLS",
     )
     model = get_peft_model(base, config)
@@ -127,6 +131,7 @@ def main() -> None:
     """Time all ways in one run and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", type=Path, default=Path("examples/quickstart.yaml"))
+    parser.add_argument("--rounds", type=int, help="rounds instead of the job's own")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
@@ -135,9 +140,14 @@ def main() -> None:
         print(bare(jobfile.load(arguments.job)))
         return
     times: dict[str, list[float]] = {way: [] for way in WAYS}
-    for _ in range(arguments.repeat):
-        for way, run in WAYS.items():
-            times[way].append(run(arguments.job))
+    with tempfile.TemporaryDirectory() as scratch:
+        job = arguments.job
+        if arguments.rounds:
+            content = yaml.safe_load(job.read_text(encoding="utf-8"))
+            job = yaml_file(Path(scratch) / job.name, {**content, "rounds": arguments.rounds})
+        for _ in range(arguments.repeat):
+            for way, run in WAYS.items():
+                times[way].append(run(job))
     medians = {way: statistics.median(values) for way, values in times.items()}
     first = next(iter(medians.values()))
     rows = [{"way": way, "seconds": value, "ratio": value / first} for way, value in medians.items()]

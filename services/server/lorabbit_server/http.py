@@ -26,7 +26,7 @@ class HttpServer:
         except OSError as error:
             self._socket.close()
             raise BadInput(
-                f"cannot listen on {host}:{port}: {error.strerror}; choose another with --http-port"
+                f"cannot listen on {host}:{port}: {error.strerror}; choose another with LORABBIT_HTTP_PORT"
             ) from error
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS)
         self._server = uvicorn.Server(config)
