@@ -193,7 +193,7 @@ def _nothing() -> None:
 def _read_whole_frames(connection: pika.SelectConnection) -> None:
     """Let the transport read as much at once as the broker sends."""
     transport = getattr(connection, "_transport", None)
-    if hasattr(transport, "_MAX_RECV_BYTES") and hasattr(transport, "_MAX_CONSUME_BYTES"):
+    if transport is not None and hasattr(transport, "_MAX_RECV_BYTES") and hasattr(transport, "_MAX_CONSUME_BYTES"):
         transport._MAX_RECV_BYTES = RECEIVE_BYTES  # noqa: SLF001 - tuning, and only where it fits
         transport._MAX_CONSUME_BYTES = 8 * RECEIVE_BYTES  # noqa: SLF001
 
