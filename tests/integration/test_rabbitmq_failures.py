@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -282,6 +283,9 @@ def test_a_broker_that_is_not_there_is_named(connect):
         broker.declare_exchange("x")
 
     assert "cannot be reached" in broker.trouble()
+    began = time.monotonic()
+    broker.close()
+    assert time.monotonic() - began < 3
 
 
 def test_a_wrong_password_is_named(connect, rabbitmq_url):

@@ -42,6 +42,7 @@ class RabbitBroker(Broker):
         self._patience_seconds = patience_seconds
         self._loop = Loop()
         self._consumers: set[Consumer] = set()
+        self._has_sent = False
         self._publishing = Link(url, f"{name} publish", on_bug=self._on_bug)
         self._consuming = Link(url, f"{name} consume", on_bug=self._on_bug)
         self._publisher = Publisher(self._publishing, self._loop.post)
@@ -64,6 +65,7 @@ class RabbitBroker(Broker):
 
     def send(self, message: Outgoing, on_done: OnDone | None = None) -> None:
         """Hand a message to the publishing thread."""
+        self._has_sent = True
         self._publishing.call(partial(self._publisher.enqueue, message, on_done))
 
     def subscribe(self, queue: str, on_delivery: OnDelivery, *, prefetch: int = 16) -> Cancellable:
@@ -114,9 +116,10 @@ class RabbitBroker(Broker):
     def close(self) -> None:
         """Wait a few seconds for what is not confirmed, then close both connections."""
         deadline = time.monotonic() + CLOSE_SECONDS
-        answered = threading.Event()
-        self._publishing.call(partial(self._publisher.when_idle, answered.set))
-        answered.wait(CLOSE_SECONDS)
+        if self._has_sent:
+            answered = threading.Event()
+            self._publishing.call(partial(self._publisher.when_idle, answered.set))
+            answered.wait(CLOSE_SECONDS)
         for link in (self._publishing, self._consuming):
             link.close(max(1.0, deadline - time.monotonic()))
 
