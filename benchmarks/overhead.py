@@ -17,8 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import yaml
-from measure import Table, machine, run_measured, yaml_file
+from measure import Table, machine, run_measured
 from transport import LORABBIT, federation
 
 from lorabbit import jobfile
@@ -143,8 +142,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         job = arguments.job
         if arguments.rounds:
-            content = yaml.safe_load(job.read_text(encoding="utf-8"))
-            job = yaml_file(Path(scratch) / job.name, {**content, "rounds": arguments.rounds})
+            spec = jobfile.load(job).model_copy(update={"rounds": arguments.rounds})
+            job = Path(scratch) / job.name
+            job.write_text(jobfile.dump(spec), encoding="utf-8")
         for _ in range(arguments.repeat):
             for way, run in WAYS.items():
                 times[way].append(run(job))

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import pytest
 import services
+from family import Family
 from hypothesis import HealthCheck, settings
 
 # Property tests judge results, not how busy the machine is.
@@ -35,6 +36,12 @@ def serve(make: Callable[[], S]) -> Iterator[S]:
         yield service
     finally:
         service.close()
+
+
+@pytest.fixture
+def family() -> Family:
+    """The processes that this test starts; ask for it before what starts them."""
+    return Family()
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from family import Family
 from typer.testing import CliRunner
 
 from lorabbit import jobfile
@@ -69,7 +70,7 @@ def test_the_same_job_and_seed_give_the_same_adapter(tmp_path: Path) -> None:
     assert first.report.adapter.sha256 != other.report.adapter.sha256
 
 
-def test_the_number_of_training_processes_changes_nothing(tmp_path: Path) -> None:
+def test_the_number_of_training_processes_changes_nothing(tmp_path: Path, family: Family) -> None:
     spec = jobfile.parse(DIGITS)
 
     one = run_local(spec, tmp_path, means=Means(device="cpu", workers=1))
@@ -77,7 +78,7 @@ def test_the_number_of_training_processes_changes_nothing(tmp_path: Path) -> Non
 
     assert one.report.status == three.report.status == "done"
     assert one.report.adapter.sha256 == three.report.adapter.sha256
-    assert psutil.Process().children(recursive=True) == []
+    assert family.members() == []
 
 
 @pytest.mark.parametrize("method", ["fedavg", "ffa-lora"])
@@ -93,13 +94,13 @@ def test_the_forecast_is_what_the_run_then_moves(tmp_path: Path, method: str, on
     assert sum(r.bytes_up + r.bytes_down for r in report.rounds) <= found.total_bytes
 
 
-def test_bad_input_that_only_the_clients_can_see_ends_the_run_with_exit_code_2(tmp_path: Path) -> None:
+def test_bad_input_that_only_the_clients_can_see_ends_the_run_with_exit_code_2(tmp_path: Path, family: Family) -> None:
     text = DIGITS.replace("tiny:vit", "tiny:nothing")
 
     with pytest.raises(BadInput, match="tiny:nothing"):
         run_local(jobfile.parse(text), tmp_path, means=Means(device="cpu"))
 
-    assert psutil.Process().children(recursive=True) == []
+    assert family.members() == []
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
+from family import Family
 
 from lorabbit.errors import BadInput, RunFailed
 from lorabbit.jobspec import JobSpec
@@ -163,26 +163,28 @@ def test_queued_work_can_be_cancelled(runner: ForkRunner, tmp_path: Path) -> Non
     assert answers.outcomes.empty()
 
 
-def test_closing_in_the_middle_of_work_leaves_no_process_behind(tmp_path: Path) -> None:
+def test_closing_in_the_middle_of_work_leaves_no_process_behind(tmp_path: Path, family: Family) -> None:
     runner = ForkRunner(Scripted(), workers=2)
     runner.warm(JobSpec(), 4, range(4))
     answers = Answers()
     answers.submit(runner, work_of(tmp_path, phase="forever"))
     answers.progress.get(timeout=PATIENCE)
-    family = psutil.Process().children(recursive=True)
+    workers = family.members()
 
     runner.close()
 
-    assert len(family) == 3
-    assert psutil.Process().children(recursive=True) == []
-    assert not any(process.is_running() for process in family)
+    assert len(workers) == 3
+    assert family.members() == []
+    assert not any(process.is_running() for process in workers)
 
 
-def test_work_submitted_after_the_nursery_is_killed_fails_at_once(runner: ForkRunner, tmp_path: Path) -> None:
+def test_work_submitted_after_the_nursery_is_killed_fails_at_once(
+    family: Family, runner: ForkRunner, tmp_path: Path
+) -> None:
     answers = Answers()
     answers.submit(runner, work_of(tmp_path, phase="forever"))
     answers.progress.get(timeout=PATIENCE)
-    nursery = psutil.Process().children()[0]
+    nursery = family.children()[0]
 
     nursery.kill()
     running = answers.next()
@@ -192,13 +194,13 @@ def test_work_submitted_after_the_nursery_is_killed_fails_at_once(runner: ForkRu
     assert answers.next().error is not None
 
 
-def test_what_the_user_got_wrong_is_raised_as_bad_input() -> None:
+def test_what_the_user_got_wrong_is_raised_as_bad_input(family: Family) -> None:
     runner = ForkRunner(Scripted(), workers=1)
 
     with pytest.raises(BadInput, match="there is no model 'x'"):
         runner.warm(JobSpec(name="unknown-model"), 1, [0])
 
-    assert psutil.Process().children() == []
+    assert family.members() == []
 
 
 def test_a_defect_while_loading_is_a_failed_run() -> None:
@@ -208,12 +210,12 @@ def test_a_defect_while_loading_is_a_failed_run() -> None:
         runner.warm(JobSpec(name="defect"), 1, [0])
 
 
-def test_workers_do_not_hear_ctrl_c(runner: ForkRunner, tmp_path: Path) -> None:
+def test_workers_do_not_hear_ctrl_c(family: Family, runner: ForkRunner, tmp_path: Path) -> None:
     answers = Answers()
     answers.submit(runner, work_of(tmp_path))
     answers.next()
 
-    for process in psutil.Process().children(recursive=True):
+    for process in family.members():
         process.send_signal(signal.SIGINT)
     answers.submit(runner, replace(work_of(tmp_path, task="t-2")))
 
