@@ -26,13 +26,18 @@ from lorabbit.jobspec import JobSpec
 
 def bare(spec: JobSpec) -> dict[str, float]:
     """Fine-tune by federated averaging in a plain loop; returns the last round's scores."""
+    model, clients = build(spec)
+    return average(spec, model, clients)
+
+
+def build(spec: JobSpec):  # noqa: ANN201 - a PEFT model, ClientData
+    """Make the model and every client's rows."""
     import torch  # noqa: PLC0415 - a cold start is part of what is timed
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: PLC0415
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
     from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: PLC0415
 
     from lorabbit_client.data import load_client  # noqa: PLC0415 - the same rows as the federation's
     from lorabbit_client.model_source import resolve  # noqa: PLC0415
-    from lorabbit_client.trainer import batches, steps_of  # noqa: PLC0415 - and the same batches
 
     folder = resolve(spec.model.name).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -51,6 +56,16 @@ def bare(spec: JobSpec) -> dict[str, float]:
         task_type="SEQ_CLS",
     )
     model = get_peft_model(base, config)
+    return model, clients
+
+
+def average(spec: JobSpec, model, clients) -> dict[str, float]:  # noqa: ANN001 - as above
+    """Run the rounds."""
+    import torch  # noqa: PLC0415
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict  # noqa: PLC0415
+
+    from lorabbit_client.trainer import batches, steps_of  # noqa: PLC0415 - the same batches
+
     state = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
     scores: dict[str, float] = {}
     for round_number in range(1, spec.rounds + 1):

@@ -204,6 +204,7 @@ def test_an_ack_after_leaving_does_nothing(broker):
     broker.subscribe("q", second.add)
 
     second.wait(1)
+    assert (len(first.bodies), len(second.bodies)) == (1, 1)
 
 
 def test_a_rejected_message_is_a_dead_letter(broker):
@@ -317,6 +318,8 @@ def test_declaring_and_deleting_twice_is_fine(broker):
     for _ in range(2):
         broker.delete_queue("q")
 
+    assert broker.trouble() is None
+
 
 def test_a_declaration_that_cannot_hold_is_refused(broker):
     broker.declare_queue(Queue("q", "classic", max_bytes=1000))
@@ -374,9 +377,13 @@ def test_what_a_callback_raises_ends_the_loop(broker):
 
 
 def test_a_loop_that_was_stopped_before_it_runs_returns(broker):
+    ran = []
+    broker.post(lambda: ran.append("late"))
     broker.stop()
 
     broker.run()
+
+    assert ran in ([], ["late"])
 
 
 def test_a_healthy_broker_has_no_trouble(broker):

@@ -128,7 +128,8 @@ def test_the_same_report_gives_the_same_page():
 )
 def test_a_report_of_any_size_makes_a_page(report: Report):
     parsed(html(report))
-    markdown(report)
+
+    assert report.job in markdown(report)
 
 
 def test_a_run_without_scores_or_labels_makes_a_page():
