@@ -8,6 +8,7 @@ the job's dtype; PEFT keeps LoRA factors of a half-precision base in float32 whi
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -135,7 +136,8 @@ def _plain_export(spec: JobSpec, model: nn.Module) -> dict[str, Json]:
     """Say what else an exported folder needs: a whole model its config, a part of one nothing."""
     config: Any = getattr(model, "config", None)
     if spec.model.trainable == "full" and config is not None:
-        content = {**config.to_diff_dict(), "architectures": [type(model).__name__], "dtype": spec.model.dtype}
+        plain = json.loads(json.dumps(config.to_diff_dict()))  # id2label has integers for keys, JSON has none
+        content = {**plain, "architectures": [type(model).__name__], "dtype": spec.model.dtype}
         return {"format": "transformers", "files": {"config.json": content}}
     facts: dict[str, Json] = {"base_model_name_or_path": spec.model.name, "trainable": spec.model.trainable}
     return {"format": "partial", "files": {"lorabbit_config.json": facts}}
