@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 from doubles import QuadraticSession, profile
-from lorabbit.codec import read_facts, read_tensors, write_tensors
 
+from lorabbit.codec import read_facts, read_tensors, write_tensors
 from lorabbit.methods import METHODS
 from lorabbit.tensors import weighted_mean
 from lorabbit.types import ServerState
