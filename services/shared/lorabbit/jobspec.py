@@ -19,7 +19,8 @@ Task = Literal[
     "causal-lm",
     "image-classification",
 ]
-Trainable = Literal["lora", "full", "bitfit", "adapter", "head"]
+Trainable = Literal["lora", "full", "bitfit", "adapter", "head", "prompt", "p-tuning", "prefix"]
+Aggregation = Literal["factors", "freeze-a", "zero-padded", "svd", "stack", "exact"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
@@ -37,6 +38,9 @@ class LoraSpec(Strict):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="on the input of the factors while training")
     targets: tuple[str, ...] | None = Field(default=None, description="module names; PEFT's choice when absent")
     layers: tuple[int, ...] | None = Field(default=None, description="blocks that get factors, from 0; all when absent")
+    client_ranks: tuple[Annotated[int, Field(ge=1, le=1024)], ...] | None = Field(
+        default=None, min_length=1, description="rank of each client by its index, over and over; `rank` when absent"
+    )
 
 
 class ModelSpec(Strict):
@@ -53,6 +57,10 @@ class ModelSpec(Strict):
         default=None, ge=0.0, lt=1.0, description="of the base model's own layers; as its config says when absent"
     )
     bottleneck: int = Field(default=16, ge=1, description="width of the bottleneck when trainable is 'adapter'")
+    virtual_tokens: int = Field(default=16, ge=1, le=1024, description="length of prompt, p-tuning and prefix")
+    variants: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="a model by client index, over and over, for methods with own models"
+    )
 
 
 class PartitionSpec(Strict):
@@ -149,6 +157,9 @@ class JobSpec(Strict):
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
     method: MethodSpec = MethodSpec()
+    aggregation: Aggregation = Field(
+        default="factors", description="how LoRA updates become one; see docs/explanation/aggregation.md"
+    )
     rounds: int = Field(default=5, ge=1, description="how often the clients' work is averaged")
     clients: int = Field(default=4, ge=1, description="population: the job starts once so many clients are there")
     cohort: int | float = Field(default=1.0, gt=0, description="asked in a round: 1.0 is all, 0.1 a tenth, 10 ten")

@@ -32,6 +32,10 @@ EVALUATE = "evaluate"
 
 ADAPTER = "adapter"
 """The payload role under which an adapter travels; a method may name further roles."""
+BASE = "base"
+"""The payload role of a whole model that the job made and its adapters stand on."""
+SHIFT = "shift"
+"""The payload role of factors that are added to the pristine base weights (`Session.shift_base`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,19 @@ class ClientUpdate:
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """A method's memory between rounds: tensors and plain data, saved by the codec as it is."""
+    """A method's memory between rounds: tensors and plain data, saved by the codec as it is.
+
+    What changes every round is in `tensors`. What seldom changes (a frozen factor, a base that the
+    job made) is in `shared`, by the role under which plans send it: each group is a file of its own,
+    written once, and clients that hold it read nothing.
+    """
 
     tensors: Tensors
     facts: Facts = field(default_factory=dict)
+    shared: Mapping[str, Tensors] = field(default_factory=dict)
+
+    @property
+    def report(self) -> Facts:
+        """What the method tells of the round just folded, for the report: facts["report"]."""
+        told = self.facts.get("report")
+        return told if isinstance(told, dict) else {}

@@ -31,4 +31,4 @@ def build(job: JobSpec) -> Method:
     except ValidationError as error:
         raise BadInput(explain(error, METHODS[name], prefix="method.")) from error
     method.check(job)
-    return method
+    return method.with_job(job)

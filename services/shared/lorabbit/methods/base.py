@@ -2,67 +2,35 @@
 
 A method file holds both halves. The server half (`start`, `plan`, `aggregate`) sees named tensors
 only; the client half (`local_update`) sees one client through a `Session`. Both speak NumPy, so a
-method imports neither torch nor transformers; the session hides them.
+method imports neither torch nor transformers; the session hides them. Further verbs have defaults
+that fit a method with one shared adapter.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, MutableMapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from lorabbit.jobspec import JobSpec
-from lorabbit.types import ADAPTER, ClientProfile, ClientUpdate, Json, Plan, ServerState, Tensors
+from lorabbit.methods.session import GradientTerm, LocalResult, Session
+from lorabbit.types import ADAPTER, EVALUATE, ClientProfile, ClientUpdate, Facts, Plan, ServerState, Tensors
 
-GradientTerm: TypeAlias = Callable[[str, Any, Any], Any]
-"""(name, value, value at the start of the round) -> what to add to the gradient of that tensor.
-
-Values are of the session's own kind (torch or NumPy): write it with operators only.
-"""
+__all__ = ["Export", "GradientTerm", "LocalResult", "Method", "Session"]
 
 
 @dataclass(frozen=True, slots=True)
-class LocalResult:
-    """What a local training returned."""
+class Export:
+    """What a user gets of a server state: an adapter folder that PEFT loads, and its base where it has one."""
 
     tensors: Tensors
-    num_examples: int
-    loss: float
-    steps: int
-
-
-class Session(Protocol):
-    """One client's model, data and private state, for the length of one task."""
-
-    @property
-    def client(self) -> ClientProfile:
-        """Who this client is."""
-
-    @property
-    def num_examples(self) -> int:
-        """Training examples of this client."""
-
-    @property
-    def private(self) -> MutableMapping[str, Json]:
-        """Kept on this client between tasks, committed atomically with the task's result; never sent."""
-
-    def tensors(self) -> Tensors:
-        """The model's trainable tensors as they are now; a copy."""
-
-    def load(self, tensors: Tensors) -> None:
-        """Overwrite trainable tensors by name; raises Refused for an unknown name, wrong shape or dtype."""
-
-    def train(
-        self, *, gradient_term: GradientTerm | None = None, frozen: Callable[[str], bool] | None = None
-    ) -> LocalResult:
-        """Tune on local data as the job's `local` says, from the tensors loaded, with a fresh optimiser.
-
-        Tensors whose name satisfies `frozen` get no gradient and do not move. Everything random
-        comes from the task's seed.
-        """
+    config: Facts = field(default_factory=dict)
+    """Keys of adapter_config.json that differ from the first adapter's, such as `r` and `lora_alpha`."""
+    base: Tensors | None = None
+    """A whole model that the adapter stands on, written to base/; None: the job's own base model."""
 
 
 class Method(BaseModel):
@@ -76,9 +44,42 @@ class Method(BaseModel):
     paper: ClassVar[str]
     """Authors, title, year, identifier."""
 
+    prepares: ClassVar[bool] = False
+    """Whether a round 0 comes first, in which every client of the population is asked."""
+    personal: ClassVar[bool] = False
+    """Clients keep models of their own: their sessions are `PersonalSession`s, and nothing central is scored."""
+
+    _job: JobSpec = PrivateAttr(default_factory=JobSpec)
+
+    @property
+    def job(self) -> JobSpec:
+        """The job that this method was built for (`lorabbit.methods.build`); the default job in isolation."""
+        return self._job
+
+    def with_job(self, job: JobSpec) -> Self:
+        """The same hyper-parameters for another job."""
+        method = self.model_copy()
+        method._job = job
+        return method
+
     def check(self, job: JobSpec) -> None:
         """Raise BadInput when the job asks for what this method's maths forbids."""
 
+    # ---- client ----
+    def initialise(self, session: Any) -> Tensors:  # noqa: ANN401 - Session or PersonalSession, as `personal` says
+        """Make the first adapter; one client does it, since the server holds no base model."""
+        tensors: Tensors = session.tensors()
+        return tensors
+
+    @abstractmethod
+    def local_update(self, plan: Plan, session: Any) -> ClientUpdate:  # noqa: ANN401
+        """Do one client's work for one round."""
+
+    def restore(self, plan: Plan, session: Any) -> None:  # noqa: ANN401
+        """Make the session's model the one that a scoring plan describes."""
+        session.load(plan.payloads[ADAPTER])
+
+    # ---- server ----
     def start(self, adapter: Tensors) -> ServerState:
         """Make the first server state from the adapter that one client initialised."""
         return ServerState(dict(adapter))
@@ -87,18 +88,28 @@ class Method(BaseModel):
         """Say what one client does in the coming round."""
         return Plan(payloads={ADAPTER: state.tensors})
 
-    @abstractmethod
-    def local_update(self, plan: Plan, session: Session) -> ClientUpdate:
-        """Do one client's work for one round."""
+    def uploads(self, state: ServerState, client: ClientProfile) -> Tensors:  # noqa: ARG002 - the same for all
+        """Tensors like which this client's update must be (names, shapes, dtypes): admission's template.
+
+        Empty where an update of the coming round carries no tensors.
+        """
+        return state.tensors
 
     @abstractmethod
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
-        """Fold a stream of updates, in ascending client index, into the next server state."""
+        """Fold a round's updates, in ascending client index, into the next server state.
+
+        `updates` may be walked more than once; the tensors of each are read from disk when asked for.
+        """
+
+    def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - the same for all
+        """Say what one client needs to score a server state; `restore` takes it."""
+        return Plan(EVALUATE, {ADAPTER: self.adapter(state)})
 
     def adapter(self, state: ServerState) -> Tensors:
-        """The tensors to evaluate and to export."""
+        """The tensors that clients score."""
         return state.tensors
 
-    def uploads(self, state: ServerState) -> Tensors:
-        """Tensors like which every update must be (names, shapes, dtypes): admission's template."""
-        return state.tensors
+    def export(self, state: ServerState) -> Export:
+        """What a user gets: the adapter as it is, on the job's base model."""
+        return Export(self.adapter(state))

@@ -12,13 +12,14 @@ reads nothing again, and uploads carry B and the head alone.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import ClassVar
 
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.base import Method, Session
 from lorabbit.tensors import subset, weighted_mean
-from lorabbit.types import ADAPTER, ClientProfile, ClientUpdate, Plan, ServerState, Tensors
+from lorabbit.types import ADAPTER, EVALUATE, ClientProfile, ClientUpdate, Plan, ServerState, Tensors
 
 FROZEN = "frozen-a"
 """Payload role of the shared A factors."""
@@ -46,24 +47,31 @@ class FfaLora(Method):
 
     # ---- server ----
     def start(self, adapter: Tensors) -> ServerState:
-        """Keep every tensor; A stays as it was drawn."""
-        return ServerState(dict(adapter))
+        """A stays as it was drawn, in a file of its own."""
+        frozen = {name: value for name, value in adapter.items() if is_a(name)}
+        moving = {name: value for name, value in adapter.items() if not is_a(name)}
+        return ServerState(moving, shared={FROZEN: frozen})
 
     def plan(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - one plan for all
         """(1): A under its own role, everything else as the adapter."""
-        return Plan(payloads={FROZEN: self._frozen(state), ADAPTER: self.uploads(state)})
+        return Plan(payloads={**state.shared, ADAPTER: state.tensors})
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
-        """(2): average B and the head, put the same A beside them."""
+        """(2): average B and the head; the same A stays beside them."""
         mean = weighted_mean((u.num_examples, u.tensors) for u in updates)
-        return ServerState({name: mean.get(name, value) for name, value in state.tensors.items()}, state.facts)
+        return ServerState(mean, state.facts, state.shared)
 
-    def uploads(self, state: ServerState) -> Tensors:
-        """Everything but A."""
-        return {name: value for name, value in state.tensors.items() if not is_a(name)}
+    def scoring(self, state: ServerState, client: ClientProfile) -> Plan:
+        """Score what is tuned: A is there already."""
+        return replace(self.plan(state, client), phase=EVALUATE)
 
-    def _frozen(self, state: ServerState) -> Tensors:
-        return {name: value for name, value in state.tensors.items() if is_a(name)}
+    def restore(self, plan: Plan, session: Session) -> None:
+        """Load both."""
+        session.load({**plan.payloads[FROZEN], **plan.payloads[ADAPTER]})
+
+    def adapter(self, state: ServerState) -> Tensors:
+        """A and B and the head, as PEFT wants them together."""
+        return {**state.shared[FROZEN], **state.tensors}
 
     # ---- client ----
     def local_update(self, plan: Plan, session: Session) -> ClientUpdate:
