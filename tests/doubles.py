@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+import math
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
+from lorabbit import lora
 from lorabbit.errors import Refused
+from lorabbit.jobspec import LocalSpec
 from lorabbit.methods.base import GradientTerm, LocalResult
-from lorabbit.types import Array, ClientId, ClientProfile, Json, Tensors
+from lorabbit.methods.session import Difficulty, Part, Sensitivity
+from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one call of `train` was asked for."""
+
+    part: Part
+    stream: str
+    local: LocalSpec
+    batches: list[list[int]] | None
+    frozen: frozenset[str]
+    mask: Tensors | None
 
 
 @dataclass
@@ -17,6 +34,8 @@ class QuadraticSession:
     """One client with target `b` (one array per tensor) and curvature `a`.
 
     After n steps of rate eta from w0, without further terms:  w_n = b + (1 - eta a)^n (w0 - b).
+    A mask holds values exactly where it is False. Explicit batches only say how many steps there are.
+    At another rank the targets of LoRA factors are cut, or filled with zeros.
     """
 
     b: Mapping[str, Array]
@@ -26,35 +45,155 @@ class QuadraticSession:
     num_examples: int = 10
     client: ClientProfile = field(default_factory=lambda: ClientProfile(ClientId("client-1"), 0))
     private: MutableMapping[str, Json] = field(default_factory=dict)
+    private_tensors: MutableMapping[str, Tensors] = field(default_factory=dict)
+    round: int = 1
+    seed: int = 0
+    scaling: float = 1.0
+    whole: Mapping[str, Array] = field(default_factory=dict)
+    """Targets of the whole model, by its own names; it starts at zero."""
+    base: Mapping[str, Array] = field(default_factory=dict)
+    """What `base_weights` gives."""
+    difficulties: Mapping[str, Array] = field(default_factory=dict)
+    """What `difficulty` gives, by kind; 0, 1, 2, ... where absent."""
+    fishers: Tensors | None = None
+    """What `fisher` gives; the squared gradient of every LoRA factor where absent."""
+    sensitivities: Array = field(default_factory=lambda: np.ones(2))
+    share: float = 0.5
+    """What `lossless_share` gives."""
+    job_local: LocalSpec | None = None
+    """The job's `local`; made of `eta` and `steps` where absent."""
+    facts: Facts | None = None
 
     def __post_init__(self) -> None:
-        self._w: dict[str, Array] = {name: np.zeros_like(value) for name, value in self.b.items()}
+        self.part: Part = "adapter"
+        self.trainings: list[Training] = []
+        self.asked: list[tuple[Any, ...]] = []
+        """Calls of difficulty, fisher, sensitivity and lossless_share."""
+        self.shift: Tensors = {}
+        self.rank: int | None = None
+        self._targets: dict[Part, dict[str, Array]] = {"adapter": dict(self.b), "whole": dict(self.whole)}
+        self._values: dict[Part, dict[str, Array]] = {
+            part: {name: np.zeros_like(value) for name, value in targets.items()}
+            for part, targets in self._targets.items()
+        }
+
+    @property
+    def local(self) -> LocalSpec:
+        return self.job_local or LocalSpec(
+            steps=self.steps, learning_rate=self.eta or 1e-30, optimizer="sgd", max_grad_norm=None
+        )
+
+    # ---- tensors ----
+    def select(self, part: Part) -> None:
+        self.part = part
+
+    @property
+    def _w(self) -> dict[str, Array]:
+        return self._values[self.part]
 
     def tensors(self) -> Tensors:
         return {name: value.copy() for name, value in self._w.items()}
 
     def load(self, tensors: Tensors) -> None:
         for name, value in tensors.items():
-            if name not in self._w or self._w[name].shape != value.shape:
-                raise Refused("names", f"no tensor {name} of shape {value.shape}")
+            if name not in self._w:
+                raise Refused("names", f"no tensor {name}")
+            if self._w[name].shape != value.shape:
+                raise Refused("shapes", f"{name} has shape {value.shape}, expected {self._w[name].shape}")
+            if self._w[name].dtype != value.dtype:
+                raise Refused("dtypes", f"{name} is {value.dtype}, expected {self._w[name].dtype}")
+        for name, value in tensors.items():
             self._w[name] = np.array(value)
 
-    def train(
-        self, *, gradient_term: GradientTerm | None = None, frozen: Callable[[str], bool] | None = None
+    def set_rank(self, rank: int) -> None:
+        self.rank = rank
+        targets, values = self._targets["adapter"], self._values["adapter"]
+        for name in targets:
+            if lora.is_factor(name):
+                targets[name] = at_rank(self.b[name], name, rank)
+                values[name] = np.zeros_like(targets[name])
+
+    def base_weights(self) -> Tensors:
+        return {name: value.copy() for name, value in self.base.items()}
+
+    def shift_base(self, factors: Tensors) -> None:
+        unknown = set(lora.modules(factors)) - self.base.keys()
+        if unknown:
+            raise Refused("names", f"no module {min(unknown)}")
+        self.shift = {name: value.copy() for name, value in factors.items()}
+
+    def shifted(self) -> Tensors:
+        """The base weights with the shift that is installed: W + s B A."""
+        moved = {module: lora.read(self.shift, module, self.scaling).product() for module in lora.modules(self.shift)}
+        return {name: value + moved[name] if name in moved else value.copy() for name, value in self.base.items()}
+
+    # ---- training ----
+    def train(  # noqa: PLR0913 - as `Session` has it
+        self,
+        *,
+        gradient_term: GradientTerm | None = None,
+        frozen: Callable[[str], bool] | None = None,
+        mask: Tensors | None = None,
+        batches: Sequence[Sequence[int]] | None = None,
+        local: LocalSpec | None = None,
+        stream: str = "",
     ) -> LocalResult:
-        start = self.tensors()
-        for _ in range(self.steps):
-            for name, value in self._w.items():
-                if frozen is not None and frozen(name):
-                    continue
-                gradient = self.a * (value - self.b[name])
+        used = local or self.local
+        eta = self.eta if local is None and self.job_local is None else used.learning_rate
+        start, w, b = self.tensors(), self._w, self._targets[self.part]
+        held = frozenset(name for name in w if frozen is not None and frozen(name))
+        cut = None if batches is None else [list(batch) for batch in batches]
+        self.trainings.append(Training(self.part, stream, used, cut, held, mask))
+        steps = _steps(used, self.steps, cut)
+        for _ in range(steps):
+            for name in w.keys() - held:
+                gradient = self.a * (w[name] - b[name])
                 if gradient_term is not None:
-                    gradient = gradient + gradient_term(name, value, start[name])
-                self._w[name] = value - self.eta * gradient
-        return LocalResult(self.tensors(), self.num_examples, self.loss(), self.steps)
+                    gradient = gradient + gradient_term(name, w[name], start[name])
+                moved = (w[name] - eta * gradient).astype(w[name].dtype)
+                w[name] = moved if mask is None or name not in mask else np.where(mask[name], moved, w[name])
+        return LocalResult(self.tensors(), self.num_examples, self.loss(), steps, self.facts)
 
     def loss(self) -> float:
-        return 0.5 * self.a * float(sum(np.sum((self._w[n] - self.b[n]) ** 2) for n in self._w))
+        w, b = self._w, self._targets[self.part]
+        return 0.5 * self.a * float(sum(np.sum((w[n] - b[n]) ** 2) for n in w))
+
+    # ---- looking ----
+    def difficulty(self, kind: Difficulty) -> Array:
+        self.asked.append(("difficulty", kind))
+        given = self.difficulties.get(kind)
+        return np.arange(self.num_examples, dtype=np.float64) if given is None else np.asarray(given, np.float64)
+
+    def fisher(self, examples: Sequence[int]) -> Tensors:
+        self.asked.append(("fisher", tuple(int(i) for i in examples)))
+        if self.fishers is not None:
+            return {name: np.array(value, np.float32) for name, value in self.fishers.items()}
+        w, b = self._values["adapter"], self._targets["adapter"]
+        return {n: np.square(self.a * (w[n] - b[n])).astype(np.float32) for n in w if lora.is_factor(n)}
+
+    def sensitivity(self, *, noise: float, draws: int, probes: int, variant: Sensitivity) -> Array:
+        self.asked.append(("sensitivity", noise, draws, probes, variant))
+        return np.array(self.sensitivities, np.float64)
+
+    def lossless_share(self, rule: Literal["slq", "eigengap"]) -> float:
+        self.asked.append(("lossless_share", rule))
+        return self.share
+
+
+def at_rank(value: Array, name: str, rank: int) -> Array:
+    """One LoRA factor cut to a rank, or filled with zeros up to it."""
+    axis = 0 if ".lora_A." in name else 1
+    kept = np.take(value, range(min(rank, value.shape[axis])), axis=axis)
+    widths = [(0, 0), (0, 0)]
+    widths[axis] = (0, rank - kept.shape[axis])
+    return np.pad(kept, widths)
+
+
+def _steps(local: LocalSpec, steps: int, batches: list[list[int]] | None) -> int:
+    """Steps of a training: as many as asked, else one for each batch of each epoch."""
+    if local.steps is not None:
+        return local.steps
+    return steps if batches is None else max(1, math.ceil(len(batches) * (local.epochs or 1.0)))
 
 
 def profile(index: int) -> ClientProfile:
