@@ -158,9 +158,9 @@ class ScriptedClient:
         ref = self.store.add_tensors(tensors, chunk_bytes=1024)
         facts = {} if task.phase != INITIALISE else {"main_metric": "accuracy", "rank": 2, "export": EXPORT}
         metrics = Metrics(num_examples=self.examples, loss=0.5, steps=1, facts=facts)
-        offer = Offer(
-            **self.about(task), payload=ref, metrics=metrics, base_sha256=self.base_sha256, bytes_down=ref.size_bytes
-        )
+        read = {ADAPTER: ref.size_bytes}
+        about = {**self.about(task), "bytes_down": ref.size_bytes, "bytes_by_role": read}
+        offer = Offer(**about, payload=ref, metrics=metrics, base_sha256=self.base_sha256)
         self.offers[task.task] = offer
         self.send(offer)
 

@@ -77,7 +77,13 @@ def test_unchanged_uploads_are_a_fixed_point(method):
 def test_server_state_survives_the_codec(method, tmp_path):
     state = method.start(ADAPTER)
     write_tensors(tmp_path / "state", state.tensors, state.facts)
-    revived = ServerState(dict(read_tensors(tmp_path / "state")), read_facts(tmp_path / "state"))
+    for role, group in state.shared.items():
+        write_tensors(tmp_path / f"shared-{role}", group)
+    revived = ServerState(
+        dict(read_tensors(tmp_path / "state")),
+        read_facts(tmp_path / "state"),
+        {role: dict(read_tensors(tmp_path / f"shared-{role}")) for role in state.shared},
+    )
 
     here = method.aggregate(state, iter(updates_of(method, state, clients())))
     there = method.aggregate(revived, iter(updates_of(method, revived, clients())))
@@ -88,9 +94,10 @@ def test_server_state_survives_the_codec(method, tmp_path):
 
 def test_uploads_look_like_the_template_that_admission_checks(method):
     state = method.start(ADAPTER)
-    template = method.uploads(state)
 
-    for update in updates_of(method, state, clients()):
+    for session in clients():
+        template = method.uploads(state, session.client)
+        (update,) = updates_of(method, state, [session])
         assert update.tensors.keys() == template.keys()
         for name, value in update.tensors.items():
             assert (value.shape, value.dtype) == (template[name].shape, template[name].dtype)

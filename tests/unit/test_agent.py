@@ -181,10 +181,12 @@ def test_scoring_and_training_share_one_adapter(rig: Rig) -> None:
     rig.tell(rig.task("train", ref))
     rig.run()
     runner.finish("score")
+    rig.run()
     runner.finish("train", RESULT)
     rig.run()
 
     assert [offer.bytes_down for offer in rig.heard(Offer)] == [ref.size_bytes, 0]
+    assert [offer.bytes_by_role for offer in rig.heard(Offer)] == [{"adapter": ref.size_bytes}, {}]
     assert [offer.payload is None for offer in rig.heard(Offer)] == [True, False]
 
 

@@ -12,7 +12,7 @@ from lorabbit.messages import Metrics
 from lorabbit.methods.fedavg import FedAvg
 from lorabbit.payloads import PayloadStore
 from lorabbit.types import ClientId, ServerState
-from lorabbit_server.aggregator import aggregate, updates
+from lorabbit_server.aggregator import Updates, aggregate
 from lorabbit_server.jobstate import Offered, TaskState
 from lorabbit_server.versions import Versions
 
@@ -51,7 +51,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(payloads):
 
 
 def test_a_loss_that_a_client_did_not_measure_is_not_a_number(payloads):
-    (update,) = updates([task(payloads, 0, 1.0)], payloads)
+    (update,) = Updates([task(payloads, 0, 1.0)], payloads)
 
     assert np.isnan(update.loss)
 

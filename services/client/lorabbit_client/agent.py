@@ -22,6 +22,7 @@ from lorabbit.errors import LoRAbbitError, Refused
 from lorabbit.messages import Alive, CancelTask, Deny, ForTask, Goodbye, Grant, Hello, Message, Task, Verdict, Welcome
 from lorabbit.payloads import PayloadStore
 from lorabbit.settings import ClientSettings
+from lorabbit.types import EVALUATE
 from lorabbit_client.assignment import Assignment, Desk
 from lorabbit_client.execution import Runner
 from lorabbit_client.journal import Journal
@@ -65,8 +66,9 @@ class Agent:
         self._finished: dict[tuple[str, int, int], None] = {}
         self._epochs: dict[str, int] = {}
         self._desk = Desk(
-            broker, runner, self._journal, self._shelf, self._address, self._send, self._count_read, self._forget
-        )
+            broker, runner, self._journal, self._shelf, self._address, self._send, self._count_read, self._forget,
+            self._advance,
+        )  # fmt: skip
         self._welcomed = False
         self._hello_seconds = FIRST_HELLO_SECONDS
         self._hello_is_out = False
@@ -231,15 +233,32 @@ class Agent:
             if len(self._finished) > FINISHED_KEPT:
                 del self._finished[next(iter(self._finished))]
 
-    def _count_read(self, task: Task) -> int:
-        """Count what this client lacks of a task's payloads, hold them, and put away what they replace."""
+    def _advance(self) -> None:
+        """Run what has its payloads, but nothing before an evaluation that was asked for first.
+
+        A score may read what the client keeps of its own, and the next training changes that.
+        """
+        scoring: set[tuple[str, int]] = set()
+        for assignment in list(self._assignments.values()):
+            order = assignment.order
+            if order is None:
+                continue
+            if assignment.stage == "ready" and (order.phase == EVALUATE or (order.job, order.epoch) not in scoring):
+                assignment.run()
+            if order.phase == EVALUATE and assignment.stage in {"fetching", "ready", "running"}:
+                scoring.add((order.job, order.epoch))
+
+    def _count_read(self, task: Task) -> dict[str, int]:
+        """Count by role what this client lacks of a task's payloads, hold them, and put away what they replace."""
         counted: dict[str, int] = {}
-        known = set(self._held.values())
-        for ref in task.payloads.values():
-            if ref.sha256 not in known or not (self._shelf.is_shared or self._shelf.has(ref.sha256)):
-                counted[ref.sha256] = ref.size_bytes
+        known, seen = set(self._held.values()), set[str]()
+        for role, ref in task.payloads.items():
+            is_held = ref.sha256 in known and (self._shelf.is_shared or self._shelf.has(ref.sha256))
+            if not is_held and ref.sha256 not in seen:
+                counted[role] = ref.size_bytes
+            seen.add(ref.sha256)
         self._hold({f"{task.job} {task.phase} {role}": ref.sha256 for role, ref in task.payloads.items()}, job=task.job)
-        return sum(counted.values())
+        return counted
 
     def _hold(self, taken: Mapping[str, str], *, job: str) -> None:
         """Hold payloads under what they are for; those of earlier jobs go."""

@@ -1,6 +1,6 @@
 """Assignment: the life of one task on a client, from the journal to the verdict.
 
-    fetching -> running -> offered -> sending -> committed -> (gone)
+    fetching -> ready -> running -> offered -> sending -> committed -> (gone)
 
 Every step may be repeated: an offer or a commit that stays unanswered is sent again with a growing
 delay, a second grant is served, and whatever was done is found again in the journal after a crash.
@@ -55,10 +55,12 @@ class Desk:
     shelf: Shelf
     address: str
     send: Callable[[Message, OnDone | None], None]
-    count_read: Callable[[Task], int]
-    """Bytes that the payloads of a task cost this client; notes that it holds them from now on."""
+    count_read: Callable[[Task], dict[str, int]]
+    """Bytes that the payloads of a task cost this client, by role; notes that it holds them from now on."""
     done: Callable[[str], None]
     """The task is over: forget the assignment."""
+    advance: Callable[[], None]
+    """An assignment is ready, or no longer at work: `run` those whose turn it is."""
 
 
 class Assignment:
@@ -75,7 +77,7 @@ class Assignment:
         self.order: Task | None = None
         self._taken: list[PayloadRef] = []
         self._awaited = 0
-        self._bytes_down = 0
+        self._read: dict[str, int] = {}
         self._offer: Offer | None = None
         self._timer: Cancellable | None = None
         self._sender: ChunkSender | None = None
@@ -93,14 +95,14 @@ class Assignment:
         self.order = order
         self.stage = "fetching"
         self.acknowledge()
-        self._bytes_down = self._desk.count_read(order)
+        self._read = self._desk.count_read(order)
         refs = list(order.payloads.values())
         self._awaited = len(refs)
         for ref in refs:
             self._taken.append(ref)
             self._desk.shelf.take(ref, self._fetched)
         if not refs:
-            self._run(order)
+            self._is_ready()
 
     def acknowledge(self) -> None:
         """Tell the server that the task is journaled, at the start and whenever it asks again."""
@@ -114,10 +116,18 @@ class Assignment:
             return
         self._awaited -= 1
         if self._awaited == 0:
-            self._run(self.order)
+            self._is_ready()
 
-    def _run(self, order: Task) -> None:
+    def _is_ready(self) -> None:
+        """Everything is here; the desk says when to run."""
+        self.stage = "ready"
+        self._desk.advance()
+
+    def run(self) -> None:
         """Hand the work to the runner."""
+        order = self.order
+        if order is None:
+            return
         self._stop_timer()
         self.stage = "running"
         work = Work(
@@ -158,11 +168,13 @@ class Assignment:
             payload=self._payload(order, outcome),
             metrics=outcome.metrics,
             base_sha256=outcome.base_sha256,
-            bytes_down=self._bytes_down,
+            bytes_down=sum(self._read.values()),
+            bytes_by_role=self._read,
         )
         self._desk.journal.finish(offer)
         self._give_payloads()
         self.resume(offer)
+        self._desk.advance()
 
     def _payload(self, order: Task, outcome: Outcome) -> PayloadRef | None:
         """Name the result's tensors by content, cut as the server cuts its own."""
@@ -176,6 +188,7 @@ class Assignment:
         """Hand the task back; it is forgotten once the broker has taken the message."""
         self._stop_timer()
         self.stage = "failed"
+        self._desk.advance()
 
         def sent(error: LoRAbbitError | None) -> None:
             if error is not None:
@@ -270,6 +283,7 @@ class Assignment:
         self._give_payloads()
         self._desk.journal.forget(self.task)
         self._desk.done(self.task)
+        self._desk.advance()
 
     def _give_payloads(self) -> None:
         taken, self._taken = self._taken, []

@@ -33,6 +33,11 @@ class Template:
     size_bytes: int
     parameters: int = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether an update carries no tensors at all."""
+        return not self.shapes
+
     @classmethod
     def of(cls, tensors: Tensors) -> Template:
         """Describe tensors."""
@@ -63,8 +68,11 @@ def check_offer(payload: PayloadRef, template: Template | None, *, max_bytes: in
         raise Refused("too-large", f"chunks of {payload.chunk_bytes} bytes do not fit through a broker")
 
 
-def check_update(path: Path, template: Template | None) -> None:
-    """Refuse a file whose tensors are not those that the template names, or not all finite."""
+def check_update(path: Path, template: Template | None, *, may_be_empty: bool = False) -> None:
+    """Refuse a file whose tensors are not those that the template names, or not all finite.
+
+    `may_be_empty`: a file without a tensor passes, as the first adapter of clients with models of their own.
+    """
     try:
         tensors = codec.read_tensors(path)
         if template is not None:
@@ -73,7 +81,7 @@ def check_update(path: Path, template: Template | None) -> None:
             _check_tensor(name, tensors, template)
     except CorruptPayload as error:
         raise Refused("corrupt", str(error)) from error
-    if not tensors:
+    if not tensors and not may_be_empty:
         raise Refused("names", "it holds no tensor")
 
 

@@ -7,32 +7,58 @@ whatever the number of clients, and the sum is the same to the bit whatever the 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from lorabbit import codec
 from lorabbit.methods import Method
 from lorabbit.payloads import PayloadStore
-from lorabbit.types import ClientUpdate, ServerState
-from lorabbit_server.jobstate import TaskState
+from lorabbit.types import ClientUpdate, ServerState, Tensors
+from lorabbit_server.admission import Template
+from lorabbit_server.jobstate import Offered, TaskState, Version
+from lorabbit_server.versions import Versions
 
 
-def updates(tasks: Iterable[TaskState], payloads: PayloadStore) -> Iterator[ClientUpdate]:
-    """Stream the updates of accepted tasks; each one's tensors are read when asked for."""
-    for task in tasks:
-        if task.offered is None or task.offered.payload is None:
-            continue
-        metrics = task.offered.metrics
-        yield ClientUpdate(
-            task.client,
-            task.index,
-            codec.read_tensors(payloads.path(task.offered.payload.sha256)),
-            metrics.num_examples,
-            math.nan if metrics.loss is None else metrics.loss,
-            metrics.facts,
-        )
+@dataclass(frozen=True, slots=True)
+class Updates(Iterable[ClientUpdate]):
+    """The updates of accepted tasks, to be walked as often as a method likes."""
+
+    tasks: Sequence[TaskState]
+    payloads: PayloadStore
+
+    def __iter__(self) -> Iterator[ClientUpdate]:
+        """Stream the updates; each one's tensors are read when asked for, none where it brought none."""
+        for task in self.tasks:
+            if task.offered is None:
+                continue
+            metrics, payload = task.offered.metrics, task.offered.payload
+            tensors: Tensors = {} if payload is None else codec.read_tensors(self.payloads.path(payload.sha256))
+            yield ClientUpdate(
+                task.client,
+                task.index,
+                tensors,
+                metrics.num_examples,
+                math.nan if metrics.loss is None else metrics.loss,
+                metrics.facts,
+            )
 
 
 def aggregate(method: Method, state: ServerState, tasks: Sequence[TaskState], *, payloads: PayloadStore) -> ServerState:
     """Let the method fold the round's updates, in ascending client index."""
-    in_order = sorted(tasks, key=lambda task: task.index)
-    return method.aggregate(state, updates(in_order, payloads))
+    return method.aggregate(state, Updates(sorted(tasks, key=lambda task: task.index), payloads))
+
+
+def first_version(versions: Versions, offered: Offered) -> tuple[Version, int]:
+    """Save the state that the first adapter gives; returns it and the exported adapter's number of parameters."""
+    store, payload = versions.payloads, offered.payload
+    adapter: Tensors = {} if payload is None else codec.read_tensors(store.path(payload.sha256))
+    version = versions.save(versions.method.start(adapter))
+    return version, Template.of(codec.read_tensors(store.path(version.adapter.sha256))).parameters
+
+
+def next_version(versions: Versions, state: ServerState, tasks: Sequence[TaskState]) -> tuple[Version, float]:
+    """Save the state that a round's updates give; returns it and the seconds that it took."""
+    began = time.monotonic()
+    folded = aggregate(versions.method, state, tasks, payloads=versions.payloads)
+    return versions.save(folded), time.monotonic() - began

@@ -7,12 +7,11 @@ an event. After a crash the same commands are given again from the state in the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 
-from lorabbit import codec
 from lorabbit import events as ev
 from lorabbit.broker.base import Delivery
 from lorabbit.errors import Refused
@@ -21,8 +20,8 @@ from lorabbit.jobspec import JobSpec
 from lorabbit.messages import CancelTask, Deny, Message, Offer, TaskFailed, Verdict
 from lorabbit.methods import build
 from lorabbit.state.base import JobEntry, JobRecord
-from lorabbit.types import INITIALISE, TRAIN, ClientId
-from lorabbit_server import admission, aggregator, steps
+from lorabbit.types import INITIALISE, ClientId
+from lorabbit_server import aggregator, steps
 from lorabbit_server.coordinator import decide, resume
 from lorabbit_server.downloads import Downloads
 from lorabbit_server.jobstate import JobState, Offered, TaskState, Version, load_state
@@ -52,7 +51,7 @@ class JobRun:
         self._method = build(spec)
         self._versions = Versions(self._method, tools.payloads, tools.settings.chunk_bytes)
         self._planner = Planner(self._method, self._versions, tools.registry, epoch=tools.epoch)
-        self._uploads = Uploads(tools, job, self._meter, self._checked)
+        self._uploads = Uploads(tools, job, self._meter, self._checked, may_start_empty=self._method.personal)
         self._downloads = Downloads(tools, self._needs)
         folder = tools.settings.folder / "runs" / job
         self._folder = RunFolder(folder, job, spec, tools.payloads, durable=tools.settings.durable)
@@ -83,10 +82,10 @@ class JobRun:
         logged = self._tools.store.events(self.job, progress=False)
         self._write(self._folder.recover(EVENTS.validate_json(each.event) for each in logged))
         self._downloads.inherit(self._folder.recent)
-        self._ledger.relay_all()
         for task in self.state.tasks.values():
             if task.status != "accepted":
                 self._downloads.publish(self._planner.message(self.state, task).payloads.values())
+        self._ledger.relay_all()
         for command in resume(self.state):
             self._perform(command)
 
@@ -108,6 +107,7 @@ class JobRun:
         if self.state.head is before.head and len(self.state.tasks) >= len(before.tasks):
             return  # the common case, once a message: nothing has become superfluous
         self._meter.keep(self.state.tasks.keys())
+        self._versions.keep(self.state.versions)
         gone = before.payloads - self.state.payloads
         if gone:
             self._ledger.afterwards(lambda: self._downloads.sweep(gone))
@@ -116,19 +116,24 @@ class JobRun:
         """Weigh an offer; the delivery is acknowledged once the answer is durable."""
         self._ledger.hold(delivery)
         task = self.state.tasks.get(message.task)
-        if task is not None and message.payload is not None and task.status != "accepted":
+        wants_tensors, limit = None, self._tools.settings.max_payload_bytes
+        if task is not None and task.status != "accepted":
             try:
-                limit = self._tools.settings.max_payload_bytes
-                admission.check_offer(message.payload, self._template(task), max_bytes=limit)
+                wants_tensors = self._planner.weigh(self.state, task, message.payload, max_bytes=limit)
             except Refused as why:
                 refused = steps.ResultRefused(task.id, why.reason, why.detail, before_upload=True, at_ms=self._now())
                 self.apply(refused)
                 return
-        counted = task is None and self._tools.store.effect(self.job, message.task) is not None
-        offered = Offered(message.metrics, message.payload, message.base_sha256, message.bytes_down)
-        traffic = self._meter.read(message.task)
         self.apply(
-            steps.ResultOffered(message.task, client, offered, counted=counted, traffic=traffic, at_ms=self._now())
+            steps.ResultOffered(
+                message.task,
+                client,
+                Offered.of(message),
+                counted=task is None and self._tools.store.effect(self.job, message.task) is not None,
+                wants_tensors=wants_tensors,
+                traffic=self._meter.read(message.task),
+                at_ms=self._now(),
+            )
         )
 
     def on_task_failed(self, message: TaskFailed, delivery: Delivery, client: ClientId) -> None:
@@ -185,8 +190,9 @@ class JobRun:
     def _send_task(self, task: TaskState) -> None:
         """Put a task into the outbox, and its payloads into streams."""
         message = self._planner.message(self.state, task)
+        refs = message.payloads.values()
+        self._ledger.before_sending(lambda: self._downloads.publish(refs))
         self._post(task.client, message, f"{task.id}.{message.attempt}.{self._tools.epoch}")
-        self._ledger.afterwards(lambda: self._downloads.publish(message.payloads.values()))
 
     def _post(self, client: ClientId, message: Message, message_id: str) -> None:
         """Put a message into the outbox; a client without an address gets its tasks when it says hello."""
@@ -199,11 +205,7 @@ class JobRun:
     def _expect(self, task: TaskState) -> None:
         current = self.state.tasks.get(task.id)
         if current is not None and current.status == "offered":
-            self._uploads.expect(current, self._template(current))
-
-    def _template(self, task: TaskState) -> admission.Template | None:
-        """What a task's result must look like; anything finite, for the first adapter."""
-        return self._planner.template(self.state) if task.phase == TRAIN else None
+            self._uploads.expect(current, self._planner.template(self.state, current))
 
     def _checked(self, task: TaskState, error: Exception | None) -> None:
         """Count a payload that passed admission, unless its offer is no longer the one that counts."""
@@ -229,13 +231,9 @@ class JobRun:
     # ---- heavy steps ----
     def _start_method(self, task: TaskState) -> None:
         """Make the first server state from the initial adapter."""
-        if task.phase != INITIALISE or task.offered is None or task.offered.payload is None:
+        offered = task.offered
+        if task.phase != INITIALISE or offered is None:
             return
-        offered, path = task.offered, self._tools.payloads.path(task.offered.payload.sha256)
-
-        def work() -> tuple[Version, int]:
-            state = self._method.start(codec.read_tensors(path))
-            return self._versions.save(state), admission.Template.of(self._method.adapter(state)).parameters
 
         def done(result: tuple[Version, int]) -> None:
             facts = dict(offered.metrics.facts)
@@ -244,6 +242,7 @@ class JobRun:
             self.apply(steps.MethodStarted(result[0], result[1], facts, self._now()))
             self._versions.unclaimed.clear()
 
+        work = partial(aggregator.first_version, self._versions, offered)
         self._tools.loop.work(work, done, lambda error: self._step_failed("starting the method", error))
 
     def _aggregate(self, command: steps.Aggregate) -> None:
@@ -252,15 +251,11 @@ class JobRun:
             return
         state = self._versions.load(self.state.head)
 
-        def work() -> tuple[Version, float]:
-            began = time.monotonic()
-            folded = aggregator.aggregate(self._method, state, command.tasks, payloads=self._tools.payloads)
-            return self._versions.save(folded), time.monotonic() - began
-
         def done(result: tuple[Version, float]) -> None:
             self.apply(steps.RoundAggregated(command.round, result[0], result[1], self._now()))
             self._versions.unclaimed.clear()
 
+        work = partial(aggregator.next_version, self._versions, state, command.tasks)
         self._tools.loop.work(work, done, lambda error: self._step_failed(f"aggregating round {command.round}", error))
 
     def _step_failed(self, what: str, error: Exception) -> None:

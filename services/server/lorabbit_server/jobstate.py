@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from pydantic import TypeAdapter
+from pydantic import JsonValue, TypeAdapter
 
 from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics, PayloadRef
+from lorabbit.messages import Metrics, Offer, PayloadRef
 from lorabbit.types import ClientId
 
 Stage = Literal["gathering", "initialising", "starting", "training", "aggregating", "scoring", "ended"]
@@ -29,6 +29,12 @@ class Offered:
     payload: PayloadRef | None = None
     base_sha256: str | None = None
     bytes_down: int = 0
+    bytes_by_role: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, offer: Offer) -> Offered:
+        """Take over what the engine needs of an offer."""
+        return cls(offer.metrics, offer.payload, offer.base_sha256, offer.bytes_down, offer.bytes_by_role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,23 @@ class Version:
     state: PayloadRef
     """Tensors and facts, as the method made them."""
     adapter: PayloadRef
-    """What clients score and what is exported."""
+    """What a user gets: the tensors of `Method.export`."""
+    shared: Mapping[str, PayloadRef] = field(default_factory=dict)
+    """The state's groups of tensors that seldom change, by role."""
+    base: PayloadRef | None = None
+    """The model that the exported adapter stands on, where the job made one."""
+    config: Mapping[str, JsonValue] = field(default_factory=dict)
+    """Keys of adapter_config.json that this version overrides."""
+    report: Mapping[str, JsonValue] = field(default_factory=dict)
+    """What the method tells of the round that made it."""
+    direct: bool = False
+    """The adapter holds the state's own tensors, and nothing else."""
+
+    @property
+    def hashes(self) -> frozenset[str]:
+        """The sha256 of every file of it."""
+        refs = (self.state, self.adapter, self.base, *self.shared.values())
+        return frozenset(ref.sha256 for ref in refs if ref is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +112,16 @@ class JobState:
     @property
     def payloads(self) -> frozenset[str]:
         """The sha256 of every file this state needs."""
-        refs = [ref for v in (self.head, *self.scored.values()) if v is not None for ref in (v.state, v.adapter)]
-        refs += [t.offered.payload for t in self.tasks.values() if t.offered is not None and t.offered.payload]
-        return frozenset(ref.sha256 for ref in refs)
+        offered = (t.offered.payload for t in self.tasks.values() if t.offered is not None)
+        return frozenset().union(
+            *(version.hashes for version in self.versions),
+            (payload.sha256 for payload in offered if payload is not None),
+        )
+
+    @property
+    def versions(self) -> tuple[Version, ...]:
+        """The versions in use: the head, and those under evaluation."""
+        return tuple(version for version in (self.head, *self.scored.values()) if version is not None)
 
 
 _STATE = TypeAdapter(JobState)

@@ -12,11 +12,14 @@ from lorabbit.errors import RunFailed
 from lorabbit.messages import PayloadRef, Task
 from lorabbit.methods import Method
 from lorabbit.seeds import derive_seed
-from lorabbit.types import ADAPTER, EVALUATE, TRAIN, ClientProfile, Facts
-from lorabbit_server.admission import Template
-from lorabbit_server.jobstate import JobState, TaskState
+from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientProfile, Facts, Tensors
+from lorabbit_server.admission import Template, check_offer
+from lorabbit_server.jobstate import JobState, TaskState, Version
 from lorabbit_server.registry import Registry
 from lorabbit_server.versions import Versions
+
+KEPT_TEMPLATES = 64
+"""Descriptions of uploads that are kept, for methods that want another one of every client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,8 @@ class Planner:
     def __init__(self, method: Method, versions: Versions, registry: Registry, *, epoch: int) -> None:
         """Plan with this method, in this epoch."""
         self._method, self._versions, self._registry, self._epoch = method, versions, registry, epoch
-        self._template: tuple[str, Template] | None = None
+        self._templates: dict[int, tuple[Tensors, Template]] = {}
+        self._described: Version | None = None
 
     def message(self, state: JobState, task: TaskState) -> Task:
         """Make the message for a task; writes payloads that are not files yet."""
@@ -55,19 +59,36 @@ class Planner:
             spec=state.spec,
         )
 
-    def template(self, state: JobState) -> Template | None:
-        """What every update of the round under way must look like; None before there is an adapter."""
-        if state.head is None:
+    def template(self, state: JobState, task: TaskState) -> Template | None:
+        """What a task's result must look like; None for the first adapter, which may be anything finite."""
+        if task.phase != TRAIN or state.head is None:
             return None
-        if self._template is None or self._template[0] != state.head.state.sha256:
-            tensors = self._method.uploads(self._versions.load(state.head))
-            self._template = (state.head.state.sha256, Template.of(tensors))
-        return self._template[1]
+        if self._described != state.head:
+            self._described = state.head
+            self._templates.clear()
+        tensors = self._method.uploads(self._versions.load(state.head), self._profile(task))
+        known = self._templates.get(id(tensors))
+        if known is None:
+            if len(self._templates) >= KEPT_TEMPLATES:
+                self._templates.clear()
+            known = self._templates[id(tensors)] = (tensors, Template.of(tensors))
+        return known[1]
+
+    def weigh(self, state: JobState, task: TaskState, payload: PayloadRef | None, *, max_bytes: int) -> bool | None:
+        """Tell whether a task's result must have tensors, None where it may; raises Refused for a size too large."""
+        template = self.template(state, task)
+        if payload is not None:
+            check_offer(payload, template, max_bytes=max_bytes)
+        if task.phase == INITIALISE and self._method.personal:
+            return None
+        return template is None or not template.is_empty
 
     def _asked(self, state: JobState, task: TaskState) -> Asked:
         if task.phase == EVALUATE:
-            scored = state.scored[task.round].adapter
-            return Asked(EVALUATE, {ADAPTER: scored}, {"on": state.spec.evaluation.on})
+            scored = self._versions.load(state.scored[task.round])
+            plan = self._method.scoring(scored, self._profile(task))
+            settings = {**plan.settings, "on": state.spec.evaluation.on}
+            return Asked(EVALUATE, self._versions.refs(plan.payloads), settings)
         if task.phase != TRAIN:
             return Asked(task.phase, {}, {})
         if state.head is None:

@@ -35,8 +35,9 @@ def offered(state: JobState, event: ResultOffered) -> Decision:
         return state, (_unwanted(event, task),)
     if task.status == "accepted":
         return state, (SendVerdict(task.id, task.client, accepted=True),)
-    if (event.offered.payload is None) != (task.phase == EVALUATE):
-        detail = f"a result of phase {task.phase} {'brings no' if task.phase == EVALUATE else 'needs a'} payload"
+    wanted = False if task.phase == EVALUATE else event.wants_tensors
+    if wanted is not None and wanted != (event.offered.payload is not None):
+        detail = f"a result of phase {task.phase} {'needs a' if wanted else 'brings no'} payload here"
         return refused(state, ResultRefused(task.id, "payload", detail, before_upload=True, at_ms=event.at_ms))
     if state.base_sha256 and event.offered.base_sha256 not in {None, state.base_sha256}:
         detail = "its base model is not the one that the first adapter was made on"

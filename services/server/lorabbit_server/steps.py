@@ -67,6 +67,8 @@ class ResultOffered:
     client: ClientId
     offered: Offered
     counted: bool = False
+    wants_tensors: bool | None = True
+    """Whether the method wants tensors with a result of this client; None: as the client likes."""
     traffic: Traffic = Traffic()
     at_ms: int = 0
 

@@ -43,8 +43,14 @@ class Upload:
 class Uploads:
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, tools: Tools, job: str, meter: Meter, on_checked: OnChecked) -> None:
-        """Report each task's payload, or why it is refused, to `on_checked`."""
+    def __init__(
+        self, tools: Tools, job: str, meter: Meter, on_checked: OnChecked, *, may_start_empty: bool = False
+    ) -> None:
+        """Report each task's payload, or why it is refused, to `on_checked`.
+
+        `may_start_empty`: the first adapter may hold no tensor.
+        """
+        self._may_start_empty = may_start_empty
         self._tools, self._job, self._meter, self._on_checked = tools, job, meter, on_checked
         self._open: dict[str, Upload] = {}
 
@@ -126,7 +132,8 @@ class Uploads:
         payloads, sha256 = self._tools.payloads, upload.ref.sha256
 
         def work() -> None:
-            admission.check_update(payloads.finish(upload.ref), template)
+            may_be_empty = template is None and self._may_start_empty
+            admission.check_update(payloads.finish(upload.ref), template, may_be_empty=may_be_empty)
 
         def done(error: Exception | None) -> None:
             if not upload.waiting:

@@ -1,13 +1,15 @@
 """Versions of the server state on disk, and the payloads that plans are made of.
 
-A `ServerState` is saved by the codec, so no method takes part in it. Tensors that a plan shares
-between clients are written once: files are named by their content, and a plan that hands out the
-state's own tensors costs no second file.
+A `ServerState` is saved by the codec, so no method takes part in it. Files are named by their
+content, and an object that came out of a version keeps its file: a group of tensors that a method
+hands on from round to round is written once, and a plan that hands out the state's own tensors
+costs no second file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lorabbit import codec
@@ -16,6 +18,25 @@ from lorabbit.methods import Method
 from lorabbit.payloads import PayloadStore
 from lorabbit.types import Facts, ServerState, Tensors
 from lorabbit_server.jobstate import Version
+
+REPORT = "report"
+"""The fact of a round that its version tells and its file does not."""
+KEPT_OBJECTS = 16
+"""Tensors of plans that are held in memory, to be known by identity when they come again."""
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """One version in use."""
+
+    version: Version
+    state: ServerState
+    own: dict[int, tuple[Tensors, PayloadRef]] = field(default_factory=dict)
+    """Objects of the state by identity, each with its file."""
+    made: OrderedDict[int, tuple[Tensors, PayloadRef]] = field(default_factory=OrderedDict)
+    """Objects that plans brought, the latest ones."""
+    hashes: set[str] = field(default_factory=set)
+    """Files that were written for plans."""
 
 
 @dataclass(slots=True)
@@ -27,42 +48,97 @@ class Versions:
     chunk_bytes: int
     unclaimed: set[str] = field(default_factory=set)
     """Files written for a server state that the job does not name yet."""
-    _loaded: tuple[Version, ServerState] | None = None
-    _refs: dict[int, tuple[Tensors, PayloadRef]] = field(default_factory=dict)
+    _loaded: list[_Loaded] = field(default_factory=list)
+    """Versions in use, the one asked for last at the end."""
 
     def save(self, state: ServerState) -> Version:
-        """Write a server state, and the adapter in it, durably; both are files when this returns."""
-        saved = self._write(state.tensors, state.facts)
-        tensors = self.method.adapter(state)
-        same = tensors is state.tensors and not state.facts
-        return Version(saved, saved if same else self._write(tensors, {}))
+        """Write a server state, and what a user gets of it, durably; all are files when this returns."""
+        written = {id(group): self._known(group) or self._write(group, {}) for group in state.shared.values()}
+        facts = {name: fact for name, fact in state.facts.items() if name != REPORT}
+        saved = self._write(state.tensors, facts)
+        if not facts:
+            written.setdefault(id(state.tensors), saved)
+        export = self.method.export(state)
+
+        def file_of(tensors: Tensors) -> PayloadRef:
+            return written.get(id(tensors)) or self._known(tensors) or self._write(tensors, {})
+
+        version = Version(
+            state=saved,
+            adapter=file_of(export.tensors),
+            shared={role: file_of(group) for role, group in state.shared.items()},
+            base=None if export.base is None else file_of(export.base),
+            config=dict(export.config),
+            report=state.report,
+            direct=export.tensors is state.tensors,
+        )
+        self.unclaimed |= version.hashes
+        return version
 
     def load(self, version: Version) -> ServerState:
-        """Return a server state whose tensors are read when asked for; the last one loaded is kept."""
-        if self._loaded is not None and self._loaded[0] == version:
-            return self._loaded[1]
-        path = self.payloads.path(version.state.sha256)
-        state = ServerState(codec.read_tensors(path), codec.read_facts(path))
-        self._refs.clear()
-        if not state.facts:
-            self._refs[id(state.tensors)] = (state.tensors, version.state)
-        self._loaded = (version, state)
-        return state
+        """Return a server state whose tensors are read when asked for; the same objects while it is in use."""
+        entry = next((each for each in self._loaded if each.version == version), None)
+        if entry is None:
+            entry = self._open(version)
+        else:
+            self._loaded.remove(entry)
+        self._loaded.append(entry)
+        return entry.state
+
+    def keep(self, versions: Iterable[Version]) -> None:
+        """Forget the versions that are no longer in use, and the files that were written for their plans."""
+        in_use = list(versions)
+        self._loaded = [entry for entry in self._loaded if entry.version in in_use]
 
     def refs(self, payloads: Mapping[str, Tensors]) -> dict[str, PayloadRef]:
-        """Write the tensors of a plan that are not files yet; the same object is written once."""
+        """Write what is no file yet of a plan on the state loaded last; the same object is written once."""
         return {role: self._ref(tensors) for role, tensors in payloads.items()}
 
     @property
     def current(self) -> frozenset[str]:
-        """The files that plans on the loaded server state refer to."""
-        return frozenset(ref.sha256 for _, ref in list(self._refs.values()))  # a copy: the worker asks too
+        """The files that plans on the versions in use refer to; for any thread."""
+        entries = list(self._loaded)
+        return frozenset().union(*(set(entry.hashes) | entry.version.hashes for entry in entries))
+
+    def _open(self, version: Version) -> _Loaded:
+        path = self.payloads.path(version.state.sha256)
+        facts = codec.read_facts(path)
+        shared = {role: self._group(ref) for role, ref in version.shared.items()}
+        told: Facts = {REPORT: dict(version.report)} if version.report else {}
+        state = ServerState(codec.read_tensors(path), {**facts, **told}, shared)
+        own = {id(group): (group, version.shared[role]) for role, group in shared.items()}
+        if not facts:
+            own[id(state.tensors)] = (state.tensors, version.state)
+        elif version.direct:
+            own[id(state.tensors)] = (state.tensors, version.adapter)
+        return _Loaded(version, state, own)
+
+    def _group(self, ref: PayloadRef) -> Tensors:
+        """The tensors of a file; the same object that another version in use has."""
+        for entry in self._loaded:
+            for tensors, known in entry.own.values():
+                if known.sha256 == ref.sha256:
+                    return tensors
+        return codec.read_tensors(self.payloads.path(ref.sha256))
+
+    def _known(self, tensors: Tensors) -> PayloadRef | None:
+        """The file of an object that belongs to a version in use; for any thread."""
+        for entry in reversed(list(self._loaded)):
+            found = entry.own.get(id(tensors)) or entry.made.get(id(tensors))
+            if found is not None:
+                return found[1]
+        return None
 
     def _ref(self, tensors: Tensors) -> PayloadRef:
-        known = self._refs.get(id(tensors))
-        if known is None:
-            known = self._refs[id(tensors)] = (tensors, self._write(tensors, {}))
-        return known[1]
+        entry = self._loaded[-1]
+        ref = self._known(tensors)
+        if ref is None:
+            ref = self._write(tensors, {})
+            entry.made[id(tensors)] = (tensors, ref)
+            if len(entry.made) > KEPT_OBJECTS:
+                entry.made.popitem(last=False)
+        entry.hashes.add(ref.sha256)
+        return ref
 
     def _write(self, tensors: Tensors, facts: Facts) -> PayloadRef:
         ref = self.payloads.add_tensors(tensors, facts, chunk_bytes=self.chunk_bytes)

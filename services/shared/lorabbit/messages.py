@@ -10,9 +10,9 @@ The life of a task: `Task` -> `TaskAccepted` -> `TaskProgress`* -> `Offer` -> `G
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from lorabbit.jobspec import JobSpec
 
@@ -136,6 +136,14 @@ class Offer(ForTask):
     """Hash of the frozen base model that the update belongs to."""
     bytes_down: int = Field(default=0, ge=0)
     """Payload bytes this client read for the task (nothing for what it already held)."""
+    bytes_by_role: dict[Identifier, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    """The same bytes by the role under which the task named them; they add up to `bytes_down`."""
+
+    @model_validator(mode="after")
+    def _roles_add_up(self) -> Self:
+        if sum(self.bytes_by_role.values()) != self.bytes_down:
+            raise ValueError(f"bytes_by_role adds up to {sum(self.bytes_by_role.values())}, not {self.bytes_down}")
+        return self
 
 
 class Commit(ForTask):
