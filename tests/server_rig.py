@@ -71,10 +71,10 @@ class Fuse:
 class Rig:
     """See the module's docstring."""
 
-    def __init__(self, folder: Path, clients: int = 2) -> None:
+    def __init__(self, folder: Path, clients: int = 2, *, broker: type[MemoryBroker] = MemoryBroker) -> None:
         self.now = 1_000.0
         self.folder = folder
-        self.broker = MemoryBroker(clock=lambda: self.now)
+        self.broker = broker(clock=lambda: self.now)
         self.store = RedisStore.embedded()
         self.events: list[AnyEvent] = []
         self.ended: list[str] = []

@@ -104,6 +104,41 @@ def test_a_withdrawn_adapter_leaves_no_stream(broker, server_store, client_store
     assert client_store.missing(ref)
 
 
+def test_a_reader_is_told_to_wait_until_the_first_chunk_is_in_the_stream(broker, server_store, ref):
+    publisher, told = AdapterPublisher(broker, server_store), []
+    publisher.publish(ref)
+
+    waits = publisher.when_readable(ref.sha256, lambda: told.append(len(told)))
+    assert (waits, told) == (True, [])
+    broker.run_until_idle()
+
+    assert told == [0]
+    assert not publisher.when_readable(ref.sha256, lambda: told.append(len(told)))
+
+
+def test_nobody_waits_for_a_payload_that_is_not_being_published(broker, server_store, ref):
+    publisher, told = AdapterPublisher(broker, server_store), []
+    assert not publisher.when_readable(ref.sha256, lambda: told.append("never published"))
+
+    publisher.publish(ref)
+    publisher.when_readable(ref.sha256, lambda: told.append("withdrawn"))
+    publisher.withdraw(ref.sha256)
+    broker.run_until_idle()
+
+    assert told == ["withdrawn"]
+
+
+def test_readers_of_a_payload_that_cannot_be_published_do_not_wait_for_ever(broker, server_store, ref):
+    publisher, told = AdapterPublisher(broker, server_store), []
+    server_store.delete(ref.sha256)
+    publisher.publish(ref)
+
+    publisher.when_readable(ref.sha256, lambda: told.append("failed"))
+    broker.run_until_idle()
+
+    assert told == ["failed"]
+
+
 def test_a_restarted_server_publishes_over_what_is_there(broker, server_store, client_store, ref):
     answers = []
     AdapterPublisher(broker, server_store).publish(ref)

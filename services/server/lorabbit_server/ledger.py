@@ -3,7 +3,7 @@
 Deliveries that arrive together are decided one after the other and committed together, so the
 store's fsync is paid once for all of them. Only after the commit are the deliveries that caused it
 acknowledged, its events told and its messages sent. Messages are part of the commit (an outbox):
-they are sent, confirmed by the broker and then forgotten with the next commit, so a server killed
+they are sent (see `relay`), confirmed by the broker and then forgotten with the next commit, so a server killed
 in between sends them again; clients know a message they have seen.
 """
 
@@ -13,24 +13,21 @@ import json
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
-
-import structlog
+from typing import TypeVar
 
 from lorabbit import codec
-from lorabbit.broker import topology
-from lorabbit.broker.base import Delivery, Outgoing
-from lorabbit.errors import BrokerBusy, LoRAbbitError
+from lorabbit.broker.base import Delivery
 from lorabbit.events import AnyEvent
-from lorabbit.messages import Message
+from lorabbit.messages import Message, Task
 from lorabbit.state.base import Change, JobRecord
 from lorabbit_server.jobstate import JobState, dump_header, dump_task
+from lorabbit_server.relay import Entry, Relay
 from lorabbit_server.tools import Tools
 
-RELAY_AGAIN_SECONDS = 1.0
 FORGET_SECONDS = 2.0
 """How long confirmed outbox entries may wait for a commit that takes them along."""
 
-log = structlog.get_logger()
+_Item = TypeVar("_Item")
 
 
 class Ledger:
@@ -46,11 +43,12 @@ class Ledger:
         self._header = record.header
         self._events: list[AnyEvent] = []
         self._effects: dict[str, str] = {}
-        self._outbox: list[dict[str, str]] = []
+        self._outbox: list[Entry] = []
         self._relayed: list[str] = []
         self._held: list[Delivery] = []
+        self._before_sending: list[Callable[[], None]] = []
         self._afterwards: list[Callable[[], None]] = []
-        self._unconfirmed: dict[str, int] = {}
+        self._relay = Relay(tools, self._confirmed)
         self._on_relayed: Callable[[], None] | None = None
         self._scheduled = False
         self._closed = False
@@ -70,6 +68,8 @@ class Ledger:
         """Put a message to a client into the outbox; returns the bytes of its body."""
         body = codec.encode(message).decode()
         entry = {"address": address, "type": message.type_name(), "body": body, "message_id": message_id}
+        if isinstance(message, Task):
+            entry["payloads"] = " ".join(ref.sha256 for ref in message.payloads.values())
         self._outbox.append(entry)
         self._schedule()
         return len(body)
@@ -77,6 +77,11 @@ class Ledger:
     def hold(self, delivery: Delivery) -> None:
         """Acknowledge this delivery once its effect is durable."""
         self._held.append(delivery)
+        self._schedule()
+
+    def before_sending(self, callback: Callable[[], None]) -> None:
+        """Do this once the step is durable, before its messages are sent."""
+        self._before_sending.append(callback)
         self._schedule()
 
     def afterwards(self, callback: Callable[[], None]) -> None:
@@ -100,23 +105,25 @@ class Ledger:
         events, outbox, relayed = self._events, self._outbox, self._relayed
         self._events, self._outbox, self._relayed = [], [], []
         change = self._change(events, outbox, relayed)
+        committed = None
         if change is not None:
             committed = self._store.commit(self.state.job, change)
             self._version, self._committed = committed.version, self.state
             self._header = change.header or self._header
             self._effects = {}
-            for entry in committed.outbox_ids:
-                self._relay(entry, outbox)
-        held, self._held = self._held, []
-        for delivery in held:
+        for callback in _taken(self._before_sending):
+            callback()
+        if committed is not None:
+            for step in committed.outbox_ids:
+                self._relay.take(step, outbox)
+        for delivery in _taken(self._held):
             self._broker.ack(delivery)
         if events:
             self.on_events(events)
-        afterwards, self._afterwards = self._afterwards, []
-        for callback in afterwards:
+        for callback in _taken(self._afterwards):
             callback()
 
-    def _change(self, events: list[AnyEvent], outbox: list[dict[str, str]], relayed: list[str]) -> Change | None:
+    def _change(self, events: list[AnyEvent], outbox: list[Entry], relayed: list[str]) -> Change | None:
         """Describe what differs from the last commit; None when nothing does."""
         before, now = self._committed.tasks, self.state.tasks
         changed = {id_: task for id_, task in now.items() if before.get(id_) is not task}
@@ -140,50 +147,15 @@ class Ledger:
     # ---- relay ----
     def relay_all(self) -> None:
         """Send what an earlier server left in the outbox."""
-        for entry, text in self._store.outbox(self.state.job):
-            self._relay(entry, json.loads(text))
+        for step, text in self._store.outbox(self.state.job):
+            self._relay.take(step, json.loads(text))
 
-    def _relay(self, entry: str, messages: list[dict[str, str]]) -> None:
-        """Send the messages of one step; they are forgotten together."""
-        self._unconfirmed[entry] = len(messages)
-        for message in messages:
-            self._send(entry, message)
-
-    def _send(self, entry: str, message: dict[str, str]) -> None:
-        """Send one message until the broker has it."""
-        if self._closed:
-            return
-
-        def done(error: LoRAbbitError | None) -> None:
-            if isinstance(error, BrokerBusy):
-                self._loop.after(RELAY_AGAIN_SECONDS, lambda: self._send(entry, message))
-                return
-            if error is not None:
-                log.warning("message-undeliverable", address=message["address"], type=message["type"], why=str(error))
-            self._confirmed(entry)
-
-        self._broker.send(
-            Outgoing(
-                topology.CONTROL,
-                topology.control_key(message["address"]),
-                message["type"],
-                message["body"].encode(),
-                {"epoch": self._epoch},
-                message["message_id"],
-            ),
-            done,
-        )
-
-    def _confirmed(self, entry: str) -> None:
-        """Forget a step's messages, soon, once the broker has the last of them."""
-        self._unconfirmed[entry] -= 1
-        if self._unconfirmed[entry]:
-            return
-        del self._unconfirmed[entry]
+    def _confirmed(self, step: str) -> None:
+        """Forget a step's messages, soon, because the broker has the last of them."""
         if not self._relayed:
             self._loop.after(FORGET_SECONDS, self._forget)
-        self._relayed.append(entry)
-        if not self._unconfirmed and self._on_relayed is not None:
+        self._relayed.append(step)
+        if self._relay.is_idle and self._on_relayed is not None:
             self._loop.post(self._finish)
 
     def _forget(self) -> None:
@@ -193,7 +165,7 @@ class Ledger:
     def when_relayed(self, callback: Callable[[], None]) -> None:
         """Call once the broker has every message, and none is left in the outbox."""
         self._on_relayed = callback
-        if not self._unconfirmed:
+        if self._relay.is_idle:
             self._loop.post(self._finish)
 
     def _finish(self) -> None:
@@ -205,3 +177,11 @@ class Ledger:
     def close(self) -> None:
         """Take no further step."""
         self._closed = True
+        self._relay.close()
+
+
+def _taken(gathered: list[_Item]) -> list[_Item]:
+    """Empty a list; returns what was in it."""
+    taken = gathered.copy()
+    gathered.clear()
+    return taken

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from lorabbit.backoff import Backoff
@@ -51,11 +51,20 @@ class Chunks:
 class Outbound(Cancellable):
     """Sends chunks with a window; a chunk that finds its queue full is sent again later."""
 
-    def __init__(self, broker: Broker, chunks: Chunks, indices: Iterable[int], on_done: OnDone) -> None:
-        """Start sending the chunks of these indices soon."""
+    def __init__(
+        self,
+        broker: Broker,
+        chunks: Chunks,
+        indices: Iterable[int],
+        on_done: OnDone,
+        *,
+        on_chunk: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start sending the chunks of these indices soon; `on_chunk` is called with each one that the broker has."""
         self._broker, self._chunks = broker, chunks
         self._todo = deque(indices)
         self._on_done: OnDone | None = on_done
+        self._on_chunk = on_chunk
         self._outstanding = 0
         self._pause: Cancellable | None = None
         self._backoff = Backoff(0.05, 5.0)
@@ -92,6 +101,7 @@ class Outbound(Cancellable):
             self._end(error)
             return
         self._backoff.reset()
+        self._on_chunk()
         self._advance()
 
     def _resume(self) -> None:

@@ -75,6 +75,14 @@ class AdapterPublisher:
         if on_done is not None:
             stream.when_done(on_done)
 
+    def when_readable(self, sha256: str, callback: Callable[[], None]) -> bool:
+        """Tell whether a reader would come too early; then `callback` is called once it would not.
+
+        It would while a stream is published here and the broker has confirmed none of its chunks.
+        """
+        stream = self._streams.get(sha256)
+        return stream is not None and stream.when_begun(callback)
+
     def withdraw(self, sha256: str) -> None:
         """Delete a payload's stream; one that is not there is fine."""
         stream = self._streams.pop(sha256, None)
@@ -178,6 +186,7 @@ class _Stream(Cancellable):
     def __init__(self, broker: Broker, chunks: Chunks, on_failed: Callable[[], None]) -> None:
         self._broker, self._chunks, self._on_failed = broker, chunks, on_failed
         self._waiting: list[OnDone] | None = []
+        self._readers: list[Callable[[], None]] | None = []
         self._outbound: Outbound | None = None
         self._opening = _until_available(broker, self._open)
 
@@ -188,23 +197,39 @@ class _Stream(Cancellable):
         else:
             self._waiting.append(on_done)
 
+    def when_begun(self, callback: Callable[[], None]) -> bool:
+        """Call back when there is something to read, or never will be; False when that is so already."""
+        if self._readers is None:
+            return False
+        self._readers.append(callback)
+        return True
+
     def cancel(self) -> None:
         """Publish no further chunk."""
         self._opening.cancel()
         if self._outbound is not None:
             self._outbound.cancel()
+        self._begun()
 
     def _open(self) -> None:
         """Begin an empty stream: what an earlier server left there may be only a part."""
         stream = topology.adapter_stream(self._chunks.ref.sha256)
         self._broker.delete_queue(stream.name)
         self._broker.declare_queue(stream)
-        self._outbound = Outbound(self._broker, self._chunks, range(self._chunks.ref.chunks), self._done)
+        indices = range(self._chunks.ref.chunks)
+        self._outbound = Outbound(self._broker, self._chunks, indices, self._done, on_chunk=self._begun)
+
+    def _begun(self) -> None:
+        """Let readers come."""
+        readers, self._readers = self._readers or [], None
+        for callback in readers:
+            callback()
 
     def _done(self, error: LoRAbbitError | None) -> None:
         waiting, self._waiting = self._waiting or [], None
         if error is not None:
             self._on_failed()
+        self._begun()
         for on_done in waiting:
             on_done(error)
 

@@ -23,6 +23,8 @@ from lorabbit.broker.rabbit_link import Link
 FIRST_RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 1.0
 NOT_FOUND = 404
+NO_REPLICA = "does not have a replica on the local node"
+"""How RabbitMQ answers who reads a stream that is just being made here (406); the next try finds it."""
 
 log = structlog.get_logger()
 
@@ -115,7 +117,9 @@ class Consumer(Cancellable):
         self._generation += 1
         self._channel = None
         if isinstance(reason, ChannelClosedByBroker) and reason.reply_code != NOT_FOUND:
-            log.warning("consumer-closed", queue=self._queue, code=reason.reply_code, why=reason.reply_text)
+            early = NO_REPLICA in reason.reply_text
+            note = log.debug if early else log.warning
+            note("consumer-closed", queue=self._queue, code=reason.reply_code, why=reason.reply_text)
         if self._wanted:
             self._link.call_later(self._retry_seconds, self._open)
             self._retry_seconds = min(LONGEST_RETRY_SECONDS, self._retry_seconds * 1.5)
