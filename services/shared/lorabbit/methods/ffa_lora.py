@@ -15,19 +15,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import ClassVar
 
+from lorabbit import aggregation
+from lorabbit.aggregation import FROZEN, RULES, Aggregation, is_a
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.base import Method, Session
-from lorabbit.tensors import subset, weighted_mean
-from lorabbit.types import ADAPTER, EVALUATE, ClientProfile, ClientUpdate, Plan, ServerState, Tensors
+from lorabbit.types import ClientProfile, ClientUpdate, Plan, ServerState, Tensors
 
-FROZEN = "frozen-a"
-"""Payload role of the shared A factors."""
-
-
-def is_a(name: str) -> bool:
-    """Tell whether a tensor is a LoRA A factor."""
-    return ".lora_A." in name or ".lora_embedding_A" in name
+__all__ = ["FROZEN", "FfaLora", "is_a"]
 
 
 class FfaLora(Method):
@@ -44,40 +39,45 @@ class FfaLora(Method):
                 f"method.name: ffa-lora freezes LoRA's A factors, but model.trainable is {job.model.trainable!r}; "
                 "set model.trainable to 'lora'"
             )
+        aggregation.refuse_choice(
+            job.model_copy(update={"aggregation": "factors"}) if job.aggregation == "freeze-a" else job,
+            "ffa-lora",
+            "averages B under one frozen A",
+        )
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """The job's numbers with the rule `freeze-a`."""
+        return replace(aggregation.of(self.job), rule=RULES["freeze-a"])
 
     # ---- server ----
     def start(self, adapter: Tensors) -> ServerState:
         """A stays as it was drawn, in a file of its own."""
-        frozen = {name: value for name, value in adapter.items() if is_a(name)}
-        moving = {name: value for name, value in adapter.items() if not is_a(name)}
-        return ServerState(moving, shared={FROZEN: frozen})
+        return self.aggregation.start(adapter)
 
-    def plan(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - one plan for all
+    def plan(self, state: ServerState, client: ClientProfile) -> Plan:
         """(1): A under its own role, everything else as the adapter."""
-        return Plan(payloads={**state.shared, ADAPTER: state.tensors})
+        return self.aggregation.plan(state, client)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """(2): average B and the head; the same A stays beside them."""
-        mean = weighted_mean((u.num_examples, u.tensors) for u in updates)
-        return ServerState(mean, state.facts, state.shared)
+        return self.aggregation.fold(state, updates)
 
-    def scoring(self, state: ServerState, client: ClientProfile) -> Plan:
+    def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - one plan for all
         """Score what is tuned: A is there already."""
-        return replace(self.plan(state, client), phase=EVALUATE)
+        return self.aggregation.scoring(state)
 
     def restore(self, plan: Plan, session: Session) -> None:
         """Load both."""
-        session.load({**plan.payloads[FROZEN], **plan.payloads[ADAPTER]})
+        aggregation.install(plan, session)
 
     def adapter(self, state: ServerState) -> Tensors:
         """A and B and the head, as PEFT wants them together."""
-        return {**state.shared[FROZEN], **state.tensors}
+        return self.aggregation.adapter(state)
 
     # ---- client ----
     def local_update(self, plan: Plan, session: Session) -> ClientUpdate:
         """(1): train B and the head under the shared A."""
-        session.load({**plan.payloads[FROZEN], **plan.payloads[ADAPTER]})
-        result = session.train(frozen=is_a)
-        me = session.client
-        tensors = subset(result.tensors, plan.payloads[ADAPTER])
-        return ClientUpdate(me.client, me.index, tensors, result.num_examples, result.loss)
+        aggregation.install(plan, session)
+        result = session.train(frozen=aggregation.frozen(plan))
+        return aggregation.answer(plan, session, result, scaling=self.aggregation.scaling)

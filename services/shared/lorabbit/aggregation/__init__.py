@@ -1,0 +1,28 @@
+"""How clients' LoRA updates become one: a registry of rules, apart from the methods that use them.
+
+Every module's update is s B A. FedAvg wants mean(s B A); the mean of the factors is something else, and
+every rule pays for the difference in its own coin: error, a frozen factor, an SVD, or a base that moves.
+`of(job)` gives a job's aggregation as one value with the server verbs of a method; `install` and
+`answer` are its client half. See docs/explanation/aggregation.md.
+"""
+
+from lorabbit.aggregation.exchange import FROZEN, answer, frozen, install, is_a, prefix, rank_of, scaling_of
+from lorabbit.aggregation.folding import Aggregation, check, of, refuse_choice
+from lorabbit.aggregation.rules import RULES, Rule
+
+__all__ = [
+    "FROZEN",
+    "RULES",
+    "Aggregation",
+    "Rule",
+    "answer",
+    "check",
+    "frozen",
+    "install",
+    "is_a",
+    "of",
+    "prefix",
+    "rank_of",
+    "refuse_choice",
+    "scaling_of",
+]

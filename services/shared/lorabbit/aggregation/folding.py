@@ -1,0 +1,220 @@
+"""A job's aggregation as one value: the server verbs of a method, for whatever rule the job names.
+
+Updates are read one module at a time: memory is one module of all clients. Tensors without factors
+(task heads, biases) get the plain mean weighted by examples under every rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from lorabbit import lora
+from lorabbit.aggregation import exchange, shift
+from lorabbit.aggregation.rules import RULES, Folded, Rule, Target, Weighted, normalised
+from lorabbit.errors import BadInput, Refused
+from lorabbit.jobspec import JobSpec
+from lorabbit.lora import Factors
+from lorabbit.seeds import derive_seed
+from lorabbit.tensors import weighted_mean
+from lorabbit.types import (
+    ADAPTER,
+    EVALUATE,
+    SHIFT,
+    Array,
+    ClientProfile,
+    ClientUpdate,
+    Facts,
+    Json,
+    Plan,
+    ServerState,
+    Tensors,
+)
+
+LEAST_NORM = 1e-30
+"""Squared; below it the mean update is taken for zero, and its aggregation error too."""
+
+
+def check(job: JobSpec) -> None:
+    """Raise BadInput where a job's aggregation does not fit what it trains, or the ranks of its clients."""
+    rule, lora_spec = RULES[job.aggregation], job.model.lora
+    if job.model.trainable != "lora":
+        if job.aggregation != "factors":
+            raise BadInput(
+                f"aggregation: {job.aggregation!r} combines LoRA factors, but model.trainable is "
+                f"{job.model.trainable!r}; leave aggregation out, or set model.trainable to 'lora'"
+            )
+        if lora_spec.client_ranks is not None:
+            raise BadInput("model.lora.client_ranks: model.trainable is not 'lora', so there is no rank; leave it out")
+        return
+    ranks = lora_spec.client_ranks or (lora_spec.rank,)
+    if max(ranks) > lora_spec.rank:
+        raise BadInput(
+            f"model.lora.client_ranks: {max(ranks)} is more than model.lora.rank ({lora_spec.rank}), the rank of the "
+            "server; raise model.lora.rank to the largest rank of a client"
+        )
+    if rule.unequal and min(ranks) != lora_spec.rank:
+        mixed = ", ".join(sorted(name for name, other in RULES.items() if not other.unequal))
+        raise BadInput(
+            f"model.lora.client_ranks: aggregation {rule.name!r} needs one rank, since {rule.unequal}; "
+            f"choose another aggregation ({mixed}), or give every client model.lora.rank"
+        )
+
+
+def refuse_choice(job: JobSpec, method: str, because: str) -> None:
+    """Raise BadInput where a job chooses an aggregation or ranks, for a method that has its own."""
+    if job.aggregation != "factors":
+        raise BadInput(f"aggregation: {method} {because}; leave aggregation out")
+    if job.model.lora.client_ranks is not None:
+        raise BadInput(f"model.lora.client_ranks: {method} {because}; leave client_ranks out")
+
+
+def of(job: JobSpec) -> Aggregation:
+    """The aggregation that a job names."""
+    spec = job.model.lora
+    return Aggregation(RULES[job.aggregation], spec.rank, spec.alpha / spec.rank, spec.client_ranks, job.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregation:
+    """One rule with the numbers of a job; tensors without LoRA factors are averaged whatever it says."""
+
+    rule: Rule
+    rank: int
+    """Of the server."""
+    scaling: float
+    """s in y = W x + s B A x, the same at every rank."""
+    client_ranks: Sequence[int] | None = None
+    seed: int = 0
+
+    # ---- what travels ----
+    def rank_for(self, client: ClientProfile) -> int | None:
+        """Rank that a client trains where the job says so, never more than the server's."""
+        if self.client_ranks is None:
+            return None
+        return min(self.client_ranks[client.index % len(self.client_ranks)], self.rank)
+
+    def start(self, adapter: Tensors) -> ServerState:
+        """The first server state; a frozen A is a group of its own."""
+        if not self.rule.freezes_a:
+            return ServerState(dict(adapter))
+        frozen = {name: adapter[name] for name in adapter if exchange.is_a(name)}
+        moving = {name: adapter[name] for name in adapter if name not in frozen}
+        return ServerState(moving, shared={exchange.FROZEN: frozen})
+
+    def plan(self, state: ServerState, client: ClientProfile) -> Plan:
+        """Tensors at the client's rank, and what they stand on."""
+        rank = self.rank_for(client)
+        if rank is None:
+            return Plan(payloads={**state.shared, ADAPTER: state.tensors})
+        return Plan(payloads={**state.shared, ADAPTER: exchange.prefix(state.tensors, rank)}, settings={"rank": rank})
+
+    def uploads(self, state: ServerState, client: ClientProfile) -> Tensors:
+        """What the update of a client must look like."""
+        rank = self.rank_for(client)
+        return state.tensors if rank is None else exchange.prefix(state.tensors, rank)
+
+    def scoring(self, state: ServerState) -> Plan:
+        """The server's whole adapter, whatever rank a client trains: what is scored is what is exported."""
+        return Plan(EVALUATE, {**state.shared, ADAPTER: state.tensors})
+
+    def adapter(self, state: ServerState) -> Tensors:
+        """Factors and heads together."""
+        frozen = state.shared.get(exchange.FROZEN)
+        return {**frozen, **state.tensors} if frozen else state.tensors
+
+    def export(self, state: ServerState) -> tuple[Tensors, Facts]:
+        """An adapter that PEFT loads on the unmodified base, and the keys of its config that differ."""
+        adapter = self.adapter(state)
+        moved = state.shared.get(SHIFT)
+        return shift.combined(adapter, moved, self.scaling) if moved else (adapter, {})
+
+    # ---- folding ----
+    def fold(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
+        """Fold a round's updates into the next state, and tell the round's aggregation error."""
+        modules = lora.modules([*state.shared.get(exchange.FROZEN, {}), *state.tensors])
+        if not modules:
+            return ServerState(weighted_mean((u.num_examples, u.tensors) for u in updates), state.facts, state.shared)
+        received = list(updates)
+        _check_names(received)
+        folded = _Round(self, state, received)
+        tensors: dict[str, Array] = {}
+        moved: dict[str, Array] = {}
+        for module in modules:
+            part = folded.module(module)
+            tensors |= {n: v for n, v in lora.write(module, part.factors).items() if n in received[0].tensors}
+            if part.shift is not None:
+                moved |= shift.add(state.shared.get(SHIFT, {}), module, part.shift)
+        for name in received[0].tensors:
+            if name not in tensors:
+                tensors[name] = weighted_mean((u.num_examples, {name: u.tensors[name]}) for u in received)[name]
+        facts: dict[str, Json] = {**state.facts, "report": {"aggregation_error": folded.error()}}
+        if self.rule.shifts_base:
+            facts["folds"] = _folds(state) + 1
+        shared = {**state.shared, SHIFT: moved} if moved else state.shared
+        return ServerState({name: tensors[name] for name in received[0].tensors}, facts, shared)
+
+    def at_rank(self, rank: int) -> Aggregation:
+        """The same for another rank of the server."""
+        return replace(self, rank=rank)
+
+
+class _Round:
+    """The updates of one round, module by module, and the error so far."""
+
+    def __init__(self, setting: Aggregation, state: ServerState, received: Sequence[ClientUpdate]) -> None:
+        self._setting, self._received = setting, received
+        self._frozen = state.shared.get(exchange.FROZEN, {})
+        self._folds = _folds(state)
+        self._examples = [float(update.num_examples) for update in received]
+        self._weights = self._norms() if setting.rule.by_norm else self._examples
+        self._missed = self._size = 0.0
+
+    def module(self, module: str) -> Folded:
+        """Fold one module."""
+        setting = self._setting
+        seed = derive_seed(setting.seed, "factors", self._folds, module)
+        factors = list(self._factors(module))
+        folded = setting.rule.fold(
+            list(zip(self._weights, factors, strict=True)), Target(setting.rank, setting.scaling, seed)
+        )
+        self._measure(list(zip(self._examples, factors, strict=True)), folded.product())
+        return folded
+
+    def error(self) -> float:
+        """||mean(s B A) - what was aggregated|| / ||mean(s B A)|| over all modules, weights by examples; 6 digits."""
+        error = math.sqrt(self._missed / self._size) if self._size > LEAST_NORM else 0.0
+        return float(f"{error:.6g}")
+
+    def _measure(self, weighted: Weighted, aggregate: Factors) -> None:
+        missed, size = lora.aggregation_error(normalised(weighted), aggregate)
+        self._missed += missed**2
+        self._size += size**2
+
+    def _factors(self, module: str) -> Iterator[Factors]:
+        for update in self._received:
+            a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+            scaling = exchange.scaling_of(update, self._setting.scaling)
+            yield Factors(self._frozen[a] if a in self._frozen else update.tensors[a], update.tensors[b], scaling)
+
+    def _norms(self) -> list[float]:
+        """Norm of each client's whole update; examples where every update is zero."""
+        squares = [0.0] * len(self._received)
+        for module in lora.modules(self._received[0].tensors):
+            for place, factors in enumerate(self._factors(module)):
+                squares[place] += lora.norm(factors) ** 2
+        return [math.sqrt(square) for square in squares] if any(squares) else self._examples
+
+
+def _folds(state: ServerState) -> int:
+    folds = state.facts.get("folds", 0)
+    return folds if isinstance(folds, int) else 0
+
+
+def _check_names(received: Sequence[ClientUpdate]) -> None:
+    if not received:
+        raise ValueError("a round needs at least one update")
+    for update in received:
+        if update.tensors.keys() != received[0].tensors.keys():
+            raise Refused("names", "updates of one round hold different tensors")

@@ -1,0 +1,69 @@
+"""Shifts of the base: what accumulates beside the adapter, and how a plain adapter carries it.
+
+A shift is kept as factors named as PEFT names them, in float32, with the scaling of the job. Its rank
+grows with every round until min(d_out, d_in), where a QR of one factor holds the same product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lorabbit import lora
+from lorabbit.aggregation.rules import padded
+from lorabbit.lora import Factors
+from lorabbit.types import Array, Facts, Json, Tensors
+
+
+def add(old: Tensors, module: str, more: Factors) -> dict[str, Array]:
+    """One module's shift after a round: the earlier one and `more`, as named factors."""
+    parts = [(1.0, more)]
+    if f"{module}.lora_A.weight" in old:
+        parts.insert(0, (1.0, lora.read(old, module, more.scaling)))
+    whole = compressed(lora.stack(parts, more.scaling))
+    return lora.write(module, Factors(whole.a.astype(np.float32), whole.b.astype(np.float32), whole.scaling))
+
+
+def compressed(factors: Factors) -> Factors:
+    """The same product with the least rank that holds any product of its shape, if it has more now."""
+    d_out, d_in = factors.b.shape[0], factors.a.shape[1]
+    if factors.rank <= min(d_out, d_in):
+        return factors
+    a, b = np.asarray(factors.a, np.float64), np.asarray(factors.b, np.float64)
+    if d_out <= d_in:
+        q, r = np.linalg.qr(b)
+        return Factors(r @ a, q, factors.scaling)
+    q, r = np.linalg.qr(a.T)
+    return Factors(q.T, b @ r.T, factors.scaling)
+
+
+def combined(adapter: Tensors, shift: Tensors, scaling: float) -> tuple[Tensors, Facts]:
+    """Adapter and shift as one adapter of summed rank on the unmodified base, and its `r` and `lora_alpha`.
+
+    B = [B | B_shift], A = [A; A_shift]. Modules are filled with zeros to one rank, since PEFT reads one `r`.
+    """
+    modules = lora.modules(adapter)
+    pairs: Mapping[str, Factors] = {
+        module: _joined(lora.read(adapter, module, scaling), lora.read(shift, module, scaling))
+        if f"{module}.lora_A.weight" in shift
+        else lora.read(adapter, module, scaling)
+        for module in modules
+    }
+    rank = max((pair.rank for pair in pairs.values()), default=0)
+    tensors = {name: adapter[name] for name in adapter if not lora.is_factor(name)}
+    for module, pair in pairs.items():
+        tensors |= lora.write(module, padded(pair, rank))
+    config: dict[str, Json] = {"r": rank, "lora_alpha": _number(scaling * rank)} if rank else {}
+    return {name: tensors[name] for name in sorted(tensors)}, config
+
+
+def _joined(factors: Factors, shift: Factors) -> Factors:
+    a = np.concatenate([factors.a, shift.a.astype(factors.a.dtype)])
+    b = np.concatenate([factors.b, shift.b.astype(factors.b.dtype)], axis=1)
+    return Factors(a, b, factors.scaling)
+
+
+def _number(value: float) -> Json:
+    """An integer where it is one, as PEFT's own files have it."""
+    return int(value) if float(value).is_integer() else value
