@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from lorabbit.messages import PayloadRef
 from lorabbit_server.tools import Tools
@@ -14,6 +14,7 @@ class Downloads:
     def __init__(self, tools: Tools, needs: Callable[[str], bool]) -> None:
         """Ask `needs`, from any thread, whether the job as it stands may still read a payload."""
         self._tools, self._needs = tools, needs
+        self._announced: set[str] = set()
         self._published: set[str] = set()
         self._left: set[str] = set()
         """Streams that an earlier server may have made."""
@@ -21,7 +22,14 @@ class Downloads:
     def inherit(self, hashes: Iterable[str]) -> None:
         """Take over what a stopped server may have published and not withdrawn, needed or not."""
         self._left |= set(hashes)
+        self._announced |= self._left
         self.sweep(frozenset())
+
+    def announce(self, refs: Mapping[str, PayloadRef]) -> dict[str, PayloadRef]:
+        """Return the payloads that were not announced before: what gets a stream is in the log first."""
+        new = {role: ref for role, ref in refs.items() if ref.sha256 not in self._announced}
+        self._announced |= {ref.sha256 for ref in new.values()}
+        return new
 
     def publish(self, refs: Iterable[PayloadRef]) -> None:
         """Publish payloads that are not in a stream yet."""
@@ -34,6 +42,7 @@ class Downloads:
         """Withdraw and delete payloads that nothing needs any more, behind the work that may still read them."""
         stale = frozenset(sha256 for sha256 in self._published | self._left if not self._needs(sha256))
         self._published -= stale
+        self._announced -= stale
         self._left -= stale
         for sha256 in stale:
             self._tools.publisher.withdraw(sha256)

@@ -191,6 +191,9 @@ class JobRun:
         """Put a task into the outbox, and its payloads into streams."""
         message = self._planner.message(self.state, task)
         refs = message.payloads.values()
+        for role, ref in self._downloads.announce(message.payloads).items():
+            told = ev.PayloadPublished(at_ms=self._now(), round=self.state.round, role=role, **ref.model_dump())
+            self._ledger.record(told)
         self._ledger.before_sending(lambda: self._downloads.publish(refs))
         self._post(task.client, message, f"{task.id}.{message.attempt}.{self._tools.epoch}")
 

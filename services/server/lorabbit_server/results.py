@@ -8,7 +8,7 @@ from lorabbit import events as ev
 from lorabbit.types import EVALUATE, INITIALISE
 from lorabbit_server.asking import name_of, new_task, send
 from lorabbit_server.jobstate import JobState, Offered, TaskState
-from lorabbit_server.rounds import aggregation, end, round_is_complete, scored
+from lorabbit_server.rounds import close, end, round_is_complete, scored
 from lorabbit_server.steps import (
     Command,
     CountResult,
@@ -72,8 +72,7 @@ def arrived(state: JobState, event: ResultArrived) -> Decision:
     if task.phase == EVALUATE:
         state, more = scored(state, task.round, event.at_ms)
     elif round_is_complete(state):
-        state = replace(state, stage="aggregating", since_ms=event.at_ms)
-        more = (aggregation(state),)
+        state, more = close(state, event.at_ms)
     else:
         more = ()
     return state, (*done, *more)
@@ -93,6 +92,7 @@ def _accepted(task: TaskState, offered: Offered, event: ResultArrived) -> tuple[
         bytes_down=offered.bytes_down,
         overhead_up=event.traffic.overhead_up,
         overhead_down=event.traffic.overhead_down,
+        bytes_by_role=dict(offered.bytes_by_role),
     )
     verdict = SendVerdict(task.id, task.client, accepted=True)
     return CountResult(task.id, sha256 or "-"), Record(told), verdict

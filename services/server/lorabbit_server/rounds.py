@@ -7,10 +7,11 @@ The evaluation of a version overlaps the next round's training. What a schedule 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from lorabbit import events as ev
+from lorabbit.methods import build
 from lorabbit.types import EVALUATE, TRAIN
 from lorabbit_server import cohort
 from lorabbit_server.asking import ask, in_order
@@ -26,9 +27,15 @@ from lorabbit_server.steps import (
     RoundAggregated,
 )
 
+PREPARATION = 0
+"""Number of the round before the first, in which methods that ask for it hear every client."""
+
+ROUNDING = 1e-9
+"""A share times a number of clients may lie this much above a whole number."""
+
 
 def method_started(state: JobState, event: MethodStarted) -> Decision:
-    """Take the first server state and begin round 1."""
+    """Take the first server state and begin round 1, or the preparation before it."""
     if state.stage != "starting":
         return state, ()
     task = next(iter(state.tasks.values()))
@@ -45,14 +52,16 @@ def method_started(state: JobState, event: MethodStarted) -> Decision:
         )
     )
     state = replace(state, head=event.version, base_sha256=base, tasks={})
-    state, commands = _begin_round(state, 1, event.at_ms)
+    state, commands = _begin_round(state, PREPARATION if build(state.spec).prepares else 1, event.at_ms)
     return state, (told, *commands)
 
 
 def _begin_round(state: JobState, number: int, at_ms: int) -> Decision:
-    """Ask the round's cohort."""
+    """Ask the round's cohort; in the preparation, everybody."""
     spec = state.spec
-    asked = cohort.sample(spec.seed, number, population_size=len(state.clients), size=spec.cohort_size)
+    asked: Sequence[int] = range(len(state.clients))
+    if number != PREPARATION:
+        asked = cohort.sample(spec.seed, number, population_size=len(state.clients), size=spec.cohort_size)
     names = tuple(state.clients[index] for index in asked)
     state = replace(state, stage="training", round=number, round_started_ms=at_ms, since_ms=at_ms)
     state, commands = ask(state, TRAIN, asked, round_number=number, at_ms=at_ms)
@@ -60,8 +69,24 @@ def _begin_round(state: JobState, number: int, at_ms: int) -> Decision:
 
 
 def round_is_complete(state: JobState) -> bool:
-    """Tell whether the round may close: under `sync`, once everybody asked has answered."""
-    return all(t.status == "accepted" for t in state.tasks.values() if t.phase == TRAIN)
+    """Tell whether the round may close: under `sync`, once everybody asked has answered.
+
+    The preparation may close earlier, once the method's `quorum` of the population has.
+    """
+    trained = [t for t in state.tasks.values() if t.phase == TRAIN]
+    needed = len(trained)
+    if state.round == PREPARATION:
+        needed = math.ceil(getattr(build(state.spec), "quorum", 1.0) * needed - ROUNDING)
+    return sum(t.status == "accepted" for t in trained) >= needed
+
+
+def close(state: JobState, at_ms: int) -> Decision:
+    """Fold what has arrived, and call off what has not."""
+    late = [t for t in in_order(state.tasks) if t.phase == TRAIN and t.status != "accepted"]
+    off = {task.id for task in late}
+    tasks = {id_: task for id_, task in state.tasks.items() if id_ not in off}
+    state = replace(state, stage="aggregating", since_ms=at_ms, tasks=tasks)
+    return state, (*(CancelTask(task.id, task.client) for task in late), aggregation(state))
 
 
 def aggregation(state: JobState) -> Aggregate:
@@ -82,20 +107,39 @@ def round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
             sha256=event.version.adapter.sha256,
             seconds=max(0, event.at_ms - state.round_started_ms) / 1000,
             aggregate_seconds=event.aggregate_seconds,
+            config=dict(event.version.config),
+            base_payload=event.version.base.sha256 if event.version.base else None,
+            facts=dict(event.version.report),
         )
     )
     scoring = {id_: task for id_, task in state.tasks.items() if task.phase != TRAIN}
     state = replace(state, stage="scoring", since_ms=event.at_ms, head=event.version, tasks=scoring)
-    training: tuple[Command, ...] = ()
-    if event.round < state.spec.rounds:
-        state, training = _begin_round(state, event.round + 1, event.at_ms)
-    state, evaluating = _begin_scoring(state, event.round, event.version, at_ms=event.at_ms)
-    return state, (closed, *training, *evaluating)
+    state, commands = _go_on(state, event)
+    return state, (closed, *commands)
+
+
+def _go_on(state: JobState, event: RoundAggregated) -> Decision:
+    """Train on the new version and score it, in the order in which clients are to do it."""
+    method = build(state.spec)
+
+    def train(state: JobState) -> Decision:
+        if event.round >= state.spec.rounds:
+            return state, ()
+        return _begin_round(state, event.round + 1, event.at_ms)
+
+    def score(state: JobState) -> Decision:
+        return _begin_scoring(state, event.round, event.version, at_ms=event.at_ms)
+
+    commands: list[Command] = []
+    for step in (score, train) if method.personal or method.scores_first else (train, score):
+        state, more = step(state)
+        commands += more
+    return state, tuple(commands)
 
 
 def _begin_scoring(state: JobState, number: int, version: Version, *, at_ms: int) -> Decision:
     """Ask clients to score the version of a round that the job wants scored."""
-    if not state.spec.evaluates(number):
+    if number == PREPARATION or not state.spec.evaluates(number):
         return state, ()
     state = replace(state, scored={**state.scored, number: version})
     asked = range(len(state.clients)) if state.spec.evaluation.on == "clients" else [0]

@@ -8,23 +8,20 @@ renamed. `told` belongs to the loop; the work it returns may run on any one thre
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
-
-from pydantic import JsonValue
 
 from lorabbit import events as ev
 from lorabbit import jobfile
 from lorabbit.jobspec import JobSpec
 from lorabbit.payloads import PayloadStore
 from lorabbit.report import Report, begin, fold
+from lorabbit_server.exports import Exports, WholeFiles
 
-WEIGHTS = {"transformers": "model.safetensors"}
-"""Name of the tensors' file by format; PEFT's for every other."""
-EXPORT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.json")
+PAYLOADS_REMEMBERED = 1000
+"""So many payloads, the latest ones, may a stopped server have left in streams."""
 _Work = Callable[[], None]
 
 
@@ -35,8 +32,9 @@ class RunFolder:
         """Keep the run of a job in this folder."""
         self.folder = folder
         self.report: Report = begin(job, spec)
-        self._spec, self._payloads, self._durable = spec, payloads, durable
-        self._export: Mapping[str, JsonValue] = {}
+        self._spec, self._files = spec, WholeFiles(durable)
+        self._exports = Exports(payloads, self._files)
+        self._published: deque[str] = deque(maxlen=PAYLOADS_REMEMBERED)
         self._lines = 0
 
     def recover(self, events: Iterable[ev.AnyEvent]) -> _Work:
@@ -51,9 +49,8 @@ class RunFolder:
 
     @property
     def recent(self) -> frozenset[str]:
-        """Hashes of the adapters that a server may have published lately."""
-        hashes = [self.report.first_sha256, *(r.sha256 for r in self.report.rounds[-3:])]
-        return frozenset(sha256 for sha256 in hashes if sha256)
+        """Hashes of the payloads that a server may have published and not withdrawn."""
+        return frozenset(self._published)
 
     def told(self, events: Iterable[ev.AnyEvent]) -> _Work | None:
         """Fold committed events; returns the work that they cause, None when there is none."""
@@ -73,57 +70,28 @@ class RunFolder:
 
     def _fold(self, event: ev.AnyEvent) -> None:
         fold(self.report, [event])
-        if isinstance(event, ev.AdapterInitialised):
-            export = event.facts.get("export")
-            self._export = export if isinstance(export, dict) else {}
+        self._exports.told(event)
+        if isinstance(event, ev.PayloadPublished):
+            self._published.append(event.sha256)
 
     # ---- adapters ----
     def _version(self, number: int) -> _Work:
         """Export the adapter of a round as the newest, and as a checkpoint where one is due."""
-        round_ = self.report.round_of(number)
-        if round_ is None or round_.sha256 is None:
+        if number == 0:
             return _nothing
-        source = self._payloads.path(round_.sha256)
         output = self._spec.output
         due = output.keep_checkpoints > 0 and (number % output.checkpoint_every == 0 or number == self._spec.rounds)
-
-        def work() -> None:
-            if not source.exists():
-                return
-            self._export_to(self.folder / "adapter", source)
-            if due:
-                self._export_to(self.folder / f"checkpoint-{number}", source)
-                self._prune()
-
-        return work
+        works = [self._exports.folder(number, self.folder / "adapter")]
+        if due:
+            works.append(self._exports.folder(number, self.folder / f"checkpoint-{number}", self._prune))
+        return _in_order(works)
 
     def _best(self) -> _Work:
         """Export the adapter of the best round."""
         best = self.report.best.model_copy()
-        round_ = self.report.round_of(best.round)
-        if round_ is None or round_.sha256 is None:
-            return _nothing
-        source = self._payloads.path(round_.sha256)
-
-        def work() -> None:
-            if source.exists():
-                self._export_to(self.folder / "best", source)
-                facts = {"round": best.round, "metrics": best.metrics}
-                self._write(self.folder / "best" / "round.json", json.dumps(facts, indent=2) + "\n")
-
-        return work
-
-    def _export_to(self, folder: Path, source: Path) -> None:
-        """Write an adapter folder that PEFT or transformers loads as it is."""
-        folder.mkdir(parents=True, exist_ok=True)
-        files = self._export.get("files")
-        for name, content in (files if isinstance(files, dict) else {}).items():
-            if EXPORT_NAME.fullmatch(name):  # named by a client
-                self._write(folder / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
-        weights = folder / WEIGHTS.get(str(self._export.get("format")), "adapter_model.safetensors")
-        beside = weights.with_name(weights.name + ".part")
-        shutil.copyfile(source, beside)
-        self._settle(beside, weights)
+        facts = json.dumps({"round": best.round, "metrics": best.metrics}, indent=2) + "\n"
+        folder = self.folder / "best"
+        return self._exports.folder(best.round, folder, lambda: self._files.write(folder / "round.json", facts))
 
     def _prune(self) -> None:
         """Delete the oldest checkpoints beyond the number that is kept."""
@@ -141,10 +109,10 @@ class RunFolder:
 
         def work() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(self.folder / "report.json", text)
+            self._files.write(self.folder / "report.json", text)
             path = self.folder / "rounds.jsonl"
             if whole:
-                self._write(path, "".join(lines))
+                self._files.write(path, "".join(lines))
             elif lines:
                 with path.open("a", encoding="utf-8") as file:
                     file.writelines(lines)
@@ -171,21 +139,9 @@ class RunFolder:
 
         def work() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(self.folder / "job.yaml", text)
+            self._files.write(self.folder / "job.yaml", text)
 
         return work
-
-    def _write(self, path: Path, text: str) -> None:
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(text, encoding="utf-8")
-        self._settle(beside, path)
-
-    def _settle(self, beside: Path, path: Path) -> None:
-        """Put a file in its place, after its bytes."""
-        if self._durable:
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-        beside.replace(path)
 
 
 def _nothing() -> None:

@@ -90,7 +90,7 @@ def waits_of(state: JobState) -> tuple[Wait, ...]:
 def _why(task: TaskState, *, lost: bool) -> str:
     """Say what a client is expected to do."""
     what = {INITIALISE: "builds the model", EVALUATE: f"scores the adapter of round {task.round}"}
-    doing = what.get(task.phase, f"trains in round {task.round}")
+    doing = what.get(task.phase, f"trains in round {task.round}" if task.round else "prepares the job")
     if task.status == "offered":
         doing = f"uploads its result of round {task.round}"
     tries = f" (try {task.tries})" if task.tries > 1 else ""

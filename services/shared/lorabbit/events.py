@@ -46,7 +46,7 @@ class AdapterInitialised(Event):
 
 
 class RoundStarted(Event):
-    """A cohort was asked."""
+    """A cohort was asked; in round 0, which prepares the job, every client of the population."""
 
     kind: Literal["round-started"] = "round-started"
     round: int
@@ -61,6 +61,17 @@ class TaskSent(Event):
     client: str
     phase: str
     attempt: int
+
+
+class PayloadPublished(Event):
+    """A payload goes into a stream, for whoever was asked to read it."""
+
+    kind: Literal["payload-published"] = "payload-published"
+    round: int
+    role: str
+    sha256: str
+    size_bytes: int
+    chunk_bytes: int
 
 
 class TaskProgressed(Event):
@@ -87,6 +98,8 @@ class UpdateAccepted(Event):
     bytes_down: int
     overhead_up: int
     overhead_down: int
+    bytes_by_role: dict[str, int] = Field(default_factory=dict)
+    """`bytes_down` by the role under which the task named a payload."""
 
 
 class UpdateRejected(Event):
@@ -110,6 +123,12 @@ class RoundClosed(Event):
     seconds: float
     """From RoundStarted to here."""
     aggregate_seconds: float
+    config: dict[str, JsonValue] = Field(default_factory=dict)
+    """Keys of adapter_config.json that this version overrides."""
+    base_payload: str | None = None
+    """sha256 of the model that the adapter stands on, where the job made one."""
+    facts: dict[str, JsonValue] = Field(default_factory=dict)
+    """What the method tells of this round."""
 
 
 class RoundEvaluated(Event):
@@ -150,6 +169,7 @@ AnyEvent = Annotated[
     | AdapterInitialised
     | RoundStarted
     | TaskSent
+    | PayloadPublished
     | TaskProgressed
     | UpdateAccepted
     | UpdateRejected

@@ -52,6 +52,10 @@ class Round(Part):
     aggregate_seconds: float = 0.0
     train_loss: float | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
+    facts: dict[str, JsonValue] = Field(default_factory=dict)
+    """What the method tells of the round, such as aggregation_error and rank."""
+    bytes_by_role: dict[str, int] = Field(default_factory=dict)
+    """`bytes_down` by the role of the payload."""
     per_client: list[ClientRound] = Field(default_factory=list)
     sha256: str | None = None
 
@@ -99,21 +103,21 @@ class Report(Part):
     label_counts: dict[str, dict[str, int]] = Field(default_factory=dict)
     """client -> label -> training examples, where the task has labels."""
     seconds: float = 0.0
+    preparation: Round | None = None
+    """Round 0, where the method has one; `rounds` are without it."""
     rounds: list[Round] = Field(default_factory=list)
+    bytes_by_role: dict[str, int] = Field(default_factory=dict)
+    """Payload bytes that clients read, by role, preparation included."""
     final: Final = Field(default_factory=Final)
     best: Best = Field(default_factory=Best)
     adapter: AdapterFacts = Field(default_factory=AdapterFacts)
     base: BaseFacts = Field(default_factory=BaseFacts)
     _started_ms: int = PrivateAttr(default=0)
-    _first_sha256: str | None = PrivateAttr(default=None)
-
-    @property
-    def first_sha256(self) -> str | None:
-        """Hash of the adapter that round 1 started from, while folding."""
-        return self._first_sha256
 
     def round_of(self, number: int) -> Round | None:
-        """The round of a number; None before it began."""
+        """The round of a number, 0 for the preparation; None before it began."""
+        if number == 0:
+            return self.preparation
         return self.rounds[number - 1] if 0 < number <= len(self.rounds) else None
 
 
@@ -155,7 +159,6 @@ def _job_started(report: Report, event: ev.JobStarted) -> None:
 def _adapter_initialised(report: Report, event: ev.AdapterInitialised) -> None:
     """Take over what the first client found out about model and adapter."""
     facts = event.facts
-    report._first_sha256 = event.sha256  # noqa: SLF001 - its own fold
     parameters, rank = facts.get("adapter_parameters", event.parameters), facts.get("rank")
     report.adapter = AdapterFacts(
         sha256=event.sha256,
@@ -181,7 +184,11 @@ def _label_counts(report: Report, client: str, facts: Mapping[str, JsonValue]) -
 
 
 def _round_started(report: Report, event: ev.RoundStarted) -> None:
-    report.rounds.append(Round(round=event.round, cohort=list(event.cohort)))
+    begun = Round(round=event.round, cohort=list(event.cohort))
+    if event.round == 0:
+        report.preparation = begun
+    else:
+        report.rounds.append(begun)
 
 
 def _update_accepted(report: Report, event: ev.UpdateAccepted) -> None:
@@ -199,6 +206,9 @@ def _update_accepted(report: Report, event: ev.UpdateAccepted) -> None:
         part.bytes_down += event.bytes_down
         part.overhead_up += event.overhead_up
         part.overhead_down += event.overhead_down
+    for totals in (round_.bytes_by_role, report.bytes_by_role):
+        for role, number in event.bytes_by_role.items():
+            totals[role] = totals.get(role, 0) + number
     if event.phase == EVALUATE:
         entry.metrics = _scores(event.metrics)
         return
@@ -232,6 +242,7 @@ def _round_closed(report: Report, event: ev.RoundClosed) -> None:
         round_.seconds = event.seconds
         round_.aggregate_seconds = event.aggregate_seconds
         round_.sha256 = event.sha256
+        round_.facts = dict(event.facts)
         _in_partition_order(report, round_)
         trained = [(c.num_examples, c.loss) for c in round_.per_client if c.loss is not None and c.num_examples]
         total = sum(n for n, _ in trained)

@@ -45,9 +45,15 @@ class Method(BaseModel):
     """Authors, title, year, identifier."""
 
     prepares: ClassVar[bool] = False
-    """Whether a round 0 comes first, in which every client of the population is asked."""
+    """Whether a round 0 comes first, in which every client of the population is asked.
+
+    A field `quorum` in (0, 1], where a method has one, is the share of answers at which round 0 closes.
+    """
     personal: ClassVar[bool] = False
     """Clients keep models of their own: their sessions are `PersonalSession`s, and nothing central is scored."""
+    scores_first: ClassVar[bool] = False
+    """Clients score a version before they train on it, because scores read what training changes; so do all
+    `personal` methods. Otherwise training goes first and scoring fills the gaps."""
 
     _job: JobSpec = PrivateAttr(default_factory=JobSpec)
 
