@@ -45,20 +45,9 @@ def load_job(file: str, overrides: list[str], seed: int | None) -> JobSpec:
 
 def read_settings(kind: type[SettingsKind]) -> SettingsKind:
     """Read settings from the environment; raises BadInput naming the variable that cannot be."""
-    from pydantic import ValidationError  # noqa: PLC0415 - not for `lorabbit version`
+    from lorabbit import settings  # noqa: PLC0415 - imports pydantic
 
-    from lorabbit.errors import BadInput  # noqa: PLC0415
-    from lorabbit.settings import file_secrets  # noqa: PLC0415
-
-    try:
-        file_secrets()
-        return kind()
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = "LORABBIT_" + "_".join(str(part) for part in first["loc"][:1]).upper()
-        raise BadInput(f"environment variable {name}: {first['msg']}, not {first['input']!r}") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"the environment's settings cannot be read: {error}") from error
+    return settings.read_settings(kind)
 
 
 def quiet_logs() -> None:

@@ -18,8 +18,8 @@ import structlog
 from lorabbit import __version__
 from lorabbit.broker.base import Broker
 from lorabbit.broker.rabbit import RabbitBroker
-from lorabbit.errors import LoRAbbitError
-from lorabbit.settings import ClientSettings, file_secrets
+from lorabbit.errors import BadInput, LoRAbbitError
+from lorabbit.settings import ClientSettings, read_settings
 from lorabbit.telemetry import configure
 from lorabbit_client.agent import Agent
 from lorabbit_client.executor import Executor
@@ -32,11 +32,13 @@ INTERRUPTED = 130
 
 def main(settings: ClientSettings | None = None) -> int:
     """Work until told to stop; returns the exit code."""
-    if settings is None:
-        file_secrets()
-        settings = ClientSettings()
     try:
+        settings = settings or read_settings(ClientSettings)
         configure(settings.log_level, settings.log_format)
+    except BadInput as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    try:
         with FolderLock(settings.folder):
             return _work(settings)
     except KeyboardInterrupt:

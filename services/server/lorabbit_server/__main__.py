@@ -21,9 +21,9 @@ import structlog
 from lorabbit import __version__
 from lorabbit.broker.base import Broker
 from lorabbit.broker.rabbit import RabbitBroker
-from lorabbit.errors import LoRAbbitError, StoreUnavailable
+from lorabbit.errors import BadInput, LoRAbbitError, StoreUnavailable
 from lorabbit.events import AnyEvent, TaskProgressed
-from lorabbit.settings import ServerSettings, file_secrets
+from lorabbit.settings import ServerSettings, read_settings
 from lorabbit.state.redis import RedisStore
 from lorabbit.telemetry import configure
 from lorabbit_server.api import make_app
@@ -37,18 +37,29 @@ INTERRUPTED = 130
 
 def main(settings: ServerSettings | None = None) -> int:
     """Serve until told to stop; returns the exit code."""
-    if settings is None:
-        file_secrets()
-        settings = ServerSettings()
     try:
+        settings = settings or read_settings(ServerSettings)
         configure(settings.log_level, settings.log_format)
-        settings.folder.mkdir(parents=True, exist_ok=True)
+    except BadInput as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    try:
+        _make(settings.folder)
         return _serve(settings)
     except KeyboardInterrupt:
         return INTERRUPTED
     except LoRAbbitError as error:
         log.error("server-failed", why=str(error))  # noqa: TRY400 - a sentence, not a trace
         return error.exit_code
+
+
+def _make(folder: Path) -> None:
+    """Make the server's folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"environment variable LORABBIT_FOLDER: the folder {folder} cannot be used: {error.strerror}"
+        raise BadInput(why) from error
 
 
 def _serve(settings: ServerSettings) -> int:

@@ -6,13 +6,19 @@ with ``_FILE`` appended. What belongs to a run stands in its job file, not here.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
+from urllib.parse import urlsplit
 
-from pydantic import Field, StringConstraints
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from lorabbit.errors import BadInput
+from lorabbit.telemetry import FORMATS, LEVELS
 
 Address = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 
@@ -22,20 +28,67 @@ def default_address() -> str:
     return socket.gethostname().lower().replace("_", "-")[:63] or "client"
 
 
+def variable(name: str) -> str | None:
+    """Value of a variable that a sweep file names as ``${NAME}``; None when it is unset or empty."""
+    return os.environ.get(name) or None
+
+
+def _url_of(*schemes: str) -> Callable[[str], str]:
+    """Check that a text is a URL of one of these schemes, with a port that can be one."""
+
+    def check(text: str) -> str:
+        url = urlsplit(text)
+        _ = url.port
+        if url.scheme not in schemes or not (url.hostname or url.scheme == "unix"):
+            raise ValueError(f"a URL such as {schemes[0]}://HOST:PORT/ is expected")
+        return text
+
+    return check
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    """Check that a text is one of these names, in either case."""
+
+    def check(text: str) -> str:
+        if text.lower() not in {name.lower() for name in names}:
+            raise ValueError(f"one of {', '.join(names)} is expected")
+        return text
+
+    return check
+
+
+def _split(value: object) -> object:
+    """Take a list of names apart: ``gpu,fast``, or JSON."""
+    if not isinstance(value, str):
+        return value
+    return json.loads(value) if value.startswith("[") else [part.strip() for part in value.split(",") if part.strip()]
+
+
 class Settings(BaseSettings):
     """What server and client share."""
 
     model_config = SettingsConfigDict(env_prefix="LORABBIT_", frozen=True, extra="ignore")
 
-    broker_url: str = Field(default="amqp://guest:guest@127.0.0.1:5672/", description="AMQP URL of RabbitMQ")
-    log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
-    log_format: str = Field(default="auto", description="json, text, or auto: text on a terminal")
+    broker_url: Annotated[str, AfterValidator(_url_of("amqp", "amqps"))] = Field(
+        default="amqp://guest:guest@127.0.0.1:5672/", description="AMQP URL of RabbitMQ"
+    )
+    log_level: Annotated[str, AfterValidator(_one_of(*LEVELS))] = Field(
+        default="INFO", description="DEBUG, INFO, WARNING or ERROR"
+    )
+    log_format: Annotated[str, AfterValidator(_one_of(*FORMATS))] = Field(
+        default="auto", description="json, text, or auto: text on a terminal"
+    )
+
+
+Kind = TypeVar("Kind", bound=Settings)
 
 
 class ServerSettings(Settings):
     """Settings of `lorabbit server`."""
 
-    redis_url: str = Field(default="redis://127.0.0.1:6379/0", description="URL of Redis")
+    redis_url: Annotated[str, AfterValidator(_url_of("redis", "rediss", "unix"))] = Field(
+        default="redis://127.0.0.1:6379/0", description="URL of Redis"
+    )
     folder: Path = Field(default=Path("server"), description="the server's volume: payloads and run folders")
     http_host: str = Field(default="127.0.0.1", description="address of the HTTP interface")
     http_port: int = Field(default=8080, ge=0, lt=65536, description="port of the HTTP interface")
@@ -57,7 +110,9 @@ class ClientSettings(Settings):
     data_root: Path = Field(default=Path(), description="folder that a job's relative data paths start from")
     device: str = Field(default="auto", description="auto, cpu, cuda, or cuda:<n>")
     threads: int = Field(default=1, ge=1, description="torch threads; 1 makes results independent of the machine")
-    tags: tuple[str, ...] = Field(default=(), description="labels for selection")
+    tags: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        default=(), description="labels for selection, with commas between"
+    )
 
 
 class OperatorSettings(Settings):
@@ -66,9 +121,28 @@ class OperatorSettings(Settings):
     server_url: str = Field(default="http://127.0.0.1:8080", description="URL of the server's HTTP interface")
 
 
+def read_settings(kind: type[Kind]) -> Kind:
+    """Read settings from the environment; raises BadInput naming the variable that cannot be."""
+    try:
+        file_secrets()
+        return kind()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = "LORABBIT_" + "_".join(str(part) for part in first["loc"][:1]).upper()
+        said = first["msg"].removeprefix("Value error, ")
+        given = "" if name.endswith("_URL") else f", not {first['input']!r}"  # a URL may hold a password
+        raise BadInput(f"environment variable {name}: {said}{given}") from None
+    except ValueError as error:
+        raise BadInput(f"the environment's settings cannot be read: {error}") from error
+
+
 def file_secrets(environment: dict[str, str] | None = None) -> None:
     """Fill LORABBIT_X from the file that LORABBIT_X_FILE names, for every X that is not set."""
     env = os.environ if environment is None else environment
     for name, path in list(env.items()):
         if name.startswith("LORABBIT_") and name.endswith("_FILE"):
-            env.setdefault(name.removesuffix("_FILE"), Path(path).read_text(encoding="utf-8").strip())
+            try:
+                secret = Path(path).read_text(encoding="utf-8").strip()
+            except (OSError, ValueError) as error:
+                raise BadInput(f"environment variable {name}: the file {path} cannot be read: {error}") from error
+            env.setdefault(name.removesuffix("_FILE"), secret)

@@ -1,0 +1,72 @@
+"""Settings that cannot be: both services say which variable and why in one sentence, and exit as for bad input."""
+
+from __future__ import annotations
+
+import pytest
+
+import lorabbit_client.__main__ as client
+import lorabbit_server.__main__ as server
+from lorabbit.errors import BadInput
+from lorabbit.settings import ClientSettings, ServerSettings, read_settings
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        ("LORABBIT_BROKER_URL", "localhost", "a URL such as amqp://HOST:PORT/ is expected"),
+        ("LORABBIT_BROKER_URL_FILE", "/nowhere/secret", "cannot be read"),
+        ("LORABBIT_LOG_LEVEL", "LOUD", "one of DEBUG, INFO, WARNING, ERROR is expected"),
+        ("LORABBIT_LOG_FORMAT", "xml", "one of auto, json, text is expected"),
+    ],
+)
+@pytest.mark.parametrize("main", [server.main, client.main])
+def test_a_service_names_the_variable_it_cannot_start_with(main, broken, monkeypatch, capsys):
+    variable, value, why = broken
+    monkeypatch.setenv(variable, value)
+
+    code = main()
+
+    said = capsys.readouterr().err
+    assert code == 2
+    assert said.startswith(f"error: environment variable {variable}: ")
+    assert why in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "variable", "value"),
+    [
+        (ServerSettings, "LORABBIT_HTTP_PORT", "eighty"),
+        (ServerSettings, "LORABBIT_REDIS_URL", "http://127.0.0.1"),
+        (ClientSettings, "LORABBIT_ADDRESS", "Site/1"),
+        (ClientSettings, "LORABBIT_TAGS", '["open'),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_its_variable(kind, variable, value, monkeypatch):
+    monkeypatch.setenv(variable, value)
+
+    with pytest.raises(BadInput, match=f"^environment variable {variable}: "):
+        read_settings(kind)
+
+
+def test_a_password_in_a_url_that_cannot_be_is_not_shown(monkeypatch):
+    monkeypatch.setenv("LORABBIT_BROKER_URL", "amqp://site:s3cret@broker:99999/")
+
+    with pytest.raises(BadInput) as caught:
+        read_settings(ServerSettings)
+
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["gpu, fast", '["gpu", "fast"]'])
+def test_tags_are_a_list_with_commas_or_json(value, monkeypatch):
+    monkeypatch.setenv("LORABBIT_TAGS", value)
+
+    assert read_settings(ClientSettings).tags == ("gpu", "fast")
+
+
+def test_a_server_that_cannot_make_its_folder_says_so(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORABBIT_FOLDER", str(tmp_path / "file" / "server"))
+
+    assert server.main() == 2
