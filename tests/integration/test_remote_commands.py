@@ -99,7 +99,7 @@ def test_a_job_is_submitted_watched_reported_and_exported(deployment: Deployment
 
     assert submitted.stdout == "submitted walk; next: lorabbit watch walk\n"
     assert [r.exit_code for r in (submitted, watched, reported, exported)] == [0, 0, 0, 0], reported.exception
-    assert "round 3" in watched.stdout
+    assert "round 3/3" in watched.stdout
     pages = {path.name for path in (tmp_path / "reports" / "walk").iterdir()}
     assert {"report.json", "report.md", "report.html", "rounds.jsonl", "job.yaml"} <= pages
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

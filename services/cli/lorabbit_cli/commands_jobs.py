@@ -129,7 +129,7 @@ def _follow(server: Server, job: str) -> JobEnded:
     from lorabbit.events import JobEnded  # noqa: PLC0415 - as above
     from lorabbit_cli.view import View  # noqa: PLC0415
 
-    with View() as view:
+    with View(server.spec(job)) as view:
         for event in server.watch(job):
             view.feed(event)
             if isinstance(event, JobEnded):

@@ -65,6 +65,10 @@ class Server:
         status: dict[str, Any] = self._json("GET", f"/jobs/{quote(job, safe='')}")
         return status
 
+    def spec(self, job: str) -> JobSpec:
+        """Return the job as it was submitted."""
+        return JobSpec.model_validate(self._json("GET", f"/jobs/{quote(job, safe='')}/spec"))
+
     def cancel(self, job: str) -> dict[str, Any]:
         """End a job."""
         answer: dict[str, Any] = self._json("POST", f"/jobs/{quote(job, safe='')}/cancel")

@@ -107,6 +107,10 @@ def _add_watching(app: FastAPI, service: Service) -> None:
             raise Unknown(_no_job(job, list(entries)))
         return JobSpec.model_validate_json(entries[job].spec)
 
+    @app.get("/jobs/{job}/spec")
+    def spec(job: str) -> Json:
+        return spec_of(job).model_dump(mode="json")
+
     @app.get("/jobs/{job}/events")
     def events(
         job: str,
