@@ -116,7 +116,7 @@ class RabbitBroker(Broker):
     def close(self) -> None:
         """Wait a few seconds for what is not confirmed, then close both connections."""
         deadline = time.monotonic() + CLOSE_SECONDS
-        if self._has_sent:
+        if self._has_sent and self._publishing.has_been_up:
             answered = threading.Event()
             self._publishing.call(partial(self._publisher.when_idle, answered.set))
             answered.wait(CLOSE_SECONDS)

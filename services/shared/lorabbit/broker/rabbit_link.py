@@ -60,6 +60,8 @@ class Link:
         self._woken = False
         self.connection: pika.SelectConnection | None = None
         """The open connection; for the I/O thread."""
+        self.has_been_up = False
+        """Whether there ever was a connection."""
         self._closing = False
         self._hurry = threading.Event()
         self._backoff = Backoff(0.2, 30.0)
@@ -145,6 +147,7 @@ class Link:
         connection.add_on_connection_unblocked_callback(self._note_unblocked)
         _read_whole_frames(connection)
         self._backoff.reset()
+        self.has_been_up = True
         self.connection, self._down, self._blocked = connection, None, None
         log.info("broker-connected", connection=self.name, where=self._where)
         self._on_up()
