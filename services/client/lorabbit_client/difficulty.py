@@ -1,0 +1,57 @@
+"""How hard each training example of a client is, by four measures; a curriculum goes from low to high."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lorabbit.errors import BadInput
+from lorabbit.methods.session import Difficulty
+from lorabbit_client import fisher
+from lorabbit_client.data import Examples
+from lorabbit_client.probing import batch_at, call, chunks, in_float32, looking, losses
+from lorabbit_client.trainable import TrainableModel
+
+SCORED_AT_ONCE = 64
+
+
+def difficulties(model: TrainableModel, examples: Examples, kind: Difficulty) -> NDArray[np.float64]:
+    """Return the difficulty of every row, float64 (rows,); raises BadInput for a measure that the data lack.
+
+    fisher: squared norm of the gradient of log p(y|x) over the LoRA factors; loss: -log p(y|x), a mean
+    over target tokens; length: tokens; rarity: mean of -log(share) of a text's tokens in these data.
+    """
+    if kind == "fisher":
+        return fisher.traces(model, examples, range(len(examples)))
+    if kind == "loss":
+        return _losses(model, examples)
+    if kind == "length":
+        return examples.lengths.astype(np.float64)
+    return _rarities(examples)
+
+
+def _losses(model: TrainableModel, examples: Examples) -> NDArray[np.float64]:
+    found = np.zeros(len(examples), dtype=np.float64)
+    with looking(model), torch.inference_mode():
+        stand_ins = in_float32(model)
+        for places in chunks(examples, range(len(examples)), SCORED_AT_ONCE):
+            batch = batch_at(model, examples, places)
+            found[places] = losses(call(model, stand_ins, batch), batch).double().cpu().numpy()
+    return found
+
+
+def _rarities(examples: Examples) -> NDArray[np.float64]:
+    """Return the mean of -log(count / all) over each text's tokens (Platanios et al., 2019, up to the mean)."""
+    texts: list[NDArray[np.int64]] = []
+    for position in range(len(examples)):
+        batch = examples.batch(np.array([position]))
+        if "input_ids" not in batch:
+            raise BadInput("method.difficulty: rarity counts words, and these data are no texts; take loss or fisher")
+        texts.append(batch["input_ids"][0].numpy()[batch["attention_mask"][0].numpy() == 1])
+    counts = Counter(int(token) for text in texts for token in text)
+    everything = sum(counts.values())
+    rarity = {token: -np.log(count / everything) for token, count in counts.items()}
+    return np.array([np.mean([rarity[int(token)] for token in text]) if len(text) else 0.0 for text in texts])
