@@ -10,9 +10,10 @@ from typing import Any
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Task
 from lorabbit.seeds import derive_seed
-from lorabbit.types import ADAPTER, INITIALISE, TRAIN
+from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, TRAIN, Tensors
 from lorabbit_client.execution import Work
 from lorabbit_client.executor import Executor
+from lorabbit_client.private import PrivateState
 
 POSITIVE = ("good fine great", "nice warm bright", "a lovely happy day", "sweet calm joy")
 NEGATIVE = ("bad cold dark", "ugly grim sour", "a sad nasty night", "bitter harsh pain")
@@ -85,6 +86,20 @@ def task_of(spec: JobSpec, index: int = 0, phase: str = TRAIN, **extra: Any) -> 
 
 def silent(fraction: float, loss: float | None) -> None:
     """Take progress and do nothing with it."""
+
+
+def first(space: Any, spec: JobSpec, index: int = 0) -> Any:
+    """Make the first adapter of a job as a method without one of its own does."""
+    task = task_of(spec, index, INITIALISE)
+    return space.initialise(task, space.session(task, PrivateState(), silent).tensors())
+
+
+def score(space: Any, spec: JobSpec, tensors: Tensors, index: int = 0) -> Any:
+    """Score an adapter on one client's test rows."""
+    task = task_of(spec, index, EVALUATE)
+    session = space.session(task, PrivateState(), silent)
+    session.load(tensors)
+    return space.evaluate(task, session, silent)
 
 
 def fingerprint(folder: Path) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learning import data_of, job, silent, task_of
+from learning import data_of, first, job, score, silent, task_of
 
 from lorabbit.errors import BadInput
 from lorabbit_client.learning import LearningWorkspace
+from lorabbit_client.private import PrivateState
 
 KINDS = ("lora", "full", "bitfit", "adapter", "head")
 ENCODERS = ("tiny:bert", "tiny:roberta", "tiny:distilbert")
@@ -51,12 +52,12 @@ def workspace(folder: Path, task: str, model: str, kind: str) -> tuple[LearningW
 @pytest.mark.parametrize(("task", "model", "kind"), CASES)
 def test_every_kind_is_scored_trained_and_scored_again(task: str, model: str, kind: str, tmp_path: Path):
     space, spec = workspace(tmp_path, task, model, kind)
-    initial = space.initialise(task_of(spec))
-    before = space.evaluate(task_of(spec), initial.tensors, silent)
+    initial = first(space, spec)
+    before = score(space, spec, initial.tensors)
 
-    trained = space.session(task_of(spec), {}, silent).train()
+    trained = space.session(task_of(spec), PrivateState(), silent).train()
 
-    after = space.evaluate(task_of(spec), trained.tensors, silent)
+    after = score(space, spec, trained.tensors)
     assert trained.steps == 2
     assert trained.tensors.keys() == initial.tensors.keys()
     assert any(value.tobytes() != initial.tensors[name].tobytes() for name, value in trained.tensors.items())
@@ -72,7 +73,7 @@ def test_every_kind_is_scored_trained_and_scored_again(task: str, model: str, ki
 def test_every_task_says_what_a_report_needs(task: str, tmp_path: Path):
     space, spec = workspace(tmp_path, task, MODELS[task][0], "lora")
 
-    initial = space.initialise(task_of(spec))
+    initial = first(space, spec)
 
     facts: dict[str, Any] = dict(initial.facts)
     assert facts["adapter_parameters"] == sum(value.size for value in initial.tensors.values())
@@ -87,4 +88,4 @@ def test_a_model_without_biases_cannot_train_them(task: str, tmp_path: Path):
     space, spec = workspace(tmp_path, task, "tiny:llama", "bitfit")
 
     with pytest.raises(BadInput, match="'bitfit' trains biases, and tiny:llama has none"):
-        space.initialise(task_of(spec))
+        first(space, spec)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from learning import job, silent, task_of, write_reviews
+from learning import first, job, score, silent, task_of, write_reviews
 
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.types import Tensors
 from lorabbit_client.evaluator import evaluate
 from lorabbit_client.learning import LearningWorkspace
+from lorabbit_client.private import PrivateState
 
 TEXT_MODELS = ("tiny:bert", "tiny:roberta", "tiny:distilbert", "tiny:gpt2", "tiny:llama")
 KINDS = ("lora", "full", "bitfit", "adapter", "head")
@@ -28,7 +29,7 @@ def workspace(spec: JobSpec) -> LearningWorkspace:
 
 
 def session(space: LearningWorkspace, spec: JobSpec, index: int = 0) -> Any:
-    return space.session(task_of(spec, index), {}, silent)
+    return space.session(task_of(spec, index), PrivateState(), silent)
 
 
 def same(a: Tensors, b: Tensors) -> bool:
@@ -225,9 +226,9 @@ def test_bottlenecks_start_at_the_base_model(tmp_path: Path):
     losses = []
     for kind in ("adapter", "head"):
         spec = job(tmp_path, model={"trainable": kind})
-        space, task = workspace(spec), task_of(spec)
-        head = {n: np.zeros_like(v) for n, v in space.initialise(task).tensors.items() if n.startswith("classifier")}
-        losses.append(space.evaluate(task, {**head, "classifier.weight": head["classifier.weight"] + 0.1}, silent).loss)
+        space = workspace(spec)
+        head = {n: np.zeros_like(v) for n, v in first(space, spec).tensors.items() if n.startswith("classifier")}
+        losses.append(score(space, spec, {**head, "classifier.weight": head["classifier.weight"] + 0.1}).loss)
 
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 

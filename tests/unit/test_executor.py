@@ -202,7 +202,7 @@ def test_a_score_without_an_adapter_is_refused(folder: Path):
     outcome = Executor().execute(work(folder, job(folder), EVALUATE), silent)
 
     assert outcome.error is not None
-    assert "without an adapter" in outcome.error
+    assert "without the payload 'adapter'" in outcome.error
 
 
 def test_a_training_that_diverges_ends_with_advice_and_writes_nothing(folder: Path):

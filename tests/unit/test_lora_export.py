@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from learning import data_of, job, silent, task_of
+from learning import data_of, first, job, score, silent, task_of
 from peft import PeftModel
 
 from lorabbit import codec
@@ -20,6 +20,7 @@ from lorabbit_client import tiny
 from lorabbit_client.learning import LearningWorkspace
 from lorabbit_client.lora_export import default_targets
 from lorabbit_client.models import AUTO_CLASSES, quiet, seeded
+from lorabbit_client.private import PrivateState
 from lorabbit_client.session import write_tensors
 
 WEIGHTS = {"peft": "adapter_model.safetensors", "transformers": "model.safetensors"}
@@ -89,7 +90,7 @@ def answers(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_a_lora_adapter_loads_with_peft_alone_and_answers_alike(task: str, name: str, tmp_path: Path):
     """The base has no head, so peft's user draws another one at random: it must come with the adapter."""
     space, spec = opened(tmp_path, task, name)
-    initial = space.initialise(task_of(spec))
+    initial = first(space, spec)
     tensors = moved(initial.tensors)
     folder = export(tmp_path / "adapter", initial.facts, tensors)
 
@@ -113,7 +114,7 @@ def test_a_fully_tuned_model_loads_with_transformers_alone_and_answers_alike(
     task: str, name: str, dtype: str, tmp_path: Path
 ):
     space, spec = opened(tmp_path, task, name, trainable="full", dtype=dtype)
-    initial = space.initialise(task_of(spec))
+    initial = first(space, spec)
     tensors = moved(initial.tensors)
     folder = export(tmp_path / "model", initial.facts, tensors)
 
@@ -129,8 +130,8 @@ def test_a_fully_tuned_model_loads_with_transformers_alone_and_answers_alike(
 
 def test_a_trained_adapter_scores_the_same_when_peft_loads_it(tmp_path: Path):
     space, spec = opened(tmp_path, "text-classification", "distilbert")
-    initial = space.initialise(task_of(spec))
-    trained = space.session(task_of(spec), {}, silent).train().tensors
+    initial = first(space, spec)
+    trained = space.session(task_of(spec), PrivateState(), silent).train().tensors
     folder = export(tmp_path / "adapter", initial.facts, trained)
 
     base = transformers.AutoModelForSequenceClassification.from_pretrained(spec.model.name, num_labels=2)
@@ -140,7 +141,7 @@ def test_a_trained_adapter_scores_the_same_when_peft_loads_it(tmp_path: Path):
     batch = test.batch(np.arange(len(test)))
     guessed = answers(theirs, {n: v for n, v in batch.items() if n != "labels"}).argmax(-1)
     accuracy = (guessed == batch["labels"]).float().mean().item()
-    assert space.evaluate(task_of(spec), trained, silent).values["accuracy"] == pytest.approx(accuracy)
+    assert score(space, spec, trained).values["accuracy"] == pytest.approx(accuracy)
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)

@@ -14,12 +14,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lorabbit.errors import LoRAbbitError
 from lorabbit.jobspec import LocalSpec
+from lorabbit_client.batching import epoch_order, steps_of
 from lorabbit_client.data import Examples
 from lorabbit_client.execution import Cancelled
 from lorabbit_client.features import Batch, Features, Scorer
 from lorabbit_client.tables import Codes
 from lorabbit_client.trainable import TrainableModel
-from lorabbit_client.trainer import Clock, Trainer, epoch_order, rate_factor, steps_of
+from lorabbit_client.trainer import Clock, Trainer, rate_factor
 
 CURVATURE, TARGET, START, RATE = 2.0, 3.0, -1.0, 0.05
 

@@ -35,13 +35,16 @@ class Bottleneck(nn.Module):
     def __init__(self, width: int, inner: int) -> None:
         """Draw the way down; start the way up at zero (D1)."""
         super().__init__()
+        self.enabled = True
         self.down = nn.Linear(width, inner)
         self.up = nn.Linear(inner, width)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply (1)."""
+        """Apply (1), or nothing while it is not enabled."""
+        if not self.enabled:
+            return hidden
         adapted: torch.Tensor = hidden + self.up(functional.gelu(self.down(hidden)))
         return adapted
 
@@ -50,6 +53,13 @@ def _through(module: Any, _inputs: object, output: torch.Tensor) -> torch.Tensor
     """Send a layer's output through its bottleneck."""
     adapted: torch.Tensor = module.adapter(output)
     return adapted
+
+
+def enable_bottlenecks(model: nn.Module, *, enabled: bool) -> None:
+    """Let the bottlenecks of a model take part in its answers, or not."""
+    for module in model.modules():
+        if isinstance(module, Bottleneck):
+            module.enabled = enabled
 
 
 def insert_bottlenecks(model: nn.Module, inner: int) -> list[str]:

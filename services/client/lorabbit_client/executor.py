@@ -19,11 +19,11 @@ from lorabbit import codec, methods
 from lorabbit.errors import BadInput, LoRAbbitError, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Metrics
-from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, Json, Plan
+from lorabbit.types import EVALUATE, INITIALISE, ClientUpdate, Json, Plan, Tensors
 from lorabbit_client.execution import Cancelled, OnProgress, Outcome, Work
 from lorabbit_client.null import NullWorkspace, is_null
 from lorabbit_client.private import read_private, write_private
-from lorabbit_client.workspace import Workspace
+from lorabbit_client.workspace import TaskSession, Workspace
 
 
 class Executor:
@@ -57,41 +57,28 @@ class Executor:
         return Outcome(metrics.model_copy(update={"seconds": seconds}), has_tensors, workspace.base_sha256)
 
     def _do(self, workspace: Workspace, work: Work, on_progress: OnProgress) -> tuple[Metrics, bool]:
-        """Dispatch on the phase; returns the metrics and whether tensors were written."""
-        phase = work.task.phase
-        if phase == INITIALISE:
-            initial = workspace.initialise(work.task)
-            codec.write_tensors(work.output, initial.tensors)
-            return Metrics(num_examples=initial.num_examples, facts=dict(initial.facts)), True
-        if phase == EVALUATE:
-            if ADAPTER not in work.inputs:
-                raise Refused("malformed", "an evaluation task came without an adapter")
-            adapter = codec.read_tensors(work.inputs[ADAPTER])
-            return workspace.evaluate(work.task, adapter, on_progress), False
-        return self._local_update(workspace, work, on_progress)
+        """Open the client's session, and dispatch on the phase; returns the metrics and whether tensors were written.
 
-    def _local_update(self, workspace: Workspace, work: Work, on_progress: OnProgress) -> tuple[Metrics, bool]:
-        """Run the method's client half; its private state is committed after its tensors are written."""
+        Private state is committed after a result's tensors are written; a score leaves it as it was.
+        """
         task = work.task
         method = methods.build(task.spec)
-        payloads = {role: codec.read_tensors(path) for role, path in work.inputs.items()}
-        before = read_private(work.private, task.task)
         private = read_private(work.private, task.task)
         session = workspace.session(task, private, on_progress)
-        update = method.local_update(Plan(task.phase, payloads, task.settings), session)
+        if task.phase == INITIALISE:
+            initial = workspace.initialise(task, method.initialise(session))
+            codec.write_tensors(work.output, initial.tensors)
+            write_private(work.private, task.task, private)
+            return Metrics(num_examples=initial.num_examples, facts=dict(initial.facts)), True
+        plan = Plan(task.phase, _payloads(work), task.settings)
+        if task.phase == EVALUATE:
+            method.restore(plan, session)
+            return workspace.evaluate(task, session, on_progress), False
+        update = method.local_update(plan, session)
         if update.tensors:
             codec.write_tensors(work.output, update.tensors)
-        write_private(work.private, task.task, before, private)
-        facts: dict[str, Json] = dict(update.facts)
-        if session.label_counts:
-            facts["label_counts"] = dict(session.label_counts)
-        metrics = Metrics(
-            num_examples=update.num_examples,
-            loss=update.loss if math.isfinite(update.loss) else None,
-            steps=session.steps,
-            facts=facts,
-        )
-        return metrics, bool(update.tensors)
+        write_private(work.private, task.task, private)
+        return _metrics(update, session), bool(update.tensors)
 
     def _open(self, spec: JobSpec) -> Workspace:
         """Return the workspace of a job, made anew when the job differs from the last one."""
@@ -107,6 +94,30 @@ class Executor:
             workspace = open_workspace(spec, threads=self._threads, data_root=self._data_root, device=self._device)
         self._spec, self._workspace = spec, workspace
         return workspace
+
+
+class _Payloads(dict[str, Tensors]):
+    """A task's tensors by role; one that a method asks for and the task lacks is a bad task."""
+
+    def __missing__(self, role: str) -> Tensors:
+        raise Refused("malformed", f"the task came without the payload {role!r} that its method needs")
+
+
+def _payloads(work: Work) -> _Payloads:
+    return _Payloads({role: codec.read_tensors(path) for role, path in work.inputs.items()})
+
+
+def _metrics(update: ClientUpdate, session: TaskSession) -> Metrics:
+    """Say what a local update came to."""
+    facts: dict[str, Json] = dict(update.facts)
+    if session.label_counts:
+        facts["label_counts"] = dict(session.label_counts)
+    return Metrics(
+        num_examples=update.num_examples,
+        loss=update.loss if math.isfinite(update.loss) else None,
+        steps=session.steps,
+        facts=facts,
+    )
 
 
 def _failed(work: Work, error: Exception, *, bad_input: bool) -> Outcome:

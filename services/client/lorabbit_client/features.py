@@ -100,6 +100,10 @@ class Features(ABC):
         """Return the rows of some examples; the same numbers where every example has one row."""
         return examples
 
+    def examples_of(self, rows: Codes) -> Codes:
+        """Return the example that each row belongs to; rows of one example stand together."""
+        return rows
+
 
 class TokenRows:
     """Token ids of each row with what a tokenizer says beside them."""

@@ -6,7 +6,7 @@ their adapters in and out of it, so a hundred simulated clients cost a hundred a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,8 @@ from lorabbit_client.evaluator import evaluate
 from lorabbit_client.execution import OnProgress
 from lorabbit_client.model_source import resolve
 from lorabbit_client.models import load_model, load_processor
-from lorabbit_client.session import TorchSession, read_tensors, write_tensors
+from lorabbit_client.private import PrivateState
+from lorabbit_client.session import TorchSession
 from lorabbit_client.trainable import TrainableModel, make_trainable
 from lorabbit_client.workspace import Initial
 
@@ -88,11 +89,9 @@ class LearningWorkspace:
             self._data(index, population)
         _ = self._model
 
-    def initialise(self, task: Task) -> Initial:
-        """Return the tensors as the job's seed drew them, and the facts that only this side knows."""
+    def initialise(self, task: Task, tensors: Tensors) -> Initial:
+        """Put beside the first adapter what only this side knows."""
         data, model = self._data(task.index, task.population), self._model
-        model.reset()
-        tensors = read_tensors(model)
         facts: dict[str, Json] = {
             "base_parameters": model.base_parameters,
             "adapter_parameters": count(tensors),
@@ -106,20 +105,17 @@ class LearningWorkspace:
         }
         return Initial(tensors, facts, data.train.num_examples)
 
-    def session(self, task: Task, private: MutableMapping[str, Json], on_progress: OnProgress) -> TorchSession:
+    def session(self, task: Task, private: PrivateState, on_progress: OnProgress) -> TorchSession:
         """Open one client's session."""
         # Denormal numbers appear in converged gradients and cost a hundred times a normal one; per thread.
         torch.set_flush_denormal(True)
         data = self._data(task.index, task.population)
         return TorchSession(task, self._model, data, private=private, on_progress=on_progress)
 
-    def evaluate(self, task: Task, adapter: Tensors, on_progress: OnProgress) -> Metrics:
-        """Score an adapter on the client's test split, or on the whole test set."""
-        torch.set_flush_denormal(True)
+    def evaluate(self, task: Task, session: TorchSession, on_progress: OnProgress) -> Metrics:
+        """Score a session's model on the client's test split, or on the whole test set."""
         if task.settings.get("on") == CENTRAL:
             examples = load_test(self._spec, processor=self._processor, data_root=self._data_root)
         else:
             examples = self._data(task.index, task.population).test
-        self._model.reset()
-        write_tensors(self._model, adapter)
-        return evaluate(self._model, examples, self._spec.evaluation.batch_size, on_progress=on_progress)
+        return evaluate(session.settled(), examples, self._spec.evaluation.batch_size, on_progress=on_progress)

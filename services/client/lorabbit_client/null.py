@@ -8,17 +8,20 @@ is held in memory but the tensor being computed, so a client stays small whateve
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Literal
 
 import numpy as np
 
 from lorabbit.errors import BadInput, Refused
-from lorabbit.jobspec import JobSpec
+from lorabbit.jobspec import JobSpec, LocalSpec
 from lorabbit.messages import Metrics, Task
 from lorabbit.methods.base import GradientTerm, LocalResult
+from lorabbit.methods.session import Difficulty, Part, Sensitivity
 from lorabbit.seeds import derive_seed
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
 from lorabbit_client.execution import OnProgress
+from lorabbit_client.private import PrivateState
 from lorabbit_client.workspace import Initial
 
 PREFIX = "null:"
@@ -86,12 +89,17 @@ def initial_tensors(name: str, seed: int) -> Computed:
 
 
 class NullSession:
-    """A session whose training adds one constant to every tensor."""
+    """A session whose training adds one constant to every tensor. It has no base model and no LoRA."""
 
-    def __init__(self, task: Task, private: MutableMapping[str, Json], on_progress: OnProgress) -> None:
+    def __init__(self, task: Task, private: PrivateState, on_progress: OnProgress) -> None:
         """Start from the job's initial tensors."""
         self.client = ClientProfile(ClientId(task.client), task.index)
-        self.private = private
+        self.private: MutableMapping[str, Json] = private.values
+        self.private_tensors: MutableMapping[str, Tensors] = private.tensors
+        self.round = task.round
+        self.seed = task.seed
+        self.local = task.spec.local
+        self.scaling = task.spec.model.lora.alpha / task.spec.model.lora.rank
         self.num_examples = FIRST_EXAMPLES + task.index
         self.steps = 0
         self.label_counts: Facts = {}
@@ -111,11 +119,52 @@ class NullSession:
         below = self._tensors
         self._tensors = Computed(below, lambda name: tensors[name] if name in tensors else below[name])
 
-    def train(
-        self, *, gradient_term: GradientTerm | None = None, frozen: Callable[[str], bool] | None = None
+    def select(self, part: Part) -> None:
+        """Refuse the whole model: there is only the adapter."""
+        if part != "adapter":
+            raise _without("a whole model")
+
+    def set_rank(self, rank: int) -> None:
+        """Refuse: there are no factors."""
+        raise _without(f"LoRA of rank {rank}")
+
+    def base_weights(self) -> Tensors:
+        """Return nothing: there is no base model."""
+        return {}
+
+    def shift_base(self, factors: Tensors) -> None:
+        """Take no shift but none."""
+        if factors:
+            raise _without("a base model to shift")
+
+    def difficulty(self, kind: Difficulty) -> Array:
+        """Refuse: there are no examples."""
+        raise _without(f"examples ({kind})")
+
+    def fisher(self, examples: Sequence[int]) -> Tensors:
+        """Refuse: there are no examples."""
+        raise _without(f"gradients of {len(examples)} examples")
+
+    def sensitivity(self, *, noise: float, draws: int, probes: int, variant: Sensitivity) -> Array:  # noqa: ARG002
+        """Refuse: there are no blocks."""
+        raise _without("blocks")
+
+    def lossless_share(self, rule: Literal["slq", "eigengap"]) -> float:
+        """Refuse: there is no loss."""
+        raise _without(f"curvature ({rule})")
+
+    def train(  # noqa: PLR0913 - as `Session` has it
+        self,
+        *,
+        gradient_term: GradientTerm | None = None,
+        frozen: Callable[[str], bool] | None = None,
+        mask: Tensors | None = None,
+        batches: Sequence[Sequence[int]] | None = None,
+        local: LocalSpec | None = None,
+        stream: str = "",
     ) -> LocalResult:
-        """Add the constant to everything that is not frozen."""
-        del gradient_term
+        """Add the constant to everything that is not frozen; nothing else makes a difference."""
+        del gradient_term, mask, batches, local, stream
         below, constant = self._tensors, self._constant
 
         def compute(name: str) -> Array:
@@ -131,6 +180,10 @@ class NullSession:
         return LocalResult(self._tensors, self.num_examples, float(constant), 1)
 
 
+def _without(what: str) -> BadInput:
+    return BadInput(f"model.name: the null model has no {what}; take a real one for this method")
+
+
 class NullWorkspace:
     """Tasks of the null model."""
 
@@ -144,8 +197,8 @@ class NullWorkspace:
     def warm(self, population: int, indices: Iterable[int]) -> None:
         """Do nothing: there is nothing to load."""
 
-    def initialise(self, task: Task) -> Initial:
-        """Return the first tensors."""
+    def initialise(self, task: Task, tensors: Tensors) -> Initial:
+        """Put the facts of nothing beside the first tensors."""
         facts: dict[str, Json] = {
             "base_parameters": 0,
             "adapter_parameters": self._bytes // 4,
@@ -156,14 +209,15 @@ class NullWorkspace:
             "label_counts": {},
             "model": {"source": "null", "where": self._spec.model.name},
         }
-        return Initial(initial_tensors(self._spec.model.name, self._spec.seed), facts, FIRST_EXAMPLES + task.index)
+        return Initial(tensors, facts, FIRST_EXAMPLES + task.index)
 
-    def session(self, task: Task, private: MutableMapping[str, Json], on_progress: OnProgress) -> NullSession:
+    def session(self, task: Task, private: PrivateState, on_progress: OnProgress) -> NullSession:
         """Open a session."""
         return NullSession(task, private, on_progress)
 
-    def evaluate(self, task: Task, adapter: Tensors, on_progress: OnProgress) -> Metrics:
+    def evaluate(self, task: Task, session: NullSession, on_progress: OnProgress) -> Metrics:
         """Call the first value's distance from zero the loss, so that it tells one adapter from another."""
-        loss = abs(float(adapter[min(adapter)].reshape(-1)[0]))
+        tensors = session.tensors()
+        loss = abs(float(tensors[min(tensors)].reshape(-1)[0]))
         on_progress(1.0, loss)
         return Metrics(num_examples=FIRST_EXAMPLES + task.index, loss=loss, values={"accuracy": 1.0 / (1.0 + loss)})

@@ -7,65 +7,171 @@ holds changes behind its back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Literal
 
+import numpy as np
 import torch
 
-from lorabbit.errors import Refused
+from lorabbit.errors import BadInput, Refused
+from lorabbit.jobspec import LocalSpec
 from lorabbit.messages import Task
 from lorabbit.methods.base import GradientTerm, LocalResult
-from lorabbit.types import ClientId, ClientProfile, Facts, Json, Tensors
+from lorabbit.methods.session import Difficulty, Part, Sensitivity
+from lorabbit.seeds import derive_seed
+from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
 from lorabbit_client.arrays import dtype_name, to_numpy, to_torch
+from lorabbit_client.base import Base
 from lorabbit_client.data import ClientData
 from lorabbit_client.execution import OnProgress
+from lorabbit_client.lora_layers import LoraLayers
+from lorabbit_client.private import PrivateState
 from lorabbit_client.trainable import TrainableModel
 from lorabbit_client.trainer import Clock, Trainer
+
+CURVATURE_ROWS = 16
+"""Rows whose loss surface stands for a client's."""
 
 
 class TorchSession:
     """One client's model, data and private state, for the length of one task."""
 
     def __init__(
-        self,
-        task: Task,
-        model: TrainableModel,
-        data: ClientData,
-        *,
-        private: MutableMapping[str, Json],
-        on_progress: OnProgress,
+        self, task: Task, model: TrainableModel, data: ClientData, *, private: PrivateState, on_progress: OnProgress
     ) -> None:
         """Start from the job's initial tensors."""
         self.client = ClientProfile(ClientId(task.client), task.index)
-        self.private = private
+        self.private: MutableMapping[str, Json] = private.values
+        self.private_tensors: MutableMapping[str, Tensors] = private.tensors
+        self.round = task.round
+        self.seed = task.seed
         self.num_examples = data.train.num_examples
+        self.local = task.spec.local
         self.label_counts: Facts = dict(data.label_counts)
         self.steps = 0
         self._task = task
-        self._model = model
+        self._adapter = model
+        self._selected = model
         self._data = data
         self._on_progress = on_progress
         model.reset()
 
+    # ---- tensors ----
+    def select(self, part: Part) -> None:
+        """Speak of the job's adapter (at first), or of the whole model, whose adapter then adds nothing."""
+        whole = part == "whole"
+        self._selected = self._adapter.whole() if whole else self._adapter
+        self._adapter.enable(enabled=not whole)
+
     def tensors(self) -> Tensors:
-        """Return the trainable tensors as they are now; a copy, in the job's dtype."""
-        return read_tensors(self._model)
+        """Return the selected tensors as they are now; a copy, in the job's dtype."""
+        return read_tensors(self.settled())
 
     def load(self, tensors: Tensors) -> None:
-        """Overwrite trainable tensors by name; raises Refused for an unknown name, wrong shape or dtype."""
-        write_tensors(self._model, tensors)
+        """Overwrite selected tensors by name; raises Refused for an unknown name, wrong shape or dtype."""
+        if self._selected is not self._adapter:
+            self._base.replace()
+        write_tensors(self._selected, tensors)
 
-    def train(
-        self, *, gradient_term: GradientTerm | None = None, frozen: Callable[[str], bool] | None = None
+    @property
+    def scaling(self) -> float:
+        """The s in y = W x + s B A x: the job's lora.alpha / lora.rank, the same at every rank."""
+        return self._base.scaling
+
+    def set_rank(self, rank: int) -> None:
+        """Give every LoRA pair this rank, filled with zeros until `load`; the next task has the job's again."""
+        self._lora.set_rank(rank)
+
+    def base_weights(self) -> Tensors:
+        """Return pristine weights under LoRA, float32, d_out x d_in, by module path as PEFT names its factors."""
+        _ = self._lora
+        return self._base.pristine_weights()
+
+    def shift_base(self, factors: Tensors) -> None:
+        """Make the base W = W_pristine + s B A for this task; it replaces an earlier shift."""
+        if factors:
+            _ = self._lora
+        self._base.shift(factors)
+
+    # ---- training ----
+    def train(  # noqa: PLR0913 - as `Session` has it
+        self,
+        *,
+        gradient_term: GradientTerm | None = None,
+        frozen: Callable[[str], bool] | None = None,
+        mask: Tensors | None = None,
+        batches: Sequence[Sequence[int]] | None = None,
+        local: LocalSpec | None = None,
+        stream: str = "",
     ) -> LocalResult:
-        """Tune on local data as the job's `local` says, from the tensors loaded, with a fresh optimiser."""
-        spec = self._task.spec
-        clock = Clock(self._task.round, spec.rounds)
+        """Tune on local data as `local` or the job says, from the present tensors, with a fresh optimiser."""
+        if self._selected is not self._adapter:
+            self._base.replace()
+        model = self.settled()
         if not len(self._data.train):
             return LocalResult(self.tensors(), 0, float("nan"), 0)
-        trainer = Trainer(self._model, self._data.train, spec.local, clock=clock, seed=self._task.seed)
-        trained = trainer.run(self._on_progress, gradient_term=gradient_term, frozen=frozen)
+        start = time.perf_counter()
+        clock = Clock(self._task.round, self._task.spec.rounds)
+        seed = derive_seed(self.seed, "stream", stream) if stream else self.seed
+        trainer = Trainer(model, self._data.train, local or self.local, clock=clock, seed=seed)
+        trained = trainer.run(self._on_progress, gradient_term=gradient_term, frozen=frozen, mask=mask, batches=batches)
         self.steps += trained.steps
-        return LocalResult(self.tensors(), self.num_examples, trained.loss, trained.steps)
+        facts: Facts = {"seconds": time.perf_counter() - start}
+        return LocalResult(self.tensors(), self.num_examples, trained.loss, trained.steps, facts)
+
+    # ---- looking ----
+    def difficulty(self, kind: Difficulty) -> Array:
+        """How hard each training example is, float64 (num_examples,), at the present tensors."""
+        from lorabbit_client.difficulty import difficulties  # noqa: PLC0415 - only methods with a curriculum need it
+
+        return difficulties(self.settled(), self._data.train, kind)
+
+    def fisher(self, examples: Sequence[int]) -> Tensors:
+        """Mean over these examples of the squared per-example gradient, float32, of every LoRA factor."""
+        from lorabbit_client.fisher import mean_squares  # noqa: PLC0415
+
+        return mean_squares(self.settled(), self._data.train, examples)
+
+    def sensitivity(self, *, noise: float, draws: int, probes: int, variant: Sensitivity) -> Array:
+        """How much each block's output moves when the embeddings do, float64 (blocks,)."""
+        from lorabbit_client.sensitivity import Probe, sensitivities  # noqa: PLC0415
+
+        probe = Probe(noise=noise, draws=draws, probes=probes, variant=variant, seed=self.seed)
+        return sensitivities(self.settled(), self._data.train, probe)
+
+    def lossless_share(self, rule: Literal["slq", "eigengap"]) -> float:
+        """Share of curvature directions that must not be lost, in (0, 1], from this client's data."""
+        from lorabbit_client.curvature import lossless_share  # noqa: PLC0415
+
+        chosen = np.random.default_rng(derive_seed(self.seed, "curvature")).permutation(len(self._data.train))
+        positions = sorted(int(position) for position in chosen[:CURVATURE_ROWS])
+        return lossless_share(self.settled(), self._data.train, positions, rule=rule, seed=self.seed)
+
+    # ---- for the workspace ----
+    def settled(self) -> TrainableModel:
+        """Return the selected model on the base that this task asked for."""
+        if self._adapter.base is not None:
+            self._adapter.base.settle()
+        return self._selected
+
+    @property
+    def _base(self) -> Base:
+        if self._adapter.base is None:
+            raise BadInput(f"model.name: {self._task.spec.model.name} has no base model")
+        return self._adapter.base
+
+    @property
+    def _lora(self) -> LoraLayers:
+        """The LoRA layers, which must all be linear."""
+        spec = self._task.spec
+        if self._adapter.lora is None:
+            raise BadInput(
+                f"model.trainable: {spec.method.name} works on LoRA, and this job trains {spec.model.trainable!r}; "
+                "set model.trainable to 'lora'"
+            )
+        self._adapter.lora.check_linear(self._base.under_lora)
+        return self._adapter.lora
 
 
 def read_tensors(model: TrainableModel) -> Tensors:
@@ -81,16 +187,18 @@ def write_tensors(model: TrainableModel, tensors: Tensors) -> None:
     for name in tensors:
         if name not in model.tensors:
             raise Refused("names", f"the model has no trainable tensor {name!r}")
+    given = {name: to_torch(tensors[name]) for name in tensors}
+    for name, value in given.items():
+        _check(name, model.tensors[name], value, model.dtype)
     with torch.no_grad():
-        for name in tensors:
-            _write(name, model.tensors[name], to_torch(tensors[name]), model.dtype)
+        for name, value in given.items():
+            model.tensors[name].copy_(value)
 
 
-def _write(name: str, own: torch.Tensor, given: torch.Tensor, dtype: torch.dtype) -> None:
-    """Copy one tensor in place."""
+def _check(name: str, own: torch.Tensor, given: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise Refused when a tensor does not fit."""
     expected = dtype if own.is_floating_point() else own.dtype
     if given.shape != own.shape:
         raise Refused("shapes", f"{name} has shape {tuple(given.shape)}, expected {tuple(own.shape)}")
     if given.dtype != expected:
         raise Refused("dtypes", f"{name} is {dtype_name(given.dtype)}, expected {dtype_name(expected)}")
-    own.copy_(given)

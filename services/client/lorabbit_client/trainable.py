@@ -11,18 +11,21 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from lorabbit.errors import BadInput, LoRAbbitError
 from lorabbit.jobspec import JobSpec
 from lorabbit.seeds import derive_seed
 from lorabbit.types import Facts, Json
-from lorabbit_client.bottleneck import insert_bottlenecks
+from lorabbit_client.base import Base
+from lorabbit_client.bottleneck import enable_bottlenecks, insert_bottlenecks
 from lorabbit_client.lora_export import lora_names, wrap_lora
+from lorabbit_client.lora_layers import LoraLayers, active_copies
 from lorabbit_client.models import LoadedModel, quiet, seeded
 
 HEADS = ("classifier", "pre_classifier", "score", "qa_outputs", "fc3")
@@ -46,16 +49,38 @@ class TrainableModel:
     """What stands beside the tensors in an exported folder."""
     initial: Mapping[str, torch.Tensor]
     """A copy of the tensors as they were built from the job's seed."""
+    base: Base | None = None
+    """The model below what is trained."""
+    lora: LoraLayers | None = None
+    """PEFT's layers, where LoRA is trained."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return what an optimiser may move: the tensors that are parameters."""
         return {name: value for name, value in self.tensors.items() if isinstance(value, nn.Parameter)}
 
     def reset(self) -> None:
-        """Put the initial tensors back, so that no client sees another's."""
+        """Put the initial tensors and the job's rank back, so that no client sees another's."""
+        self.enable(enabled=True)
+        if self.base is not None:
+            self.base.release()
+        if self.lora is not None:
+            self.lora.restore_rank()
         with torch.no_grad():
             for name, value in self.tensors.items():
                 value.copy_(self.initial[name])
+
+    def enable(self, *, enabled: bool) -> None:
+        """Let the adapter take part in the model's answers, or leave the base model alone with its heads."""
+        if self.lora is not None:
+            self.lora.enable(enabled=enabled)
+        else:
+            enable_bottlenecks(self.model, enabled=enabled)
+
+    def whole(self) -> TrainableModel:
+        """Return the same model with every tensor of the base model trainable, under its own name."""
+        if self.base is None:
+            raise LoRAbbitError("internal: this model has no base of its own")
+        return replace(self, tensors=self.base.tensors, initial={}, rank=None)
 
 
 def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> TrainableModel:
@@ -63,6 +88,7 @@ def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> 
     model: Any = loaded.model.to(device)  # first, since moving replaces buffers
     base_parameters = sum(p.numel() for p in model.parameters())
     base_names = {id(value): name for name, value in _state(model).items()}
+    layers: LoraLayers | None = None
     rank: int | None = None
     with quiet(), seeded(derive_seed(spec.seed, "adapter")):
         if spec.model.trainable == "lora":
@@ -76,6 +102,8 @@ def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> 
     for value in named.values():
         value.requires_grad = value.is_floating_point() and isinstance(value, nn.Parameter)
     tensors = {name: named[name] for name in sorted(named)}
+    if isinstance(model, PeftModel):
+        layers = LoraLayers(model, tensors)
     travelling = {id(value) for value in tensors.values()}
     frozen = {
         name: value for value in _values(model) if (name := base_names.get(id(value))) and id(value) not in travelling
@@ -89,6 +117,28 @@ def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> 
         rank=rank,
         export=export,
         initial={name: value.detach().clone() for name, value in tensors.items()},
+        base=_base(spec, model, base_names, tensors, layers),
+        lora=layers,
+    )
+
+
+def _base(
+    spec: JobSpec,
+    model: nn.Module,
+    names: Mapping[int, str],
+    tensors: Mapping[str, torch.Tensor],
+    layers: LoraLayers | None,
+) -> Base:
+    """Find the base model's own tensors again, where PEFT may have put a trained copy in their place."""
+    copies = active_copies(model)
+    present = {id(value): value for value in _values(model)}
+    whole = {name: copies.get(key, present[key]) for key, name in names.items() if key in present}
+    own = {id(value) for value in tensors.values()}
+    return Base(
+        {name: whole[name] for name in sorted(whole)},
+        layers.weights(names) if layers is not None else {},
+        own=(name for name, value in whole.items() if id(value) in own),
+        scaling=spec.model.lora.alpha / spec.model.lora.rank,
     )
 
 

@@ -1,9 +1,7 @@
 """The local training loop: the job's optimiser over one client's rows, from the task's seed alone.
 
-Rows of like length share a batch, because attention over padding is the dearest way to compute
-nothing: on short texts this halves the time of a step. Batches are cut from a fresh shuffle each
-epoch and taken in random order, so length is the only thing a batch has in common. The optimiser
-moves float32 copies of half-precision parameters. A loss that is not finite ends the task with a
+The optimiser moves float32 copies of half-precision parameters. What a mask holds is put back after
+every step, so momentum and decay move it neither. A loss that is not finite ends the task with a
 sentence instead of poisoning the aggregate.
 """
 
@@ -11,10 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -22,14 +20,16 @@ from lorabbit.errors import LoRAbbitError
 from lorabbit.jobspec import LocalSpec
 from lorabbit.methods.base import GradientTerm
 from lorabbit.seeds import derive_seed
+from lorabbit.types import Tensors
+from lorabbit_client.batching import batches as cut_batches
+from lorabbit_client.batching import repeated, rows_of, steps_of, steps_over
 from lorabbit_client.data import Examples
 from lorabbit_client.execution import OnProgress
+from lorabbit_client.masking import Held, make_masks
 from lorabbit_client.models import seeded
 from lorabbit_client.tables import Codes
 from lorabbit_client.trainable import TrainableModel
 
-WINDOW_BATCHES = 64
-"""Batches' worth of shuffled rows that are sorted by length together."""
 PROGRESS_SECONDS = 0.25
 HALF = frozenset({torch.float16, torch.bfloat16})
 
@@ -65,36 +65,6 @@ def rate_factor(local: LocalSpec, share: float) -> float:
     return 0.5 * (1.0 - math.cos(math.pi * left)) if local.schedule == "cosine" else 1.0
 
 
-def steps_of(local: LocalSpec, rows: int) -> int:
-    """Return the optimiser steps of one round; a fraction of an epoch is rounded up."""
-    if local.steps is not None:
-        return local.steps
-    per_epoch = -(-rows // local.batch_size)
-    return max(1, math.ceil(per_epoch * (local.epochs or 1.0) - 1e-9))
-
-
-def batches(lengths: Codes, batch_size: int, steps: int, *, seed: int) -> Iterator[Codes]:
-    """Yield the positions of each step's rows, epoch after epoch until `steps` are given."""
-    given, epoch = 0, 0
-    while given < steps:
-        order = epoch_order(lengths, batch_size, seed=derive_seed(seed, "batches", epoch))
-        yield from order[: steps - given]
-        given, epoch = given + len(order), epoch + 1
-
-
-def epoch_order(lengths: Codes, batch_size: int, *, seed: int) -> list[Codes]:
-    """Cut one epoch into batches of rows of like length, in random order; every row occurs once."""
-    generator = np.random.default_rng(seed)
-    shuffled = generator.permutation(len(lengths))
-    window = WINDOW_BATCHES * batch_size
-    cut: list[Codes] = []
-    for start in range(0, len(shuffled), window):
-        part = shuffled[start : start + window]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        cut.extend(part[i : i + batch_size] for i in range(0, len(part), batch_size))
-    return [cut[i] for i in generator.permutation(len(cut))]
-
-
 def make_optimizer(local: LocalSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Make the job's optimiser, fused where the tensors allow it."""
     fused = all(p.dtype == torch.float32 for p in parameters)
@@ -124,27 +94,32 @@ class Trainer:
         *,
         gradient_term: GradientTerm | None = None,
         frozen: Callable[[str], bool] | None = None,
+        mask: Tensors | None = None,
+        batches: Sequence[Sequence[int]] | None = None,
     ) -> Trained:
         """Train from the model's present tensors with a fresh optimiser; raises LoRAbbitError if it diverges."""
-        held = {name: value for name, value in self._model.tensors.items() if frozen is not None and frozen(name)}
+        masks = make_masks(self._model, mask or {})
+        still = {name for name, moves in masks.items() if not moves.any()}
+        held = {n: v for n, v in self._model.tensors.items() if n in still or (frozen is not None and frozen(n))}
         moving = {name: value for name, value in self._model.parameters().items() if name not in held}
-        buffers = {name: value.clone() for name, value in held.items() if not isinstance(value, nn.Parameter)}
         if not moving:
             raise LoRAbbitError("nothing is left to train: every trainable tensor is frozen")
-        try:
-            for value in held.values():
-                value.requires_grad = False
+        order = self._order(batches)
+        with _only(moving, held, self._model.model), seeded(derive_seed(self._seed, "dropout")):
             self._train_mode()
-            with seeded(derive_seed(self._seed, "dropout")):
-                return self._steps(moving, on_progress, gradient_term)
-        finally:
-            self._model.model.eval()
-            for value in self._model.parameters().values():
-                value.requires_grad = True
-                value.grad = None
-            with torch.no_grad():
-                for name, value in buffers.items():
-                    held[name].copy_(value)
+            return self._steps(moving, masks, order, on_progress, gradient_term)
+
+    def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, Iterator[Codes]]:
+        """Return how many steps there are, and the rows of each."""
+        local = self._local
+        if batches is not None:
+            cut = [rows_of(self._examples, batch) for batch in batches if len(batch)]
+            if not cut:
+                raise LoRAbbitError("nothing is left to train on: the method named no example")
+            steps = steps_over(local, len(cut))
+            return steps, repeated(cut, steps)
+        steps = steps_of(local, len(self._examples))
+        return steps, cut_batches(self._examples.lengths, local.batch_size, steps, seed=self._seed)
 
     def _train_mode(self) -> None:
         """Switch dropout on, and statistics only where they travel: a frozen BatchNorm must not drift."""
@@ -156,18 +131,23 @@ class Trainer:
                 module.eval()
 
     def _steps(
-        self, moving: dict[str, nn.Parameter], on_progress: OnProgress, gradient_term: GradientTerm | None
+        self,
+        moving: dict[str, nn.Parameter],
+        masks: dict[str, torch.Tensor],
+        order: tuple[int, Iterator[Codes]],
+        on_progress: OnProgress,
+        gradient_term: GradientTerm | None,
     ) -> Trained:
         """Run the loop; nothing but the loss leaves the device, and only when progress is due."""
         local, masters = self._local, make_masters(moving)
+        steps, rows = order
+        held = Held(masters, masks)
         parameters = list(masters.values())
         start = {name: value.detach().clone() for name, value in masters.items()} if gradient_term else {}
         optimizer = make_optimizer(local, parameters)
-        steps = steps_of(local, len(self._examples))
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         due = time.monotonic() + PROGRESS_SECONDS
-        order = batches(self._examples.lengths, local.batch_size, steps, seed=self._seed)
-        for step, positions in enumerate(order):
+        for step, positions in enumerate(rows):
             rate = local.learning_rate * rate_factor(local, self._clock.share(step, steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -176,10 +156,12 @@ class Trainer:
             _hand_gradients(moving, masters)
             if gradient_term is not None:
                 _add_gradient(masters, start, gradient_term)
+            held.clear_gradients()
             if local.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, local.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            held.put_back()
             _hand_values(masters, moving)
             total += loss.detach()
             if time.monotonic() >= due:
@@ -206,6 +188,28 @@ class Trainer:
                 "lower local.learning_rate, or set local.max_grad_norm"
             )
         return mean
+
+
+@contextmanager
+def _only(moving: dict[str, nn.Parameter], held: dict[str, torch.Tensor], model: nn.Module) -> Iterator[None]:
+    """Let gradients reach what moves and nothing else; afterwards everything is as it was, values apart."""
+    parameters = [*moving.values(), *(value for value in held.values() if isinstance(value, nn.Parameter))]
+    flags = [value.requires_grad for value in parameters]
+    buffers = {name: value.clone() for name, value in held.items() if not isinstance(value, nn.Parameter)}
+    try:
+        for value in parameters:
+            value.requires_grad = False
+        for moved in moving.values():
+            moved.requires_grad = True
+        yield
+    finally:
+        model.eval()
+        for value, flag in zip(parameters, flags, strict=True):
+            value.requires_grad = flag
+            value.grad = None
+        with torch.no_grad():
+            for name, kept in buffers.items():
+                held[name].copy_(kept)
 
 
 def make_masters(moving: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -6,14 +6,15 @@ The executor speaks to it and knows nothing of torch; `learning` implements it o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from lorabbit.messages import Metrics, Task
-from lorabbit.methods.base import Session
-from lorabbit.types import Facts, Json, Tensors
+from lorabbit.methods.session import ClientSession
+from lorabbit.types import Facts, Tensors
 from lorabbit_client.execution import OnProgress
+from lorabbit_client.private import PrivateState
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,8 @@ class Initial:
     num_examples: int
 
 
-class TaskSession(Session, Protocol):
-    """A session that also counts, for the outcome."""
+class TaskSession(ClientSession, Protocol):
+    """A session of either kind (`Session`, or `PersonalSession` for methods that are `personal`), which also counts."""
 
     @property
     def steps(self) -> int:
@@ -39,7 +40,7 @@ class TaskSession(Session, Protocol):
 
 
 class Workspace(Protocol):
-    """One job in one process."""
+    """One job in one process. A session that it opened is of its own kind and comes back to it."""
 
     @property
     def base_sha256(self) -> str | None:
@@ -48,11 +49,11 @@ class Workspace(Protocol):
     def warm(self, population: int, indices: Iterable[int]) -> None:
         """Load everything that these clients need, so that a fork shares it."""
 
-    def initialise(self, task: Task) -> Initial:
-        """Build the first adapter from the job's seed."""
-
-    def session(self, task: Task, private: MutableMapping[str, Json], on_progress: OnProgress) -> TaskSession:
+    def session(self, task: Task, private: PrivateState, on_progress: OnProgress) -> TaskSession:
         """Open one client's session for one task."""
 
-    def evaluate(self, task: Task, adapter: Tensors, on_progress: OnProgress) -> Metrics:
-        """Score an adapter on held-out data; `seconds` is left to the caller."""
+    def initialise(self, task: Task, tensors: Tensors) -> Initial:
+        """Put beside the first adapter, which a method made through a session, what only this side knows."""
+
+    def evaluate(self, task: Task, session: Any, on_progress: OnProgress) -> Metrics:  # noqa: ANN401 - its own kind
+        """Score a session's model, as a method restored it, on held-out data; `seconds` is left to the caller."""

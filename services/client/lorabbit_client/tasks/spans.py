@@ -95,6 +95,11 @@ class Windows(Features):
         parts = [np.arange(self._first[example], self._first[example + 1]) for example in examples]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
+    def examples_of(self, rows: Codes) -> Codes:
+        """Return the example that each window was cut from."""
+        owners: Codes = self.example[rows]
+        return owners
+
     def batch(self, rows: Codes) -> Batch:
         """Return tokens, `start_positions` and `end_positions`."""
         import torch  # noqa: PLC0415 - only where a model runs

@@ -1,0 +1,148 @@
+"""The base model's own tensors: pristine copies, a whole model loaded over them, a low-rank shift on them.
+
+Every client of a process uses one base model, so whatever a task does to it is undone before another
+task sees it. A tensor is copied before it is changed for the first time, and only then: a job that never
+touches its base keeps no second one. A shift is left in place between tasks until one comes that wants
+another, since the next client of a round wants the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from lorabbit import codec, lora
+from lorabbit.errors import LoRAbbitError, Refused
+from lorabbit.types import Tensors
+from lorabbit_client.arrays import to_numpy, to_torch
+
+
+class LoraWeight:
+    """A weight under LoRA: its name in the base model, and which way it lies."""
+
+    def __init__(self, name: str, *, transposed: bool) -> None:
+        """GPT-2's Conv1D keeps its weight d_in x d_out."""
+        self.name = name
+        self._transposed = transposed
+
+    def oriented(self, value: torch.Tensor) -> torch.Tensor:
+        """Turn a weight from the model's orientation to d_out x d_in, or back."""
+        return value.t() if self._transposed else value
+
+
+class Base:
+    """The base model of a process under its own names, and what is done to it."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        under_lora: Mapping[str, LoraWeight],
+        *,
+        own: Iterable[str] = (),
+        scaling: float = 1.0,
+    ) -> None:
+        """Take live tensors by name, the weights under LoRA by module path, and the names that travel anyway.
+
+        `own` tensors (a head, or everything) are put back by whoever trains them and are never copied here.
+        """
+        self.tensors = dict(tensors)
+        self.scaling = scaling
+        self.under_lora = dict(under_lora)
+        self._own = frozenset(own)
+        self._copies: dict[str, torch.Tensor] = {}
+        self._changed: set[str] = set()
+        self._installed: str | None = None
+        self._wanted: str | None = None
+        self._shift: dict[str, torch.Tensor] = {}
+        self._replaced = False
+
+    # ---- between tasks ----
+    def release(self) -> None:
+        """End a task: the next one starts from the pristine base, though a shift may stay until it says so."""
+        if self._replaced:
+            self._restore()
+        self._wanted, self._replaced = None, False
+
+    def settle(self) -> str | None:
+        """Make the base what this task asked for; returns what tells it from another one, None when pristine."""
+        if self._wanted != self._installed:
+            self._restore()
+            if self._wanted is not None:
+                self._install()
+        return "replaced" if self._replaced else self._installed
+
+    # ---- a whole model ----
+    def replace(self) -> None:
+        """Say that the task is about to overwrite tensors of the base."""
+        self._wanted = None
+        self.settle()
+        self._keep(name for name in self.tensors if name not in self._own)
+        self._changed.update(self._copies)
+        self._replaced = True
+
+    # ---- a shift ----
+    def pristine_weights(self) -> Tensors:
+        """Return the weights under LoRA as they were loaded, float32, d_out x d_in, by module path."""
+        return {
+            path: to_numpy(weight.oriented(self._pristine(weight.name)), torch.float32)
+            for path, weight in self.under_lora.items()
+        }
+
+    def shift(self, factors: Tensors) -> None:
+        """Ask for W = W_pristine + s B A; raises Refused for factors of modules that have no LoRA or another shape."""
+        if self._replaced:
+            raise LoRAbbitError("internal: a base that was loaded whole cannot be shifted too")
+        if not factors:
+            self._wanted = None
+            return
+        self._check(factors)
+        self._wanted = codec.tensors_sha256(factors)
+        if self._wanted != self._installed:
+            self._shift = {name: to_torch(factors[name]).float() for name in factors}
+
+    def _check(self, factors: Tensors) -> None:
+        paths = lora.modules(factors)
+        named = {f"{path}.lora_{factor}.weight" for path in paths for factor in "AB"}
+        for name in factors:
+            if name not in named:
+                raise Refused("names", f"{name!r} is no factor of a pair, so the base cannot be shifted by it")
+        for path in paths:
+            if path not in self.under_lora:
+                raise Refused("names", f"{path!r} has no LoRA in this model, so it cannot be shifted")
+            a, b = factors[f"{path}.lora_A.weight"], factors[f"{path}.lora_B.weight"]
+            d_out, d_in = self.under_lora[path].oriented(self.tensors[self.under_lora[path].name]).shape
+            if a.ndim != 2 or a.shape[1] != d_in or b.shape != (d_out, a.shape[0]):  # noqa: PLR2004 - a matrix
+                raise Refused("shapes", f"{path} is {d_out} x {d_in}, which {b.shape} times {a.shape} does not fit")
+
+    def _install(self) -> None:
+        """Write the shifted weights, computed in float32 and rounded once."""
+        paths = lora.modules(self._shift)
+        self._keep(self.under_lora[path].name for path in paths)
+        with torch.no_grad():
+            for path in paths:
+                weight = self.under_lora[path]
+                live = self.tensors[weight.name]
+                a, b = (self._shift[f"{path}.lora_{factor}.weight"].to(live.device) for factor in "AB")
+                moved = weight.oriented(self._copies[weight.name]).float() + self.scaling * (b @ a)
+                live.copy_(weight.oriented(moved))
+                self._changed.add(weight.name)
+        self._installed, self._shift = self._wanted, {}
+
+    # ---- copies ----
+    def _pristine(self, name: str) -> torch.Tensor:
+        return self._copies.get(name, self.tensors[name])
+
+    def _keep(self, names: Iterable[str]) -> None:
+        """Copy tensors that were never changed until now."""
+        for name in names:
+            if name not in self._copies:
+                self._copies[name] = self.tensors[name].detach().clone()
+
+    def _restore(self) -> None:
+        """Put everything back that was changed."""
+        with torch.no_grad():
+            for name in self._changed:
+                self.tensors[name].copy_(self._copies[name])
+        self._changed.clear()
+        self._installed = None
