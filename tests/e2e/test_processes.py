@@ -90,6 +90,15 @@ def test_a_server_killed_in_mid_round_changes_nothing(federation: Federation, em
     assert [entry["accepted"] for entry in report["rounds"]] == [CLIENTS] * 2
 
 
+def test_a_job_that_names_data_outside_of_the_clients_folder_is_refused(federation: Federation) -> None:
+    name = federation.submit(JOB | {"data": {"source": "/etc/passwd.csv"}})
+
+    ended = list(federation.events(name))[-1]
+
+    assert (ended["status"], ended["exit_code"]) == ("failed", 2)
+    assert "data.source: '/etc/passwd.csv' is outside of this client's data folder" in ended["reason"]
+
+
 def test_everybody_ends_cleanly_when_told_to_stop(federation: Federation) -> None:
     federation.run(JOB | {"rounds": 1})
 

@@ -22,6 +22,7 @@ from lorabbit.errors import BadInput, LoRAbbitError
 from lorabbit.settings import ClientSettings, read_settings
 from lorabbit.telemetry import configure
 from lorabbit_client.agent import Agent
+from lorabbit_client.confined import ConfinedExecutor
 from lorabbit_client.executor import Executor
 from lorabbit_client.folderlock import FolderLock
 from lorabbit_client.runners import ThreadRunner
@@ -52,7 +53,7 @@ def _work(settings: ClientSettings) -> int:
     """Put the parts together and run the loop."""
     broker: Broker = RabbitBroker(settings.broker_url, name=f"lorabbit-client {settings.address}")
     executor = Executor(threads=settings.threads, data_root=settings.data_root, device=settings.device)
-    runner = ThreadRunner(executor)
+    runner = ThreadRunner(ConfinedExecutor(executor, settings.data_root))
     agent = Agent(broker, runner, settings)
     log.info("client-started", version=__version__, address=settings.address, folder=str(settings.folder))
     try:
