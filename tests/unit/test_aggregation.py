@@ -225,7 +225,7 @@ def test_components_are_averaged_over_the_clients_that_trained_them():
     kept = lora.read(adapter(), "m.q", 2.0)
     strong, weak = (lora.read(update(k, rank=r).tensors, "m.q", 2.0) for k, r in enumerate((3, 1)))
 
-    folded = mean_of_components([(1.0, strong), (3.0, weak)], Target(4, 2.0), kept).factors
+    folded = mean_of_components([(1.0, strong), (3.0, weak)], Target(4, 2.0, kept=kept)).factors
 
     np.testing.assert_allclose(folded.a[0], 0.25 * strong.a[0] + 0.75 * weak.a[0])
     np.testing.assert_array_equal(folded.a[1:3], strong.a[1:3])

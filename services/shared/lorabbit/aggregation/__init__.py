@@ -6,17 +6,21 @@ every rule pays for the difference in its own coin: error, a frozen factor, an S
 `answer` are its client half. See docs/explanation/aggregation.md.
 """
 
-from lorabbit.aggregation.exchange import FROZEN, answer, frozen, install, is_a, prefix, rank_of, scaling_of
+from lorabbit.aggregation.exchange import FROZEN, answer, config_of, frozen, install, is_a, prefix, rank_of, scaling_of
 from lorabbit.aggregation.folding import Aggregation, check, of, refuse_choice
-from lorabbit.aggregation.rules import RULES, Rule
+from lorabbit.aggregation.rules import COMPONENTS, RULES, Rule, Target, fresh
 
 __all__ = [
+    "COMPONENTS",
     "FROZEN",
     "RULES",
     "Aggregation",
     "Rule",
+    "Target",
     "answer",
     "check",
+    "config_of",
+    "fresh",
     "frozen",
     "install",
     "is_a",

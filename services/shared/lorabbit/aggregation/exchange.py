@@ -7,7 +7,7 @@ from typing import Protocol
 
 from lorabbit import lora
 from lorabbit.tensors import subset
-from lorabbit.types import ADAPTER, SHIFT, Array, ClientProfile, ClientUpdate, Facts, Plan, Tensors
+from lorabbit.types import ADAPTER, SHIFT, Array, ClientProfile, ClientUpdate, Facts, Json, Plan, Tensors
 
 FROZEN = "frozen-a"
 """Payload role of A factors that all clients share and nobody trains."""
@@ -91,6 +91,12 @@ def scaling_of(update: ClientUpdate, default: float) -> float:
     """The scaling with which a client trained; the server's own where it does not say."""
     told = update.facts.get("scaling")
     return float(told) if isinstance(told, (int, float)) and told > 0 else default
+
+
+def config_of(rank: int, scaling: float) -> dict[str, Json]:
+    """The keys of adapter_config.json that give factors of a rank their scaling."""
+    alpha = scaling * rank
+    return {"r": rank, "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha}
 
 
 def prefix(tensors: Tensors, rank: int) -> Tensors:

@@ -165,7 +165,9 @@ class _Round:
 
     def __init__(self, setting: Aggregation, state: ServerState, received: Sequence[ClientUpdate]) -> None:
         self._setting, self._received = setting, received
+        self._present = state.tensors
         self._frozen = state.shared.get(exchange.FROZEN, {})
+        self._moving = frozenset(lora.modules(state.tensors))
         self._folds = _folds(state)
         self._examples = [float(update.num_examples) for update in received]
         self._weights = self._norms() if setting.rule.by_norm else self._examples
@@ -176,9 +178,9 @@ class _Round:
         setting = self._setting
         seed = derive_seed(setting.seed, "factors", self._folds, module)
         factors = list(self._factors(module))
-        folded = setting.rule.fold(
-            list(zip(self._weights, factors, strict=True)), Target(setting.rank, setting.scaling, seed)
-        )
+        kept = lora.read(self._present, module, setting.scaling) if module in self._moving else None
+        target = Target(setting.rank, setting.scaling, seed, kept)
+        folded = setting.rule.fold(list(zip(self._weights, factors, strict=True)), target)
         self._measure(list(zip(self._examples, factors, strict=True)), folded.product())
         return folded
 

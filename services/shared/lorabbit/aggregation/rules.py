@@ -37,6 +37,8 @@ class Target:
     scaling: float
     seed: int = 0
     """Of fresh factors."""
+    kept: Factors | None = None
+    """The server's present factors, for a rule that keeps what nobody trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +108,15 @@ def mean_and_residual(weighted: Weighted, target: Target) -> Folded:
     return Folded(mean, residual)
 
 
-def mean_of_components(weighted: Weighted, target: Target, kept: Factors) -> Folded:
-    """Average each rank-one component over the clients that trained it; `kept` where nobody did.
+def mean_of_components(weighted: Weighted, target: Target) -> Folded:
+    """Average each rank-one component over the clients that trained it; the server's own where nobody did.
 
     A client of a lower rank trained the first components: it must not dilute the others with zeros.
+    Where every client trained every component this is `mean_of_factors`, to the bit.
     """
+    kept = target.kept
+    if kept is None or all(factors.rank == kept.rank for _, factors in weighted):
+        return mean_of_factors(weighted, target)
     a, b = kept.a.copy(), kept.b.copy()
     for component in range(kept.rank):
         trained = [(w, Factors(f.a[[component]], f.b[:, [component]], f.scaling)) for w, f in weighted
@@ -150,6 +156,8 @@ def fresh(like: Factors, target: Target) -> Factors:
     return Factors(drawn.astype(like.a.dtype), np.zeros((d_out, target.rank), like.b.dtype), target.scaling)
 
 
+COMPONENTS = Rule("factors", mean_of_components)
+"""The mean of factors where weak clients train the first components only; for methods that order components."""
 _SAME_A = "the mean of factors compares them entry by entry, and entries of unlike ranks do not meet"
 RULES: Mapping[str, Rule] = MappingProxyType(
     {

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from lorabbit import lora
+from lorabbit.aggregation.exchange import config_of
 from lorabbit.aggregation.rules import padded
 from lorabbit.lora import Factors
-from lorabbit.types import Array, Facts, Json, Tensors
+from lorabbit.types import Array, Facts, Tensors
 
 
 def add(old: Tensors, module: str, more: Factors) -> dict[str, Array]:
@@ -54,7 +55,7 @@ def combined(adapter: Tensors, shift: Tensors, scaling: float) -> tuple[Tensors,
     tensors = {name: adapter[name] for name in adapter if not lora.is_factor(name)}
     for module, pair in pairs.items():
         tensors |= lora.write(module, padded(pair, rank))
-    config: dict[str, Json] = {"r": rank, "lora_alpha": _number(scaling * rank)} if rank else {}
+    config = config_of(rank, scaling) if rank else {}
     return {name: tensors[name] for name in sorted(tensors)}, config
 
 
@@ -62,8 +63,3 @@ def _joined(factors: Factors, shift: Factors) -> Factors:
     a = np.concatenate([factors.a, shift.a.astype(factors.a.dtype)])
     b = np.concatenate([factors.b, shift.b.astype(factors.b.dtype)], axis=1)
     return Factors(a, b, factors.scaling)
-
-
-def _number(value: float) -> Json:
-    """An integer where it is one, as PEFT's own files have it."""
-    return int(value) if float(value).is_integer() else value

@@ -12,11 +12,12 @@ from lorabbit.methods.base import Method
 from lorabbit.methods.fedavg import FedAvg
 from lorabbit.methods.fedprox import FedProx
 from lorabbit.methods.ffa_lora import FfaLora
+from lorabbit.methods.sa_fedlora import SaFedLora
 from lorabbit.validation import explain
 
 __all__ = ["METHODS", "Method", "build"]
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (FedAvg, FedProx, FfaLora)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (FedAvg, FedProx, FfaLora, SaFedLora)}
 
 
 def build(job: JobSpec) -> Method:
