@@ -36,6 +36,25 @@ class AtOnce(Executor):
         return done
 
 
+class Paused(AtOnce):
+    """Does work where it is asked for, or once it is told to go on: a process that was put to sleep."""
+
+    def __init__(self) -> None:
+        self.sleeps = False
+        self._asleep: list[Callable[[], Any]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if not self.sleeps:
+            return super().submit(fn, *args, **kwargs)
+        self._asleep.append(lambda: fn(*args, **kwargs))
+        return Future()
+
+    def wake(self) -> None:
+        self.sleeps = False
+        for each in self._asleep:
+            each()
+
+
 EFFECTS = frozenset({"commit", "mark_job", "send", "ack", "reject", "declare_queue", "delete_queue", "lease_identity"})
 
 
@@ -82,10 +101,10 @@ class Rig:
         self.settings = ServerSettings(folder=folder / "server", durable=False, chunk_bytes=1024)
         self.service: Service | None = None
 
-    def serve(self, fuse: Fuse | None = None, *, owner: str = "server") -> Service:
-        """Start a server on whatever an earlier one left."""
+    def serve(self, fuse: Fuse | None = None, *, owner: str = "server", worker: Executor | None = None) -> Service:
+        """Start a server on whatever an earlier one left; `worker` does its heavy work, at once when None."""
         fuse = fuse or Fuse()
-        means = Means(now_ms=lambda: round(self.now * 1000), worker=AtOnce())
+        means = Means(now_ms=lambda: round(self.now * 1000), worker=worker or AtOnce())
         service = Service(fuse.wrap(self.broker), fuse.wrap(self.store), self.settings, owner=owner, means=means)
         service.listen(lambda _, event: self.events.append(event))
         service.on_job_ended(self.ended.append)

@@ -79,6 +79,17 @@ def test_a_lease_that_ran_out_goes_to_the_next_server_and_its_old_holder_is_fenc
         store.renew_lease("a", old, 30.0)
 
 
+def test_the_newest_epoch_is_that_of_whoever_took_the_lease_last(store):
+    assert store.newest_epoch() == 0
+    epoch = store.acquire_lease("a", 30.0)
+    assert store.newest_epoch() == epoch
+    store.release_lease("a", epoch)
+    assert store.newest_epoch() == epoch
+
+    assert store.acquire_lease("b", 30.0) == store.newest_epoch()
+    assert store.newest_epoch() > epoch
+
+
 # ---- identities ----
 
 

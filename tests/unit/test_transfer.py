@@ -139,6 +139,18 @@ def test_readers_of_a_payload_that_cannot_be_published_do_not_wait_for_ever(brok
     assert told == ["failed"]
 
 
+def test_a_closed_publisher_leaves_streams_to_the_next_server(broker, server_store, client_store, ref):
+    replaced, answers = AdapterPublisher(broker, server_store), []
+    replaced.publish(ref, lambda _: answers.append("published by the first"))
+    replaced.close()
+    AdapterPublisher(broker, server_store).publish(ref, answers.append)
+    AdapterReader(broker, client_store, ref, answers.append)
+
+    broker.run_until_idle()
+
+    assert answers == [None, None]
+
+
 def test_a_restarted_server_publishes_over_what_is_there(broker, server_store, client_store, ref):
     answers = []
     AdapterPublisher(broker, server_store).publish(ref)

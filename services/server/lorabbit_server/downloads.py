@@ -52,7 +52,7 @@ class Downloads:
                 if not self._needs(sha256):
                     self._tools.payloads.delete(sha256)
 
-        self._tools.loop.work(delete, _done, _done)
+        self._delete_by(delete)
 
     def tidy(self) -> None:
         """Delete every file that nothing needs: what a killed server left, uploads that broke off among it."""
@@ -64,7 +64,16 @@ class Downloads:
                     self._tools.payloads.delete(sha256)
                     path.unlink(missing_ok=True)
 
-        self._tools.loop.work(delete, _done, _done)
+        self._delete_by(delete)
+
+    def _delete_by(self, delete: Callable[[], None]) -> None:
+        """Delete files beside the loop, unless another server leads by then: on a shared volume they are its own."""
+
+        def fenced() -> None:
+            if self._tools.store.newest_epoch() == self._tools.epoch:
+                delete()
+
+        self._tools.loop.work(fenced, _done, _done)
 
 
 def _done(_: object) -> None:

@@ -245,6 +245,8 @@ class Service:
             each.cancel()
         if self._run is not None:
             self._run.close()
+        if self._tools is not None:
+            self._tools.publisher.close()
         self._subscriptions, self._timers = [], []
         self._run, self._epoch = None, None
         self._tools = None

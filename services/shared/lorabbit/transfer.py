@@ -61,6 +61,7 @@ class AdapterPublisher:
         """Publish from this store."""
         self._broker, self._store = broker, store
         self._streams: dict[str, _Stream] = {}
+        self._withdrawals: list[_Retried] = []
 
     def publish(self, ref: PayloadRef, on_done: OnDone | None = None) -> None:
         """Make a stored payload readable by every client; one that is published already costs nothing.
@@ -88,7 +89,14 @@ class AdapterPublisher:
         stream = self._streams.pop(sha256, None)
         if stream is not None:
             stream.cancel()
-        _until_available(self._broker, lambda: self._broker.delete_queue(topology.adapter_stream(sha256).name))
+        name = topology.adapter_stream(sha256).name
+        self._withdrawals.append(_until_available(self._broker, lambda: self._broker.delete_queue(name)))
+        self._withdrawals = [each for each in self._withdrawals if each.is_open]
+
+    def close(self) -> None:
+        """Publish and withdraw nothing more; streams stay for the next server."""
+        for each in (*self._streams.values(), *self._withdrawals):
+            each.cancel()
 
     def _forget(self, sha256: str) -> None:
         self._streams.pop(sha256, None)
@@ -241,11 +249,13 @@ class _Retried(Cancellable):
         self._broker, self._function = broker, function
         self._backoff = Backoff(0.2, 10.0)
         self._timer: Cancellable | None = None
+        self.is_open = True
         self.attempt()
 
     def attempt(self) -> None:
         try:
             self._function()
+            self.is_open = False
         except BrokerUnavailable:
             self._timer = self._broker.after(self._backoff.next_seconds(), self.attempt)
 
@@ -254,6 +264,6 @@ class _Retried(Cancellable):
             self._timer.cancel()
 
 
-def _until_available(broker: Broker, function: Callable[[], None]) -> Cancellable:
+def _until_available(broker: Broker, function: Callable[[], None]) -> _Retried:
     """Call a function now, and again later as long as it raises BrokerUnavailable."""
     return _Retried(broker, function)

@@ -114,6 +114,10 @@ class StateStore(ABC):
         """Give the lease up, if it is still ours."""
 
     @abstractmethod
+    def newest_epoch(self) -> int:
+        """Return the epoch given last; 0 when none ever was. Who works in an older one has been replaced."""
+
+    @abstractmethod
     def lease_holder(self) -> str | None:
         """Who holds the lease now."""
 

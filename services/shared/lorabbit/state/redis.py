@@ -92,6 +92,11 @@ class RedisStore(StateStore):
         """See `StateStore.release_lease`."""
         self._run(scripts.RELEASE, _server("lease", "epoch"), owner, epoch)
 
+    def newest_epoch(self) -> int:
+        """See `StateStore.newest_epoch`."""
+        epoch = self._call(lambda: self._redis.get(_SERVER + "epoch"))
+        return 0 if epoch is None else int(epoch)
+
     def lease_holder(self) -> str | None:
         """See `StateStore.lease_holder`."""
         holder = self._call(lambda: self._redis.get(_SERVER + "lease"))
