@@ -20,12 +20,14 @@ from lorabbit.errors import Refused
 from lorabbit.events import AnyEvent, TaskProgressed
 from lorabbit.messages import (
     Alive,
+    CancelTask,
     Deny,
     ForTask,
     Goodbye,
     Hello,
     Message,
     Offer,
+    TaskAccepted,
     TaskFailed,
     TaskProgress,
     Verdict,
@@ -164,13 +166,15 @@ class Reception:
                 self._broker.ack(delivery)
 
     def _on_other_job(self, message: ForTask, delivery: Delivery, address: str) -> None:
-        """Answer an offer for a job that is not running, so that the client can forget it."""
-        if not isinstance(message, Offer):
+        """Answer whoever works for a job that is not running, so that the client can forget it."""
+        if not isinstance(message, Offer | TaskAccepted):
             self._broker.ack(delivery)
             return
         about = {"job": message.job, "task": message.task, "client": message.client}
         answer: Message
-        if self._tools.store.effect(message.job, message.task) is not None:
+        if isinstance(message, TaskAccepted):
+            answer = CancelTask(**about)
+        elif self._tools.store.effect(message.job, message.task) is not None:
             answer = Verdict(**about, accepted=True)
         else:
             answer = Deny(**about, reason="job-ended")
