@@ -60,7 +60,7 @@ def wrap_lora(spec: JobSpec, model: nn.Module, heads: Sequence[str]) -> tuple[Pe
             f"model.lora.targets: {', '.join(lora.targets or ())} is no layer of {spec.model.name}{blocks}, which has "
             f"{', '.join(linear)}"
         ) from error
-    return wrapped, _config_file(wrapped, spec.model.name)
+    return wrapped, config_file(wrapped, spec.model.name)
 
 
 def default_targets(model: nn.Module) -> list[str] | str:
@@ -74,7 +74,7 @@ def default_targets(model: nn.Module) -> list[str] | str:
     return "all-linear"
 
 
-def _config_file(wrapped: PeftModel, name: str) -> dict[str, Json]:
+def config_file(wrapped: PeftModel, name: str) -> dict[str, Json]:
     """Let PEFT write its configuration, and make it reproducible."""
     config = wrapped.peft_config["default"]
     kept = (config.base_model_name_or_path, config.inference_mode)

@@ -21,6 +21,7 @@ from lorabbit.types import Tensors
 from lorabbit_client.data import load_labels
 from lorabbit_client.model_source import resolve
 from lorabbit_client.models import LABELLED, load_model, load_processor
+from lorabbit_client.prompts import KINDS
 from lorabbit_client.session import write_tensors
 from lorabbit_client.trainable import make_trainable
 
@@ -31,6 +32,8 @@ def merge(spec: JobSpec, tensors_file: Path, out: Path) -> None:
     """Write the merged model and its tokeniser to the folder `out`; raises BadInput where that cannot be."""
     if spec.model.trainable == "adapter":
         raise BadInput("bottleneck adapters are modules of their own and cannot be merged; export without --merged")
+    if spec.model.trainable in KINDS:
+        raise BadInput("a soft prompt stands before the model and cannot be merged into it; export without --merged")
     adapter = codec.read_tensors(tensors_file)
     source = resolve(spec.model.name)
     loaded = load_model(spec, source, _labels(spec, adapter))

@@ -22,6 +22,7 @@ from lorabbit.errors import BadInput, LoRAbbitError
 from lorabbit.jobspec import JobSpec
 from lorabbit.seeds import derive_seed
 from lorabbit.types import Facts, Json
+from lorabbit_client import prompts
 from lorabbit_client.base import Base
 from lorabbit_client.bottleneck import enable_bottlenecks, insert_bottlenecks
 from lorabbit_client.lora_export import lora_names, wrap_lora
@@ -80,7 +81,10 @@ class TrainableModel:
         """Return the same model with every tensor of the base model trainable, under its own name."""
         if self.base is None:
             raise LoRAbbitError("internal: this model has no base of its own")
-        return replace(self, tensors=self.base.tensors, initial={}, rank=None)
+        model: Any = self.model
+        if isinstance(model, PeftModel) and self.lora is None:
+            model = model.get_base_model()  # a soft prompt stands before the model, not in it
+        return replace(self, model=model, tensors=self.base.tensors, initial={}, rank=None)
 
 
 def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> TrainableModel:
@@ -96,13 +100,17 @@ def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> 
             named: dict[str, torch.Tensor] = lora_names(model)
             rank = spec.model.lora.rank
             export: dict[str, Json] = {"format": "peft", "files": {"adapter_config.json": config}}
+        elif spec.model.trainable in prompts.KINDS:
+            model, config = prompts.wrap_prompt(spec, model, head_modules(loaded))
+            named = prompts.prompt_names(model)
+            export = {"format": "peft", "files": {"adapter_config.json": config}}
         else:
             named = _plain(spec, loaded)
             export = _plain_export(spec, model)
     for value in named.values():
         value.requires_grad = value.is_floating_point() and isinstance(value, nn.Parameter)
     tensors = {name: named[name] for name in sorted(named)}
-    if isinstance(model, PeftModel):
+    if spec.model.trainable == "lora":
         layers = LoraLayers(model, tensors)
     travelling = {id(value) for value in tensors.values()}
     frozen = {

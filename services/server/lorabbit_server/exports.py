@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from lorabbit import codec
+from lorabbit import codec, prompts
 from lorabbit import events as ev
 from lorabbit.payloads import PayloadStore
 
@@ -109,11 +109,19 @@ class Exports:
         if version.config:
             described[CONFIG] = {**_object(described.get(CONFIG)), **version.config}
         self._write_json(folder, described)
-        self.files.copy(source, folder / WEIGHTS.get(self._format, "adapter_model.safetensors"))
+        self._write_weights(source, folder / WEIGHTS.get(self._format, "adapter_model.safetensors"))
         if version.base is not None and self._bases.get(folder) != version.base:
             self._write_base(self.payloads.path(version.base), folder / BASE_FOLDER)
             self._bases[folder] = version.base
         return True
+
+    def _write_weights(self, source: Path, path: Path) -> None:
+        """Copy a version's tensors; p-tuning's encoder travels, and PEFT reads the prompt that it makes."""
+        tensors = codec.read_tensors(source)
+        if prompts.has_encoder(tensors):
+            codec.write_tensors(path, prompts.finished(tensors), durable=self.files.durable)
+        else:
+            self.files.copy(source, path)
 
     def _write_base(self, source: Path, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
