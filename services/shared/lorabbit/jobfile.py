@@ -119,6 +119,19 @@ def parse(text: str, *, name: str = "job.yaml") -> JobSpec:
     return _validate(_parse(name, text))
 
 
+def read_content(path: Path | str) -> dict[str, Any]:
+    """Read a YAML or TOML file's keys and values, unchecked: a sweep file, or a job to be changed. Raises BadInput."""
+    return _parse(str(path), _read(path)).content
+
+
+def of_content(content: dict[str, Any], *, name: str, overrides: Sequence[str] = ()) -> JobSpec:
+    """Make a job of keys and values; `name` says in errors where they are from. Raises BadInput."""
+    source = _Source(name, content)
+    for override in overrides:
+        _override(source, override)
+    return _validate(source)
+
+
 def dump(spec: JobSpec, *, head: str = "") -> str:
     """Write a job as YAML, every key with its value; `head` is put before it as comments."""
     comments = "".join(f"# {line}\n" for line in head.splitlines())
