@@ -128,6 +128,31 @@ def test_a_fully_tuned_model_loads_with_transformers_alone_and_answers_alike(
     assert torch.equal(answers(theirs, batch), answers(space._model.model, batch))
 
 
+def test_an_adapter_on_a_base_of_its_own_loads_with_both_and_answers_alike(tmp_path: Path):
+    """What the server writes to base/ of a whole model that clients trained."""
+    space, spec = opened(tmp_path, "text-classification", "bert")
+    initial = first(space, spec)
+    one = space.session(task_of(spec), PrivateState(), silent)
+    one.select("whole")
+    whole = moved(one.tensors())
+    base = tmp_path / "own-base"
+    base.mkdir()
+    facts: Any = initial.facts
+    for file, content in facts["export_base"]["files"].items():
+        (base / file).write_text(json.dumps(content), encoding="utf-8")
+    codec.write_tensors(base / WEIGHTS["transformers"], whole)
+    one.load(whole)
+    one.select("adapter")
+    tensors = moved(initial.tensors)
+    one.load(tensors)
+    folder = export(tmp_path / "adapter", initial.facts, tensors)
+
+    theirs = PeftModel.from_pretrained(transformers.AutoModelForSequenceClassification.from_pretrained(base), folder)
+
+    batch = inputs(space, spec)
+    assert torch.equal(answers(theirs, batch), answers(one.settled().model, batch))
+
+
 def test_a_trained_adapter_scores_the_same_when_peft_loads_it(tmp_path: Path):
     space, spec = opened(tmp_path, "text-classification", "distilbert")
     initial = first(space, spec)

@@ -97,6 +97,7 @@ class LearningWorkspace:
             "adapter_parameters": count(tensors),
             "rank": model.rank,
             "export": dict(model.export),
+            "export_base": dict(model.export_base),
             "main_metric": data.task.main_metric,
             "versions": {name: version(name) for name in REPORTED},
             "label_counts": dict(data.label_counts),

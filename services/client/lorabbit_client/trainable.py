@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class TrainableModel:
     """The model below what is trained."""
     lora: LoraLayers | None = None
     """PEFT's layers, where LoRA is trained."""
+    export_base: Facts = field(default_factory=dict)
+    """What stands beside the tensors of a whole model, where a method's adapters have a base of their own."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return what an optimiser may move: the tensors that are parameters."""
@@ -93,6 +95,7 @@ def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> 
     base_parameters = sum(p.numel() for p in model.parameters())
     base_names = {id(value): name for name, value in _state(model).items()}
     layers: LoraLayers | None = None
+    export_base: dict[str, Json] = {"files": _config_files(spec, model)}
     rank: int | None = None
     with quiet(), seeded(derive_seed(spec.seed, "adapter")):
         if spec.model.trainable == "lora":
@@ -127,6 +130,7 @@ def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> 
         initial={name: value.detach().clone() for name, value in tensors.items()},
         base=_base(spec, model, base_names, tensors, layers),
         lora=layers,
+        export_base=export_base,
     )
 
 
@@ -194,11 +198,18 @@ def _plain_export(spec: JobSpec, model: nn.Module) -> dict[str, Json]:
     """Say what else an exported folder needs: a whole model its config, a part of one nothing."""
     config: Any = getattr(model, "config", None)
     if spec.model.trainable == "full" and config is not None:
-        plain = json.loads(json.dumps(config.to_diff_dict()))  # id2label has integers for keys, JSON has none
-        content = {**plain, "architectures": [type(model).__name__], "dtype": spec.model.dtype}
-        return {"format": "transformers", "files": {"config.json": content}}
+        return {"format": "transformers", "files": _config_files(spec, model)}
     facts: dict[str, Json] = {"base_model_name_or_path": spec.model.name, "trainable": spec.model.trainable}
     return {"format": "partial", "files": {"lorabbit_config.json": facts}}
+
+
+def _config_files(spec: JobSpec, model: nn.Module) -> dict[str, Json]:
+    """Return what makes the tensors of a whole model a folder that transformers loads; nothing for other models."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return {}
+    plain = json.loads(json.dumps(config.to_diff_dict()))  # id2label has integers for keys, JSON has none
+    return {"config.json": {**plain, "architectures": [type(model).__name__], "dtype": spec.model.dtype}}
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ class Initial:
 
     tensors: Tensors
     facts: Facts
-    """base_parameters, adapter_parameters, rank, export, main_metric, versions, label_counts, model."""
+    """base_parameters, adapter_parameters, rank, export, export_base, main_metric, versions, label_counts, model."""
     num_examples: int
 
 
