@@ -7,6 +7,7 @@ value by the mean of 1 ... n, so every sum in a test can be done on paper.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -125,18 +126,25 @@ class ScriptedClient:
 
     def do(self, task: Task) -> None:
         self.send(TaskAccepted(**self.about(task)))
-        refs = list(task.payloads.values())
+        refs = {ref.sha256: ref for ref in task.payloads.values()}
         if not refs:
             self.finish(task)
             return
+        awaited = set(refs)
 
-        def read(error: Exception | None) -> None:
+        def read(sha256: str, error: Exception | None) -> None:
             assert error is None, error
-            self.finish(task)
+            awaited.discard(sha256)
+            if not awaited:
+                self.finish(task)
 
-        self._reading.append(AdapterReader(self.broker, self.store, refs[0], read))
+        for sha256, ref in refs.items():
+            self._reading.append(AdapterReader(self.broker, self.store, ref, partial(read, sha256)))
 
     def finish(self, task: Task) -> None:
+        if task.phase == EVALUATE and ADAPTER not in task.payloads:
+            self.tell(task, accuracy=0.25)
+            return
         if task.phase == EVALUATE:
             values = codec.read_tensors(self.store.path(task.payloads[ADAPTER].sha256))
             mean = float(np.mean(values["a"]))
@@ -144,6 +152,13 @@ class ScriptedClient:
             self.send(Offer(**self.about(task), payload=None, metrics=metrics, base_sha256=self.base_sha256))
             return
         self.offer(task, self.tensors(task))
+
+    def tell(self, task: Task, **values: float) -> None:
+        """Offer a result without tensors."""
+        metrics = Metrics(num_examples=self.examples, loss=0.5, steps=1, values=values)
+        offer = Offer(**self.about(task), payload=None, metrics=metrics, base_sha256=self.base_sha256)
+        self.offers[task.task] = offer
+        self.send(offer)
 
     def tensors_like(self, value: float) -> Tensors:
         return {name: np.full(shape, value, np.float32) for name, shape in SHAPES.items()}

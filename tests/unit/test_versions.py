@@ -1,0 +1,122 @@
+"""Versions of a server state: what is written, what is not written again, and which objects come back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from wide_methods import Surveying
+
+from lorabbit import codec
+from lorabbit.jobspec import JobSpec
+from lorabbit.methods.fedavg import FedAvg
+from lorabbit.payloads import PayloadStore
+from lorabbit.types import BASE, ServerState
+from lorabbit_server.jobstate import JobState, dump_header, load_state
+from lorabbit_server.versions import Versions
+
+
+class CountingStore(PayloadStore):
+    """Notes what was serialised."""
+
+    def __init__(self, folder):
+        super().__init__(folder, durable=False)
+        self.written = []
+
+    def add_tensors(self, tensors, facts=None, **what):
+        self.written.append(sorted(tensors))
+        return super().add_tensors(tensors, facts, **what)
+
+
+@pytest.fixture
+def payloads(tmp_path):
+    return CountingStore(tmp_path / "payloads")
+
+
+def state(value=1.0, **what):
+    shared = {BASE: {"w": np.arange(6, dtype=np.float32)}}
+    return ServerState({"a": np.full(3, value, np.float32)}, **{"shared": shared, **what})
+
+
+def test_every_shared_group_is_a_file_of_its_own(payloads):
+    versions = Versions(FedAvg(), payloads, 1024)
+
+    saved = versions.save(state())
+
+    assert saved.hashes == set(payloads.stored())
+    assert len(saved.hashes) == 2
+    assert codec.read_tensors(payloads.path(saved.shared[BASE].sha256))["w"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_group_that_is_handed_on_is_not_serialised_again(payloads):
+    versions = Versions(FedAvg(), payloads, 1024)
+    first = versions.save(state())
+    loaded = versions.load(first)
+
+    second = versions.save(replace(loaded, tensors={"a": np.zeros(3, np.float32)}))
+
+    assert payloads.written == [["w"], ["a"], ["a"]]
+    assert second.shared == first.shared
+
+
+def test_two_versions_in_use_hand_out_the_same_group_and_its_one_file(payloads):
+    versions = Versions(FedAvg(), payloads, 1024)
+    head = versions.save(state())
+    loaded = versions.load(head)
+    scored = versions.save(replace(loaded, tensors={"a": np.zeros(3, np.float32)}))
+
+    other = versions.load(scored)
+
+    assert versions.load(head) is loaded
+    assert versions.load(scored) is other
+    assert other.shared[BASE] is loaded.shared[BASE]
+    assert versions.refs(other.shared) == {BASE: head.shared[BASE]}
+
+
+def test_files_of_plans_are_needed_until_their_version_is_no_longer_in_use(payloads):
+    versions = Versions(FedAvg(), payloads, 1024)
+    head, scored = versions.save(state()), versions.save(state(2.0))
+    versions.load(scored)
+    made = versions.refs({"adapter": {"z": np.ones(2, np.float32)}})["adapter"].sha256
+    versions.load(head)
+
+    versions.keep([head, scored])
+    both = versions.current
+    versions.keep([head])
+
+    assert made in both
+    assert versions.current == head.hashes
+
+
+def test_the_report_of_a_round_is_in_the_version_and_costs_no_second_file(payloads):
+    versions = Versions(FedAvg(), payloads, 1024)
+
+    saved = versions.save(state(facts={"report": {"rank": 4}}))
+
+    assert saved.report == {"rank": 4}
+    assert saved.state == saved.adapter
+    assert versions.load(saved).report == {"rank": 4}
+
+
+def test_a_state_with_facts_hands_out_the_adapter_that_is_written_already(payloads):
+    versions = Versions(FedAvg(), payloads, 1024)
+    saved = versions.save(state(facts={"best": 4}))
+    loaded, before = versions.load(saved), list(payloads.written)
+
+    refs = versions.refs({"adapter": loaded.tensors})
+
+    assert (refs["adapter"], payloads.written) == (saved.adapter, before)
+    assert codec.read_facts(payloads.path(refs["adapter"].sha256)) == {}
+
+
+def test_a_version_comes_back_from_the_store_as_it_was(payloads):
+    method = Surveying()
+    saved = Versions(method, payloads, 1024).save(state(facts={"report": {"rank": 4, "aggregation_error": 0.25}}))
+    job = JobState("job", JobSpec(), head=saved, scored={3: saved})
+
+    back = load_state(dump_header(job), job.spec, {})
+
+    assert back == job
+    assert (saved.base, saved.config) == (saved.shared[BASE], {"r": 4, "lora_alpha": 16})
+    assert back.payloads == saved.hashes
