@@ -110,6 +110,21 @@ def truncate(factors: Factors, rank: int, *, scaling: float | None = None) -> Tr
     return Truncated(Factors(a, b, target), float(np.linalg.norm(s[keep:])), float(np.linalg.norm(s)))
 
 
+def split(weight: Array, rank: int, *, scaling: float, smallest: bool = False) -> Factors:
+    """Factors of a dense weight's largest (or smallest) singular components, in float64, balanced.
+
+    B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r^T by an exact SVD; in each column of U the entry of largest
+    magnitude is made positive. Raises ValueError when the weight has fewer than `rank` components.
+    """
+    u, sigma, vt = np.linalg.svd(_double(weight), full_matrices=False)
+    if rank > len(sigma):
+        raise ValueError(f"a {weight.shape[0]} x {weight.shape[1]} weight has {len(sigma)} components, not {rank}")
+    chosen = slice(len(sigma) - rank, None) if smallest else slice(rank)
+    left, root = u[:, chosen], np.sqrt(sigma[chosen] / scaling)
+    signs = np.where(left[np.abs(left).argmax(axis=0), np.arange(rank)] < 0, -1.0, 1.0)
+    return Factors((root * signs)[:, None] * vt[chosen], left * (root * signs), scaling)
+
+
 def norm(factors: Factors) -> float:
     """Frobenius norm of s B A through the Gram matrices of the factors: sqrt(tr(B^T B  A A^T)) s."""
     a, b = _double(factors.a), _double(factors.b)

@@ -10,14 +10,16 @@ from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.base import Method
 from lorabbit.methods.fedavg import FedAvg
+from lorabbit.methods.federa import FeDeRA
 from lorabbit.methods.fedprox import FedProx
 from lorabbit.methods.ffa_lora import FfaLora
+from lorabbit.methods.fibecfed import FibecFed
 from lorabbit.methods.sa_fedlora import SaFedLora
 from lorabbit.validation import explain
 
 __all__ = ["METHODS", "Method", "build"]
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (FedAvg, FedProx, FfaLora, SaFedLora)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (FedAvg, FedProx, FfaLora, SaFedLora, FeDeRA, FibecFed)}
 
 
 def build(job: JobSpec) -> Method:
