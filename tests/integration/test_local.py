@@ -58,6 +58,25 @@ def test_a_null_job_runs_to_its_end(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["walk"]
 
 
+def test_a_second_run_of_the_same_name_leaves_the_first_as_it_is(tmp_path: Path) -> None:
+    first = run_local(jobfile.parse(NULL), tmp_path, means=Means()).folder
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+
+    second = run_local(jobfile.parse(NULL), tmp_path, means=Means()).folder
+
+    assert (first.name, second.name) == ("walk", "walk-2")
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
+    spec = jobfile.parse(DIGITS.replace("source: digits", "source: nowhere.csv"))
+
+    with pytest.raises(BadInput, match=r"nowhere\.csv"):
+        run_local(spec, tmp_path / "runs", means=Means())
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_same_job_and_seed_give_the_same_adapter(tmp_path: Path) -> None:
     spec = jobfile.parse(NULL)
 

@@ -54,6 +54,15 @@ def test_help_names_every_command_and_every_exit_code() -> None:
     assert "0 done, 1 the run failed or was cancelled, 2 bad input" in result.stdout.replace("\n  ", " ")
 
 
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_the_help_of_a_command_has_an_example_with_options_that_it_knows(command: str) -> None:
+    text = " ".join(lorabbit(command, "--help").stdout.split())
+
+    example = text.partition("Example: ")[2].partition(" Options: ")[0].partition(" Arguments: ")[0]
+    assert f"lorabbit {command}" in example
+    assert all(f" {word} " in text.partition("Options:")[2] for word in example.split() if word.startswith("--"))
+
+
 @pytest.mark.parametrize(
     "arguments", [["run"], ["nonsense"], ["run", "x.yaml", "--nonsense"], ["jobs", "--format", "x"]]
 )

@@ -17,6 +17,8 @@ def server() -> None:
     """Serve jobs until told to stop.
 
     Settings come from LORABBIT_* variables.
+
+    Example: LORABBIT_BROKER_URL=amqp://guest:guest@broker:5672/ lorabbit server
     """
     from lorabbit.settings import ServerSettings  # noqa: PLC0415 - imports are lazy throughout
     from lorabbit_server.__main__ import main  # noqa: PLC0415
@@ -28,6 +30,8 @@ def client() -> None:
     """Train for a server until told to stop.
 
     Settings come from LORABBIT_* variables.
+
+    Example: LORABBIT_BROKER_URL=amqp://guest:guest@broker:5672/ lorabbit client
     """
     from lorabbit.settings import ClientSettings  # noqa: PLC0415 - as above
     from lorabbit_client.__main__ import main  # noqa: PLC0415
@@ -40,6 +44,8 @@ def doctor(output: Output = Format.TEXT) -> None:
 
     Each line says pass, or what to do. `lorabbit run` needs none of broker, store and server. Exits with 3
     when broker or store cannot be reached.
+
+    Example: lorabbit doctor
     """
     from lorabbit_cli.doctor import examine, exit_code  # noqa: PLC0415 - as above
 
@@ -54,7 +60,10 @@ def doctor(output: Output = Format.TEXT) -> None:
 
 
 def version(output: Output = Format.TEXT) -> None:
-    """Print the version."""
+    """Print the version.
+
+    Example: lorabbit version --format json
+    """
     from lorabbit import __version__  # noqa: PLC0415 - as above
 
     if output is Format.JSON:

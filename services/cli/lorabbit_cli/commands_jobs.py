@@ -57,6 +57,8 @@ def submit(
     """Queue a job on a server.
 
     It starts once its clients are there and the jobs before it have ended.
+
+    Example: lorabbit submit examples/quickstart.yaml --seed 7
     """
     spec = load_job(file, overrides, seed)
     with server_at(url) as server:
@@ -68,7 +70,10 @@ def submit(
 
 
 def jobs(output: Output = Format.TEXT, url: ServerUrl = None) -> None:
-    """List the server's jobs, oldest first."""
+    """List the server's jobs, oldest first.
+
+    Example: lorabbit jobs --server http://127.0.0.1:8080
+    """
     with server_at(url) as server:
         listed = server.jobs()
     if output is Format.JSON:
@@ -84,7 +89,10 @@ def jobs(output: Output = Format.TEXT, url: ServerUrl = None) -> None:
 
 
 def status(job: Job = None, output: Output = Format.TEXT, url: ServerUrl = None) -> None:
-    """Say where a job stands and whom it waits for."""
+    """Say where a job stands and whom it waits for.
+
+    Example: lorabbit status quickstart
+    """
     with server_at(url) as server:
         found = server.status(job or server.newest())
     if output is Format.JSON:
@@ -113,6 +121,8 @@ def watch(job: Job = None, output: Output = Format.TEXT, url: ServerUrl = None) 
     """Follow a job to its end, and exit as it does.
 
     With --format json, every event is a line of JSON.
+
+    Example: lorabbit watch quickstart
     """
     with server_at(url) as server:
         name = job or server.newest()
@@ -156,6 +166,8 @@ def cancel(
     """End a job, or take it out of the queue.
 
     What it has made stays.
+
+    Example: lorabbit cancel quickstart
     """
     with server_at(url) as server:
         answer = server.cancel(job)

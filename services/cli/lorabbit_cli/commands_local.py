@@ -47,8 +47,11 @@ def run(  # noqa: PLR0913, PLR0917 - options of the command line
     """Run a job here, without any service.
 
     Server and clients live in this command. The run's folder DIR/<job> gets the adapter (PEFT's format),
-    checkpoints, the report and its pages. The same job and seed give the same adapter, to the byte, here and
+    checkpoints, the report and its pages; a second run of the same name goes to DIR/<job>-2, and none is written
+    over. A run that cannot begin leaves no folder. The same job and seed give the same adapter, to the byte, here and
     over RabbitMQ. Ctrl-C ends the job cleanly and keeps what there is; a second Ctrl-C ends at once.
+
+    Example: lorabbit run examples/quickstart.yaml --set rounds=5
     """
     spec = load_job(file, overrides, seed)
     ended = _run(spec, out, _means(workers), is_quiet=output is Format.JSON)
@@ -134,6 +137,8 @@ def validate(
 
     Loads the model and splits the data as a run does, so that what is wrong with them shows now, and the bytes
     of a round are known before anything starts.
+
+    Example: lorabbit validate examples/quickstart.yaml
     """
     from lorabbit_cli.forecast import forecast, lines  # noqa: PLC0415 - as above
 
@@ -150,7 +155,10 @@ def validate(
 def init(
     file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("job.yaml"),
 ) -> None:
-    """Write a job file with every key explained."""
+    """Write a job file with every key explained.
+
+    Example: lorabbit init my-job.yaml
+    """
     from lorabbit.errors import BadInput  # noqa: PLC0415 - as above
     from lorabbit_cli.template import template  # noqa: PLC0415
 
@@ -165,7 +173,10 @@ def init(
 
 
 def methods(output: Output = Format.TEXT) -> None:
-    """List the federated methods and their settings."""
+    """List the federated methods and their settings.
+
+    Example: lorabbit methods --format json
+    """
     from lorabbit.methods import METHODS  # noqa: PLC0415 - as above
 
     if output is Format.JSON:

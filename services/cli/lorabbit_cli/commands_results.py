@@ -34,6 +34,8 @@ def report(
     The pages are report.md, report.html and TensorBoard events. A job on a server is fetched into DIR/<job>; a
     run's folder gets its pages anew. With --format json, the report is printed as it is now, and nothing is
     written.
+
+    Example: lorabbit report quickstart --out reports
     """
     from lorabbit_cli.report_pages import read_report, write_pages  # noqa: PLC0415 - imports are lazy throughout
     from lorabbit_cli.summary import print_summary  # noqa: PLC0415
@@ -63,7 +65,10 @@ def export(  # noqa: PLR0913, PLR0917 - options of the command line
     output: Output = Format.TEXT,
     url: ServerUrl = None,
 ) -> None:
-    """Write an adapter for PEFT, or merged into its base model."""
+    """Write an adapter for PEFT, or merged into its base model.
+
+    Example: lorabbit export runs/quickstart --out my-adapter
+    """
     from lorabbit_cli import export as exports  # noqa: PLC0415 - as above
 
     if is_run_folder(source):

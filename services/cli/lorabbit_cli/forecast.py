@@ -183,18 +183,23 @@ def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> 
     """Ask the method what travels in the first round, and after an update in which everything has changed."""
     client = ClientProfile(ClientId("client-1"), 0)
     first = method.start(adapter)
-    moved = {name: _moved(value) for name, value in method.uploads(first).items()}
-    updates = (ClientUpdate(ClientId(f"client-{k + 1}"), k, moved, 1, 0.0) for k in range(min(2, spec.cohort_size)))
+    template = method.uploads(first, client)
+    up = _file(template, scratch)[1] if template else 0
+    before = _travelling(method.plan(first, client), scratch)
+    if method.prepares or method.personal:  # what later rounds send hangs on what clients answer
+        size = sum(before.values())
+        return Payload(up=up, down_first=size, down=size, down_evaluation=0, shared=0)
+    moved = {name: _moved(value) for name, value in template.items()}
+    updates = [ClientUpdate(ClientId(f"client-{k + 1}"), k, moved, 1, 0.0) for k in range(min(2, spec.cohort_size))]
     later = method.aggregate(first, updates)
-    before, after = _travelling(method, first, client, scratch), _travelling(method, later, client, scratch)
-    scored, size = _file(method.adapter(later), scratch)
-    fresh = {sha256: size for sha256, size in after.items() if sha256 not in before}
+    fresh = _travelling(method.plan(later, client), scratch, held=before)
+    scored = _travelling(method.scoring(later, client), scratch, held=before)
     return Payload(
-        up=_file(method.uploads(first), scratch)[1],
+        up=up,
         down_first=sum(before.values()),
         down=sum(fresh.values()),
-        down_evaluation=size,
-        shared=fresh.get(scored, 0),
+        down_evaluation=sum(scored.values()),
+        shared=sum(size for sha256, size in scored.items() if sha256 in fresh),
     )
 
 
@@ -203,9 +208,10 @@ def _moved(value: Array) -> Array:
     return np.add(value, value.dtype.type(1)) if is_floating(value) else value
 
 
-def _travelling(method: Method, state: ServerState, client: ClientProfile, scratch: Path) -> dict[str, int]:
-    """Hash and size of every payload of a plan."""
-    return dict(_file(tensors, scratch) for tensors in method.plan(state, client).payloads.values())
+def _travelling(plan: Plan, scratch: Path, *, held: Container[str] = ()) -> dict[str, int]:
+    """Hash and size of every payload of a plan that a client does not hold."""
+    files = dict(_file(tensors, scratch) for tensors in plan.payloads.values())
+    return {sha256: size for sha256, size in files.items() if sha256 not in held}
 
 
 def _file(tensors: Tensors, scratch: Path) -> tuple[str, int]:

@@ -78,7 +78,9 @@ def run_local(spec: JobSpec, out: Path, *, means: Means, audience: Audience | No
     audience = audience or Audience()
     with contextlib.ExitStack() as stack:
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            if not out.exists():
+                out.mkdir(parents=True)
+                stack.callback(_remove_if_empty, out)
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out, prefix=".run-")))
         except OSError as error:
             raise BadInput(f"{out} cannot be written: {error.strerror}; name another folder with --out") from error
@@ -90,6 +92,12 @@ def run_local(spec: JobSpec, out: Path, *, means: Means, audience: Audience | No
         stack.callback(federation.close)
         with _interrupts(federation.cancel):
             return federation.run()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Take back a folder in which nothing came to be."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def open_runner(spec: JobSpec, means: Means) -> Runner:
