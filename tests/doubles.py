@@ -57,6 +57,8 @@ class QuadraticSession:
     """What `difficulty` gives, by kind; 0, 1, 2, ... where absent."""
     fishers: Tensors | None = None
     """What `fisher` gives; the squared gradient of every LoRA factor where absent."""
+    classes: Sequence[int] | None = None
+    """What `labels` gives; zeros where absent."""
     sensitivities: Array = field(default_factory=lambda: np.ones(2))
     share: float = 0.5
     """What `lossless_share` gives."""
@@ -159,6 +161,9 @@ class QuadraticSession:
         return 0.5 * self.a * float(sum(np.sum((w[n] - b[n]) ** 2) for n in w))
 
     # ---- looking ----
+    def labels(self) -> Array:
+        return np.zeros(self.num_examples, np.int64) if self.classes is None else np.asarray(self.classes, np.int64)
+
     def difficulty(self, kind: Difficulty) -> Array:
         self.asked.append(("difficulty", kind))
         given = self.difficulties.get(kind)

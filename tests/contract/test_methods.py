@@ -27,10 +27,16 @@ def method(request):
 
 
 def begin(method):
-    """The first server state, from what one client sends when it is asked."""
+    """The server state with which round 1 begins, from what clients send when they are asked."""
     session = clients(1)[0]
     session.load(ADAPTER)
-    return method.start(method.initialise(session))
+    state = method.start(method.initialise(session))
+    if not method.prepares:
+        return state
+    asked = clients()
+    for session in asked:
+        session.round = 0
+    return method.aggregate(state, iter(updates_of(method, state, asked)))
 
 
 def clients(number=3):

@@ -19,18 +19,39 @@ SCORED_AT_ONCE = 64
 
 
 def difficulties(model: TrainableModel, examples: Examples, kind: Difficulty) -> NDArray[np.float64]:
-    """Return the difficulty of every row, float64 (rows,); raises BadInput for a measure that the data lack.
+    """Return the difficulty of every example, float64 (num_examples,); BadInput for a measure that the data lack.
 
     fisher: squared norm of the gradient of log p(y|x) over the LoRA factors; loss: -log p(y|x), a mean
-    over target tokens; length: tokens; rarity: mean of -log(share) of a text's tokens in these data.
+    over target tokens; length: tokens; rarity: mean of -log(share) of a text's tokens in these data. An
+    example of several rows has the mean of theirs.
     """
     if kind == "fisher":
-        return fisher.traces(model, examples, range(len(examples)))
+        return _by_example(examples, fisher.traces(model, examples, range(len(examples))))
     if kind == "loss":
-        return _losses(model, examples)
+        return _by_example(examples, _losses(model, examples))
     if kind == "length":
-        return examples.lengths.astype(np.float64)
-    return _rarities(examples)
+        return _by_example(examples, examples.lengths.astype(np.float64))
+    return _by_example(examples, _rarities(examples))
+
+
+def classes(examples: Examples) -> NDArray[np.int64]:
+    """Return the class of every example, int64 (num_examples,); zeros where examples have none."""
+    found = np.zeros(len(examples), dtype=np.int64)
+    for places in chunks(examples, range(len(examples)), SCORED_AT_ONCE):
+        labels = examples.batch(places).get("labels")
+        if labels is None or labels.ndim != 1:
+            return np.zeros(examples.num_examples, dtype=np.int64)
+        found[places] = labels.numpy()
+    return found
+
+
+def _by_example(examples: Examples, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Average over the rows of each example; a long text may have several."""
+    if len(examples) == examples.num_examples:
+        return rows
+    owners = examples.features.examples_of(examples.rows)
+    number = np.concatenate([[0], np.cumsum(owners[1:] != owners[:-1])])
+    return np.bincount(number, weights=rows) / np.bincount(number)
 
 
 def _losses(model: TrainableModel, examples: Examples) -> NDArray[np.float64]:

@@ -137,6 +137,10 @@ class NullSession:
         if factors:
             raise _without("a base model to shift")
 
+    def labels(self) -> Array:
+        """Return one class for all."""
+        return np.zeros(self.num_examples, np.int64)
+
     def difficulty(self, kind: Difficulty) -> Array:
         """Refuse: there are no examples."""
         raise _without(f"examples ({kind})")

@@ -22,10 +22,12 @@ from lorabbit.methods.session import Difficulty, Part, Sensitivity
 from lorabbit.seeds import derive_seed
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
 from lorabbit_client.arrays import dtype_name, to_numpy, to_torch
-from lorabbit_client.base import Base
+from lorabbit_client.base import REPLACED, Base
+from lorabbit_client.batching import rows_of
 from lorabbit_client.data import ClientData
 from lorabbit_client.execution import OnProgress
 from lorabbit_client.lora_layers import LoraLayers
+from lorabbit_client.prefix import Prefix, PrefixCache, Usage, find_prefix
 from lorabbit_client.private import PrivateState
 from lorabbit_client.trainable import TrainableModel
 from lorabbit_client.trainer import Clock, Trainer
@@ -37,8 +39,15 @@ CURVATURE_ROWS = 16
 class TorchSession:
     """One client's model, data and private state, for the length of one task."""
 
-    def __init__(
-        self, task: Task, model: TrainableModel, data: ClientData, *, private: PrivateState, on_progress: OnProgress
+    def __init__(  # noqa: PLR0913
+        self,
+        task: Task,
+        model: TrainableModel,
+        data: ClientData,
+        *,
+        private: PrivateState,
+        on_progress: OnProgress,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         """Start from the job's initial tensors."""
         self.client = ClientProfile(ClientId(task.client), task.index)
@@ -55,6 +64,7 @@ class TorchSession:
         self._selected = model
         self._data = data
         self._on_progress = on_progress
+        self._prefixes = prefixes
         model.reset()
 
     # ---- tensors ----
@@ -114,13 +124,31 @@ class TorchSession:
         start = time.perf_counter()
         clock = Clock(self._task.round, self._task.spec.rounds)
         seed = derive_seed(self.seed, "stream", stream) if stream else self.seed
-        trainer = Trainer(model, self._data.train, local or self.local, clock=clock, seed=seed)
+        trainer = Trainer(
+            model, self._data.train, local or self.local, clock=clock, seed=seed, find_prefix=self._find_prefix
+        )
         trained = trainer.run(self._on_progress, gradient_term=gradient_term, frozen=frozen, mask=mask, batches=batches)
         self.steps += trained.steps
-        facts: Facts = {"seconds": time.perf_counter() - start}
+        facts: Facts = {"seconds": time.perf_counter() - start, "prefixes_kept": trained.skipped}
         return LocalResult(self.tensors(), self.num_examples, trained.loss, trained.steps, facts)
 
+    def _find_prefix(self, moving: Sequence[torch.Tensor], rows: int) -> Prefix | None:
+        """Look for frozen blocks whose activations this process may keep; a base that is trained has none."""
+        base = None if self._adapter.base is None else self._adapter.base.settle()
+        if self._prefixes is None or self._selected is not self._adapter or base == REPLACED:
+            return None
+        spec = self._task.spec
+        usage = Usage(rows, spec.rounds, self._task.population)
+        owner = (self._task.index, self._task.population)
+        return find_prefix(self._adapter, self._data.train, moving, usage, cache=self._prefixes, base=base, owner=owner)
+
     # ---- looking ----
+    def labels(self) -> Array:
+        """Return the class of each training example, int64 (num_examples,); zeros where examples have no class."""
+        from lorabbit_client.difficulty import classes  # noqa: PLC0415 - only methods with a curriculum need it
+
+        return classes(self._data.train)
+
     def difficulty(self, kind: Difficulty) -> Array:
         """How hard each training example is, float64 (num_examples,), at the present tensors."""
         from lorabbit_client.difficulty import difficulties  # noqa: PLC0415 - only methods with a curriculum need it
@@ -131,7 +159,7 @@ class TorchSession:
         """Mean over these examples of the squared per-example gradient, float32, of every LoRA factor."""
         from lorabbit_client.fisher import mean_squares  # noqa: PLC0415
 
-        return mean_squares(self.settled(), self._data.train, examples)
+        return mean_squares(self.settled(), self._data.train, rows_of(self._data.train, examples).tolist())
 
     def sensitivity(self, *, noise: float, draws: int, probes: int, variant: Sensitivity) -> Array:
         """How much each block's output moves when the embeddings do, float64 (blocks,)."""

@@ -122,6 +122,9 @@ class Session(ClientSession, Protocol):
         """
 
     # ---- looking at data and model (nothing moves, no generator advances) ----
+    def labels(self) -> Array:
+        """Class of each training example, int64 (num_examples,); zeros where examples have no class."""
+
     def difficulty(self, kind: Difficulty) -> Array:
         """How hard each training example is, float64 (num_examples,), at the selected tensors' present values.
 
