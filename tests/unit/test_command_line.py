@@ -118,6 +118,7 @@ def test_validate_says_what_would_run_and_move(tmp_path: Path) -> None:
     found = json.loads(lorabbit("validate", str(file), "--set", "rounds=7", "--format", "json").stdout)
 
     assert text.exit_code == 0
+    assert text.stderr == ""
     assert "4 rounds, 10 of 20 clients in each" in text.stdout
     assert found["rounds"] == 7
     assert found["trainable_parameters"] == 250_000
