@@ -172,6 +172,48 @@ def test_a_payload_that_is_held_is_not_read_again(rig: Rig) -> None:
     assert kept == {second.sha256, frozen.sha256}
 
 
+def test_a_training_waits_for_the_score_that_was_asked_for_first(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    scored, trained = rig.publish(1.0), rig.publish(2.0)
+
+    rig.tell(rig.task("score", scored, phase=EVALUATE))
+    rig.tell(rig.task("train", trained))
+    rig.run()
+    waiting = set(runner.work)
+    runner.finish("score")
+    rig.run()
+
+    assert waiting == {"score"}
+    assert set(runner.work) == {"train"}
+
+
+def test_a_score_does_not_wait_for_the_training_that_was_asked_for_first(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    ref = rig.publish(1.0)
+
+    rig.tell(rig.task("train", ref))
+    rig.tell(rig.task("score", ref, phase=EVALUATE))
+    rig.run()
+
+    assert set(runner.work) == {"score", "train"}
+
+
+def test_a_training_goes_on_when_the_score_before_it_is_called_off(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    ref = rig.publish(1.0)
+
+    rig.tell(rig.task("score", ref, phase=EVALUATE))
+    rig.tell(rig.task("train", ref))
+    rig.run()
+    rig.tell(CancelTask(job="job", task="score", client="client-7"))
+    rig.run()
+
+    assert set(runner.work) == {"score", "train"}
+
+
 def test_scoring_and_training_share_one_adapter(rig: Rig) -> None:
     runner = ScriptedRunner()
     rig.agent(runner)

@@ -177,3 +177,25 @@ def test_a_big_population_is_not_told_one_by_one():
     notes = fold(progress, opening(clients=30))
 
     assert not [note for note in notes if "joined" in note.text]
+
+
+def test_a_preparation_is_told_by_its_name_when_it_closes():
+    progress = Progress(sample_spec())
+    progress.apply(ev.RoundStarted(at_ms=START_MS, round=0, cohort=("client-1", "client-2")))
+
+    closed = ev.RoundClosed(at_ms=START_MS, round=0, accepted=2, sha256="0" * 64, seconds=1.0, aggregate_seconds=0.1)
+    (note,) = progress.apply(closed)
+
+    assert note.text.startswith("preparation, 2/2 updates")
+
+
+def test_the_line_of_a_round_tells_aggregation_error_and_rank():
+    progress = Progress(sample_spec())
+    told = {"rank": 4, "aggregation_error": 0.125, "rule": "svd"}
+
+    log = [
+        event.model_copy(update={"facts": told}) if event.kind == "round-closed" else event for event in one_round(1)
+    ]
+    lines = [note.text for note in fold(progress, log)]
+
+    assert "aggregation_error 0.125, rank 4, " in lines[-1]

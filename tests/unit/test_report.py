@@ -167,3 +167,28 @@ def test_a_report_survives_its_file_and_holds_to_its_published_schema():
 
     assert Report.model_validate_json(text).model_dump() == made.model_dump()
     jsonschema.validate(made.model_dump(mode="json"), report_schema())
+
+
+def test_a_preparation_is_told_apart_from_the_rounds():
+    begun = ev.RoundStarted(at_ms=1_600, round=0, cohort=("client-1", "client-2"))
+    made = fold(begin("job", SPEC), [*START, begun, trained(0, "client-1", 3, 0.5), closed(0, "0")])
+
+    assert made.rounds == []
+    assert (made.preparation.round, made.preparation.bytes_up, made.preparation.sha256) == (0, 100, "0" * 64)
+
+
+def test_bytes_down_are_added_up_by_role_over_rounds_and_preparation():
+    begun = [ev.RoundStarted(at_ms=1_600, round=number, cohort=("client-1",)) for number in (0, 1)]
+    read = [trained(0, "client-1", 3, 0.5, bytes_by_role={"base": 50})]
+    read += [trained(1, "client-1", 3, 0.5, bytes_by_role={"base": 20, "adapter": 30})]
+    made = fold(begin("job", SPEC), [*START, *begun, *read])
+
+    assert made.rounds[0].bytes_by_role == {"base": 20, "adapter": 30}
+    assert made.bytes_by_role == {"base": 70, "adapter": 30}
+
+
+def test_what_a_method_tells_of_a_round_stands_in_it():
+    told = closed(1, "a").model_copy(update={"facts": {"rank": 4, "aggregation_error": 0.125}})
+    made = fold(begin("job", SPEC), [*START, ev.RoundStarted(round=1, cohort=("client-1",)), told])
+
+    assert made.rounds[0].facts == {"rank": 4, "aggregation_error": 0.125}

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lorabbit.report import LOWER_IS_BETTER, Report
+from lorabbit.report import LOWER_IS_BETTER, Report, Round
+from lorabbit.types import BASE
 
 
 @dataclass(slots=True)
@@ -40,7 +41,16 @@ class Facts:
     overhead_down: int
     rejected: dict[str, int]
     accepted: int
+    bytes_by_role: dict[str, int] = field(default_factory=dict)
+    """Of the payload down, by role; preparation included, as in every sum of bytes."""
+    told: list[str] = field(default_factory=list)
+    """Names of the numbers that the method tells of its rounds."""
     clients: list[ClientTotal] = field(default_factory=list)
+
+    @property
+    def base_sync(self) -> int:
+        """Bytes of base models that the job made, on their way to clients."""
+        return self.bytes_by_role.get(BASE, 0)
 
     @property
     def change(self) -> float | None:
@@ -59,7 +69,8 @@ def of_report(report: Report) -> Facts:
     metric = report.main_metric or "loss"
     scores = [row.metrics[metric] for row in report.rounds if metric in row.metrics]
     rejected: dict[str, int] = {}
-    for row in report.rounds:
+    rows = with_preparation(report)
+    for row in rows:
         for reason, number in row.rejected.items():
             rejected[reason] = rejected.get(reason, 0) + number
     return Facts(
@@ -68,23 +79,39 @@ def of_report(report: Report) -> Facts:
         final=report.final.metrics.get(metric, scores[-1] if scores else None),
         best=report.best.metrics.get(metric),
         best_round=report.best.round,
-        bytes_up=sum(row.bytes_up for row in report.rounds),
-        bytes_down=sum(row.bytes_down for row in report.rounds),
-        overhead_up=sum(row.overhead_up for row in report.rounds),
-        overhead_down=sum(row.overhead_down for row in report.rounds),
+        bytes_up=sum(row.bytes_up for row in rows),
+        bytes_down=sum(row.bytes_down for row in rows),
+        overhead_up=sum(row.overhead_up for row in rows),
+        overhead_down=sum(row.overhead_down for row in rows),
         rejected=rejected,
         accepted=sum(row.accepted for row in report.rounds),
+        bytes_by_role=dict(sorted(report.bytes_by_role.items())),
+        told=_numbers(report),
         clients=_clients(report, metric),
     )
+
+
+def with_preparation(report: Report) -> list[Round]:
+    """Every round, the preparation first where there was one."""
+    return [*([report.preparation] if report.preparation else []), *report.rounds]
+
+
+def _numbers(report: Report) -> list[str]:
+    """Names of the facts that are numbers in every round that has them, in order of appearance."""
+    names: dict[str, bool] = {}
+    for row in report.rounds:
+        for name, fact in row.facts.items():
+            names[name] = names.get(name, True) and isinstance(fact, int | float)
+    return [name for name, is_number in names.items() if is_number]
 
 
 def _clients(report: Report, metric: str) -> list[ClientTotal]:
     """Every client's totals, in the population's order."""
     totals = {client: ClientTotal(client) for client in report.clients}
-    for row in report.rounds:
+    for row in with_preparation(report):
         for part in row.per_client:
             total = totals.setdefault(part.client, ClientTotal(part.client))
-            total.rounds += 1 if part.steps or part.loss is not None else 0
+            total.rounds += 1 if row.round and (part.steps or part.loss is not None) else 0
             total.examples = part.num_examples or total.examples
             total.loss = part.loss if part.loss is not None else total.loss
             total.score = part.metrics.get(metric, total.score)

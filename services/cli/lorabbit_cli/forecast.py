@@ -9,7 +9,7 @@ payload that it holds already.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Task
 from lorabbit.methods import Method, build
 from lorabbit.tensors import count, is_floating
-from lorabbit.types import INITIALISE, Array, ClientId, ClientProfile, ClientUpdate, ServerState, Tensors
+from lorabbit.types import INITIALISE, Array, ClientId, ClientProfile, ClientUpdate, Plan, Tensors
 from lorabbit_cli.local import Means
 from lorabbit_cli.units import bytes_text, count_text
 from lorabbit_client.execution import Outcome, Work

@@ -70,14 +70,14 @@ def _head(progress: Progress, now_ms: int) -> RenderableType:
         grid.add_column(ratio=ratio, no_wrap=True)
     number = current.number if current else 0
     total = spec.rounds if spec else max(number, 1)
-    done = sum(1 for row in progress.rounds.values() if row.closed)
+    done = sum(1 for row in progress.rounds.values() if row.closed and row.number)
     part = progress.round_fraction() if current and not current.closed else 0.0
     left = progress.seconds_left(now_ms)
     time_text = Text(duration_text(progress.elapsed_seconds(now_ms)))
     if left is not None:
         time_text.append(f", about {duration_text(round(left)) if left >= 1 else '1 s'} left", "dim")
     grid.add_row(
-        Text(f"round {number}/{total if spec else '?'}", "bold"),
+        Text("preparation" if current and not number else f"round {number}/{total if spec else '?'}", "bold"),
         ProgressBar(total=total, completed=done + part, complete_style="cyan", finished_style="green"),
         time_text,
     )

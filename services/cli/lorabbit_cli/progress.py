@@ -14,11 +14,13 @@ from lorabbit import events as ev
 from lorabbit.jobspec import JobSpec
 from lorabbit.types import EVALUATE, INITIALISE
 from lorabbit_cli.rows import ClientRow, Level, Note, RoundRow
-from lorabbit_cli.units import bytes_text, count_text, duration_text, score_text
+from lorabbit_cli.units import bytes_text, count_text, duration_text, fact_text, score_text
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 Lines: TypeAlias = list[tuple[str, Level]]
 KEPT_NOTES = 50
+TOLD = ("aggregation_error", "rank")
+"""What methods tell of a round that goes into its line."""
 QUIET_FROM = 20
 """Populations above this do not get a line for every client that joins."""
 
@@ -77,7 +79,7 @@ class Progress:
         """Estimate from the latest rounds, or from the open one while there is no other; None while unknown."""
         if self.spec is None or self.status != "running" or self.current is None:
             return None
-        closed = [row.seconds for row in self.rounds.values() if row.closed][-3:]
+        closed = [row.seconds for row in self.rounds.values() if row.closed and row.number][-3:]
         spent = max(0.0, (now_ms - self.current.started_ms) / 1000)
         if not closed:
             fraction = self.round_fraction()
@@ -205,10 +207,11 @@ class Progress:
         row.closed = True
         row.accepted = event.accepted
         row.seconds = event.seconds
+        row.facts = {name: fact for name, fact in event.facts.items() if isinstance(fact, int | float)}
         for client in self.clients.values():
             for key in [key for key in client.tasks if key[1] == event.round and key[0] != EVALUATE]:
                 del client.tasks[key]
-        scored = self.spec is None or self.spec.evaluates(event.round)
+        scored = event.round > 0 and (self.spec is None or self.spec.evaluates(event.round))
         return [] if scored else self._tell(event.round)
 
     def _tell(self, number: int) -> Lines:
@@ -219,12 +222,13 @@ class Progress:
     def round_line(self, row: RoundRow) -> str:
         """One round as one line."""
         of = f"/{self.spec.rounds}" if self.spec else ""
-        parts = [f"round {row.number}{of}"]
+        parts = [f"round {row.number}{of}" if row.number else "preparation"]
         if row.train_loss is not None:
             parts.append(f"train loss {score_text(row.train_loss)}")
         first = [self.main_metric] if self.main_metric in row.metrics else []
         names = [*first, *(name for name in row.metrics if name != self.main_metric)]
         parts += [f"{name} {score_text(row.metrics[name])}" for name in names[:4] if name is not None]
+        parts += [f"{name} {fact_text(row.facts[name])}" for name in TOLD if name in row.facts]
         parts.append(f"{row.accepted}/{row.cohort} updates")
         if row.rejected:
             parts.append(f"{row.rejected} refused")

@@ -66,6 +66,8 @@ class RoundRow:
     bytes_up: int = 0
     bytes_down: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+    """Numbers that the method tells of the round."""
     closed: bool = False
     told: bool = False
     """Its line was written."""

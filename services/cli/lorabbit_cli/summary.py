@@ -52,6 +52,8 @@ def summary_rows(report: Report, folder: Path) -> list[tuple[str, str]]:
     rows.append(
         ("payload", f"{bytes_text(known.bytes_up)} up, {bytes_text(known.bytes_down)} down (and {overhead} overhead)")
     )
+    if known.base_sync:
+        rows.append(("base_sync", f"{bytes_text(known.base_sync)} of the payload down are base models"))
     if known.rejected:
         rows.append(("refused", ", ".join(f"{number} {reason}" for reason, number in known.rejected.items())))
     if (folder / "adapter").is_dir():

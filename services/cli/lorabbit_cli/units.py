@@ -38,6 +38,13 @@ def score_text(value: float | None) -> str:
     return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"  # noqa: PLR2004 - perplexities can be large
 
 
+def fact_text(value: object) -> str:
+    """Write a number that a method tells: whole ones as they are, others with four digits; a dash for anything else."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else "-"
+
+
 def sparkline(values: Sequence[float], *, width: int = 40) -> str:
     """Draw values as block characters, the lowest as the lowest block; the last `width` of them."""
     shown = [value for value in values if math.isfinite(value)][-width:]
