@@ -190,3 +190,22 @@ def test_a_report_folded_from_a_log_makes_the_pages():
 
     assert f"{pooled_accuracy(3, 3):.4f}" in page
     assert "9.0 kB" in page
+
+
+def test_facts_of_rounds_base_models_and_the_preparation_have_a_place_of_their_own():
+    report = sample_report()
+    report.preparation = report.rounds[0].model_copy(update={"round": 0})
+    report.bytes_by_role = {"adapter": 500, "base": 2_000_000}
+    for row in report.rounds:
+        row.facts = {"rank": 4, "aggregation_error": 0.00012, "rule": "svd"}
+
+    text, page = markdown(report), html(report)
+
+    assert "| base_sync | 2.0 MB of the payload down are base models |" in text
+    assert "| payload down by role | adapter 500 B, base 2.0 MB |" in text
+    assert "| rank | aggregation_error |" in text
+    assert "| 4 | 0.00012 |" in text
+    assert "rule" not in text
+    assert "<span>base_sync</span>" in page
+    assert "<span>preparation</span>" in page
+    assert parsed(page)

@@ -18,7 +18,7 @@ from lorabbit.jobspec import JobSpec
 from lorabbit.report import Report, Round
 from lorabbit_cli import facts
 from lorabbit_cli.export import read_job
-from lorabbit_cli.units import bytes_text, duration_text, score_text, sparkline
+from lorabbit_cli.units import bytes_text, duration_text, fact_text, score_text, sparkline
 
 MOST_CLIENTS_TRACKED = 50
 """TensorBoard gets curves of so many clients, the first ones."""
@@ -115,7 +115,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"bytes": bytes_text, "duration": duration_text, "score": score_text}
+    environment.filters |= {"bytes": bytes_text, "duration": duration_text, "score": score_text, "fact": fact_text}
     return environment
 
 
