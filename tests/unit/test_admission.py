@@ -76,6 +76,13 @@ def test_the_first_adapter_may_be_anything_finite_but_nothing(write):
     assert refused(write({}), None) == "names"
 
 
+def test_where_clients_keep_models_of_their_own_the_first_adapter_may_hold_no_tensor(write):
+    check_update(write({}), None, may_be_empty=True)
+
+    assert Template.of({}).is_empty
+    assert not TEMPLATE.is_empty
+
+
 @settings(max_examples=40, deadline=None)
 @given(place=st.integers(0, 5), value=st.sampled_from([np.nan, np.inf, -np.inf]), name=st.sampled_from(["a", "b"]))
 def test_one_value_that_is_not_finite_is_found_wherever_it_stands(tmp_path_factory, place, value, name):

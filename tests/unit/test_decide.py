@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wide_methods import register
 
 from lorabbit import events as ev
 from lorabbit.jobspec import JobSpec
@@ -307,6 +308,68 @@ def test_the_job_is_done_once_the_last_version_is_scored():
     assert (state.stage, state.outcome, state.exit_code) == ("ended", "done", 0)
     assert told(commands) == ["update-accepted", "round-evaluated", "job-ended"]
     assert state.payloads == frozenset()
+
+
+# ---- methods that ask for more ----
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    register(monkeypatch)
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_preparation_asks_everybody_and_opens_the_first_round_unscored():
+    state, tasks = training(spec(cohort=1, method={"name": "surveying"}))
+    for task in tasks:
+        state, commands = answered(state, task)
+
+    state, commands = decide(state, steps.RoundAggregated(0, version("0b")))
+
+    assert [(t.phase, t.round, t.index) for t in tasks] == [(TRAIN, 0, 0), (TRAIN, 0, 1), (TRAIN, 0, 2)]
+    assert [(t.phase, t.round) for t in sent(commands)] == [(TRAIN, 1)]
+    assert (state.round, state.scored) == (1, {})
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_preparation_with_a_quorum_calls_off_who_has_not_answered():
+    state, tasks = training(spec(method={"name": "surveying", "quorum": 0.6}))
+    state, _ = answered(state, tasks[2])
+
+    state, commands = answered(state, tasks[0])
+
+    assert of(commands, steps.CancelTask) == [steps.CancelTask(tasks[1].id, B)]
+    assert [t.index for t in of(commands, steps.Aggregate)[0].tasks] == [0, 2]
+    assert offered(state, tasks[1])[1] == (steps.DenyUpload(tasks[1].id, B, "stale"),)
+
+
+@pytest.mark.usefixtures("wide")
+def test_methods_whose_scores_read_private_state_are_scored_before_they_train():
+    state, tasks = training(spec(method={"name": "hoarding"}))
+    for task in tasks:
+        state, _ = answered(state, task)
+
+    _, commands = decide(state, steps.RoundAggregated(1, version("1")))
+
+    assert [(t.phase, t.round) for t in sent(commands)] == [(EVALUATE, 1)] * 3 + [(TRAIN, 2)] * 3
+
+
+@pytest.mark.parametrize(("wants", "reason"), [(False, []), (None, []), (True, ["payload"])])
+def test_a_result_without_tensors_counts_where_the_method_wants_none(wants, reason):
+    state, (task, *_) = training()
+
+    state, commands = decide(state, steps.ResultOffered(task.id, A, Offered(metrics()), wants_tensors=wants))
+
+    assert [command.reason for command in of(commands, steps.DenyUpload)] == reason
+    assert [command.sha256 for command in of(commands, steps.CountResult)] == ([] if reason else ["-"])
+
+
+def test_tensors_that_the_method_does_not_want_are_refused_before_they_move():
+    state, (task, *_) = training()
+
+    _, commands = decide(state, steps.ResultOffered(task.id, A, offer(task), wants_tensors=False))
+
+    assert of(commands, steps.DenyUpload)[0].reason == "payload"
 
 
 # ---- clients come and go ----
