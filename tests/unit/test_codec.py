@@ -268,3 +268,12 @@ def test_writing_holds_one_tensor_at_a_time(file):
 
     assert alive == ["1", "2", "1", "2"]
     assert codec.read_tensors(file)["2"].tolist() == [2, 2, 2]
+
+
+def test_an_offer_whose_bytes_by_role_do_not_add_up_is_malformed():
+    whole = Offer(**FOR_TASK, payload=None, metrics=Metrics(num_examples=1), bytes_down=3, bytes_by_role={"base": 3})
+    body = codec.encode(whole)
+
+    assert codec.decode(Offer.type_name(), body) == whole
+    with pytest.raises(Refused, match="adds up to 3, not 4"):
+        codec.decode(Offer.type_name(), body.replace(b'"bytes_down":3', b'"bytes_down":4'))
