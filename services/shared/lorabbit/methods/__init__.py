@@ -13,12 +13,13 @@ from lorabbit.methods.fedavg import FedAvg
 from lorabbit.methods.federa import FeDeRA
 from lorabbit.methods.fedprox import FedProx
 from lorabbit.methods.ffa_lora import FfaLora
+from lorabbit.methods.fibecfed import FibecFed
 from lorabbit.methods.sa_fedlora import SaFedLora
 from lorabbit.validation import explain
 
 __all__ = ["METHODS", "Method", "build"]
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (FedAvg, FedProx, FfaLora, SaFedLora, FeDeRA)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (FedAvg, FedProx, FfaLora, SaFedLora, FeDeRA, FibecFed)}
 
 
 def build(job: JobSpec) -> Method:

@@ -1,0 +1,290 @@
+"""FibecFed: easy examples first, sensitive blocks shared, other blocks tuned sparsely and kept at home.
+
+Liu et al., "Fisher Information-based Efficient Curriculum Federated Learning with Large Language
+Models", EMNLP 2024 (arXiv 2410.00131). What its page marks as a reconstruction is not in the sources
+that could be reached.
+
+    (2)  d_i     = ||grad log p(y_i | x_i)||^2 over the LoRA factors: sort ascending, cut into M_k batches
+    (3)  m_k(t)  = ceil(min(1, beta + (1 - beta) t / (alpha T)) M_k) easiest batches in round t
+    (4)  I_k^l   = mean ||h_l(x + noise) - h_l(x)|| / ||h_l(x)||;  I^l = sum_k (n_k / N) I_k^l / sum_l I_k^l
+         G       = the N* blocks of largest I^l: their factors are tuned densely and averaged
+    (5)  F_t     = gamma F_{t-1} + (1 - gamma) F~   outside G, on the client
+    (7)  mask    = rows with the ceil(rho rows) largest sums of F_t, matrix by matrix; other rows stand still
+    (8)  P_G     = sum_k (n_k / n) P_k,G over the cohort
+
+Round 0 asks everybody for I_k; difficulties, F, masks and factors outside G never leave a client.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from lorabbit import aggregation, blocks, curriculum, lora, neurons
+from lorabbit.errors import BadInput, Refused
+from lorabbit.jobspec import JobSpec
+from lorabbit.methods.base import LocalResult, Method, Session
+from lorabbit.methods.session import Difficulty, Sensitivity
+from lorabbit.savings import Work, summed
+from lorabbit.seeds import derive_seed
+from lorabbit.tensors import count, subset, weighted_mean
+from lorabbit.types import ADAPTER, EVALUATE, ClientProfile, ClientUpdate, Facts, Json, Plan, ServerState, Tensors
+
+OUTSIDE = "outside"
+"""Shared group, and private group: LoRA factors outside G, at the start and as a client has tuned them."""
+FISHER, CURRICULUM = "fisher", "curriculum"
+"""Private groups: F_t, and the difficulties."""
+
+
+class FibecFed(Method):
+    """Curriculum over examples, shared sensitive blocks, sparse private ones; every part can be switched off."""
+
+    name: ClassVar[str] = "fibecfed"
+    summary: ClassVar[str] = "easy examples first; sensitive blocks are shared, the others tuned sparsely at home"
+    paper: ClassVar[str] = "Liu et al., Fisher Information-based Efficient Curriculum FL, 2024, arXiv 2410.00131"
+    prepares: ClassVar[bool] = True
+    scores_first: ClassVar[bool] = True
+
+    quorum: float = Field(default=1.0, gt=0, le=1, description="share of clients whose answers choose the blocks")
+    # ---- curriculum ----
+    difficulty: Difficulty | Literal["random"] = Field(default="fisher", description="what makes an example hard")
+    pacing: curriculum.Pacing = Field(default="linear", description="how batches are added; none: no curriculum")
+    beta: float = Field(default=0.3, gt=0, le=1, description="share of the batches in the first round")
+    alpha: float = Field(default=0.6, gt=0, le=1, description="share of the rounds after which all batches are used")
+    order: curriculum.Order = Field(default="easy", description="hard: the hardest first")
+    keep_order: bool = Field(default=False, description="batches in sorted order; otherwise shuffled every round")
+    class_balanced_prefix: bool = Field(default=False, description="classes take turns, each from its easiest on")
+    rescore_every: int = Field(default=0, ge=0, description="rounds after which difficulty is measured again; 0 never")
+    # ---- shared blocks ----
+    gal_ratio: float | Literal["slq", "eigengap", "energy"] = Field(
+        default=0.5, description="share of blocks that are aggregated, or the rule that finds it"
+    )
+    gal_pick: blocks.Pick = Field(default="top", description="the most sensitive blocks, any, or the least sensitive")
+    energy: float = Field(default=0.7, gt=0, le=1, description="share of the sensitivity that 'energy' keeps")
+    sensitivity: Sensitivity = Field(default="relative", description="abs: not over the norm; gain: block by block")
+    noise: float = Field(default=0.05, gt=0, description="norm of the noise, as a share of the embeddings' norm")
+    probes: int = Field(default=32, ge=1, description="examples that are probed with noise")
+    draws: int = Field(default=4, ge=1, description="draws of noise for each of them")
+    # ---- other blocks ----
+    sparse: bool = Field(default=True, description="false: blocks that are not shared are tuned densely")
+    update_share: float | None = Field(default=None, ge=0, le=1, description="of neurons; as measured, else 0.5")
+    granularity: neurons.Granularity = Field(default="neuron", description="what a mask keeps whole: rows or weights")
+    fisher_momentum: float = Field(default=0.9, ge=0, lt=1, description="gamma of the smoothed Fisher information")
+    n_fisher: int = Field(default=64, ge=1, description="examples of each refresh")
+    warmup_steps: int = Field(default=10, ge=0, description="trial steps before the first masks; undone afterwards")
+    reset_gap: int | None = Field(default=None, ge=0, description="missed rounds after which own factors start anew")
+    # ---- server ----
+    weights: Literal["examples", "used"] = Field(default="examples", description="used: examples of the curriculum")
+    evaluate: Literal["personal", "global"] = Field(default="personal", description="global: without own factors")
+
+    def check(self, job: JobSpec) -> None:
+        """Only LoRA has factors by block, and own factors can only be scored where they are."""
+        if isinstance(self.gal_ratio, float) and not 0 < self.gal_ratio <= 1:
+            raise BadInput(f"method.gal_ratio: {self.gal_ratio} is not in (0, 1]; 0.5 shares half of the blocks")
+        if job.model.trainable != "lora":
+            raise BadInput(
+                f"method.name: fibecfed shares LoRA factors block by block, but model.trainable is "
+                f"{job.model.trainable!r}; set model.trainable to 'lora'"
+            )
+        if self.evaluate == "personal" and job.evaluation.on == "central":
+            raise BadInput(
+                "method.evaluate: personal scores need each client's own factors, but evaluation.on is 'central'; "
+                "set evaluation.on to 'clients', or method.evaluate to 'global'"
+            )
+        aggregation.refuse_choice(job, "fibecfed", "averages the factors of its shared blocks")
+
+    # ---- server ----
+    def start(self, adapter: Tensors) -> ServerState:
+        """Before round 0 nothing is chosen."""
+        return ServerState(dict(adapter), {"gal_version": 0})
+
+    def plan(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - one plan for all
+        """Round 0 sends nothing: clients measure the adapter that the job's seed gives them."""
+        if not state.facts["gal_version"]:
+            return Plan(settings={"gal_version": 0})
+        return Plan(
+            payloads={ADAPTER: state.tensors}, settings={name: state.facts[name] for name in ("gal_version", "gal")}
+        )
+
+    def uploads(self, state: ServerState, client: ClientProfile) -> Tensors:  # noqa: ARG002
+        """Factors of shared blocks and the head; nothing in round 0."""
+        return state.tensors if state.facts["gal_version"] else {}
+
+    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
+        """Choose G in round 0; (8) afterwards."""
+        if not state.facts["gal_version"]:
+            return self._choose(state, updates)
+        told: list[Facts] = []
+
+        def weighted() -> Iterable[tuple[float, Tensors]]:
+            for update in updates:
+                if update.facts.get("gal_version") != state.facts["gal_version"]:
+                    raise Refused("gal-version", f"{update.client} tuned the blocks of another choice")
+                told.append(update.facts)
+                used = update.facts.get("n_used") if self.weights == "used" else None
+                yield float(used) if isinstance(used, int) else update.num_examples, update.tensors
+
+        mean = weighted_mean(weighted())
+        return ServerState(mean, {**state.facts, "report": summed(told)}, state.shared)
+
+    def _choose(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
+        """Weigh all answers and fix G: (4)."""
+        answers = [(u.num_examples, u.facts) for u in updates if u.num_examples]
+        candidates = blocks.blocks_of(state.tensors)
+        values = blocks.importance([(n, facts.get("sensitivities")) for n, facts in answers], candidates)
+        measured = blocks.lossless((n, facts.get("lossless_share")) for n, facts in answers)
+        share = self.gal_ratio if isinstance(self.gal_ratio, float) else measured
+        number = blocks.enough(share, len(candidates))
+        if self.gal_ratio == "energy":
+            number = blocks.enough_for_energy(values, self.energy)
+        chosen: list[Json] = [*blocks.choose(candidates, values, number, pick=self.gal_pick, seed=self.job.seed)]
+        outside = {n: v for n, v in state.tensors.items() if blocks.is_outside(n, chosen)}
+        shared = {n: v for n, v in state.tensors.items() if n not in outside}
+        report: dict[str, Json] = {"gal": chosen, "importance": [float(v) for v in values], "answers": len(answers)}
+        report |= {"shared_parameters": count(shared), "private_parameters": count(outside)}
+        report["passes"] = summed(facts for _, facts in answers)["passes"]
+        return ServerState(shared, {"gal_version": 1, "gal": chosen, "report": report}, {OUTSIDE: outside})
+
+    def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - the same for all
+        """Send what is shared; the rest is where the score is taken, or untouched."""
+        return Plan(EVALUATE, {ADAPTER: state.tensors}, {"evaluate": self.evaluate})
+
+    def restore(self, plan: Plan, session: Session) -> None:
+        """Put a client's own factors beside the shared ones, for personal scores."""
+        session.load(plan.payloads[ADAPTER])
+        if plan.settings.get("evaluate") == "personal":
+            session.load(session.private_tensors.get(OUTSIDE, {}))
+
+    def adapter(self, state: ServerState) -> Tensors:
+        """The shared tensors, and the others as they were at the start."""
+        return {**state.shared.get(OUTSIDE, {}), **state.tensors}
+
+    # ---- client ----
+    def local_update(self, plan: Plan, session: Session) -> ClientUpdate:
+        """Measure in round 0; tune afterwards."""
+        me = session.client
+        if not plan.settings["gal_version"]:
+            facts = self._measure(session) if session.num_examples else {}
+            return ClientUpdate(me.client, me.index, {}, session.num_examples, math.nan, facts)
+        work = Work(n_all=session.num_examples)
+        gap = self._load(plan, session)
+        if not session.num_examples:
+            facts = {"gal_version": plan.settings["gal_version"]}
+            return ClientUpdate(
+                me.client, me.index, subset(session.tensors(), plan.payloads[ADAPTER]), 0, math.nan, facts
+            )
+        batches = self._batches(session, work)
+        easy = batches[: curriculum.batches_used(self._competence(session), len(batches))]
+        work.used, work.batches, work.n_used = len(easy), len(batches), sum(map(len, easy))
+        outside = [name for name in session.tensors() if name not in plan.payloads[ADAPTER]]
+        masks = self._masks(session, outside, easy, work=work)
+        result = session.train(mask=masks or None, batches=self._ordered(easy, session))
+        self._keep(session, result, outside, easy, work=work)
+        facts = {**_told(work, session, result, masks), "gap": gap, "gal_version": plan.settings["gal_version"]}
+        tensors = subset(result.tensors, plan.payloads[ADAPTER])
+        return ClientUpdate(me.client, me.index, tensors, result.num_examples, result.loss, facts)
+
+    def _measure(self, session: Session) -> Facts:
+        """Round 0: difficulties stay here, sensitivities and the lossless share go to the server."""
+        work = Work()
+        self._batches(session, work)
+        facts: dict[str, Json] = {"passes": work.extra}
+        if self.gal_ratio != 1.0 and (self.gal_pick != "random" or self.gal_ratio == "energy"):
+            found = session.sensitivity(
+                noise=self.noise, draws=self.draws, probes=self.probes, variant=self.sensitivity
+            )
+            facts["sensitivities"] = [float(value) for value in found]
+        if self.gal_ratio in ("slq", "eigengap"):
+            session.private["lossless_share"] = facts["lossless_share"] = session.lossless_share(self.gal_ratio)
+        return facts
+
+    def _load(self, plan: Plan, session: Session) -> int:
+        """Put the server's tensors over the client's own; returns how many rounds it has missed."""
+        last = session.private.get("last_round")
+        gap = session.round - last - 1 if isinstance(last, int) else 0
+        if self.reset_gap is not None and gap > self.reset_gap:
+            for group in (OUTSIDE, FISHER):
+                session.private_tensors.pop(group, None)
+        session.load(session.private_tensors.get(OUTSIDE, {}))
+        session.load(plan.payloads[ADAPTER])
+        session.private["last_round"] = session.round
+        return gap
+
+    def _competence(self, session: Session) -> float:
+        """(3), in the server's rounds, not in those that this client took part in."""
+        return curriculum.competence(self.pacing, session.round - 1, self.job.rounds, beta=self.beta, alpha=self.alpha)
+
+    def _batches(self, session: Session, work: Work) -> list[list[int]]:
+        """(2): all batches, easy to hard; difficulties are measured on first use, and again when due."""
+        size = session.local.batch_size
+        if self.pacing == "none":
+            return curriculum.sorted_batches(np.zeros(session.num_examples), size)
+        scored = session.private.get("scored")
+        due = self.rescore_every and isinstance(scored, int) and session.round - scored >= self.rescore_every
+        if CURRICULUM not in session.private_tensors or due:
+            draw = np.random.default_rng(derive_seed(self.job.seed, "difficulty", session.client.index))
+            measured = None if self.difficulty == "random" else session.difficulty(self.difficulty)
+            scores = draw.random(session.num_examples) if measured is None else measured
+            work.extra += session.num_examples if self.difficulty == "fisher" else 0
+            session.private_tensors[CURRICULUM] = {"difficulty": scores}
+            session.private["scored"] = session.round
+        known = session.private_tensors[CURRICULUM]["difficulty"]
+        classes = session.labels() if self.class_balanced_prefix else None
+        return curriculum.sorted_batches(known, size, self.order, classes=classes)
+
+    def _ordered(self, easy: list[list[int]], session: Session) -> list[list[int]] | None:
+        """Shuffle the batches in use; without a curriculum the session cuts its own."""
+        if self.pacing == "none":
+            return None
+        return easy if self.keep_order else curriculum.shuffled(easy, derive_seed(session.seed, "order"))
+
+    def _masks(self, session: Session, outside: list[str], easy: list[list[int]], *, work: Work) -> Tensors:
+        """(7) from F as it is kept; before there is one, from F after a few trial steps that are undone."""
+        if not self.sparse or not outside:
+            return {}
+        if FISHER not in session.private_tensors:
+            start = session.tensors()
+            if self.warmup_steps:
+                trial = session.local.model_copy(update={"steps": self.warmup_steps, "epochs": None})
+                session.train(batches=self._ordered(easy, session), local=trial, stream="warm-up")
+                work.extra += self.warmup_steps * session.local.batch_size
+            session.private_tensors[FISHER] = self._fisher(session, outside, easy, work=work)
+            session.load(start)
+        known = session.private_tensors[FISHER]
+        measured = session.private.get("lossless_share")
+        share = self.update_share
+        if share is None:
+            share = measured if isinstance(measured, float) else 0.5
+        return {name: neurons.mask(known[name], share, self.granularity) for name in outside}
+
+    def _fisher(self, session: Session, outside: list[str], easy: list[list[int]], *, work: Work) -> Tensors:
+        """Mean squared gradients outside G, over some of the examples in use."""
+        chosen = curriculum.sample(easy, self.n_fisher, derive_seed(session.seed, "fisher"))
+        work.extra += len(chosen)
+        return subset(session.fisher(chosen), outside)
+
+    def _keep(
+        self, session: Session, result: LocalResult, outside: list[str], easy: list[list[int]], *, work: Work
+    ) -> None:
+        """Keep own factors, and (5)."""
+        if not outside:
+            return
+        session.private_tensors[OUTSIDE] = subset(result.tensors, outside)
+        if self.sparse:
+            now = self._fisher(session, outside, easy, work=work)
+            before = session.private_tensors[FISHER]
+            session.private_tensors[FISHER] = neurons.smoothed(before, now, self.fisher_momentum)
+
+
+def _told(work: Work, session: Session, result: LocalResult, masks: Tensors) -> dict[str, Json]:
+    """Say what the task did, and what the session measured of it; nothing of single examples or neurons."""
+    held = neurons.held(masks, result.tensors)
+    work.steps, work.parameters = result.steps, count(subset(result.tensors, filter(lora.is_factor, result.tensors)))
+    work.moving = work.parameters - held.parameters
+    local = session.local
+    work.steps_full = local.steps or max(1, math.ceil(work.batches * (local.epochs or 1.0) - 1e-9))
+    return {**work.facts(), "masked": held.masked, "maskable": held.maskable, **(result.facts or {})}
