@@ -17,6 +17,9 @@ from lorabbit.errors import LoRAbbitError, Refused
 from lorabbit.types import Tensors
 from lorabbit_client.arrays import to_numpy, to_torch
 
+REPLACED = "replaced"
+"""What `Base.settle` says of a base that was loaded or trained whole."""
+
 
 class LoraWeight:
     """A weight under LoRA: its name in the base model, and which way it lies."""
@@ -70,7 +73,7 @@ class Base:
             self._restore()
             if self._wanted is not None:
                 self._install()
-        return "replaced" if self._replaced else self._installed
+        return REPLACED if self._replaced else self._installed
 
     # ---- a whole model ----
     def replace(self) -> None:

@@ -22,11 +22,12 @@ from lorabbit.methods.session import Difficulty, Part, Sensitivity
 from lorabbit.seeds import derive_seed
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
 from lorabbit_client.arrays import dtype_name, to_numpy, to_torch
-from lorabbit_client.base import Base
+from lorabbit_client.base import REPLACED, Base
 from lorabbit_client.batching import rows_of
 from lorabbit_client.data import ClientData
 from lorabbit_client.execution import OnProgress
 from lorabbit_client.lora_layers import LoraLayers
+from lorabbit_client.prefix import Prefix, PrefixCache, Usage, find_prefix
 from lorabbit_client.private import PrivateState
 from lorabbit_client.trainable import TrainableModel
 from lorabbit_client.trainer import Clock, Trainer
@@ -38,8 +39,15 @@ CURVATURE_ROWS = 16
 class TorchSession:
     """One client's model, data and private state, for the length of one task."""
 
-    def __init__(
-        self, task: Task, model: TrainableModel, data: ClientData, *, private: PrivateState, on_progress: OnProgress
+    def __init__(  # noqa: PLR0913
+        self,
+        task: Task,
+        model: TrainableModel,
+        data: ClientData,
+        *,
+        private: PrivateState,
+        on_progress: OnProgress,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         """Start from the job's initial tensors."""
         self.client = ClientProfile(ClientId(task.client), task.index)
@@ -56,6 +64,7 @@ class TorchSession:
         self._selected = model
         self._data = data
         self._on_progress = on_progress
+        self._prefixes = prefixes
         model.reset()
 
     # ---- tensors ----
@@ -115,11 +124,23 @@ class TorchSession:
         start = time.perf_counter()
         clock = Clock(self._task.round, self._task.spec.rounds)
         seed = derive_seed(self.seed, "stream", stream) if stream else self.seed
-        trainer = Trainer(model, self._data.train, local or self.local, clock=clock, seed=seed)
+        trainer = Trainer(
+            model, self._data.train, local or self.local, clock=clock, seed=seed, find_prefix=self._find_prefix
+        )
         trained = trainer.run(self._on_progress, gradient_term=gradient_term, frozen=frozen, mask=mask, batches=batches)
         self.steps += trained.steps
-        facts: Facts = {"seconds": time.perf_counter() - start}
+        facts: Facts = {"seconds": time.perf_counter() - start, "prefixes_kept": trained.skipped}
         return LocalResult(self.tensors(), self.num_examples, trained.loss, trained.steps, facts)
+
+    def _find_prefix(self, moving: Sequence[torch.Tensor], rows: int) -> Prefix | None:
+        """Look for frozen blocks whose activations this process may keep; a base that is trained has none."""
+        base = None if self._adapter.base is None else self._adapter.base.settle()
+        if self._prefixes is None or self._selected is not self._adapter or base == REPLACED:
+            return None
+        spec = self._task.spec
+        usage = Usage(rows, spec.rounds, self._task.population)
+        owner = (self._task.index, self._task.population)
+        return find_prefix(self._adapter, self._data.train, moving, usage, cache=self._prefixes, base=base, owner=owner)
 
     # ---- looking ----
     def labels(self) -> Array:

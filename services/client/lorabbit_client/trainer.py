@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -27,10 +28,13 @@ from lorabbit_client.data import Examples
 from lorabbit_client.execution import OnProgress
 from lorabbit_client.masking import Held, make_masks
 from lorabbit_client.models import seeded
+from lorabbit_client.prefix import Prefix
 from lorabbit_client.tables import Codes
 from lorabbit_client.trainable import TrainableModel
 
 PROGRESS_SECONDS = 0.25
+FindPrefix: TypeAlias = Callable[[Sequence[torch.Tensor], int], Prefix | None]
+"""(what moves, rows trained on) -> what of the model need not be computed in every step."""
 HALF = frozenset({torch.float16, torch.bfloat16})
 
 
@@ -52,6 +56,8 @@ class Trained:
 
     loss: float
     steps: int
+    skipped: int = 0
+    """Rows, with repeats, whose frozen prefix was not computed again."""
 
 
 def rate_factor(local: LocalSpec, share: float) -> float:
@@ -79,8 +85,19 @@ def make_optimizer(local: LocalSpec, parameters: list[nn.Parameter]) -> torch.op
 class Trainer:
     """Tunes a model on one client's rows."""
 
-    def __init__(self, model: TrainableModel, examples: Examples, local: LocalSpec, *, clock: Clock, seed: int) -> None:
+    def __init__(  # noqa: PLR0913
+        self,
+        model: TrainableModel,
+        examples: Examples,
+        local: LocalSpec,
+        *,
+        clock: Clock,
+        seed: int,
+        find_prefix: FindPrefix = lambda _moving, _rows: None,
+    ) -> None:
         """Take what to train, on what, how, when in the job, and from which seed."""
+        self._find_prefix = find_prefix
+        self._prefix: Prefix | None = None
         self._model = model
         self._examples = examples
         self._local = local
@@ -104,12 +121,24 @@ class Trainer:
         moving = {name: value for name, value in self._model.parameters().items() if name not in held}
         if not moving:
             raise LoRAbbitError("nothing is left to train: every trainable tensor is frozen")
-        order = self._order(batches)
-        with _only(moving, held, self._model.model), seeded(derive_seed(self._seed, "dropout")):
+        steps, rows = self._order(batches)
+        with _only(moving, held, self._model.model), self._skipping(rows), seeded(derive_seed(self._seed, "dropout")):
             self._train_mode()
-            return self._steps(moving, masks, order, on_progress, gradient_term)
+            return self._steps(moving, masks, (steps, iter(rows)), on_progress, gradient_term)
 
-    def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, Iterator[Codes]]:
+    @contextmanager
+    def _skipping(self, rows: Sequence[Codes]) -> Iterator[None]:
+        """Leave out the frozen part of the model that gives the same in every step, where that pays."""
+        moving = [value for value in self._model.parameters().values() if value.requires_grad]
+        self._prefix = self._find_prefix(moving, sum(map(len, rows)))
+        if self._prefix is None:
+            yield
+            return
+        self._prefix.prepare(rows)
+        with self._prefix.skipped():
+            yield
+
+    def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[Codes]]:
         """Return how many steps there are, and the rows of each."""
         local = self._local
         if batches is not None:
@@ -117,9 +146,9 @@ class Trainer:
             if not cut:
                 raise LoRAbbitError("nothing is left to train on: the method named no example")
             steps = steps_over(local, len(cut))
-            return steps, repeated(cut, steps)
+            return steps, list(repeated(cut, steps))
         steps = steps_of(local, len(self._examples))
-        return steps, cut_batches(self._examples.lengths, local.batch_size, steps, seed=self._seed)
+        return steps, list(cut_batches(self._examples.lengths, local.batch_size, steps, seed=self._seed))
 
     def _train_mode(self) -> None:
         """Switch dropout on, and statistics only where they travel: a frozen BatchNorm must not drift."""
@@ -169,11 +198,13 @@ class Trainer:
                 due = time.monotonic() + PROGRESS_SECONDS
         mean = self._finite(total, steps)
         on_progress(1.0, mean)
-        return Trained(mean, steps)
+        return Trained(mean, steps, 0 if self._prefix is None else self._prefix.saved)
 
     def _loss(self, positions: Codes) -> torch.Tensor:
         """Return the mean loss of one batch."""
         batch = self._examples.batch(positions)
+        if self._prefix is not None:
+            self._prefix.step(positions)
         if self._device.type != "cpu":
             batch = {name: value.to(self._device, non_blocking=True) for name, value in batch.items()}
         loss: torch.Tensor = self._model.model(**batch).loss
