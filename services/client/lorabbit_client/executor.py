@@ -12,7 +12,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lorabbit import codec, methods
@@ -89,11 +89,24 @@ class Executor:
             workspace: Workspace = NullWorkspace(spec)
         else:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-            from lorabbit_client.learning import open_workspace  # noqa: PLC0415 - torch only where it is used
-
-            workspace = open_workspace(spec, threads=self._threads, data_root=self._data_root, device=self._device)
+            opens = _personal() if methods.build(spec).personal else _shared()
+            workspace = opens(spec, threads=self._threads, data_root=self._data_root, device=self._device)
         self._spec, self._workspace = spec, workspace
         return workspace
+
+
+def _shared() -> Callable[..., Workspace]:
+    """Import torch, and what opens a workspace around one base model."""
+    from lorabbit_client.learning import open_workspace  # noqa: PLC0415 - torch only where it is used
+
+    return open_workspace
+
+
+def _personal() -> Callable[..., Workspace]:
+    """Import torch, and what opens a workspace of each client's own models."""
+    from lorabbit_client.personal_workspace import open_personal_workspace  # noqa: PLC0415
+
+    return open_personal_workspace
 
 
 class _Payloads(dict[str, Tensors]):

@@ -6,7 +6,7 @@ the base model that all clients share (`Session`), or a model of its own (`Perso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -20,6 +20,8 @@ Values are of the session's own kind (torch or NumPy): write it with operators o
 """
 Part: TypeAlias = Literal["adapter", "whole"]
 """Which tensors of a model a session speaks of: what the job's `model.trainable` names, or everything."""
+Place: TypeAlias = Literal["features", "representation"]
+"""Where a classifier is looked into: what its trunk sees, or the input of its last layer."""
 Difficulty: TypeAlias = Literal["fisher", "loss", "length", "rarity"]
 Sensitivity: TypeAlias = Literal["relative", "abs", "gain"]
 
@@ -146,7 +148,7 @@ class Forward(Protocol):
     """One batch on its way through a client's models; values are of the session's own array kind.
 
     Combine them with operators (+, *, @, .T) and the functions here, which all return scalars or
-    (batch, classes) arrays that a gradient flows through.
+    (batch, ...) arrays that a gradient flows through.
     """
 
     @property
@@ -177,6 +179,15 @@ class Forward(Protocol):
     def mse(self, left: Any, right: Any) -> Any:  # noqa: ANN401
         """Mean squared difference."""
 
+    def softmax(self, logits: Any) -> Any:  # noqa: ANN401
+        """Probabilities over the last axis."""
+
+    def distances(self, values: Any, points: Any) -> Any:  # noqa: ANN401
+        """Squared distance of every value (batch, d) from every point (classes, d), (batch, classes)."""
+
+    def of_label(self, table: Any) -> Any:  # noqa: ANN401
+        """The line of a table (classes, ...) that belongs to each example's label, (batch, ...)."""
+
     def constant(self, value: Any) -> Any:  # noqa: ANN401
         """An array, or a value of this forward, without gradient."""
 
@@ -188,30 +199,32 @@ Objective: TypeAlias = Callable[[Forward], Any]
 class PersonalSession(ClientSession, Protocol):
     """One client's own model, which never leaves it, and the small tensors that it shares.
 
-    The own model lives in `private_tensors` between tasks; the session loads and keeps it. Its tensors are
-    named "own.<parameter>"; tensors that travel have names of the method's choice.
+    The own model lives in `private_tensors` between tasks; the session loads and keeps it. Its tensors, and
+    whatever else a method brings under such a name, are called "own.<name>" and stay here; tensors that
+    travel have names of the method's choice.
     """
 
     @property
     def classes(self) -> int:
         """Number of labels of the task."""
 
-    @property
-    def feature_width(self) -> int:
-        """d_f of this client's own model."""
+    def width(self, place: Place, model: str = "own") -> int:
+        """Width of one of this client's models there."""
 
-    @property
-    def widest(self) -> int:
-        """Largest d_f over the models of the job."""
+    def widest(self, place: Place) -> int:
+        """Largest width there over the own models of the job."""
 
     def add_model(self, role: str, name: str) -> None:
-        """Build a second model by name (for example a small shared one); its tensors are "<role>.<parameter>"."""
+        """Build a second model by name (for example a small shared one); its tensors are "<role>.<name>"."""
+
+    def last_layer(self, model: str = "own") -> Mapping[str, str]:
+        """The tensors of a model's last layer, "weight" (classes, d) and where there is one "bias", by full name."""
 
     def tensors(self, prefix: str = "") -> Tensors:
         """Copies of tensors whose names begin so: of models, and of what was loaded beside them."""
 
     def load(self, tensors: Tensors) -> None:
-        """Overwrite tensors of models by name, and bring others beside them."""
+        """Overwrite tensors of models by name, and bring others beside them; raises Refused for a wrong shape."""
 
     def train(
         self,
@@ -222,13 +235,17 @@ class PersonalSession(ClientSession, Protocol):
         gradient_term: GradientTerm | None = None,
         stream: str = "",
     ) -> LocalResult:
-        """Minimise the objective over the tensors whose names satisfy `moving`; all others are frozen."""
+        """Minimise the objective over the tensors whose names satisfy `moving`; all others are frozen.
+
+        The tensors of the result are empty: ask `tensors` for those that travel. `stream` tells two trainings
+        of one task apart.
+        """
 
     def mean_by_class(self, values: Callable[[Forward], Any]) -> tuple[Array, Array]:
         """Mean of a (batch, d) value over the training examples of each class, (classes, d), and their counts."""
 
     def predict_with(self, probabilities: Callable[[Forward], Any]) -> None:
-        """Score this client from now on by these class scores (batch, classes) instead of its own logits."""
+        """Score this client from now on by these probabilities (batch, classes) instead of its own model's."""
 
 
 def positions(groups: Iterable[Iterable[int]]) -> list[list[int]]:
