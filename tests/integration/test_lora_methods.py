@@ -43,6 +43,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "sa-fedlora-svd": {"model": MIXED, "method": SA, "aggregation": "svd", "rounds": 5},
     "sa-fedlora-lora": {"model": PLAIN, "method": {**SA, "initiating": "lora"}, "rounds": 5},
     "federa": {"model": PLAIN, "method": {"name": "federa"}},
+    "slora": {"model": PLAIN, "method": {"name": "slora", "sparse_rounds": 1}},
+    "adalora": {"model": PLAIN, "method": {"name": "adalora", "r_min": 1}, "rounds": 4},
     "federa-mixed": {"model": MIXED, "method": {"name": "federa"}},
 }
 
