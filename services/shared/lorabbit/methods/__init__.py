@@ -8,18 +8,48 @@ from pydantic import ValidationError
 
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
+from lorabbit.methods.adalora import AdaLora
 from lorabbit.methods.base import Method
+from lorabbit.methods.fd import Fd
 from lorabbit.methods.fedavg import FedAvg
 from lorabbit.methods.federa import FeDeRA
+from lorabbit.methods.fedkd import FedKd
+from lorabbit.methods.fedproto import FedProto
 from lorabbit.methods.fedprox import FedProx
+from lorabbit.methods.fedsa_lora import FedSaLora
 from lorabbit.methods.ffa_lora import FfaLora
 from lorabbit.methods.fibecfed import FibecFed
+from lorabbit.methods.fml import Fml
+from lorabbit.methods.lg_fedavg import LgFedAvg
+from lorabbit.methods.pfedlora import PFedLora
 from lorabbit.methods.sa_fedlora import SaFedLora
+from lorabbit.methods.slora import SLora
+from lorabbit.methods.standalone import Standalone
 from lorabbit.validation import explain
 
 __all__ = ["METHODS", "Method", "build"]
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (FedAvg, FedProx, FfaLora, SaFedLora, FeDeRA, FibecFed)}
+METHODS: dict[str, type[Method]] = {
+    m.name: m
+    for m in (
+        FedAvg,
+        FedProx,
+        FfaLora,
+        SaFedLora,
+        FeDeRA,
+        FibecFed,
+        Standalone,
+        PFedLora,
+        LgFedAvg,
+        Fml,
+        FedKd,
+        Fd,
+        FedProto,
+        AdaLora,
+        FedSaLora,
+        SLora,
+    )
+}
 
 
 def build(job: JobSpec) -> Method:
@@ -33,5 +63,11 @@ def build(job: JobSpec) -> Method:
         method = METHODS[name].model_validate(job.method.settings, strict=False)
     except ValidationError as error:
         raise BadInput(explain(error, METHODS[name], prefix="method.")) from error
+    if job.model.variants is not None and not METHODS[name].personal:
+        ready = ", ".join(sorted(known for known in METHODS if METHODS[known].personal))
+        raise BadInput(
+            f"model.variants: clients of {name} share one model; leave it out, or take a method with own models"
+            f" ({ready})"
+        )
     method.check(job)
     return method.with_job(job)
