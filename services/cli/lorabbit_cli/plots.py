@@ -58,7 +58,7 @@ def figures(report: Report) -> dict[str, str]:
     made: dict[str, str] = {}
 
     def add(title: str, paint: Callable[[Axes], None], *, size: tuple[float, float] = (5.6, 2.9)) -> None:
-        made[title] = _svg(f"f{len(made)}", paint, title, size)
+        made[title] = svg_of(f"f{len(made)}", paint, title, size)
 
     metric = report.main_metric
     if metric is not None and any(metric in row.metrics for row in rounds):
@@ -82,7 +82,7 @@ def figures(report: Report) -> dict[str, str]:
     return made
 
 
-def _svg(prefix: str, paint: Callable[[Axes], None], title: str, size: tuple[float, float]) -> str:
+def svg_of(prefix: str, paint: Callable[[Axes], None], title: str, size: tuple[float, float]) -> str:
     """Draw one figure and turn its placeholder colours into CSS."""
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")

@@ -66,7 +66,7 @@ def _job(folder: Path) -> JobFile:
 
 def markdown(report: Report, job: JobFile = JobFile()) -> str:
     """Render a report as Markdown."""
-    return _environment().get_template("report.md.j2").render(_context(report, job))
+    return environment().get_template("report.md.j2").render(_context(report, job))
 
 
 def html(report: Report, job: JobFile = JobFile()) -> str:
@@ -75,7 +75,7 @@ def html(report: Report, job: JobFile = JobFile()) -> str:
     from lorabbit_cli.plots import figures  # noqa: PLC0415
 
     context = _context(report, job) | {"figures": figures(report)}
-    return _environment().get_template("report.html.j2").render(context)
+    return environment().get_template("report.html.j2").render(context)
 
 
 def write_tensorboard(report: Report, folder: Path) -> None:
@@ -106,8 +106,9 @@ def _scalars(row: Round, followed: set[str]) -> dict[str, float]:
     return values
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Return where the pages' templates are, with the filters that write numbers."""
+    made = Environment(
         loader=PackageLoader("lorabbit_cli"),
         autoescape=select_autoescape(["html.j2"]),
         undefined=StrictUndefined,
@@ -115,8 +116,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"bytes": bytes_text, "duration": duration_text, "score": score_text, "fact": fact_text}
-    return environment
+    made.filters |= {"bytes": bytes_text, "duration": duration_text, "score": score_text, "fact": fact_text}
+    return made
 
 
 def _context(report: Report, job: JobFile) -> dict[str, object]:

@@ -13,6 +13,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Hashable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -126,7 +127,7 @@ def read_content(path: Path | str) -> dict[str, Any]:
 
 def of_content(content: dict[str, Any], *, name: str, overrides: Sequence[str] = ()) -> JobSpec:
     """Make a job of keys and values; `name` says in errors where they are from. Raises BadInput."""
-    source = _Source(name, content)
+    source = _Source(name, deepcopy(content))
     for override in overrides:
         _override(source, override)
     return _validate(source)
