@@ -147,8 +147,18 @@ class Prefix:
             raise RuntimeError("internal: a forward pass without its prefix")
         return self._current
 
+    def moves(self) -> bool:
+        """Tell whether a gradient would reach anything in or below these blocks, such as a soft prompt."""
+        with torch.enable_grad():
+            return self._reach(np.zeros(1, dtype=np.int64)).requires_grad
+
     def _compute(self, group: Codes) -> torch.Tensor:
         """Put one group through the prefix."""
+        with torch.no_grad():
+            return self._reach(group)
+
+    def _reach(self, group: Codes) -> torch.Tensor:
+        """Return what the highest of these blocks answers for some rows."""
         found: list[torch.Tensor] = []
 
         def reached(_module: nn.Module, _given: object, out: torch.Tensor) -> None:
@@ -159,8 +169,7 @@ class Prefix:
         device = next(self._model.model.parameters()).device
         handle = self._blocks[-1].register_forward_hook(reached)
         try:
-            with torch.no_grad():
-                self._model.model(**{name: value.to(device) for name, value in batch.items()})
+            self._model.model(**{name: value.to(device) for name, value in batch.items()})
         except _Reached:
             pass
         finally:
@@ -197,14 +206,17 @@ def find_prefix(  # noqa: PLR0913
         return None
     blocks = _blocks(model.model)
     moved = {id(value) for value in moving}
-    frozen = _frozen_blocks(model.model, blocks, moved)
+    frozen = _frozen_blocks(blocks, moved)
     if not frozen or _is_random(model.model, frozen) or not _pays(config, examples, usage, cache.budget_bytes):
         return None
     below = {id(value) for block in frozen for value in block.parameters()}
     below |= {id(value) for name, value in model.model.named_parameters() if "embeddings" in name}
     travelling = {name: value for name, value in model.tensors.items() if id(value) in below}
+    prefix = Prefix(model, frozen, examples, cache=cache, owner=owner)
+    if prefix.moves():
+        return None
     cache.use((base, len(frozen), hash_tensors(travelling)))
-    return Prefix(model, frozen, examples, cache=cache, owner=owner)
+    return prefix
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -214,10 +226,8 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return next((list(blocks) for blocks in lists if len(blocks) == longest), [])
 
 
-def _frozen_blocks(model: nn.Module, blocks: Sequence[nn.Module], moved: set[int]) -> list[nn.Module]:
-    """Return the lowest blocks below which, and in which, nothing moves."""
-    if any(id(value) in moved for name, value in model.named_parameters() if "embeddings" in name):
-        return []
+def _frozen_blocks(blocks: Sequence[nn.Module], moved: set[int]) -> list[nn.Module]:
+    """Return the lowest blocks in which nothing moves."""
     frozen: list[nn.Module] = []
     for block in blocks:
         if any(id(value) in moved for value in block.parameters()):
