@@ -85,6 +85,21 @@ def test_what_was_kept_before_changes_no_bit(name: str, tmp_path: Path):
     assert same(crowded.tensors, cold.tensors)
 
 
+def test_the_clients_of_a_process_share_what_it_keeps_and_train_as_they_would_alone(tmp_path: Path):
+    spec = spec_of(tmp_path)
+    space = workspace(spec)
+
+    def trained(space: LearningWorkspace, index: int) -> Any:
+        return space.session(task_of(spec, index), PrivateState(), silent).train()
+
+    together = [trained(space, index) for index in (1, 0, 1, 0)]
+    alone = trained(workspace(spec), 0)
+
+    assert skipped(together[3]) > skipped(together[1]) > 0
+    assert same(together[1].tensors, alone.tensors)
+    assert same(together[3].tensors, alone.tensors)
+
+
 def test_eviction_changes_no_bit_and_keeps_to_the_budget(tmp_path: Path):
     spec = spec_of(tmp_path)
     space = workspace(spec)

@@ -24,6 +24,7 @@ from lorabbit_client.evaluator import evaluate
 from lorabbit_client.execution import OnProgress
 from lorabbit_client.model_source import resolve
 from lorabbit_client.models import load_model, load_processor
+from lorabbit_client.prefix import PrefixCache
 from lorabbit_client.private import PrivateState
 from lorabbit_client.session import TorchSession
 from lorabbit_client.trainable import TrainableModel, make_trainable
@@ -60,6 +61,7 @@ class LearningWorkspace:
         self._spec = spec
         self._data_root = data_root
         self._device = device
+        self._prefixes = PrefixCache()
 
     @cached_property
     def _source(self) -> Any:  # noqa: ANN401 - ModelSource; cached_property hides the type from mypy's plugin
@@ -111,7 +113,7 @@ class LearningWorkspace:
         # Denormal numbers appear in converged gradients and cost a hundred times a normal one; per thread.
         torch.set_flush_denormal(True)
         data = self._data(task.index, task.population)
-        return TorchSession(task, self._model, data, private=private, on_progress=on_progress)
+        return TorchSession(task, self._model, data, private=private, on_progress=on_progress, prefixes=self._prefixes)
 
     def evaluate(self, task: Task, session: TorchSession, on_progress: OnProgress) -> Metrics:
         """Score a session's model on the client's test split, or on the whole test set."""
