@@ -21,7 +21,11 @@ ADAPTER = {
 }
 
 
-@pytest.fixture(params=sorted(METHODS))
+SHARED = sorted(name for name in METHODS if not METHODS[name].personal)
+"""Methods of one model; those with own models are in test_personal_methods.py."""
+
+
+@pytest.fixture(params=SHARED)
 def method(request):
     return build(JobSpec.model_validate({"method": {"name": request.param}, "rounds": ROUNDS}))
 
