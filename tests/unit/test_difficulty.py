@@ -13,7 +13,7 @@ from learning import data_of, job, write_reviews
 
 from lorabbit.errors import BadInput
 from lorabbit_client.data import Examples
-from lorabbit_client.difficulty import difficulties
+from lorabbit_client.difficulty import classes, difficulties
 from lorabbit_client.learning import LearningWorkspace
 
 
@@ -76,3 +76,32 @@ def test_images_have_no_rare_words(tmp_path: Path) -> None:
 
     with pytest.raises(BadInput, match=r"^method\.difficulty: "):
         difficulties(model, rows, "rarity")
+
+
+def test_an_example_of_several_rows_has_one_difficulty_the_mean_of_theirs(tmp_path: Path) -> None:
+    long, short = "ann met bob at noon and " * 20 + "left", "it rained at dawn"
+    lines = [{"context": text, "question": "who?", "answers": text.split()[0]} for text in (long, short)] * 6
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    model, rows = client(
+        tmp_path,
+        model={"name": "tiny:bert", "task": "question-answering"},
+        data={"source": str(tmp_path / "rows.jsonl"), "max_length": 32},
+        clients=1,
+    )
+    owners = rows.features.examples_of(rows.rows)
+    first = rows.lengths[owners == owners[0]]
+
+    found = difficulties(model, rows, "length")
+
+    assert len(rows) > rows.num_examples == len(found)
+    assert found[0] == pytest.approx(first.mean())
+
+
+def test_classes_are_those_of_the_labels_and_zeros_where_there_are_none(tmp_path: Path) -> None:
+    write_reviews(tmp_path)
+    _, rows = client(tmp_path)
+    expected = rows.batch(np.arange(len(rows)))["labels"].tolist()
+    _, texts = client(tmp_path, model={"name": "tiny:gpt2", "task": "causal-lm"}, data=data_of(tmp_path, "causal-lm"))
+
+    assert classes(rows).tolist() == expected
+    assert classes(texts).tolist() == [0] * texts.num_examples

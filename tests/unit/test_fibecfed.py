@@ -176,6 +176,19 @@ def test_difficulty_is_measured_once_and_again_only_when_due() -> None:
         assert asked == expected + 1  # and once for the sensitivity
 
 
+def test_other_data_than_were_sorted_are_sorted_anew() -> None:
+    made = method(warmup_steps=0)
+    session = client()
+    state = prepared(made, [session])
+    grown = again(session, 1)
+    grown.num_examples = 14
+
+    one_round(made, state, [grown])
+
+    assert ("difficulty", "fisher") in grown.asked
+    assert len(grown.private_tensors[CURRICULUM]["difficulty"]) == 14
+
+
 def test_a_client_that_missed_round_0_measures_at_its_first_task() -> None:
     made = method(quorum=0.5, warmup_steps=0)
     state = prepared(made, [client(0)])

@@ -272,3 +272,50 @@ def test_F15_the_loss_falls_and_the_batches_processed_are_those_of_the_pacing(tm
 
     assert processed == expected
     assert run.score(rounds) < 0.7 * start
+
+
+@pytest.mark.parametrize("rule", ["slq", "eigengap"])
+def test_F13_a_measured_share_decides_how_many_blocks_are_shared_and_how_many_neurons_move(
+    rule: str, tmp_path: Path
+) -> None:
+    run = fibecfed(tmp_path, {"gal_ratio": rule})
+    answers = run.round(0)
+    shares: list[Any] = [answer.facts["lossless_share"] for answer in answers]
+    gal: Any = run.state.facts["gal"]
+    pooled = blocks.lossless([(a.num_examples, share) for a, share in zip(answers, shares, strict=True)])
+
+    for update, share in zip(run.round(1), shares, strict=True):
+        kept = run.kept(update.index).tensors[FISHER]
+        moving = sum(-(-share * len(value) // 1) for value in kept.values())
+        masked, maskable = update.facts["masked"], update.facts["maskable"]
+        assert isinstance(masked, int)
+        assert isinstance(maskable, int)
+        assert maskable - masked == moving
+
+    assert len(gal) == blocks.enough(pooled, BLOCKS)
+
+
+def test_with_an_update_share_of_zero_own_blocks_stand_still_and_nothing_is_measured_for_them(tmp_path: Path) -> None:
+    run = fibecfed(tmp_path, {"update_share": 0.0})
+    first = run.method.adapter(run.state)
+    run.round(0)
+
+    updates = run.round(1)
+
+    for update in updates:
+        kept = run.kept(update.index).tensors
+        assert all(np.array_equal(value, first[name]) for name, value in kept[OUTSIDE].items())
+        assert FISHER not in kept
+        assert update.facts["masked"] == update.facts["maskable"]
+
+
+def test_a_half_precision_job_keeps_its_own_factors_in_the_dtype_of_the_wire(tmp_path: Path) -> None:
+    run = fibecfed(tmp_path, model={"dtype": "bfloat16"})
+    for number in (0, 1, 2):
+        run.round(number)
+
+    kept = run.kept(0).tensors
+
+    assert {value.dtype.name for value in kept[OUTSIDE].values()} == {"bfloat16"}
+    assert {value.dtype.name for value in kept[FISHER].values()} == {"float32"}
+    assert any(np.any(value > 0) for value in kept[FISHER].values())

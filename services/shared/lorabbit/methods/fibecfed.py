@@ -225,14 +225,14 @@ class FibecFed(Method):
             return curriculum.sorted_batches(np.zeros(session.num_examples), size)
         scored = session.private.get("scored")
         due = self.rescore_every and isinstance(scored, int) and session.round - scored >= self.rescore_every
-        if CURRICULUM not in session.private_tensors or due:
+        known = session.private_tensors.get(CURRICULUM, {}).get("difficulty")
+        if known is None or due or len(known) != session.num_examples:
             draw = np.random.default_rng(derive_seed(self.job.seed, "difficulty", session.client.index))
             measured = None if self.difficulty == "random" else session.difficulty(self.difficulty)
-            scores = draw.random(session.num_examples) if measured is None else measured
+            known = draw.random(session.num_examples) if measured is None else measured
             work.extra += session.num_examples if self.difficulty == "fisher" else 0
-            session.private_tensors[CURRICULUM] = {"difficulty": scores}
+            session.private_tensors[CURRICULUM] = {"difficulty": known}
             session.private["scored"] = session.round
-        known = session.private_tensors[CURRICULUM]["difficulty"]
         classes = session.labels() if self.class_balanced_prefix else None
         return curriculum.sorted_batches(known, size, self.order, classes=classes)
 
@@ -246,6 +246,8 @@ class FibecFed(Method):
         """(7) from F as it is kept; before there is one, from F after a few trial steps that are undone."""
         if not self.sparse or not outside:
             return {}
+        if self.update_share == 0:
+            return {n: np.zeros((len(v), 1), np.bool_) for n, v in session.tensors().items() if n in outside}
         if FISHER not in session.private_tensors:
             start = session.tensors()
             if self.warmup_steps:
@@ -274,7 +276,7 @@ class FibecFed(Method):
         if not outside:
             return
         session.private_tensors[OUTSIDE] = subset(result.tensors, outside)
-        if self.sparse:
+        if FISHER in session.private_tensors:
             now = self._fisher(session, outside, easy, work=work)
             before = session.private_tensors[FISHER]
             session.private_tensors[FISHER] = neurons.smoothed(before, now, self.fisher_momentum)
