@@ -147,3 +147,16 @@ def test_a_budget_above_the_rank_is_bad_input():
     with pytest.raises(BadInput, match=r"method\.r_min: r_min is 8, above r_max"):
         method_of(r_min=8)
     assert isinstance(method_of(), AdaLora)
+
+
+def test_a_client_without_examples_measures_nothing():
+    method, empty = method_of(), client(0)
+    empty.num_examples = 0
+    state = method.start(adapter())
+
+    silent = method.local_update(method.plan(state, empty.client), empty)
+    others = updates_of(method, state)[1:]
+    after = method.aggregate(state, [silent, *others])
+
+    assert "importance" not in silent.facts
+    assert after.facts["importance"] == method.aggregate(state, others).facts["importance"]

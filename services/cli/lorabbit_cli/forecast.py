@@ -185,12 +185,15 @@ def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> 
     first = method.start(adapter)
     template = method.uploads(first, client)
     up = _file(template, scratch)[1] if template else 0
-    before = _travelling(method.plan(first, client), scratch)
+    plan = method.plan(first, client)
+    before = _travelling(plan, scratch)
     if method.prepares or method.personal:  # what later rounds send hangs on what clients answer
         size = sum(before.values())
         return Payload(up=up, down_first=size, down=size, down_evaluation=0, shared=0)
     moved = {name: _moved(value) for name, value in template.items()}
-    updates = [ClientUpdate(ClientId(f"client-{k + 1}"), k, moved, 1, 0.0) for k in range(min(2, spec.cohort_size))]
+    told = dict(plan.settings)  # answers name what they were trained from
+    answering = range(min(2, spec.cohort_size))
+    updates = [ClientUpdate(ClientId(f"client-{k + 1}"), k, moved, 1, 0.0, told) for k in answering]
     later = method.aggregate(first, updates)
     fresh = _travelling(method.plan(later, client), scratch, held=before)
     scored = _travelling(method.scoring(later, client), scratch, held=before)

@@ -83,7 +83,7 @@ class AdaLora(Method):
         result = session.train()
         payload = plan.payloads[ADAPTER]
         facts: dict[str, Json] = {}
-        if self.importance == "sensitivity":
+        if self.importance == "sensitivity" and session.num_examples:
             squares = session.fisher(range(min(self.examples, session.num_examples)))
             measured: dict[str, Json] = {}
             for module, rank in _ranks(payload).items():
@@ -129,14 +129,15 @@ class AdaLora(Method):
         return Export(*shift.combined(state.tensors, {}, self.aggregation.scaling))
 
     def _measured(self, tensors: Tensors, received: Sequence[ClientUpdate]) -> Importance:
-        """(2), before smoothing."""
-        if self.importance == "norm":
+        """(2), before smoothing; norms where nobody measured."""
+        told = [update for update in received if "importance" in update.facts and update.num_examples]
+        if self.importance == "norm" or not told:
             return {module: _rounded(_norms(lora.read(tensors, module))) for module in lora.modules(tensors)}
-        total = sum(update.num_examples for update in received)
+        total = sum(update.num_examples for update in told)
         measured: Importance = {}
         for module, rank in _ranks(tensors).items():
             mean = np.zeros(rank)
-            for update in received:
+            for update in told:
                 mean += update.num_examples / total * _told(update, module, rank)
             measured[module] = _rounded(mean)
         return measured
