@@ -132,6 +132,15 @@ def test_a_shared_target_is_below_the_worst_plateau() -> None:
     assert compared(Target(share=0.9)).cases[0].target == pytest.approx(0.9 * 0.655)
 
 
+def test_a_target_can_be_a_share_of_the_references_plateau() -> None:
+    # lora is made the worse one: its plateau would be 0.3.
+    worse = [run("lora", seed, [0.3]) for seed in SEEDS]
+
+    found = compare(sweep(Target(share=0.9, of="reference")), [*FULL, *worse], {}, {}).cases[0].target
+
+    assert found == pytest.approx(0.9 * 0.655)
+
+
 def test_a_missing_run_is_named_with_its_reason() -> None:
     comparison = compared(failed={"all/lora/1": "it broke"})
 

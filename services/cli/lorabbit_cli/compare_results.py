@@ -140,8 +140,9 @@ def _notes(measures: Sequence[Measures], failed: Mapping[str, str]) -> list[str]
 def _case(sweep: Sweep, case: str, measures: Sequence[Measures], failed: Mapping[str, str]) -> CaseResult:
     """Bring together one case."""
     by_label = {label: {m.seed: m for m in measures if m.label == label} for label in sweep.labels}
-    target = target_of(sweep.target, list(by_label.values()))
     reference = by_label[sweep.reference]
+    of_one = sweep.target is not None and sweep.target.of == "reference"
+    target = target_of(sweep.target, [reference] if of_one else list(by_label.values()))
     rows = []
     for label in sweep.labels:
         missing = {seed: failed[f"{case}/{label}/{seed}"] for seed in sweep.seeds if f"{case}/{label}/{seed}" in failed}
@@ -162,7 +163,7 @@ def _case(sweep: Sweep, case: str, measures: Sequence[Measures], failed: Mapping
 
 
 def target_of(target: Target | None, runs: Sequence[Mapping[int, Measures]]) -> float | None:
-    """The score to be reached: the one stated, or a share of the worst run's plateau (its mean over seeds)."""
+    """The score to be reached: the one stated, or a share of the worst plateau among `runs` (the mean over seeds)."""
     if target is None or target.value is not None:
         return target.value if target else None
     assert target.share is not None  # noqa: S101 - one of both is there

@@ -33,7 +33,8 @@ class Target(Strict):
 
     metric: str | None = Field(default=None, description="the job's main metric when absent")
     value: float | None = Field(default=None, description="the score itself")
-    share: float | None = Field(default=None, gt=0, le=1, description="of the worst run's plateau, for each case")
+    share: float | None = Field(default=None, gt=0, le=1, description="of a plateau, for each case")
+    of: Literal["worst", "reference"] = Field(default="worst", description="share: whose plateau")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Target:

@@ -94,7 +94,8 @@ def _target(comparison: Comparison, case: CaseResult) -> Table:
         rows.append((*cells, share_text(found.seconds_share)))
     how = ""
     if comparison.target is not None and comparison.target.share is not None:
-        how = f" ({comparison.target.share:.0%} of the worst run's plateau, the mean of its last three scores)"
+        whose = "the worst run" if comparison.target.of == "worst" else reference
+        how = f" ({comparison.target.share:.0%} of the plateau of {whose}, the mean of its last three scores)"
     about = (
         f"Up to the first scored round with {case.metric} {score_text(case.target)}{how}; means over the seeds that "
         "reached it."
