@@ -22,6 +22,7 @@ from lorabbit.methods import Method
 from lorabbit.methods.sa_fedlora import SaFedLora
 from lorabbit.tensors import size_bytes
 from lorabbit.types import BASE, INITIALISE, ServerState
+from lorabbit_cli.forecast import forecast
 from lorabbit_cli.local import Means, run_local
 from lorabbit_client import tiny
 from lorabbit_client.learning import LearningWorkspace
@@ -265,3 +266,24 @@ def test_U8_the_bytes_of_an_update_are_four_a_parameter_and_a_header(tmp_path: P
     header = (tmp_path / "update").stat().st_size - size_bytes(update.tensors)
     assert size_bytes(update.tensors) == 4 * sum(value.size for value in update.tensors.values())
     assert 0 < header < 4096
+
+
+@pytest.mark.parametrize("name", ["sa-fedlora", "stack", "adalora", "federa-mixed"])
+def test_a_run_gives_the_same_adapter_whatever_the_number_of_processes(name: str, tmp_path: Path) -> None:
+    _, spec = opened(tmp_path, **JOBS[name])
+
+    one, two = (run_local(spec, tmp_path / "runs", means=Means(device="cpu", workers=n)).report for n in (1, 2))
+
+    assert one.status == two.status == "done"
+    assert one.adapter.sha256 == two.adapter.sha256
+
+
+@pytest.mark.parametrize("name", ["slora", "adalora", "federa"])
+def test_a_forecast_is_not_exceeded(name: str, tmp_path: Path) -> None:
+    _, spec = opened(tmp_path, **JOBS[name])
+
+    found = forecast(spec, Means(device="cpu"))
+    report = run_local(spec, tmp_path / "runs", means=Means(device="cpu", workers=1)).report
+
+    assert report.rounds[0].bytes_up == pytest.approx(found.round_bytes_up, rel=0.01)
+    assert sum(r.bytes_up + r.bytes_down for r in report.rounds) <= found.total_bytes
