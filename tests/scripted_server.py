@@ -87,9 +87,18 @@ class Rig:
         self.chunks.append(delivery)
         self.broker.ack(delivery)
 
-    def agent(self, runner: ScriptedRunner, *, address: str = "somewhere", client: str | None = None) -> Agent:
+    def agent(
+        self,
+        runner: ScriptedRunner,
+        *,
+        address: str = "somewhere",
+        client: str | None = None,
+        idle_seconds: float | None = None,
+    ) -> Agent:
         """A client process on its own folder; started again, it finds what it left there."""
-        settings = ClientSettings(folder=self.folder / address, address=address, client=client)
+        settings = ClientSettings(
+            folder=self.folder / address, address=address, client=client, idle_seconds=idle_seconds
+        )
         agent = Agent(self.broker, runner, settings)
         agent.start()
         self.run()

@@ -230,6 +230,27 @@ def test_a_server_is_ready_once_it_leads_and_says_why_while_it_does_not(bare):
     assert bare.web.get("/readyz").json()["ready"] is True
 
 
+def test_a_server_that_stands_by_is_ready_for_whoever_takes_that(bare):
+    answer = bare.web.get("/readyz", params={"standby": True})
+
+    assert answer.status_code == 200
+    assert answer.json()["checks"] == {"broker": None, "store": None, "lease": None}
+
+
+def test_the_clients_of_the_job_under_way_are_wanted_until_it_ends(served):
+    def wanted():
+        lines = served.web.get("/metrics").text.splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith("lorabbit_clients_wanted "))
+
+    before = wanted()
+    served.web.post("/jobs", json={**SPEC, "clients": 2})
+    during = wanted()
+    served.start_clients()
+    assert served.ended.wait(60)
+
+    assert (before, during, wanted()) == (0, 2, 0)
+
+
 def test_metrics_count_what_happened_without_a_label_per_client(served):
     served.run()
 

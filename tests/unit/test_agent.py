@@ -76,6 +76,24 @@ def test_a_welcomed_client_renews_its_lease(rig: Rig) -> None:
     assert rig.heard(Alive) == [Alive(address="somewhere", client="client-7")] * 3
 
 
+def test_a_client_of_a_finite_run_leaves_some_time_after_its_last_task(rig: Rig) -> None:
+    runner, left = ScriptedRunner(), list[str]()
+    agent = rig.agent(runner, idle_seconds=60)
+    agent.on_idle = lambda: left.append("left")
+    rig.run(seconds=200)
+    early = list(left)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run(seconds=200)
+    training = list(left)
+    rig.tell(CancelTask(**IDS))
+    rig.run(seconds=50)
+    soon = list(left)
+
+    rig.run(seconds=15)
+
+    assert (early, training, soon, left) == ([], [], [], ["left"])
+
+
 def test_a_client_keeps_its_identity_over_a_restart(rig: Rig) -> None:
     rig.agent(ScriptedRunner()).close()
     rig.run()

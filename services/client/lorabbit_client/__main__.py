@@ -55,6 +55,7 @@ def _work(settings: ClientSettings) -> int:
     executor = Executor(threads=settings.threads, data_root=settings.data_root, device=settings.device)
     runner = ThreadRunner(ConfinedExecutor(executor, settings.data_root))
     agent = Agent(broker, runner, settings)
+    agent.on_idle = broker.stop
     log.info("client-started", version=__version__, address=settings.address, folder=str(settings.folder))
     try:
         with _signals(broker):

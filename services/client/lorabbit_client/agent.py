@@ -9,7 +9,7 @@ hold many agents on one broker; they share runner and shelf, and nothing else.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import structlog
@@ -73,6 +73,9 @@ class Agent:
         self._hello_seconds = FIRST_HELLO_SECONDS
         self._hello_is_out = False
         self._heartbeats = 0
+        self._idle_seconds: float | None = None
+        self.on_idle: Callable[[], None] | None = None
+        """Called once this client has had no task for `settings.idle_seconds` since its last one."""
         self._was_in_trouble = False
         self._timer: Cancellable | None = None
         self._inbox: Cancellable | None = None
@@ -156,6 +159,7 @@ class Agent:
     def _beat(self, seconds: float) -> None:
         """Renew the lease; after a break of the broker, or idle for long, say who we are instead."""
         self._timer = self._broker.after(seconds, partial(self._beat, seconds))
+        self._count_idle(seconds)
         trouble = self._broker.trouble()
         if trouble is not None:
             self._was_in_trouble = True  # what is sent now would only pile up
@@ -166,6 +170,18 @@ class Agent:
             self._say_hello()
         elif self.client is not None:
             self._send(Alive(address=self._address, client=self.client), None)
+
+    def _count_idle(self, seconds: float) -> None:
+        """Add to the time without a task; a client that had none yet is not idle but early."""
+        if not self.is_idle:
+            self._idle_seconds = 0.0
+        elif self._idle_seconds is not None:
+            self._idle_seconds += seconds
+            limit = self._settings.idle_seconds
+            if limit is not None and self._idle_seconds >= limit and self.on_idle is not None:
+                log.info("leaving", idle_seconds=self._idle_seconds)
+                self._idle_seconds = None
+                self.on_idle()
 
     # ---- messages ----
     def _on_delivery(self, delivery: Delivery) -> None:
@@ -198,6 +214,7 @@ class Agent:
             return
         self._epochs[task.job] = task.epoch
         self._journal.accept(task)
+        self._idle_seconds = 0.0
         self._assign(task).begin(task)
 
     def _pass_on(self, message: ForTask) -> None:

@@ -26,7 +26,7 @@ from lorabbit.state.base import START
 from lorabbit.validation import explain
 from lorabbit_server.measures import Measures
 from lorabbit_server.service import Service
-from lorabbit_server.status import Status, status_of
+from lorabbit_server.status import Status, clients_wanted, status_of
 
 log = structlog.get_logger()
 LONGEST_WAIT_SECONDS = 60.0
@@ -173,13 +173,14 @@ def _add_health(app: FastAPI, service: Service, measures: Measures) -> None:
         return {"alive": True, "version": __version__}
 
     @app.get("/readyz")
-    def readyz() -> JSONResponse:
+    def readyz(standby: bool = False) -> JSONResponse:  # noqa: FBT001, FBT002 - a query parameter
+        """Ready is leading; with ``standby``, standing by too, for there it can be told everything."""
         checks: Json = {"broker": service.broker.trouble(), "store": None, "lease": None}
         try:
             service.store.ping()
         except StoreUnavailable as error:
             checks["store"] = str(error)
-        if not service.is_leading:
+        if not service.is_leading and not standby:
             checks["lease"] = "another server leads, or none does yet; this one stands by"
         troubles = [str(trouble) for trouble in checks.values() if trouble]
         if troubles:
@@ -188,7 +189,8 @@ def _add_health(app: FastAPI, service: Service, measures: Measures) -> None:
 
     @app.get("/metrics")
     def metrics() -> Response:
-        text = measures.text(clients_present=service.clients_present, is_leading=service.is_leading)
+        measures.note_clients(service.clients_present, wanted=clients_wanted(service.store))
+        text = measures.text(is_leading=service.is_leading)
         return Response(text, media_type="text/plain; version=0.0.4")
 
 

@@ -32,6 +32,7 @@ class Measures:
         self._tasks = Counter("lorabbit_tasks_sent", "Tasks sent, by phase", ["phase"], registry=self.registry)
         self._lost = Counter("lorabbit_clients_lost", "Leases that ended", registry=self.registry)
         self._clients = Gauge("lorabbit_clients_present", "Clients that are here", registry=self.registry)
+        self._wanted = Gauge("lorabbit_clients_wanted", "Clients that the job asks for", registry=self.registry)
         self._leading = Gauge("lorabbit_leading", "1 while this server holds the lease", registry=self.registry)
 
     def on_event(self, _job: str, event: ev.AnyEvent) -> None:
@@ -57,8 +58,13 @@ class Measures:
             case _:
                 pass
 
-    def text(self, *, clients_present: int, is_leading: bool) -> bytes:
+    def note_clients(self, present: int, *, wanted: int | None) -> None:
+        """Take down how many clients are here and are asked for; None leaves what was known."""
+        self._clients.set(present)
+        if wanted is not None:
+            self._wanted.set(wanted)
+
+    def text(self, *, is_leading: bool) -> bytes:
         """Render everything in Prometheus' text format."""
-        self._clients.set(clients_present)
         self._leading.set(int(is_leading))
         return generate_latest(self.registry)

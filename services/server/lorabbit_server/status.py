@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
+from lorabbit.errors import StoreUnavailable
 from lorabbit.jobspec import JobSpec
 from lorabbit.state.base import JobEntry, JobStatus, StateStore
 from lorabbit.types import EVALUATE, INITIALISE
@@ -42,6 +43,16 @@ class Status(BaseModel):
     exit_code: int = 0
     submitted_ms: int = 0
     cancel_requested: bool = False
+
+
+def clients_wanted(store: StateStore) -> int | None:
+    """Return how many clients the job under way asks for, or else the next; None while the store is away."""
+    try:
+        jobs = [entry for entry in store.jobs().values() if entry.status in {"running", "queued"}]
+    except StoreUnavailable:
+        return None
+    jobs.sort(key=lambda entry: entry.status != "running")
+    return JobSpec.model_validate_json(jobs[0].spec).clients if jobs else 0
 
 
 def status_of(store: StateStore, job: str) -> Status | None:

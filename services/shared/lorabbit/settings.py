@@ -113,6 +113,9 @@ class ClientSettings(Settings):
     tags: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
         default=(), description="labels for selection, with commas between"
     )
+    idle_seconds: float | None = Field(
+        default=None, gt=0, description="leave after so long without a task since the last one; never when absent"
+    )
 
 
 class OperatorSettings(Settings):
