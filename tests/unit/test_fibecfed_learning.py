@@ -309,6 +309,18 @@ def test_with_an_update_share_of_zero_own_blocks_stand_still_and_nothing_is_meas
         assert update.facts["masked"] == update.facts["maskable"]
 
 
+def test_what_lies_below_the_lowest_block_that_moves_is_not_computed_again(tmp_path: Path) -> None:
+    run = fibecfed(tmp_path, {"update_share": 0.0, "gal_pick": "random"}, rounds=10)
+    run.round(0)
+    run.round(1)
+    gal: Any = run.state.facts["gal"]
+
+    kept: list[Any] = [update.facts["prefixes_kept"] for update in run.round(2)]
+
+    assert gal == [2, 3]  # by the job's seed: blocks 0 and 1 are frozen
+    assert all(count > 0 for count in kept)
+
+
 def test_a_half_precision_job_keeps_its_own_factors_in_the_dtype_of_the_wire(tmp_path: Path) -> None:
     run = fibecfed(tmp_path, model={"dtype": "bfloat16"})
     for number in (0, 1, 2):
