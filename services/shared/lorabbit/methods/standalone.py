@@ -24,7 +24,7 @@ class Standalone(Method):
 
     name: ClassVar[str] = "standalone"
     summary: ClassVar[str] = "each client trains its own model alone; nothing travels"
-    paper: ClassVar[str] = "the control of personalised federated learning; no paper"
+    paper: ClassVar[str] = "the control in Yi et al., pFedLoRA, 2023, arXiv 2310.13283"
     personal: ClassVar[bool] = True
 
     def check(self, job: JobSpec) -> None:
