@@ -19,6 +19,8 @@ from lorabbit.methods import build
 from lorabbit.methods.fibecfed import CURRICULUM, FISHER, OUTSIDE, FibecFed
 from lorabbit.seeds import derive_seed
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId, ClientProfile, ClientUpdate, Plan, ServerState
+from lorabbit_cli.forecast import forecast
+from lorabbit_cli.local import Means
 from lorabbit_client.execution import Work
 from lorabbit_client.executor import Executor
 from lorabbit_client.models import seeded
@@ -331,3 +333,16 @@ def test_a_half_precision_job_keeps_its_own_factors_in_the_dtype_of_the_wire(tmp
     assert {value.dtype.name for value in kept[OUTSIDE].values()} == {"bfloat16"}
     assert {value.dtype.name for value in kept[FISHER].values()} == {"float32"}
     assert any(np.any(value > 0) for value in kept[FISHER].values())
+
+
+def test_the_forecast_of_a_round_is_what_then_travels(tmp_path: Path) -> None:
+    run = fibecfed(tmp_path)
+    found = forecast(run.spec, Means())
+    run.round(0)
+
+    run.round(1)
+    up = [path for path in run.files if path.name.startswith("update-1-")]
+    down = [path for path in run.files if path.name.startswith("adapter-train-1-")]
+
+    assert found.round_bytes_up == sum(path.stat().st_size for path in up)
+    assert CLIENTS * found.payload.down_first == sum(path.stat().st_size for path in down)

@@ -8,6 +8,7 @@ payload that it holds already.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
@@ -183,11 +184,14 @@ def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> 
     """Ask the method what travels in the first round, and after an update in which everything has changed."""
     client = ClientProfile(ClientId("client-1"), 0)
     first = method.start(adapter)
+    if method.prepares:  # as if nobody had found anything out: what is chosen is alike in size, whichever it is
+        told = dict(method.plan(first, client).settings)
+        first = method.aggregate(first, [ClientUpdate(client.client, client.index, {}, 1, math.nan, told)])
     template = method.uploads(first, client)
     up = _file(template, scratch)[1] if template else 0
     plan = method.plan(first, client)
     before = _travelling(plan, scratch)
-    if method.prepares or method.personal:  # what later rounds send hangs on what clients answer
+    if method.personal:  # what later rounds send hangs on what clients answer
         size = sum(before.values())
         return Payload(up=up, down_first=size, down=size, down_evaluation=0, shared=0)
     moved = {name: _moved(value) for name, value in template.items()}
