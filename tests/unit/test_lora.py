@@ -77,8 +77,10 @@ def test_norms_and_inner_products_are_those_of_the_dense_products():
     assert lora.inner(left, right) == pytest.approx(np.sum(left.product() * right.product()))
 
 
-def test_the_aggregation_error_of_averaged_factors_is_the_dense_one():
-    parts = [(0.25, random_factors(3, seed=1)), (0.75, random_factors(3, seed=2))]
+@pytest.mark.parametrize("clients", [2, 9])
+def test_the_aggregation_error_of_averaged_factors_is_the_dense_one(clients):
+    """Nine clients have more components together than the weight has rows."""
+    parts = [((k + 1) / (clients * (clients + 1) / 2), random_factors(2, seed=k)) for k in range(clients)]
     averaged = Factors(sum(p * f.a for p, f in parts), sum(p * f.b for p, f in parts), 2.0)
     mean = sum(p * f.product() for p, f in parts)
 

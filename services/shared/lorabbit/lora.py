@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,18 +141,23 @@ def inner(left: Factors, right: Factors) -> float:
 def aggregation_error(weighted: Sequence[tuple[float, Factors]], aggregate: Factors) -> tuple[float, float]:
     """Norms of mean(s B A) - (what was aggregated), and of mean(s B A), for one module.
 
-    Weights must sum to one. The difference is a stacked product, reduced by QR before its norm is
-    taken so that a small error is not lost in the difference of two large squares.
+    Weights must sum to one. The difference is a stacked product, reduced by QR before its norm is taken, so
+    that a small error is not lost in the difference of two large squares. A stack of more components than the
+    weight has rows or columns is larger than the weight itself: then the product is formed.
     """
-    mean = stack(weighted)
-    difference = stack([(1.0, mean), (-1.0, aggregate)])
-    return _norm_by_qr(difference), _norm_by_qr(mean)
+    difference = stack([*weighted, (-1.0, aggregate)])
+    a, b, clients = _double(difference.a), _double(difference.b), difference.rank - aggregate.rank
+    if difference.rank > min(a.shape[1], b.shape[0]):
+        mean = b[:, :clients] @ a[:clients]
+        return float(np.linalg.norm(mean + b[:, clients:] @ a[clients:])), float(np.linalg.norm(mean))
+    left, right = _triangle(b), _triangle(a.T)
+    return float(np.linalg.norm(left @ right.T)), float(np.linalg.norm(left[:, :clients] @ right[:, :clients].T))
 
 
-def _norm_by_qr(factors: Factors) -> float:
-    _, r_b = np.linalg.qr(_double(factors.b))
-    _, r_a = np.linalg.qr(_double(factors.a).T)
-    return abs(factors.scaling) * float(np.linalg.norm(r_b @ r_a.T))
+def _triangle(matrix: Matrix) -> Matrix:
+    """R of a thin QR."""
+    r: Any = np.linalg.qr(matrix, mode="r")
+    return np.asarray(r, np.float64)
 
 
 def _double(array: Array) -> Matrix:
