@@ -116,7 +116,7 @@ def test_lora_starts_from_the_best_approximation_of_what_was_learnt():
     total = {m: sum((k + 1) / 6 * np.asarray(u.tensors[m + SPARSE], np.float64) for k, u in enumerate(updates))
              for m in SHAPES}  # fmt: skip
 
-    begun = method.aggregate(state, iter(updates))
+    begun, tails = method.aggregate(state, iter(updates)), []
 
     for module, shape in SHAPES.items():
         flat = np.zeros(WEIGHTS[module].size)
@@ -124,6 +124,9 @@ def test_lora_starts_from_the_best_approximation_of_what_was_learnt():
         u, s, vt = np.linalg.svd(flat.reshape(shape))
         best = (u[:, :RANK] * s[:RANK]) @ vt[:RANK]
         np.testing.assert_allclose(lora.read(begun.tensors, module, SCALING).product(), best, atol=1e-5)
+        tails.append(np.sum(s[RANK:] ** 2))
+    size = sum(np.sum(total[module] ** 2) for module in SHAPES)
+    assert begun.report["lost"] == pytest.approx(np.sqrt(sum(tails) / size), rel=1e-4)
 
 
 def test_the_adapter_of_the_first_stage_is_the_one_that_would_start_now():

@@ -14,6 +14,7 @@ D2  What (2) cuts off of D is given up: the base model stays the pre-trained one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from lorabbit.jobspec import JobSpec
 from lorabbit.lora import Factors
 from lorabbit.methods.base import Export, Method, Session
 from lorabbit.seeds import derive_seed
-from lorabbit.tensors import weighted_mean
+from lorabbit.tensors import squared_norm, weighted_mean
 from lorabbit.types import ADAPTER, EVALUATE, Array, ClientProfile, ClientUpdate, Json, Plan, ServerState, Tensors
 
 SPARSE = ".sparse"
@@ -150,10 +151,13 @@ class SLora(Method):
             return self.aggregation.fold(state, updates)
         t = _t(state) + 1
         mean = weighted_mean((u.num_examples, u.tensors) for u in updates)
-        facts: dict[str, Json] = {**state.facts, "t": t, "report": {"stage": "sparse"}}
+        told: dict[str, Json] = {"stage": "sparse", "aggregation_error": 0.0}
+        facts: dict[str, Json] = {**state.facts, "t": t, "report": told}
         if t < self.stage_rounds:
             return ServerState(mean, facts, state.shared)
-        begun = self.aggregation.start(self._factors(mean, state.shared[two_stage.FIRST]))
+        factors = self._factors(mean, state.shared[two_stage.FIRST])
+        told["lost"] = _lost(mean, factors, self.aggregation.scaling)
+        begun = self.aggregation.start(factors)
         return ServerState(begun.tensors, facts, begun.shared)
 
     def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - one plan for all
@@ -214,6 +218,13 @@ class _Mask:
 
     def _model(self, value: Array) -> Array:
         return np.ascontiguousarray(value.T) if self._turned else value
+
+
+def _lost(sparse: Tensors, factors: Tensors, scaling: float) -> float:
+    """Share of the norm of D that the factors leave out, over all modules."""
+    kept = sum(lora.norm(lora.read(factors, module, scaling)) ** 2 for module in lora.modules(factors))
+    size = sum(squared_norm({name: sparse[name]}) for name in sparse if name.endswith(SPARSE))
+    return float(f"{math.sqrt(max(0.0, 1.0 - kept / size)):.6g}") if size else 0.0
 
 
 def _shape(like: Factors) -> tuple[int, int]:
