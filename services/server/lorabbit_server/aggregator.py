@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lorabbit import codec
+from lorabbit import codec, robust
 from lorabbit.methods import Method
 from lorabbit.payloads import PayloadStore
-from lorabbit.types import ClientUpdate, ServerState, Tensors
+from lorabbit.types import ClientUpdate, Json, ServerState, Tensors
 from lorabbit_server.admission import Template
 from lorabbit_server.jobstate import Offered, TaskState, Version
 from lorabbit_server.versions import Versions
@@ -45,8 +45,14 @@ class Updates(Iterable[ClientUpdate]):
 
 
 def aggregate(method: Method, state: ServerState, tasks: Sequence[TaskState], *, payloads: PayloadStore) -> ServerState:
-    """Let the method fold the round's updates, in ascending client index."""
-    return method.aggregate(state, Updates(sorted(tasks, key=lambda task: task.index), payloads))
+    """Let the method fold the round's updates, in ascending client index, behind the job's defence."""
+    received = Updates(sorted(tasks, key=lambda task: task.index), payloads)
+    guarded, told = robust.defend(method.job, state, received)
+    folded = method.aggregate(state, guarded)
+    if not told:
+        return folded
+    report: dict[str, Json] = {**folded.report, "robust": dict(told)}
+    return replace(folded, facts={**folded.facts, "report": report})
 
 
 def first_version(versions: Versions, offered: Offered) -> tuple[Version, int]:

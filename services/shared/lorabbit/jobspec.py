@@ -143,6 +143,22 @@ class EvaluationSpec(Strict):
     metric: str | None = Field(default=None, description="metric that picks best/; the task's main metric when absent")
 
 
+class RobustSpec(Strict):
+    """How much a few broken or hostile clients may move the model; every client then counts once."""
+
+    kind: Literal["clip", "median", "trimmed-mean", "krum", "multi-krum"] = Field(
+        default="clip", description="what is done to the updates of a round; see docs/explanation/robustness.md"
+    )
+    norm: float | None = Field(
+        default=None, gt=0, description="clip: largest norm of an update; the median of the round when absent"
+    )
+    trim: float = Field(default=0.2, gt=0, lt=0.5, description="trimmed-mean: share of clients cut from each end")
+    attackers: int = Field(default=1, ge=1, description="krum, multi-krum: clients of a cohort that may be hostile")
+    keep: int | None = Field(
+        default=None, ge=1, description="multi-krum: clients that are averaged; cohort - attackers - 2 when absent"
+    )
+
+
 class OutputSpec(Strict):
     """What is kept of a run."""
 
@@ -160,6 +176,7 @@ class JobSpec(Strict):
     aggregation: Aggregation = Field(
         default="factors", description="how LoRA updates become one; see docs/explanation/aggregation.md"
     )
+    robust: RobustSpec | None = Field(default=None, description="bounds what hostile clients can do; off when absent")
     rounds: int = Field(default=5, ge=1, description="how often the clients' work is averaged")
     clients: int = Field(default=4, ge=1, description="population: the job starts once so many clients are there")
     cohort: int | float = Field(default=1.0, gt=0, description="asked in a round: 1.0 is all, 0.1 a tenth, 10 ten")

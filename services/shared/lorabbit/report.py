@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr
 from lorabbit import events as ev
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Metrics
+from lorabbit.robust import tally
 from lorabbit.types import EVALUATE
 
 
@@ -102,6 +103,8 @@ class Report(Part):
     clients: list[str] = Field(default_factory=list)
     label_counts: dict[str, dict[str, int]] = Field(default_factory=dict)
     """client -> label -> training examples, where the task has labels."""
+    guarded: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """client -> `clipped` or `left_out` -> rounds in which the job's defence did that to its update."""
     seconds: float = 0.0
     preparation: Round | None = None
     """Round 0, where the method has one; `rounds` are without it."""
@@ -243,6 +246,7 @@ def _round_closed(report: Report, event: ev.RoundClosed) -> None:
         round_.aggregate_seconds = event.aggregate_seconds
         round_.sha256 = event.sha256
         round_.facts = dict(event.facts)
+        tally.count(report.guarded, event.facts)
         _in_partition_order(report, round_)
         trained = [(c.num_examples, c.loss) for c in round_.per_client if c.loss is not None and c.num_examples]
         total = sum(n for n, _ in trained)

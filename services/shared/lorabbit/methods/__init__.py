@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 from pydantic import ValidationError
 
+from lorabbit import robust
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.adalora import AdaLora
@@ -70,4 +71,5 @@ def build(job: JobSpec) -> Method:
             f" ({ready})"
         )
     method.check(job)
+    robust.check(job, personal=method.personal, needs_each=method.needs_each)
     return method.with_job(job)

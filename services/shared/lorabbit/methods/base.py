@@ -55,6 +55,9 @@ class Method(BaseModel):
     """Clients score a version before they train on it, because scores read what training changes; so do all
     `personal` methods. Otherwise training goes first and scoring fills the gaps."""
 
+    needs_each: ClassVar[str] = ""
+    """Why each client's own update must reach `aggregate`, so that no robust or noisy mean may stand in for it."""
+
     _job: JobSpec = PrivateAttr(default_factory=JobSpec)
 
     @property

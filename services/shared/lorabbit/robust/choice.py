@@ -1,0 +1,32 @@
+"""Which jobs may ask for a defence, decided when a job is read."""
+
+from __future__ import annotations
+
+from lorabbit.errors import BadInput
+from lorabbit.jobspec import JobSpec
+from lorabbit.robust.rules import check_size
+
+KEYS = {"norm": {"clip"}, "trim": {"trimmed-mean"}, "attackers": {"krum", "multi-krum"}, "keep": {"multi-krum"}}
+"""Keys and the kinds that read them."""
+UNFIT = {
+    "zero-padded": "weighs clients by the norm of their update, which an attacker chooses",
+    "exact": "puts into the base what the mean of factors misses, and a robust product has no such mean",
+}
+
+
+def check(job: JobSpec, *, personal: bool, needs_each: str = "") -> None:
+    """Raise BadInput where a robust aggregate of the job's updates would mean nothing."""
+    spec, name = job.robust, job.method.name
+    if spec is None:
+        return
+    if personal:
+        raise BadInput(f"robust: clients of {name} keep models of their own, and do not vote on one; "
+                       "leave robust out")  # fmt: skip
+    if needs_each:
+        raise BadInput(f"robust: {name} must see every update, since {needs_each}; leave robust out")
+    if job.aggregation in UNFIT:
+        raise BadInput(f"robust: aggregation {job.aggregation!r} {UNFIT[job.aggregation]}; choose 'svd' or 'stack'")
+    for key in sorted(spec.model_fields_set):
+        if key in KEYS and spec.kind not in KEYS[key] and getattr(spec, key) is not None:
+            raise BadInput(f"robust.{key}: {spec.kind} does not read it (it belongs to {', '.join(sorted(KEYS[key]))})")
+    check_size(spec, job.cohort_size)
