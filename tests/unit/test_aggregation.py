@@ -155,6 +155,17 @@ def test_zero_padding_weights_clients_by_the_norm_of_their_update():
     np.testing.assert_allclose(after.tensors["m.q.lora_A.weight"][2:], share * strong[2:])
 
 
+@pytest.mark.parametrize("rule", ["svd", "zero-padded"])
+def test_a_round_of_weak_clients_leaves_components_that_can_learn(rule):
+    weak = update(0, rank=1)
+
+    after = setting(rule).fold(ServerState(adapter()), [weak])
+
+    assert all(after.tensors["m.q.lora_A.weight"].any(axis=1))
+    assert not after.tensors["m.q.lora_B.weight"][:, 1:].any()
+    np.testing.assert_allclose(dense(after.tensors, "m.q"), dense(weak.tensors, "m.q"), atol=1e-9)
+
+
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_a_head_is_averaged_by_examples_under_every_rule(rule):
     fold = setting(rule)
