@@ -8,6 +8,7 @@ every rule pays for the difference in its own coin: error, a frozen factor, an S
 
 from lorabbit.aggregation.exchange import FROZEN, answer, config_of, frozen, install, is_a, prefix, rank_of, scaling_of
 from lorabbit.aggregation.folding import Aggregation, check, of, refuse_choice
+from lorabbit.aggregation.received import Received
 from lorabbit.aggregation.rules import COMPONENTS, RULES, Rule, Target, fresh, revived
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FROZEN",
     "RULES",
     "Aggregation",
+    "Received",
     "Rule",
     "Target",
     "answer",
