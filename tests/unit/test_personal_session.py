@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,12 @@ from personal import CLASSES, LOCAL, REPRESENTATION, WIDTHS, Networks, data, job
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Task
+from lorabbit.methods import METHODS, build
+from lorabbit.methods.standalone import Standalone
 from lorabbit.personal import is_own
 from lorabbit_client.cnn import Cnn
+from lorabbit_client.execution import Work
+from lorabbit_client.executor import Executor
 from lorabbit_client.model_source import ModelSource
 from lorabbit_client.models import load_model
 from lorabbit_client.personal_models import Split, widths_of
@@ -246,12 +252,15 @@ def workspace(tmp_path, **changes):
     return spec, PersonalWorkspace(spec, data_root=tmp_path, device=torch.device("cpu"))
 
 
-def opened(spec, space, index):
-    task = Task(
+def task_of(spec, index):
+    return Task(
         job="job", task=f"train-{index}", client=f"client-{index}", index=index, population=4, round=1, attempt=1,
         epoch=1, phase="train", seed=index, payloads={}, settings={}, spec=spec,
     )  # fmt: skip
-    return space.session(task, PrivateState(), lambda *_: None)
+
+
+def opened(spec, space, index):
+    return space.session(task_of(spec, index), PrivateState(), lambda *_: None)
 
 
 def test_clients_take_the_variants_in_turn(tmp_path):
@@ -290,6 +299,39 @@ def test_a_second_model_that_reads_other_input_is_refused(tmp_path):
 
     with pytest.raises(BadInput, match=r"method\.shared_model: 'tiny:gpt2' reads its input otherwise"):
         opened(spec, space, 0).add_model("shared", "tiny:gpt2")
+
+
+@pytest.mark.parametrize("name", ["pfedlora", "fml", "fedkd", "fedproto", "fd", "lg-fedavg"])
+def test_models_of_half_precision_train_and_send_finite_values(tmp_path, name):
+    model = {"variants": ["cnn:5"], "task": "image-classification", "dtype": "bfloat16"}
+    spec, space = workspace(tmp_path, model=model, method={"name": name}, local={"steps": 2, "batch_size": 8})
+    one, method = opened(spec, space, 0), build(spec)
+    state = method.start(method.initialise(one))
+
+    update = method.local_update(method.plan(state, one.client), one)
+
+    assert one.tensors("own.conv1.weight")["own.conv1.weight"].dtype.name == "bfloat16"
+    assert all(np.isfinite(value.astype(np.float64)).all() for value in update.tensors.values())
+    template = method.uploads(state, one.client)
+    assert {n: v.dtype for n, v in update.tensors.items()} == {n: v.dtype for n, v in template.items()}
+
+
+class Leaking(Standalone):
+    """Sends what must stay."""
+
+    def local_update(self, plan, session):
+        return replace(super().local_update(plan, session), tensors=session.tensors("own."))
+
+
+def test_no_method_can_send_a_tensor_of_the_own_model(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "standalone", Leaking)
+    spec = JobSpec.model_validate({**DIGITS, "method": {"name": "standalone"}, "local": {"steps": 1}})
+    work = Work(task_of(spec, 0), {}, tmp_path / "out", tmp_path / "private")
+
+    outcome = Executor(device="cpu").execute(work, lambda *_: None)
+
+    assert "belongs to this client alone" in (outcome.error or "")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_variant_is_bad_input(tmp_path):
