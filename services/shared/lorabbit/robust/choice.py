@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
+from lorabbit.jobspec import JobSpec, RobustSpec
 from lorabbit.robust.rules import check_size
 
 KEYS = {"norm": {"clip"}, "trim": {"trimmed-mean"}, "attackers": {"krum", "multi-krum"}, "keep": {"multi-krum"}}
@@ -26,7 +26,7 @@ def check(job: JobSpec, *, personal: bool, needs_each: str = "") -> None:
         raise BadInput(f"robust: {name} must see every update, since {needs_each}; leave robust out")
     if job.aggregation in UNFIT:
         raise BadInput(f"robust: aggregation {job.aggregation!r} {UNFIT[job.aggregation]}; choose 'svd' or 'stack'")
-    for key in sorted(spec.model_fields_set):
-        if key in KEYS and spec.kind not in KEYS[key] and getattr(spec, key) is not None:
-            raise BadInput(f"robust.{key}: {spec.kind} does not read it (it belongs to {', '.join(sorted(KEYS[key]))})")
+    for key, kinds in KEYS.items():
+        if spec.kind not in kinds and getattr(spec, key) != RobustSpec.model_fields[key].default:
+            raise BadInput(f"robust.{key}: {spec.kind} does not read it (it belongs to {', '.join(sorted(kinds))})")
     check_size(spec, job.cohort_size)
