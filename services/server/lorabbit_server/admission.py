@@ -21,6 +21,8 @@ from lorabbit.types import Tensors
 
 HEADER_BYTES = 2**20
 """Room for the header of a safetensors file."""
+MAX_CHUNKS = 2**16
+"""Of a payload: their indices fit into one grant, and into memory."""
 MAX_CHUNK_BYTES = 15 * 2**20
 """A chunk must fit into RabbitMQ's default of 16 MiB a message."""
 
@@ -66,6 +68,8 @@ def check_offer(payload: PayloadRef, template: Template | None, *, max_bytes: in
         raise Refused("too-large", f"it has {payload.size_bytes} bytes; at most {limit} are expected")
     if payload.chunk_bytes > MAX_CHUNK_BYTES:
         raise Refused("too-large", f"chunks of {payload.chunk_bytes} bytes do not fit through a broker")
+    if payload.chunks > MAX_CHUNKS:
+        raise Refused("too-large", f"{payload.chunks} chunks are more than {MAX_CHUNKS}; cut it into larger ones")
 
 
 def check_update(path: Path, template: Template | None, *, may_be_empty: bool = False) -> None:
@@ -90,7 +94,7 @@ def _check_names(tensors: Tensors, template: Template) -> None:
     missing = sorted(template.shapes.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - template.shapes.keys())
     if missing or unknown:
-        first = f"lacks {missing[0]!r}" if missing else f"has an unknown {unknown[0]!r}"
+        first = f"lacks {missing[0]!r}" if missing else f"has an unknown {unknown[0][: codec.SHOWN]!r}"
         raise Refused("names", f"it {first} ({len(missing)} missing, {len(unknown)} unknown)")
 
 
@@ -105,4 +109,4 @@ def _check_tensor(name: str, tensors: Tensors, template: Template | None) -> Non
             raise Refused("dtype", f"{name!r} is {dtype.name}, not {right_dtype}")
     value = tensors[name]
     if is_floating(value) and not bool(np.isfinite(value).all()):
-        raise Refused("not-finite", f"{name!r} holds NaN or infinity")
+        raise Refused("not-finite", f"{name[: codec.SHOWN]!r} holds NaN or infinity")

@@ -190,6 +190,7 @@ def _add_health(app: FastAPI, service: Service, measures: Measures) -> None:
     @app.get("/metrics")
     def metrics() -> Response:
         measures.note_clients(service.clients_present, wanted=clients_wanted(service.store))
+        measures.note_refused(dict(service.refused))
         text = measures.text(is_leading=service.is_leading)
         return Response(text, media_type="text/plain; version=0.0.4")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from lorabbit import events as ev
@@ -33,6 +35,9 @@ class Measures:
         self._lost = Counter("lorabbit_clients_lost", "Leases that ended", registry=self.registry)
         self._clients = Gauge("lorabbit_clients_present", "Clients that are here", registry=self.registry)
         self._wanted = Gauge("lorabbit_clients_wanted", "Clients that the job asks for", registry=self.registry)
+        self._refused = Gauge(
+            "lorabbit_messages_refused", "Messages and chunks that no client sends", ["reason"], registry=self.registry
+        )
         self._leading = Gauge("lorabbit_leading", "1 while this server holds the lease", registry=self.registry)
 
     def on_event(self, _job: str, event: ev.AnyEvent) -> None:
@@ -63,6 +68,11 @@ class Measures:
         self._clients.set(present)
         if wanted is not None:
             self._wanted.set(wanted)
+
+    def note_refused(self, refused: Mapping[str, int]) -> None:
+        """Take down how many messages and chunks were refused, by reason; reasons are a fixed set of words."""
+        for reason, number in refused.items():
+            self._refused.labels(reason).set(number)
 
     def text(self, *, is_leading: bool) -> bytes:
         """Render everything in Prometheus' text format."""

@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from lorabbit.broker.base import Delivery
 from lorabbit_server.steps import Traffic
 
+MAX_TASKS = 65_536
+"""Tasks that are counted at once; names that clients make up must not fill the memory."""
+MAX_NAME = 128
+
 
 @dataclass(slots=True)
 class _Counts:
@@ -29,6 +33,8 @@ class Meter:
 
     def up(self, task: str, *, payload: int = 0, overhead: int = 0) -> None:
         """Count bytes from a client."""
+        if task not in self._tasks and (len(self._tasks) >= MAX_TASKS or len(task) > MAX_NAME):
+            return
         counts = self._tasks.setdefault(task, _Counts())
         counts.bytes_up += payload
         counts.overhead_up += overhead

@@ -71,6 +71,7 @@ class Reception:
             self._check_sender(message, address)
         except Refused as why:
             log.warning("message-refused", address=address, type=delivery.type, reason=why.reason, detail=why.detail)
+            self._tools.refused[why.reason] += 1
             self._broker.reject(delivery)
             return
         match message:

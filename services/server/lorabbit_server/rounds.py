@@ -180,6 +180,7 @@ def pool(tasks: Iterable[TaskState]) -> dict[str, float]:
             sums[name] = sums.get(name, 0.0) + metrics.num_examples * value
             weights[name] = weights.get(name, 0) + metrics.num_examples
     pooled = {name: sums[name] / weights[name] for name in sums if weights[name]}
+    pooled = {name: value for name, value in pooled.items() if math.isfinite(value)}
     if "perplexity" in pooled and "loss" in pooled:
         pooled["perplexity"] = math.exp(min(pooled["loss"], 700.0))
     return pooled

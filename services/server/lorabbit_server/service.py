@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class Service:
         self._tools: Tools | None = None
         self._renewed_ms = 0
         self._stood_behind: str | None = None
+        self.refused: Counter[str] = Counter()
 
     # ---- for everybody ----
     def start(self) -> None:
@@ -190,6 +192,7 @@ class Service:
             self._now,
             self._epoch,
             {"lorabbit": __version__, "python": platform.python_version(), "numpy": np.__version__},
+            self.refused,
         )
         reception = Reception(self._tools, lambda: self._run, self._tell)
         self._subscriptions = [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lorabbit.broker.base import Broker
 from lorabbit.payloads import PayloadStore
@@ -29,3 +30,5 @@ class Tools:
     epoch: int
     versions: Mapping[str, str]
     """Of what this server runs on, for the report."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Messages and chunks that were no such thing, by reason."""

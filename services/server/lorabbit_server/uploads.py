@@ -95,11 +95,12 @@ class Uploads:
         sender = self._tools.registry.at(topology.address_of(delivery.routing_key))
         if upload is not None and any(each.client == sender for each, _ in upload.waiting.values()):
             try:
-                index = int(headers["index"])
+                index = _whole(headers["index"])
                 if index in upload.missing:
                     self._tools.payloads.write_chunk(upload.ref, index, delivery.body)
             except (CorruptPayload, KeyError, ValueError) as error:
                 log.warning("chunk-rejected", task=task, why=str(error))
+                self._tools.refused["chunk"] += 1
                 self._tools.broker.reject(delivery)
                 return
             upload.moved_ms = self._tools.now_ms()
@@ -141,6 +142,13 @@ class Uploads:
             self._on_checked(task, error)
 
         self._tools.loop.work(work, done, done)
+
+
+def _whole(value: object) -> int:
+    """A chunk's index as its header has it; raises CorruptPayload for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise CorruptPayload("the index of a chunk is a whole number")
+    return value
 
 
 def refusal(error: Exception) -> Refused | None:

@@ -19,39 +19,38 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-from pydantic import BaseModel, ConfigDict, StrictInt, TypeAdapter, ValidationError
+from pydantic import JsonValue, ValidationError
 
 from lorabbit.errors import BadInput, CorruptPayload, Refused
-from lorabbit.messages import BY_TYPE, Message
+from lorabbit.header import DTYPES, METADATA, SHOWN, Entry, parse
+from lorabbit.messages import BY_TYPE, Message, Offer
 from lorabbit.types import Array, Facts, Json, Tensors
 
 MAX_MESSAGE_BYTES = 2**20
 """Control messages are small; anything larger is refused unread."""
 MAX_HEADER_BYTES = 16 * 2**20
-METADATA = "__metadata__"
+MAX_NUMBER = 1e300
+"""Of facts; their squares are no infinity in the sums of a few clients' weights."""
 FACTS = "lorabbit.facts"
 _LENGTH_BYTES = 8
+__all__ = [
+    "DTYPES",
+    "FACTS",
+    "MAX_HEADER_BYTES",
+    "MAX_MESSAGE_BYTES",
+    "METADATA",
+    "SHOWN",
+    "FileTensors",
+    "decode",
+    "encode",
+    "read_facts",
+    "read_tensors",
+    "sync_folder",
+    "tensors_sha256",
+    "write_tensors",
+]
 
-DTYPES: Mapping[str, np.dtype[np.generic]] = {
-    "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "U16": np.dtype("<u2"),
-    "I16": np.dtype("<i2"),
-    "U32": np.dtype("<u4"),
-    "I32": np.dtype("<i4"),
-    "U64": np.dtype("<u8"),
-    "I64": np.dtype("<i8"),
-    "F16": np.dtype("<f2"),
-    "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
-"""safetensors' names of the element types that travel."""
 _NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 
 
@@ -71,26 +70,23 @@ def decode(type_name: str, body: bytes) -> Message:
     if len(body) > MAX_MESSAGE_BYTES:
         raise Refused("too-large", f"{type_name} has {len(body)} bytes; at most {MAX_MESSAGE_BYTES} are read")
     try:
-        return model.model_validate_json(body)
+        message = model.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the body"
-        raise Refused("malformed", f"{type_name}: {where}: {first['msg']}") from error
+        raise Refused("malformed", f"{type_name}: {where[:SHOWN]}: {first['msg']}") from error
+    if isinstance(message, Offer):
+        _check_facts(message.metrics.facts)
+    return message
 
 
-class _Entry(BaseModel):
-    """One tensor in a safetensors header."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dtype: str
-    shape: tuple[StrictInt, ...]
-    data_offsets: tuple[StrictInt, StrictInt]
-
-
-_ENTRIES = TypeAdapter(dict[str, _Entry])
-_TEXTS = TypeAdapter(dict[str, str])
-_OBJECT = TypeAdapter(dict[str, object])
+def _check_facts(facts: JsonValue) -> None:
+    """Refuse numbers that JSON cannot write again or that a float cannot hold; the parser bounds the depth."""
+    if isinstance(facts, dict | list):
+        for value in facts.values() if isinstance(facts, dict) else facts:
+            _check_facts(value)
+    elif isinstance(facts, int | float) and not abs(facts) < MAX_NUMBER:
+        raise Refused("malformed", "a fact is no number of a size that a float holds")
 
 
 class FileTensors(Mapping[str, Array]):
@@ -112,6 +108,8 @@ class FileTensors(Mapping[str, Array]):
         start, end = self._entries[name].data_offsets
         raw = np.empty(end - start, dtype=np.uint8)
         _read_into(self._file, raw.data, self._data_start + start, self._path)
+        if dtype == np.bool_ and raw.size and raw.max() > 1:
+            raise CorruptPayload(f"{self._path.name}: tensor {name[:SHOWN]!r} holds booleans that are neither 0 nor 1")
         return raw.view(dtype).reshape(shape)
 
     def __contains__(self, name: object) -> bool:
@@ -233,7 +231,7 @@ def _describe(tensors: Tensors, name: str) -> tuple[np.dtype[np.generic], tuple[
     return DTYPES[wire], value.shape
 
 
-def _read_header(file: int, path: Path) -> tuple[dict[str, _Entry], dict[str, str], int]:
+def _read_header(file: int, path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
     """Entries, metadata and where the data starts; every byte of the file is accounted for."""
     size = os.fstat(file).st_size
     length = int.from_bytes(os.pread(file, _LENGTH_BYTES, 0), "little")
@@ -241,39 +239,8 @@ def _read_header(file: int, path: Path) -> tuple[dict[str, _Entry], dict[str, st
         raise CorruptPayload(f"{path.name} is no safetensors file: its header would have {length} of {size} bytes")
     text = bytearray(length)
     _read_into(file, memoryview(text), _LENGTH_BYTES, path)
-    try:
-        raw = _OBJECT.validate_python(json.loads(text.decode(), object_pairs_hook=_without_duplicates))
-        metadata = _TEXTS.validate_python(raw.pop(METADATA, {}))
-        entries = _ENTRIES.validate_python(raw)
-    except (ValueError, RecursionError) as error:
-        raise CorruptPayload(f"{path.name} has a malformed safetensors header") from error
-    _check_offsets(entries, size - _LENGTH_BYTES - length, path)
+    entries, metadata = parse(bytes(text), size - _LENGTH_BYTES - length, path.name)
     return entries, metadata, _LENGTH_BYTES + length
-
-
-def _check_offsets(entries: Mapping[str, _Entry], data_bytes: int, path: Path) -> None:
-    """Refuse unknown types, sizes that do not follow from the shape, overlaps, holes and missing or extra bytes."""
-    expected = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-        dtype = DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise CorruptPayload(f"{path.name}: tensor {name!r} has the unknown type {entry.dtype!r}")
-        start, end = entry.data_offsets
-        if min(entry.shape, default=0) < 0 or end - start != math.prod(entry.shape) * dtype.itemsize:
-            raise CorruptPayload(f"{path.name}: tensor {name!r} does not have the size that its shape asks for")
-        if start != expected:
-            raise CorruptPayload(f"{path.name}: tensor {name!r} starts at byte {start}, not {expected}")
-        expected = end
-    if expected != data_bytes:
-        raise CorruptPayload(f"{path.name} holds {data_bytes} bytes of tensors; its header names {expected}")
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse a JSON object that names one key twice: readers would not agree on what it says."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("duplicate key")
-    return result
 
 
 def _read_into(file: int, target: memoryview, offset: int, path: Path) -> None:

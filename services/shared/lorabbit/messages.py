@@ -19,6 +19,9 @@ from lorabbit.jobspec import JobSpec
 VERSION = 1
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Word = Annotated[str, Field(max_length=200)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""Every whole number that a peer claims: a float holds it exactly, and sums of many stay finite."""
 
 
 class Message(BaseModel):
@@ -53,10 +56,10 @@ class Metrics(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    num_examples: int = Field(ge=0)
+    num_examples: Count
     loss: float | None = None
-    values: dict[str, float] = Field(default_factory=dict)
-    steps: int = Field(default=0, ge=0)
+    values: dict[Word, float] = Field(default_factory=dict, max_length=1000)
+    steps: Count = 0
     seconds: float = Field(default=0.0, ge=0)
     facts: dict[str, JsonValue] = Field(default_factory=dict)
     """Free facts for the method and the report (label counts, trained parameters, ...)."""
@@ -70,11 +73,11 @@ class Hello(Message):
     """Name of the client's inbox; unique per process, kept over restarts."""
     client: Identifier | None = None
     """The identity it owns; None asks the server for the lowest free ``client-<n>``."""
-    device: str = "cpu"
-    memory_bytes: int = Field(default=0, ge=0)
-    tags: tuple[str, ...] = ()
-    version: str = ""
-    outbox: tuple[Identifier, ...] = ()
+    device: Word = "cpu"
+    memory_bytes: Count = 0
+    tags: Annotated[tuple[Word, ...], Field(max_length=100)] = ()
+    version: Word = ""
+    outbox: Annotated[tuple[Identifier, ...], Field(max_length=10_000)] = ()
     """Tasks whose result waits for a verdict."""
 
 
@@ -134,9 +137,9 @@ class Offer(ForTask):
     metrics: Metrics
     base_sha256: Sha256 | None = None
     """Hash of the frozen base model that the update belongs to."""
-    bytes_down: int = Field(default=0, ge=0)
+    bytes_down: Count = 0
     """Payload bytes this client read for the task (nothing for what it already held)."""
-    bytes_by_role: dict[Identifier, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    bytes_by_role: dict[Identifier, Count] = Field(default_factory=dict)
     """The same bytes by the role under which the task named them; they add up to `bytes_down`."""
 
     @model_validator(mode="after")

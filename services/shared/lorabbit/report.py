@@ -5,6 +5,7 @@ The server writes it after every round, so a report exists however a job ends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -250,7 +251,8 @@ def _round_closed(report: Report, event: ev.RoundClosed) -> None:
         _in_partition_order(report, round_)
         trained = [(c.num_examples, c.loss) for c in round_.per_client if c.loss is not None and c.num_examples]
         total = sum(n for n, _ in trained)
-        round_.train_loss = sum(n * loss for n, loss in trained) / total if total else None
+        mean = sum(n * loss for n, loss in trained) / total if total else math.nan
+        round_.train_loss = mean if math.isfinite(mean) else None
     report.adapter.sha256 = event.sha256
 
 

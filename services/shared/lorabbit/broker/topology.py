@@ -45,8 +45,8 @@ def data_key(address: str) -> str:
 
 
 def address_of(routing_key: str) -> str:
-    """The client's address in an `UP` routing key."""
-    return routing_key.split(".", 1)[1].rsplit(".", 1)[0]
+    """The client's address in an `UP` routing key; empty where there is none."""
+    return routing_key.partition(".")[2].rsplit(".", 1)[0]
 
 
 def adapter_stream(sha256: str) -> Queue:

@@ -38,16 +38,32 @@ def defend(job: JobSpec, state: ServerState, updates: Iterable[ClientUpdate]) ->
     if len(moved) < needed(spec):
         raise RunFailed(f"robust.kind: {spec.kind} needs {needed(spec)} updates with examples, and {len(moved)} came")
     whole = job.aggregation == "stack"
-    cohort = Cohort(state, moved, job.model.lora.alpha / job.model.lora.rank)
-    gram = cohort.gram()
+    cohort, gram, wild = _measured(state, moved, job.model.lora.alpha / job.model.lora.rank)
+    if len(cohort.received) < needed(spec):
+        raise RunFailed(f"robust.kind: {spec.kind} needs {needed(spec)} updates of finite norm; {wild} have none")
     weighed = None if spec.kind in COORDINATES else weigh(spec, gram)
     made = _Made(cohort, spec, weighed, whole=whole)
     tensors = made.tensors()
     if whole:
         only = replace(moved[0], num_examples=sum(update.num_examples for update in moved))
-        return [_standing_in(only, tensors, cohort.scaling)], _told(spec, cohort, gram, weighed)
-    told = {**_told(spec, cohort, gram, weighed), "lost": made.lost}
+        return [_standing_in(only, tensors, cohort.scaling)], _told(spec, cohort, gram, weighed, wild)
+    told = {**_told(spec, cohort, gram, weighed, wild), "lost": made.lost}
     return [_standing_in(update, tensors, cohort.scaling) for update in received], told
+
+
+def _measured(state: ServerState, moved: list[ClientUpdate], scaling: float) -> tuple[Cohort, Matrix, list[str]]:
+    """The cohort and its inner products, without the clients whose product overflows, who are named."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cohort = Cohort(state, moved, scaling)
+        gram = cohort.gram()
+    finite = np.isfinite(np.diag(gram))
+    wild = [str(u.client) for u, good in zip(moved, finite, strict=True) if not good]
+    if not wild:
+        return cohort, gram, wild
+    if len(wild) == len(moved):
+        raise RunFailed(f"robust: no update of this round has a finite norm ({', '.join(wild)})")
+    tame = Cohort(state, [u for u, good in zip(moved, finite, strict=True) if good], scaling)
+    return tame, tame.gram(), wild
 
 
 def _standing_in(update: ClientUpdate, tensors: dict[str, Array], scaling: float) -> ClientUpdate:
@@ -60,14 +76,18 @@ def _ranks(tensors: dict[str, Array]) -> list[int]:
     return [value.shape[1] for name, value in tensors.items() if name.endswith(".lora_B.weight")]
 
 
-def _told(spec: RobustSpec, cohort: Cohort, gram: Matrix, weighed: Weighed | None) -> dict[str, Json]:
+def _told(
+    spec: RobustSpec, cohort: Cohort, gram: Matrix, weighed: Weighed | None, wild: Sequence[str]
+) -> dict[str, Json]:
     """What a round did to whom; norms to 6 digits."""
     names = [str(update.client) for update in cohort.received]
     lengths: dict[str, Json] = {n: float(f"{v:.6g}") for n, v in zip(names, norms(gram), strict=True)}
     told: dict[str, Json] = {"kind": spec.kind, "norms": lengths}
     if weighed is not None:
         told["clipped"] = [names[k] for k in weighed.clipped]
-        told["left_out"] = [names[k] for k in weighed.left_out]
+    left = [] if weighed is None else [names[k] for k in weighed.left_out]
+    if weighed is not None or wild:
+        told["left_out"] = [*left, *wild]
     return told
 
 
