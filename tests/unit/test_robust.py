@@ -308,3 +308,13 @@ def test_a_run_reports_what_its_defence_did_to_whom(tmp_path: Path):
 
     assert report.guarded == {client: {"clipped": 3} for client in report.clients}
     assert report.rounds[0].facts["robust"]["kind"] == "clip"
+
+
+def test_a_client_whose_product_overflows_is_left_out():
+    state, updates = cohort_of(5)
+    updates[1] = replace(updates[1], facts={"rank": RANK, "scaling": 1e300})
+
+    found, told = defended(job(clients=5, robust={"kind": "median"}), state, updates)
+
+    assert told["left_out"] == ["client-1"]
+    assert all(np.isfinite(value).all() for value in found.values())

@@ -1,0 +1,134 @@
+"""A running server and peers that send what no client sends: it counts them and finishes its job."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from server_rig import Rig
+
+from lorabbit import codec
+from lorabbit.broker import topology
+from lorabbit.broker.base import Outgoing
+from lorabbit.jobspec import JobSpec
+from lorabbit.messages import FROM_CLIENT, Metrics, Offer, PayloadRef
+from lorabbit.types import EVALUATE, TRAIN
+from lorabbit_server.meter import MAX_TASKS, Meter
+
+HEADERS = st.dictionaries(
+    st.sampled_from(["sha256", "index", "task", "size", "epoch"]),
+    st.none() | st.integers() | st.text(max_size=8) | st.booleans() | st.floats() | st.binary(max_size=4),
+)
+
+
+@pytest.fixture
+def rig(tmp_path):
+    made = Rig(tmp_path)
+    yield made
+    if made.service is not None:
+        made.service.close()
+
+
+def spec(**what):
+    return JobSpec(**{"name": "job", "clients": 2, "rounds": 2, "seed": 7, **what})
+
+
+def throw(rig, key, type_name, body, headers=None):
+    rig.broker.send(Outgoing(topology.UP, key, type_name, body, headers or {}))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    thrown=st.lists(
+        st.tuples(st.sampled_from([*(m.type_name() for m in FROM_CLIENT), "", "x"]), st.binary(max_size=60), HEADERS),
+        max_size=6,
+    )
+)
+def test_no_message_and_no_chunk_stops_a_server(tmp_path_factory, thrown):
+    rig = Rig(tmp_path_factory.mktemp("rig"))
+    rig.serve()
+    rig.idle()
+    for type_name, body, headers in thrown:
+        throw(rig, topology.up_key("host-1"), type_name, body, headers)
+        throw(rig, topology.data_key("host-1"), type_name, body, headers)
+    rig.start_clients()
+
+    assert rig.run(spec(rounds=1)).status == "done"
+    rig.service.close()
+
+
+def test_refused_messages_are_counted_by_reason(rig):
+    rig.serve()
+    rig.idle()
+    throw(rig, topology.up_key("host-1"), "lorabbit.offer.v9", b"{}")
+    throw(rig, topology.up_key("host-1"), Offer.type_name(), b"{")
+    throw(rig, topology.up_key("host-1"), "lorabbit.alive.v1", json.dumps({"address": "b", "client": "c"}).encode())
+    rig.idle()
+
+    assert dict(rig.service.refused) == {"unknown-type": 1, "malformed": 1, "forged": 1}
+
+
+@pytest.mark.parametrize("index", ["0", True, None, 1.0, "x"])
+def test_a_chunk_whose_index_is_no_whole_number_is_refused_and_counted(rig, index):
+    def chunk_first(client, grant):
+        headers = {"sha256": grant.sha256, "index": index, "task": grant.task}
+        throw(rig, topology.data_key(client.address), "lorabbit.chunk.v1", b"x", headers)
+        return False
+
+    rig.serve()
+    rig.clients[0].on_grant = chunk_first
+    rig.start_clients()
+
+    assert rig.run(spec(rounds=1)).status == "done"
+    assert rig.service.refused["chunk"] == 2  # of the first adapter and of round 1
+
+
+def test_a_manifest_of_a_billion_chunks_is_refused_before_memory_is_taken(rig):
+    def answer(client, task):
+        if task.phase != TRAIN:
+            return False
+        ref = PayloadRef(sha256="a" * 64, size_bytes=2**40, chunk_bytes=1024)
+        client.send(Offer(**client.about(task), payload=ref, metrics=Metrics(num_examples=1)))
+        return True
+
+    rig.clients[0].work = answer
+    report = rig.run(spec())
+
+    assert report.rounds[0].rejected == {"too-large": 3}
+
+
+def test_scores_that_overflow_in_the_mean_are_left_out_of_it(rig):
+    def answer(client, task):
+        if task.phase == EVALUATE:
+            client.tell(task, accuracy=1.7e308)
+        return task.phase == EVALUATE
+
+    rig.clients[0].work = answer
+    report = rig.run(spec())
+
+    assert report.status == "done"
+    assert "accuracy" not in report.final.metrics
+    assert "loss" in report.final.metrics
+
+
+def test_a_queue_that_somebody_writes_to_directly_does_not_stop_the_server():
+    assert topology.address_of("lorabbit") == ""
+
+
+def test_names_that_clients_make_up_do_not_fill_the_meter():
+    meter = Meter()
+    for number in range(MAX_TASKS + 10):
+        meter.up(f"t{number}", overhead=1)
+    meter.up("x" * 10**6, overhead=1)
+
+    assert meter.read("t0").overhead_up == 1
+    assert meter.read(f"t{MAX_TASKS}").overhead_up == 0
+    assert meter.read("x" * 10**6).overhead_up == 0
+
+
+def test_what_a_task_tells_of_itself_is_what_the_codec_reads():
+    offer = Offer(job="j", task="t", client="c", payload=None, metrics=Metrics(num_examples=2**53))
+
+    assert codec.decode(offer.type_name(), codec.encode(offer)) == offer
