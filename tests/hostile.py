@@ -69,6 +69,14 @@ def update(index, a, b, examples=10):
     return ClientUpdate(ClientId(f"client-{index}"), index, lora.write(MODULE, Factors(a, b)), examples, 0.0, facts)
 
 
+def cohort_like(clients, width=WIDTH, seed=0):
+    """A server and updates near it, all drawn."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(RANK, width)), rng.normal(size=(CLASSES, RANK))
+    updates = [update(k, a + rng.normal(size=a.shape), b + rng.normal(size=b.shape)) for k in range(clients)]
+    return ServerState(lora.write(MODULE, Factors(a, b))), updates
+
+
 def factors_of(given):
     return lora.read(given.tensors, MODULE, given.facts["scaling"])
 

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from lorabbit import codec, methods, personal
@@ -70,7 +70,8 @@ class Executor:
             personal.check_outgoing(initial.tensors)
             codec.write_tensors(work.output, initial.tensors)
             write_private(work.private, task.task, private)
-            return Metrics(num_examples=initial.num_examples, facts=dict(initial.facts)), True
+            first = Metrics(num_examples=initial.num_examples, facts=dict(initial.facts))
+            return _without_examples(first, task.spec, private.values), True
         plan = Plan(task.phase, _payloads(work), task.settings)
         if task.phase == EVALUATE:
             method.restore(plan, session)
@@ -80,7 +81,7 @@ class Executor:
         if update.tensors:
             codec.write_tensors(work.output, update.tensors)
         write_private(work.private, task.task, private)
-        return _metrics(update, session), bool(update.tensors)
+        return _without_examples(_metrics(update, session), task.spec, private.values), bool(update.tensors)
 
     def _open(self, spec: JobSpec) -> Workspace:
         """Return the workspace of a job, made anew when the job differs from the last one."""
@@ -133,6 +134,15 @@ def _metrics(update: ClientUpdate, session: TaskSession) -> Metrics:
         steps=session.steps,
         facts=facts,
     )
+
+
+def _without_examples(metrics: Metrics, spec: JobSpec, private: Mapping[str, Json]) -> Metrics:
+    """Where examples are private, keep what tells of them without noise: the loss, and the counts of labels."""
+    if spec.privacy is None or spec.privacy.level != "example":
+        return metrics
+    facts = {name: fact for name, fact in metrics.facts.items() if name != "label_counts"}
+    spent = {"privacy": private["privacy"]} if "privacy" in private else {}
+    return metrics.model_copy(update={"loss": None, "facts": {**facts, **spent}})
 
 
 def _failed(work: Work, error: Exception, *, bad_input: bool) -> Outcome:

@@ -126,6 +126,6 @@ class PersonalTrainer(Trainer):
 
     def _loss(self, positions: Codes) -> torch.Tensor:
         """Return the objective of one batch."""
-        batch = {name: value.to(self._device) for name, value in self._examples.batch(positions).items()}
+        batch = {name: value.to(self._device) for name, value in self.examples.batch(positions).items()}
         loss: torch.Tensor = self._objective(self._ensemble.look(batch))
         return loss

@@ -124,13 +124,25 @@ class TorchSession:
         start = time.perf_counter()
         clock = Clock(self._task.round, self._task.spec.rounds)
         seed = derive_seed(self.seed, "stream", stream) if stream else self.seed
-        trainer = Trainer(
-            model, self._data.train, local or self.local, clock=clock, seed=seed, find_prefix=self._find_prefix
-        )
+        trainer = self._trainer(model, local or self.local, clock, seed)
         trained = trainer.run(self._on_progress, gradient_term=gradient_term, frozen=frozen, mask=mask, batches=batches)
         self.steps += trained.steps
         facts: Facts = {"seconds": time.perf_counter() - start, "prefixes_kept": trained.skipped}
         return LocalResult(self.tensors(), self.num_examples, trained.loss, trained.steps, facts)
+
+    def _trainer(self, model: TrainableModel, local: LocalSpec, clock: Clock, seed: int) -> Trainer:
+        """Make what trains; one that adds noise writes down beforehand what that spends."""
+        spec, data = self._task.spec.privacy, self._data.train
+        if spec is None or spec.level != "example":
+            return Trainer(model, data, local, clock=clock, seed=seed, find_prefix=self._find_prefix)
+        from lorabbit_client.private_training import LEDGER, PrivateTrainer, planned  # noqa: PLC0415
+
+        trainer = PrivateTrainer(model, data, local, clock=clock, seed=seed)
+        trainer.privacy = spec
+        plan = planned(spec, trainer, self.private.get(LEDGER))
+        plan.check()
+        self.private[LEDGER] = plan.told()
+        return trainer
 
     def _find_prefix(self, moving: Sequence[torch.Tensor], rows: int) -> Prefix | None:
         """Look for frozen blocks whose activations this process may keep; a base that is trained has none."""

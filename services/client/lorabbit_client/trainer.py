@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -99,8 +99,8 @@ class Trainer:
         self._find_prefix = find_prefix
         self._prefix: Prefix | None = None
         self._model = model
-        self._examples = examples
-        self._local = local
+        self.examples = examples
+        self.local = local
         self._clock = clock
         self._seed = seed
         self._device = next(model.model.parameters()).device
@@ -140,15 +140,15 @@ class Trainer:
 
     def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[Codes]]:
         """Return how many steps there are, and the rows of each."""
-        local = self._local
+        local = self.local
         if batches is not None:
-            cut = [rows_of(self._examples, batch) for batch in batches if len(batch)]
+            cut = [rows_of(self.examples, batch) for batch in batches if len(batch)]
             if not cut:
                 raise LoRAbbitError("nothing is left to train on: the method named no example")
             steps = steps_over(local, len(cut))
             return steps, list(repeated(cut, steps))
-        steps = steps_of(local, len(self._examples))
-        return steps, list(cut_batches(self._examples.lengths, local.batch_size, steps, seed=self._seed))
+        steps = steps_of(local, len(self.examples))
+        return steps, list(cut_batches(self.examples.lengths, local.batch_size, steps, seed=self._seed))
 
     def _train_mode(self) -> None:
         """Switch dropout on, and statistics only where they travel: a frozen BatchNorm must not drift."""
@@ -168,7 +168,7 @@ class Trainer:
         gradient_term: GradientTerm | None,
     ) -> Trained:
         """Run the loop; nothing but the loss leaves the device, and only when progress is due."""
-        local, masters = self._local, make_masters(moving)
+        local, masters = self.local, make_masters(moving)
         steps, rows = order
         held = Held(masters, masks)
         parameters = list(masters.values())
@@ -180,8 +180,7 @@ class Trainer:
             rate = local.learning_rate * rate_factor(local, self._clock.share(step, steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = self._loss(positions)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = self._learn(positions, moving, step)
             _hand_gradients(moving, masters)
             if gradient_term is not None:
                 _add_gradient(masters, start, gradient_term)
@@ -200,9 +199,15 @@ class Trainer:
         on_progress(1.0, mean)
         return Trained(mean, steps, 0 if self._prefix is None else self._prefix.saved)
 
+    def _learn(self, positions: Codes, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:  # noqa: ARG002
+        """Leave the gradient of one batch in `grad`, and return its loss."""
+        loss = self._loss(positions)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
     def _loss(self, positions: Codes) -> torch.Tensor:
         """Return the mean loss of one batch."""
-        batch = self._examples.batch(positions)
+        batch = self.examples.batch(positions)
         if self._prefix is not None:
             self._prefix.step(positions)
         if self._device.type != "cpu":

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lorabbit import codec, robust
+from lorabbit import codec, privacy, robust
 from lorabbit.methods import Method
 from lorabbit.payloads import PayloadStore
 from lorabbit.types import ClientUpdate, Json, ServerState, Tensors
@@ -47,12 +47,14 @@ class Updates(Iterable[ClientUpdate]):
 def aggregate(method: Method, state: ServerState, tasks: Sequence[TaskState], *, payloads: PayloadStore) -> ServerState:
     """Let the method fold the round's updates, in ascending client index, behind the job's defence."""
     received = Updates(sorted(tasks, key=lambda task: task.index), payloads)
-    guarded, told = robust.defend(method.job, state, received)
-    folded = method.aggregate(state, guarded)
+    job = method.job
+    guarded, defended = robust.defend(job, state, received)
+    folded = method.aggregate(state, privacy.protect(job, state, guarded))
+    facts, spent = privacy.spending(job, state, received)
+    told: dict[str, Json] = {name: dict(part) for name, part in (("robust", defended), ("privacy", spent)) if part}
     if not told:
         return folded
-    report: dict[str, Json] = {**folded.report, "robust": dict(told)}
-    return replace(folded, facts={**folded.facts, "report": report})
+    return replace(folded, facts={**folded.facts, **facts, "report": {**folded.report, **told}})
 
 
 def first_version(versions: Versions, offered: Offered) -> tuple[Version, int]:

@@ -99,6 +99,8 @@ class JobState:
     clients: tuple[ClientId, ...] = ()
     """The population, in partition order."""
     lost: tuple[ClientId, ...] = ()
+    retired: tuple[ClientId, ...] = ()
+    """Clients whose privacy budget bears no further round."""
     round: int = 0
     round_started_ms: int = 0
     head: Version | None = None

@@ -13,7 +13,7 @@ from dataclasses import replace
 from lorabbit import events as ev
 from lorabbit.methods import build
 from lorabbit.types import EVALUATE, TRAIN
-from lorabbit_server import cohort
+from lorabbit_server import budget, cohort
 from lorabbit_server.asking import ask, in_order
 from lorabbit_server.jobstate import Ending, JobState, TaskState, Version
 from lorabbit_server.steps import (
@@ -62,6 +62,7 @@ def _begin_round(state: JobState, number: int, at_ms: int) -> Decision:
     asked: Sequence[int] = range(len(state.clients))
     if number != PREPARATION:
         asked = cohort.sample(spec.seed, number, population_size=len(state.clients), size=spec.cohort_size)
+    asked = budget.within(state, asked)
     names = tuple(state.clients[index] for index in asked)
     state = replace(state, stage="training", round=number, round_started_ms=at_ms, since_ms=at_ms)
     state, commands = ask(state, TRAIN, asked, round_number=number, at_ms=at_ms)
@@ -112,6 +113,7 @@ def round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
             facts=dict(event.version.report),
         )
     )
+    state = budget.retire(state, event.version.report)
     scoring = {id_: task for id_, task in state.tasks.items() if task.phase != TRAIN}
     state = replace(state, stage="scoring", since_ms=event.at_ms, head=event.version, tasks=scoring)
     state, commands = _go_on(state, event)
@@ -123,7 +125,7 @@ def _go_on(state: JobState, event: RoundAggregated) -> Decision:
     method = build(state.spec)
 
     def train(state: JobState) -> Decision:
-        if event.round >= state.spec.rounds:
+        if event.round >= state.spec.rounds or budget.is_spent(state):
             return state, ()
         return _begin_round(state, event.round + 1, event.at_ms)
 
@@ -139,7 +141,7 @@ def _go_on(state: JobState, event: RoundAggregated) -> Decision:
 
 def _begin_scoring(state: JobState, number: int, version: Version, *, at_ms: int) -> Decision:
     """Ask clients to score the version of a round that the job wants scored."""
-    if number == PREPARATION or not state.spec.evaluates(number):
+    if number == PREPARATION or not (state.spec.evaluates(number) or budget.is_spent(state)):
         return state, ()
     state = replace(state, scored={**state.scored, number: version})
     asked = range(len(state.clients)) if state.spec.evaluation.on == "clients" else [0]
@@ -161,7 +163,7 @@ def scored(state: JobState, number: int, at_ms: int) -> Decision:
     told = Record(ev.RoundEvaluated(at_ms=at_ms, round=number, metrics=metrics))
     if state.stage != "scoring" or state.scored:
         return state, (told,)
-    state, commands = end(state, "done", at_ms)
+    state, commands = end(state, "done", at_ms, reason=budget.sentence(state))
     return state, (told, *commands)
 
 

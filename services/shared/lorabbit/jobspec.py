@@ -159,6 +159,23 @@ class RobustSpec(Strict):
     )
 
 
+class PrivacySpec(Strict):
+    """Differential privacy by clipping and Gaussian noise; see docs/explanation/privacy.md."""
+
+    level: Literal["client", "example"] = Field(
+        default="client", description="client: noise on the server's mean; example: noise in each client's own steps"
+    )
+    noise: float = Field(default=1.0, gt=0, description="standard deviation of the noise, in units of clip")
+    clip: float = Field(default=1.0, gt=0, description="largest norm of one client's update, or one example's gradient")
+    delta: float = Field(default=1e-5, gt=0, lt=1, description="at which epsilon is told")
+    epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        description="budget of a client: it is asked no more before it spends more; none when absent",
+    )
+    seeded: bool = Field(default=False, description="noise from the job's seed: for tests, GIVES NO PRIVACY")
+
+
 class OutputSpec(Strict):
     """What is kept of a run."""
 
@@ -177,6 +194,7 @@ class JobSpec(Strict):
         default="factors", description="how LoRA updates become one; see docs/explanation/aggregation.md"
     )
     robust: RobustSpec | None = Field(default=None, description="bounds what hostile clients can do; off when absent")
+    privacy: PrivacySpec | None = Field(default=None, description="differential privacy; off when absent")
     rounds: int = Field(default=5, ge=1, description="how often the clients' work is averaged")
     clients: int = Field(default=4, ge=1, description="population: the job starts once so many clients are there")
     cohort: int | float = Field(default=1.0, gt=0, description="asked in a round: 1.0 is all, 0.1 a tenth, 10 ten")

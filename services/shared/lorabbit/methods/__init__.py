@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from pydantic import ValidationError
 
-from lorabbit import robust
+from lorabbit import privacy, robust
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.adalora import AdaLora
@@ -72,4 +72,5 @@ def build(job: JobSpec) -> Method:
         )
     method.check(job)
     robust.check(job, personal=method.personal, needs_each=method.needs_each)
+    privacy.check(job, personal=method.personal, prepares=method.prepares, needs_each=method.needs_each)
     return method.with_job(job)

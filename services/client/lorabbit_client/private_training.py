@@ -1,0 +1,186 @@
+"""Training with example-level differential privacy: DP-SGD's gradient in front of the job's own optimiser.
+
+Abadi et al., Deep Learning with Differential Privacy, 2016, arXiv 1607.00133. In each step every example is drawn by
+itself with probability q = batch_size / n, from the operating system's random bytes, and
+
+    g = 1/(q n) ( sum_i g_i min(1, C / ||g_i||) + N(0, sigma^2 C^2 I) )
+
+over everything that moves. Momentum, Adam and decay see g alone. One forward and backward pass gives the gradients
+of all examples where every moving tensor belongs to a linear layer, as in `lorabbit_client.fisher`: the gradient of
+one example is the product of what went into the layer and of what came back. Otherwise each example takes its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lorabbit.errors import BadInput, LoRAbbitError
+from lorabbit.jobspec import PrivacySpec
+from lorabbit.privacy import epsilon_of_steps, normal
+from lorabbit.seeds import derive_seed
+from lorabbit.types import Json
+from lorabbit_client.batching import steps_of
+from lorabbit_client.features import Batch
+from lorabbit_client.probing import losses
+from lorabbit_client.tables import Codes
+from lorabbit_client.trainer import Trainer
+
+LEDGER = "privacy"
+"""Under which a client's private state keeps what it has spent."""
+LEAST = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What one training will spend, beside what earlier ones did."""
+
+    spec: PrivacySpec
+    rate: float
+    steps: int
+    before: int
+
+    @property
+    def epsilon(self) -> float:
+        """After this training."""
+        return self._after(1)
+
+    def check(self) -> None:
+        """Raise where the budget does not bear it: BadInput in a client's first training, LoRAbbitError later."""
+        budget = self.spec.epsilon
+        if budget is None or self.epsilon <= budget:
+            return
+        if self.before == 0:
+            raise BadInput(
+                f"privacy.epsilon: one round of {self.steps} steps at a sampling rate of {self.rate:.3g} costs "
+                f"{self.epsilon:.3g}, and the budget is {budget}; raise privacy.noise or privacy.epsilon"
+            )
+        raise LoRAbbitError(f"privacy.epsilon: another round would cost {self.epsilon:.3g} of a budget of {budget}")
+
+    def told(self) -> dict[str, Json]:
+        """The ledger after this training; `spent` where no further one like it fits the budget."""
+        budget = self.spec.epsilon
+        spent = budget is not None and self._after(2) > budget
+        return {"steps": self.before + self.steps, "epsilon": float(f"{self.epsilon:.6g}"), "spent": spent}
+
+    def _after(self, rounds: int) -> float:
+        steps = self.before + rounds * self.steps
+        return epsilon_of_steps(self.spec.noise, self.rate, steps, self.spec.delta)
+
+
+def planned(spec: PrivacySpec, trainer: Trainer, ledger: Json) -> Planned:
+    """Work out what a training will spend; the ledger is what `told` returned last."""
+    before = ledger.get("steps") if isinstance(ledger, dict) else 0
+    rows = len(trainer.examples)
+    rate = min(1.0, trainer.local.batch_size / rows)
+    return Planned(spec, rate, steps_of(trainer.local, rows), before if isinstance(before, int) else 0)
+
+
+class PrivateTrainer(Trainer):
+    """See the module's docstring."""
+
+    privacy: PrivacySpec
+
+    def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[Codes]]:
+        """Draw each step's examples independently; a step may have none."""
+        if batches is not None:
+            raise LoRAbbitError("privacy: a method that names its batches does not sample them")
+        if len(self.examples) != self.examples.num_examples:
+            raise BadInput("privacy.level: some examples have several rows here; leave privacy out")
+        rows = len(self.examples)
+        steps, rate = steps_of(self.local, rows), min(1.0, self.local.batch_size / rows)
+        return steps, [np.flatnonzero(draw < rate) for draw in self._draws(steps, rows)]
+
+    def _draws(self, steps: int, rows: int) -> Iterator[Any]:
+        """Uniform numbers in [0, 1), fresh for each step."""
+        generator = np.random.default_rng(derive_seed(self._seed, "poisson")) if self.privacy.seeded else None
+        for _ in range(steps):
+            if generator is not None:
+                yield generator.random(rows)
+            else:
+                yield (np.frombuffer(os.urandom(8 * rows), dtype="<u8") >> 11) * 2.0**-53
+
+    def _learn(self, positions: Codes, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:
+        """Leave the noisy mean gradient in `grad`; returns zero, for a loss would tell of the examples."""
+        sums = {name: torch.zeros_like(value) for name, value in moving.items()}
+        if len(positions):
+            batch = {name: value.to(self._device) for name, value in self.examples.batch(positions).items()}
+            for gradients in _per_example(self._model.model, moving, batch):
+                _add_clipped(sums, gradients, self.privacy.clip)
+        scale = min(self.local.batch_size, len(self.examples))
+        for name, value in moving.items():
+            seed = derive_seed(self._seed, "noise", step, name) if self.privacy.seeded else None
+            noise = normal(tuple(value.shape), self.privacy.noise * self.privacy.clip, seed)
+            value.grad = (sums[name] + torch.from_numpy(noise).to(value)) / scale
+        return torch.zeros((), device=self._device)
+
+
+def _add_clipped(sums: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor], clip: float) -> None:
+    """Add the gradients of some examples, each cut to a norm over all tensors together."""
+    squares = torch.stack([value.double().flatten(1).square().sum(1) for value in gradients.values()]).sum(0)
+    share = (clip / squares.sqrt().clamp(min=LEAST)).clamp(max=1.0)
+    if not bool(torch.isfinite(squares).all()):
+        raise LoRAbbitError("an example's gradient is not finite: lower local.learning_rate")
+    for name, value in gradients.items():
+        sums[name].add_(torch.tensordot(share.to(value), value, dims=1))
+
+
+def _per_example(
+    model: nn.Module, moving: Mapping[str, nn.Parameter], batch: Batch
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield gradients (examples, *shape) of everything that moves: of all at once, or of one after the other."""
+    layers = _linear_owners(model, moving)
+    if layers is not None:
+        yield _at_once(model, moving, batch, layers)
+        return
+    for row in range(len(next(iter(batch.values())))):
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        loss = model(**one).loss
+        back = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
+        yield {
+            name: (torch.zeros_like(value) if gradient is None else gradient).unsqueeze(0)
+            for (name, value), gradient in zip(moving.items(), back, strict=True)
+        }
+
+
+def _linear_owners(model: nn.Module, moving: Mapping[str, nn.Parameter]) -> dict[str, nn.Module] | None:
+    """The linear layer of each moving weight or bias; None where one belongs to something else."""
+    owners = {id(value): module for module in model.modules() for value in module.parameters(recurse=False)}
+    layers = {name: owners[id(value)] for name, value in moving.items()}
+    return layers if all(type(layer) is nn.Linear for layer in layers.values()) else None
+
+
+def _at_once(
+    model: nn.Module, moving: Mapping[str, nn.Parameter], batch: Batch, layers: Mapping[str, nn.Module]
+) -> dict[str, torch.Tensor]:
+    """Watch every layer through one forward and one backward pass."""
+    seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def watch(module: nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        seen.setdefault(id(module), []).append((given[0].detach(), out))
+
+    hooks = [layer.register_forward_hook(watch) for layer in set(layers.values())]
+    try:
+        total = losses(model(**batch), batch).sum()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outs = [(key, x, out) for key, calls in seen.items() for x, out in calls]
+    back = torch.autograd.grad(total, [out for _, _, out in outs], allow_unused=True)
+    rows = len(next(iter(batch.values())))
+    gradients = {name: value.new_zeros((rows, *value.shape)) for name, value in moving.items()}
+    for (key, x, _), gradient in zip(outs, back, strict=True):
+        for name, layer in layers.items():
+            if id(layer) == key and gradient is not None:
+                g = gradient.reshape(rows, -1, gradient.shape[-1])
+                if moving[name] is layer.weight:
+                    gradients[name] += torch.bmm(g.transpose(1, 2), x.reshape(rows, -1, x.shape[-1]))
+                else:
+                    gradients[name] += g.sum(1)
+    return gradients
