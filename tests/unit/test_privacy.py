@@ -160,7 +160,9 @@ def test_a_run_tells_epsilon_by_client_and_ends_with_a_sentence_when_the_budget_
 
     assert 1 < bearable < 6
     assert (report.status, len(report.rounds)) == ("done", bearable)
-    assert report.reason == f"privacy.epsilon: after round {bearable} of 6 no client may spend more of its budget of 2.0"
+    assert (
+        report.reason == f"privacy.epsilon: after round {bearable} of 6 no client may spend more of its budget of 2.0"
+    )
     assert report.rounds[-1].facts["privacy"]["epsilon"] == {
         client: pytest.approx(epsilon_of_rounds(4.0, bearable, 1e-5), rel=1e-5) for client in report.clients
     }

@@ -1,0 +1,212 @@
+"""Training with private examples: the gradients, the clipping, the sampling, the ledger, and what stays at home."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learning import data_of, job, silent, task_of, write_reviews
+
+from lorabbit.errors import LoRAbbitError
+from lorabbit.jobspec import JobSpec
+from lorabbit.privacy import epsilon_of_steps
+from lorabbit.types import ADAPTER, INITIALISE
+from lorabbit_cli.local import Means, run_local
+from lorabbit_client import private_training
+from lorabbit_client.execution import Work
+from lorabbit_client.executor import Executor
+from lorabbit_client.learning import LearningWorkspace
+from lorabbit_client.private import PrivateState
+from lorabbit_client.private_training import PrivateTrainer, _linear_owners, _per_example
+from lorabbit_client.trainer import Clock
+
+MODELS = [
+    ("tiny:bert", "text-classification", "lora"),
+    ("tiny:gpt2", "causal-lm", "lora"),
+    ("tiny:vit", "image-classification", "lora"),
+    ("tiny:bert", "token-classification", "head"),
+    ("tiny:bert", "text-classification", "bitfit"),
+]
+PRIVACY = {"level": "example", "noise": 1.0, "clip": 0.1, "seeded": True}
+
+
+def spec_of(folder: Path, name="tiny:bert", task="text-classification", trainable="lora", **more: Any) -> JobSpec:
+    more.setdefault("privacy", PRIVACY)
+    return job(
+        folder,
+        model={"name": name, "task": task, "trainable": trainable},
+        data={**data_of(folder, task, 32), "max_length": 32},
+        local={"steps": 3, "batch_size": 4, "optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": None},
+        **more,
+    )
+
+
+def space_of(folder: Path, spec: JobSpec) -> LearningWorkspace:
+    torch.set_num_threads(1)
+    return LearningWorkspace(spec, data_root=folder, device=torch.device("cpu"))
+
+
+def moving_of(model: Any) -> dict[str, Any]:
+    moving = model.parameters()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, value in moving.items():
+            value.requires_grad = True
+            if ".lora_B." in name:
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    return moving
+
+
+def one_by_one(model, moving, batch):
+    rows = [
+        torch.autograd.grad(model(**{k: v[i : i + 1] for k, v in batch.items()}).loss, list(moving.values()))
+        for i in range(len(batch["labels"]))
+    ]
+    return {name: torch.stack(values) for name, values in zip(moving, zip(*rows, strict=True), strict=True)}
+
+
+@pytest.mark.parametrize(("name", "task", "trainable"), MODELS)
+def test_gradients_are_those_of_each_example_by_itself(name, task, trainable, tmp_path: Path):
+    spec = spec_of(tmp_path, name, task, trainable)
+    space = space_of(tmp_path, spec)
+    model = space._model
+    model.model.eval()
+    moving = moving_of(model)
+    batch = space._data(0, spec.clients).train.batch(np.arange(3))
+
+    parts = list(_per_example(model.model, moving, batch))
+
+    expected = one_by_one(model.model, moving, batch)
+    for key in moving:
+        found = torch.cat([part[key] for part in parts])
+        assert torch.allclose(found, expected[key], atol=1e-5), key
+
+
+def test_lora_and_head_take_one_pass_for_all_examples(tmp_path: Path):
+    spec = spec_of(tmp_path)
+    model = space_of(tmp_path, spec)._model
+
+    assert _linear_owners(model.model, moving_of(model)) is not None
+
+
+def trainer_of(folder: Path, spec: JobSpec) -> PrivateTrainer:
+    space = space_of(folder, spec)
+    made = PrivateTrainer(space._model, space._data(0, spec.clients).train, spec.local, clock=Clock(1, 1), seed=5)
+    made.privacy = spec.privacy
+    return made
+
+
+def test_one_example_moves_the_gradient_by_at_most_the_clip_over_the_batch(tmp_path: Path):
+    spec = spec_of(tmp_path)
+    trainer = trainer_of(tmp_path, spec)
+    moving = moving_of(trainer._model)
+    trainer._model.model.eval()
+    found = []
+    for positions in (np.arange(4), np.arange(3)):
+        trainer._learn(positions, moving, 0)
+        found.append(torch.cat([value.grad.flatten() for value in moving.values()]))
+
+    moved = float((found[0] - found[1]).norm())
+
+    assert 0 < moved <= 0.1 / 4 * (1 + 1e-4)
+
+
+def test_a_step_without_examples_is_noise_of_the_deviation_that_the_job_says(tmp_path: Path):
+    trainer = trainer_of(tmp_path, spec_of(tmp_path, privacy={**PRIVACY, "seeded": False}))
+    moving = moving_of(trainer._model)
+
+    trainer._learn(np.array([], dtype=np.int64), moving, 0)
+
+    noise = torch.cat([value.grad.flatten() for value in moving.values()])
+    assert float(noise.std()) == pytest.approx(0.1 / 4, rel=0.1)
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_every_example_is_drawn_by_itself_at_the_rate_of_the_batch(seeded, tmp_path: Path):
+    trainer = trainer_of(tmp_path, spec_of(tmp_path, privacy={**PRIVACY, "seeded": seeded}))
+    trainer.local = trainer.local.model_copy(update={"steps": 2000})
+
+    _, drawn = trainer._order(None)
+
+    rows = len(trainer.examples)
+    shares = np.bincount(np.concatenate(drawn), minlength=rows) / 2000
+    assert np.allclose(shares, 4 / rows, atol=0.06)
+    assert len({len(step) for step in drawn}) > 2
+
+
+# ---- through a client ----
+def train(folder: Path, spec: JobSpec, round_number: int = 1, executor: Executor | None = None):
+    executor = executor or Executor(data_root=folder)
+    adapter = folder / "adapter.safetensors"
+    if not adapter.exists():
+        first = task_of(spec, 0, INITIALISE)
+        executor.execute(Work(first, {}, adapter, folder / "private"), silent)
+    task = task_of(spec, 0).model_copy(update={"round": round_number, "task": f"r{round_number}"})
+    return executor.execute(Work(task, {ADAPTER: adapter}, folder / f"r{round_number}", folder / "private"), silent)
+
+
+def test_a_client_tells_what_it_has_spent_and_neither_loss_nor_labels(tmp_path: Path):
+    write_reviews(tmp_path)
+    spec = spec_of(tmp_path)
+    rows = len(space_of(tmp_path, spec)._data(0, spec.clients).train)
+
+    first, second = (train(tmp_path, spec, number) for number in (1, 2))
+
+    assert first.error is None
+    assert first.metrics.loss is None
+    assert "label_counts" not in first.metrics.facts
+    assert first.metrics.facts["privacy"]["epsilon"] == pytest.approx(
+        epsilon_of_steps(1.0, 4 / rows, 3, 1e-5), rel=1e-5
+    )
+    assert second.metrics.facts["privacy"]["steps"] == 6
+
+
+def test_a_client_refuses_what_its_budget_does_not_bear(tmp_path: Path):
+    write_reviews(tmp_path)
+    rows = len(space_of(tmp_path, spec_of(tmp_path))._data(0, 2).train)
+    one, two = (epsilon_of_steps(1.0, 4 / rows, steps, 1e-5) for steps in (3, 6))
+    spec = spec_of(tmp_path, privacy={**PRIVACY, "epsilon": (one + two) / 2})
+
+    first, second = (train(tmp_path, spec, number) for number in (1, 2))
+
+    assert first.metrics.facts["privacy"]["spent"] is True
+    assert "another round would cost" in str(second.error)
+    assert not second.bad_input
+
+
+def test_a_budget_smaller_than_one_round_is_bad_input(tmp_path: Path):
+    write_reviews(tmp_path)
+
+    outcome = train(tmp_path, spec_of(tmp_path, privacy={**PRIVACY, "epsilon": 0.01}))
+
+    assert outcome.bad_input
+    assert str(outcome.error).startswith("privacy.epsilon: one round of 3 steps")
+
+
+def test_a_method_that_names_its_batches_is_refused(tmp_path: Path):
+    spec = spec_of(tmp_path)
+    session = space_of(tmp_path, spec).session(task_of(spec), PrivateState(), silent)
+
+    with pytest.raises(LoRAbbitError, match="names its batches"):
+        session.train(batches=[[0, 1]])
+
+
+def test_the_ledgers_name_is_the_fact_that_the_server_reads():
+    assert private_training.LEDGER == "privacy"
+
+
+def test_a_run_ends_with_a_sentence_when_its_clients_have_spent_their_budgets(tmp_path: Path):
+    write_reviews(tmp_path)
+    spec = spec_of(tmp_path, clients=2, rounds=5)
+    rows = len(space_of(tmp_path, spec)._data(0, 2).train)
+    budget = epsilon_of_steps(1.0, 4 / rows, 7, 1e-5)
+    spec = spec_of(tmp_path, clients=2, rounds=5, privacy={**PRIVACY, "epsilon": budget})
+
+    report = run_local(spec, tmp_path / "runs", means=Means(data_root=tmp_path, workers=1)).report
+
+    assert report.status == "done"
+    assert report.reason.startswith("privacy.epsilon: after round 2 of 5 no client may spend more")
+    assert report.rounds[0].train_loss is None
