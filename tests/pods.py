@@ -21,6 +21,7 @@ from uuid import uuid4
 from charts import NAMESPACE, Doc, environment, matches, named, of_kind, pod
 
 ANSWER_SECONDS = 10.0
+PATIENCE_SECONDS = 240.0
 
 
 def docker(*arguments: str, seconds: float = 120) -> str:
@@ -79,7 +80,8 @@ class Pod:
         path = mount["mountPath"]
         if "secret" in volume:
             content = self._cluster.secret(volume["secret"]["secretName"])
-            items = {item["path"]: content[item["key"]] for item in volume["secret"]["items"]}
+            chosen = volume["secret"].get("items") or [{"key": key, "path": key} for key in content]
+            items = {item["path"]: content[item["key"]] for item in chosen}
             return ["--volume", f"{self._cluster.folder(items)}:{path}:ro"]
         if "configMap" in volume:
             items = named(self._cluster.docs, "ConfigMap", volume["configMap"]["name"])["data"]
@@ -106,9 +108,8 @@ class Pod:
         return True
 
     def becomes(self, kind: str, *, passing: bool = True) -> bool:
-        """Ask a probe until it says so, for as long as the template's start-up probe would wait."""
-        probe = self.container["startupProbe"]
-        deadline = time.monotonic() + probe["periodSeconds"] * probe["failureThreshold"]
+        """Ask a probe until it says so, or patience ends, or the container does."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while self.passes(kind) is not passing:
             if time.monotonic() > deadline or not self.runs():
                 return False

@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from charts import CHART, render, values_of
+from charts import CHART, Doc, render, values_of
 from pods import Cluster, job_of
 from tree import ROOT
 
@@ -57,6 +58,39 @@ def cluster(tag: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clus
         for name, ordinal in (("client", 0), ("client", 1), ("server", 0), ("redis", 0), ("rabbitmq", 0)):
             made.start("StatefulSet", f"fed-{name}", ordinal=ordinal)
         yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Doc:
+    """The secret that cert-manager would make, signed by itself."""
+    host = "fed-rabbitmq.federation.svc"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={host}",
+         "-addext", f"subjectAltName=DNS:{host}", "-keyout", tmp_path / "tls.key", "-out", tmp_path / "tls.crt"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    files = {name: (tmp_path / name).read_text(encoding="utf-8") for name in ("tls.crt", "tls.key")}
+    content = {**files, "ca.crt": files["tls.crt"]}
+    return {"kind": "Secret", "metadata": {"name": "broker-tls"}, "stringData": content}
+
+
+def test_over_tls_the_server_and_a_client_find_a_broker_that_speaks_nothing_else(
+    tag: str, certificate: Doc, tmp_path: Path
+):
+    values = values_of(CHART / "ci" / "builtin-values.yaml")
+    values["rabbitmq"]["tls"] = {"enabled": True, "existingSecret": "broker-tls"}
+    values |= {"server": {"image": {"tag": tag}}, "clientDefaults": {"image": {"tag": tag}}}
+    made = Cluster([*render(values), certificate], tmp_path / "volumes")
+    try:
+        for name in ("rabbitmq", "redis", "server", "client"):
+            made.start("StatefulSet", f"fed-{name}")
+        for pod in made.pods:
+            assert pod.becomes("readinessProbe"), f"{pod.name}\n{pod.logs()[-4000:]}"
+        listeners = made.pods[0].run("rabbitmq-diagnostics", "-q", "listeners")
+        assert "port: 5671," in listeners
+        assert "port: 5672," not in listeners
     finally:
         made.close()
 

@@ -77,11 +77,6 @@ spec:
 {{- end }}
       # A client listens nowhere: it is ready while it holds a connection, which can only be the broker's. There is no
       # liveness probe: the process ends by itself where it cannot go on, and reconnects for ever where it can.
-      startupProbe:
-        exec:
-          command: [grep, -q, lorabbit, /proc/1/cmdline]
-        periodSeconds: 5
-        failureThreshold: 24
       readinessProbe:
         exec:
           command: [grep, -qsE, '^ *[0-9]+: [0-9A-F]+:[0-9A-F]+ [0-9A-F]+:[0-9A-F]+ 01 ', /proc/net/tcp, /proc/net/tcp6]
