@@ -18,6 +18,8 @@
 {{- $pool := .pool -}}
 {{- $names := dict "root" .root "component" "client" "pool" $pool.name -}}
 {{- $suffix := eq $pool.device "cpu" | ternary "" (printf "-%s" $pool.device) -}}
+{{- $image := include "lorabbit.image" (dict "root" .root "own" true "image" $pool.image "tag" (printf "%s%s" .root.Chart.AppVersion $suffix)) -}}
+{{- $hasVolume := and (eq $pool.kind "StatefulSet") $pool.persistence.enabled -}}
 metadata:
   labels:
 {{ include "lorabbit.selector" $names | indent 4 }}
@@ -43,9 +45,14 @@ spec:
 {{- with include "lorabbit.placement" (dict "nodeSelector" $pool.nodeSelector "tolerations" $tolerations "affinity" $pool.affinity) }}
 {{ . | indent 2 }}
 {{- end }}
+{{- if $hasVolume }}
+{{- with include "lorabbit.volumeOwner" (dict "root" .root "image" ($image) "user" 10001 "path" "/var/lib/lorabbit") }}
+{{ . | indent 2 }}
+{{- end }}
+{{- end }}
   containers:
     - name: client
-      image: {{ include "lorabbit.image" (dict "root" .root "own" true "image" $pool.image "tag" (printf "%s%s" .root.Chart.AppVersion $suffix)) }}
+      image: {{ $image }}
       imagePullPolicy: {{ .root.Values.image.pullPolicy }}
       args: [client]
 {{ include "lorabbit.containerSecurity" .root | indent 6 }}
@@ -105,7 +112,7 @@ spec:
   volumes:
     - name: tmp
       emptyDir: {sizeLimit: 2Gi}
-{{- if not (and (eq $pool.kind "StatefulSet") $pool.persistence.enabled) }}
+{{- if not $hasVolume }}
     - name: data
       emptyDir: {sizeLimit: {{ $pool.persistence.size }}}
 {{- end }}
