@@ -43,7 +43,8 @@ def test_pods_keep_to_the_restricted_standard(path: Path):
         assert security["runAsNonRoot"] is True, title(workload)
         assert security["runAsUser"] == security["runAsGroup"] == security["fsGroup"] > 0
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & spec.keys()
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
+        assert "initContainers" not in spec or values_of(path).get("volumePermissions")
         assert all(volume.keys() - {"name"} <= VOLUMES for volume in spec["volumes"])
 
 
@@ -84,8 +85,9 @@ def test_containers_have_requests_and_limits(path: Path):
 @case
 def test_whatever_runs_for_long_is_probed(path: Path):
     for place, container, _ in containers([doc for doc in objects(path) if "-test-" not in doc["metadata"]["name"]]):
-        assert {"startupProbe", "readinessProbe"} <= container.keys(), place
-        assert ("livenessProbe" in container) == ("ports" in container), place
+        assert "readinessProbe" in container, place
+        listens = {"startupProbe", "livenessProbe"} if "ports" in container else set()
+        assert {"startupProbe", "livenessProbe"} & container.keys() == listens, place
 
 
 @case
@@ -282,6 +284,35 @@ def test_nothing_has_rights_but_the_scaler_and_it_only_scales():
         ([f"fed-{pool}"], ["get", "patch"]) for pool in ("holder", "sim", "elastic")
     ]
     assert not any("secrets" in rule["resources"] for rule in role["rules"])
+
+
+def test_volumes_without_a_group_are_given_to_their_users_and_nothing_else_runs_as_root():
+    docs = objects(CHART / "ci" / "hostpath-values.yaml")
+    found = {title(doc): pod(doc)["spec"]["initContainers"] for doc in workloads(docs)
+             if "initContainers" in pod(doc)["spec"]}  # fmt: skip
+
+    assert {name: each[0]["command"] for name, each in found.items()} == {
+        "StatefulSet/fed-client": ["chown", "10001:10001", "/var/lib/lorabbit"],
+        "StatefulSet/fed-server": ["chown", "10001:10001", "/var/lib/lorabbit"],
+        "StatefulSet/fed-rabbitmq": ["chown", "999:999", "/var/lib/rabbitmq"],
+        "StatefulSet/fed-redis": ["chown", "999:999", "/data"],
+    }
+    assert all(each[0]["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["CHOWN"]}
+               for each in found.values())  # fmt: skip
+
+
+def test_volumes_made_by_hand_are_taken_by_claims_of_no_class():
+    docs = objects(CHART / "ci" / "hostpath-values.yaml")
+    sets = [
+        doc["spec"]["volumeClaimTemplates"][0]
+        for doc in of_kind(docs, "StatefulSet")
+        if doc["spec"].get("volumeClaimTemplates")
+    ]
+    (claim,) = of_kind(docs, "PersistentVolumeClaim")
+
+    assert [each["spec"]["storageClassName"] for each in (*sets, claim)] == [""] * 4
+    (default,) = of_kind(render({}), "PersistentVolumeClaim")
+    assert "storageClassName" not in default["spec"]
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -281,6 +281,14 @@ def test_clients_of_one_architecture_begin_from_weights_of_their_own(tmp_path):
     assert np.array_equal(weights[0], weights[2])
 
 
+def test_clients_of_one_architecture_are_warmed_together_since_few_encoded_copies_are_kept(tmp_path):
+    _, space = workspace(tmp_path, model={"variants": ["cnn:5", "cnn:2", "tiny:vit"], "task": "image-classification"})
+
+    space.warm(6, range(6))
+
+    assert list(space._data) == [(0, 6), (3, 6), (1, 6), (4, 6), (2, 6), (5, 6)]
+
+
 def test_a_second_model_is_the_same_on_every_client(tmp_path):
     spec, space = workspace(tmp_path)
     found = []

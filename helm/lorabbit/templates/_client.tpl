@@ -18,6 +18,8 @@
 {{- $pool := .pool -}}
 {{- $names := dict "root" .root "component" "client" "pool" $pool.name -}}
 {{- $suffix := eq $pool.device "cpu" | ternary "" (printf "-%s" $pool.device) -}}
+{{- $image := include "lorabbit.image" (dict "root" .root "own" true "image" $pool.image "tag" (printf "%s%s" .root.Chart.AppVersion $suffix)) -}}
+{{- $hasVolume := and (eq $pool.kind "StatefulSet") $pool.persistence.enabled -}}
 metadata:
   labels:
 {{ include "lorabbit.selector" $names | indent 4 }}
@@ -43,9 +45,14 @@ spec:
 {{- with include "lorabbit.placement" (dict "nodeSelector" $pool.nodeSelector "tolerations" $tolerations "affinity" $pool.affinity) }}
 {{ . | indent 2 }}
 {{- end }}
+{{- if $hasVolume }}
+{{- with include "lorabbit.volumeOwner" (dict "root" .root "image" ($image) "user" 10001 "path" "/var/lib/lorabbit") }}
+{{ . | indent 2 }}
+{{- end }}
+{{- end }}
   containers:
     - name: client
-      image: {{ include "lorabbit.image" (dict "root" .root "own" true "image" $pool.image "tag" (printf "%s%s" .root.Chart.AppVersion $suffix)) }}
+      image: {{ $image }}
       imagePullPolicy: {{ .root.Values.image.pullPolicy }}
       args: [client]
 {{ include "lorabbit.containerSecurity" .root | indent 6 }}
@@ -77,11 +84,6 @@ spec:
 {{- end }}
       # A client listens nowhere: it is ready while it holds a connection, which can only be the broker's. There is no
       # liveness probe: the process ends by itself where it cannot go on, and reconnects for ever where it can.
-      startupProbe:
-        exec:
-          command: [grep, -q, lorabbit, /proc/1/cmdline]
-        periodSeconds: 5
-        failureThreshold: 24
       readinessProbe:
         exec:
           command: [grep, -qsE, '^ *[0-9]+: [0-9A-F]+:[0-9A-F]+ [0-9A-F]+:[0-9A-F]+ 01 ', /proc/net/tcp, /proc/net/tcp6]
@@ -110,7 +112,7 @@ spec:
   volumes:
     - name: tmp
       emptyDir: {sizeLimit: 2Gi}
-{{- if not (and (eq $pool.kind "StatefulSet") $pool.persistence.enabled) }}
+{{- if not $hasVolume }}
     - name: data
       emptyDir: {sizeLimit: {{ $pool.persistence.size }}}
 {{- end }}

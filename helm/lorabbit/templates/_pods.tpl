@@ -26,6 +26,34 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end -}}
 
+{{/* Gives a volume to the pod's user, where Kubernetes sets no group: hostPath. */}}
+{{- define "lorabbit.volumeOwner" -}}
+{{- if .root.Values.volumePermissions.enabled -}}
+initContainers:
+  - name: volume-owner
+    image: {{ .image }}
+    imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+    command: [chown, "{{ int64 .user }}:{{ int64 .user }}", {{ .path }}]
+    securityContext:
+      runAsUser: 0
+      runAsNonRoot: false
+      allowPrivilegeEscalation: false
+      readOnlyRootFilesystem: true
+      capabilities: {drop: [ALL], add: [CHOWN]}
+    resources:
+      requests: {cpu: 10m, memory: 16Mi}
+      limits: {cpu: 100m, memory: 64Mi}
+    volumeMounts:
+      - {name: data, mountPath: {{ .path }}}
+{{- end -}}
+{{- end -}}
+
+{{- define "lorabbit.storageClass" -}}
+{{- with . }}
+storageClassName: {{ eq . "-" | ternary "\"\"" . }}
+{{- end }}
+{{- end -}}
+
 {{- define "lorabbit.placement" -}}
 {{- with .nodeSelector }}
 nodeSelector:
@@ -51,9 +79,7 @@ affinity:
 {{ include "lorabbit.selector" . | indent 6 }}
   spec:
     accessModes: [ReadWriteOnce]
-{{- with .persistence.storageClass }}
-    storageClassName: {{ . }}
-{{- end }}
+{{- include "lorabbit.storageClass" .persistence.storageClass | indent 4 }}
     resources:
       requests: {storage: {{ .persistence.size }}}
 {{- end -}}
