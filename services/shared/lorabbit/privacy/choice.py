@@ -25,8 +25,8 @@ def check(job: JobSpec, *, personal: bool, prepares: bool, needs_each: str = "")
     if job.robust is not None:
         raise BadInput("privacy.level: 'client' clips and averages by itself; leave robust out")
     if job.schedule != "sync":
-        raise BadInput("privacy.level: only where every client is in a round's mean at most once does clipping bound what "
-                       "it moves; set schedule to 'sync'")  # fmt: skip
+        raise BadInput("privacy.level: clipping bounds what a client moves only where it is in a mean once; set "
+                       "schedule to 'sync'")  # fmt: skip
     if job.aggregation not in {"factors", "freeze-a"} or job.model.lora.client_ranks is not None:
         raise BadInput("privacy.level: noise goes onto the mean of tensors of one shape; leave aggregation and "
                        "model.lora.client_ranks out")  # fmt: skip
