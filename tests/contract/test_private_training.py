@@ -20,7 +20,7 @@ from lorabbit_client.execution import Work
 from lorabbit_client.executor import Executor
 from lorabbit_client.learning import LearningWorkspace
 from lorabbit_client.private import PrivateState
-from lorabbit_client.private_training import PrivateTrainer, _linear_owners, _per_example
+from lorabbit_client.private_training import PrivateTrainer, _linear_owners, _per_example, planned
 from lorabbit_client.trainer import Clock
 
 MODELS = [
@@ -184,6 +184,14 @@ def test_a_budget_smaller_than_one_round_is_bad_input(tmp_path: Path):
 
     assert outcome.bad_input
     assert str(outcome.error).startswith("privacy.epsilon: one round of 3 steps")
+
+
+def test_steps_at_unlike_rates_all_count_at_the_highest(tmp_path: Path):
+    trainer = trainer_of(tmp_path, spec_of(tmp_path))
+
+    plan = planned(trainer.privacy, trainer, {"steps": 5, "rate": 0.9})
+
+    assert plan.epsilon == epsilon_of_steps(1.0, 0.9, 8, 1e-5)
 
 
 def test_a_method_that_names_its_batches_is_refused(tmp_path: Path):

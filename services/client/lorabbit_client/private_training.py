@@ -67,7 +67,12 @@ class Planned:
         """The ledger after this training; `spent` where no further one like it fits the budget."""
         budget = self.spec.epsilon
         spent = budget is not None and self._after(2) > budget
-        return {"steps": self.before + self.steps, "epsilon": float(f"{self.epsilon:.6g}"), "spent": spent}
+        return {
+            "steps": self.before + self.steps,
+            "rate": self.rate,
+            "epsilon": float(f"{self.epsilon:.6g}"),
+            "spent": spent,
+        }
 
     def _after(self, rounds: int) -> float:
         steps = self.before + rounds * self.steps
@@ -75,10 +80,14 @@ class Planned:
 
 
 def planned(spec: PrivacySpec, trainer: Trainer, ledger: Json) -> Planned:
-    """Work out what a training will spend; the ledger is what `told` returned last."""
-    before = ledger.get("steps") if isinstance(ledger, dict) else 0
+    """Work out what a training will spend; the ledger is what `told` returned last.
+
+    Where the data or the batches have changed since, the highest sampling rate counts for all steps.
+    """
+    known = ledger if isinstance(ledger, dict) else {}
+    before, earlier = known.get("steps"), known.get("rate")
     rows = len(trainer.examples)
-    rate = min(1.0, trainer.local.batch_size / rows)
+    rate = max(min(1.0, trainer.local.batch_size / rows), earlier if isinstance(earlier, float) else 0.0)
     return Planned(spec, rate, steps_of(trainer.local, rows), before if isinstance(before, int) else 0)
 
 
