@@ -19,7 +19,12 @@ from lorabbit_server.meter import MAX_TASKS, Meter
 
 HEADERS = st.dictionaries(
     st.sampled_from(["sha256", "index", "task", "size", "epoch"]),
-    st.none() | st.integers() | st.text(max_size=8) | st.booleans() | st.floats() | st.binary(max_size=4),
+    st.none()
+    | st.integers()
+    | st.text(max_size=8)
+    | st.booleans()
+    | st.floats(allow_subnormal=False)
+    | st.binary(max_size=4),
 )
 
 
