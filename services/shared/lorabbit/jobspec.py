@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from lorabbit.schedules import Buffered, Schedule
+
 Task = Literal[
     "text-classification",
     "text-pair-classification",
@@ -166,7 +168,9 @@ class JobSpec(Strict):
     local: LocalSpec = LocalSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     output: OutputSpec = OutputSpec()
-    schedule: Literal["sync"] = Field(default="sync", description="sync: a round waits for everybody asked")
+    schedule: Schedule = Field(
+        default="sync", description="sync: a round waits for everybody asked; quorum and buffered do not"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="everything random hangs on it")
 
     @model_validator(mode="after")
@@ -175,6 +179,21 @@ class JobSpec(Strict):
             raise ValueError(f"cohort is {self.cohort}: a fraction is at most 1.0; write a whole number for a count")
         if isinstance(self.cohort, int) and self.cohort > self.clients:
             raise ValueError(f"cohort is {self.cohort}, but there are only {self.clients} clients")
+        return self
+
+    @model_validator(mode="after")
+    def _concurrency_fits(self) -> JobSpec:
+        if not isinstance(self.schedule, Buffered):
+            return self
+        if self.schedule.concurrency is not None and self.schedule.concurrency > self.clients:
+            raise ValueError(
+                f"schedule.concurrency is {self.schedule.concurrency}, but there are only {self.clients} clients"
+            )
+        if self.cohort != 1.0:
+            raise ValueError(
+                "cohort: a buffered schedule has no rounds to ask a cohort for; leave it out, "
+                "and write schedule.concurrency for the clients that train at a time"
+            )
         return self
 
     @property
