@@ -100,10 +100,12 @@ class UpdateAccepted(Event):
     overhead_down: int
     bytes_by_role: dict[str, int] = Field(default_factory=dict)
     """`bytes_down` by the role under which the task named a payload."""
+    staleness: int = 0
+    """Versions made since the one that it started from, once it is folded."""
 
 
 class UpdateRejected(Event):
-    """A result was refused; the client will be asked again or the job fails."""
+    """A result was refused; the client will be asked again or the job fails. `too-stale` fails nothing."""
 
     kind: Literal["update-rejected"] = "update-rejected"
     round: int
@@ -129,6 +131,13 @@ class RoundClosed(Event):
     """sha256 of the model that the adapter stands on, where the job made one."""
     facts: dict[str, JsonValue] = Field(default_factory=dict)
     """What the method tells of this round."""
+    late: int = 0
+    """Clients asked that had not answered when the round closed."""
+    refused: int = 0
+    """Results refused as too stale since the last version."""
+    staleness_mean: float = 0.0
+    """Of the updates folded, in versions."""
+    staleness_max: int = 0
 
 
 class RoundEvaluated(Event):
