@@ -7,7 +7,7 @@ is asked of `pace`; under `sync` a round waits for everybody asked.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from lorabbit import events as ev
@@ -149,7 +149,6 @@ def round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
 def _closed(state: JobState, event: RoundAggregated) -> ev.RoundClosed:
     """Tell of a round that became a version."""
     tasks, version = aggregation(state).tasks, event.version
-    ages = [pace.staleness(state, task) for task in tasks] if state.batch else []
     return ev.RoundClosed(
         at_ms=event.at_ms,
         round=event.round,
@@ -160,11 +159,16 @@ def _closed(state: JobState, event: RoundAggregated) -> ev.RoundClosed:
         config=dict(version.config),
         base_payload=version.base.sha256 if version.base else None,
         facts=dict(version.report),
-        late=state.missed,
-        refused=state.turned_away,
-        staleness_mean=sum(ages) / len(ages) if ages else 0.0,
-        staleness_max=max(ages, default=0),
+        pace={} if isinstance(state.spec.schedule, str) else _pace(state, tasks),
     )
+
+
+def _pace(state: JobState, tasks: Sequence[TaskState]) -> dict[str, int | float]:
+    """Tell who was late, who was refused for it, and how old the updates are that were folded."""
+    ages = [pace.staleness(state, task) for task in tasks]
+    mean = sum(ages) / len(ages) if ages else 0.0
+    late, refused = state.missed, state.turned_away
+    return {"late": late, "too_stale": refused, "staleness_mean": mean, "staleness_max": max(ages, default=0)}
 
 
 def _bases(state: JobState, left: Mapping[str, TaskState]) -> dict[int, Version]:

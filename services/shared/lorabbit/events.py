@@ -131,13 +131,9 @@ class RoundClosed(Event):
     """sha256 of the model that the adapter stands on, where the job made one."""
     facts: dict[str, JsonValue] = Field(default_factory=dict)
     """What the method tells of this round."""
-    late: int = 0
-    """Clients asked that had not answered when the round closed."""
-    refused: int = 0
-    """Results refused as too stale since the last version."""
-    staleness_mean: float = 0.0
-    """Of the updates folded, in versions."""
-    staleness_max: int = 0
+    pace: dict[str, int | float] = Field(default_factory=dict)
+    """Where rounds do not wait for everybody: `late` clients that had not answered, results refused as `too_stale`
+    since the last version, and `staleness_mean` and `staleness_max` of the updates folded, in versions."""
 
 
 class RoundEvaluated(Event):
