@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from lorabbit.methods import build
-from lorabbit.schedules import Buffered, Quorum
+from lorabbit.schedules import ROUNDING, Buffered, Quorum
 from lorabbit.seeds import generator
 from lorabbit.types import TRAIN
 from lorabbit_server import cohort
@@ -18,8 +18,6 @@ from lorabbit_server.jobstate import JobState, TaskState
 
 PREPARATION = 0
 """Number of the round before the first, in which methods that ask for it hear every client."""
-ROUNDING = 1e-9
-"""A share times a number of clients may lie this much above a whole number."""
 PATIENCE = 2.0
 """A derived deadline, as a multiple of the time in which the quorum answered last."""
 SHORTEST_MS = 1_000
@@ -40,9 +38,8 @@ def to_ask(state: JobState) -> Sequence[int]:
         training = sum(1 for index in busy if state.clients[index] not in state.lost)
         wanted = (schedule.concurrency or len(state.clients)) - training
         return _draw(state, here, wanted, number=state.turns)
-    wanted = math.ceil(schedule.over_select * spec.cohort_size - ROUNDING)
     enough = len(here) + len(_trainings(state)) >= needed(state)
-    return _draw(state, here if enough else idle, wanted, number=state.round)
+    return _draw(state, here if enough else idle, spec.asked_in_a_round, number=state.round)
 
 
 def _draw(state: JobState, candidates: Sequence[int], size: int, *, number: int) -> tuple[int, ...]:

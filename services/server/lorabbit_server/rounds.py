@@ -54,11 +54,11 @@ def method_started(state: JobState, event: MethodStarted) -> Decision:
 
 
 def _begin_round(state: JobState, number: int, at_ms: int) -> Decision:
-    """Ask the round's cohort; in the preparation, everybody."""
+    """Ask the round's cohort; in the preparation, everybody. Those who still train since earlier belong to it."""
     state = replace(state, stage="training", round=number, round_started_ms=at_ms, since_ms=at_ms)
-    asked = pace.to_ask(state)
-    names = tuple(state.clients[index] for index in asked)
-    state, commands = ask(state, TRAIN, asked, round_number=number, at_ms=at_ms)
+    state, commands = ask(state, TRAIN, pace.to_ask(state), round_number=number, at_ms=at_ms)
+    training = {task.index for task in state.tasks.values() if task.phase == TRAIN}
+    names = tuple(state.clients[index] for index in sorted(training))
     state, deadline = _wait_until(state, pace.deadline_ms(state, at_ms))
     return state, (Record(ev.RoundStarted(at_ms=at_ms, round=number, cohort=names)), *commands, *deadline)
 

@@ -7,11 +7,12 @@ hyper-parameters are kept as given and validated by the method (`lorabbit.method
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from lorabbit.schedules import Buffered, Schedule
+from lorabbit.schedules import ROUNDING, Buffered, Quorum, Schedule
 
 Task = Literal[
     "text-classification",
@@ -202,6 +203,14 @@ class JobSpec(Strict):
         if isinstance(self.cohort, float):
             return max(1, round(self.cohort * self.clients))
         return self.cohort
+
+    @property
+    def asked_in_a_round(self) -> int:
+        """Clients asked for a version, or where they never wait the updates that make one."""
+        if isinstance(self.schedule, Buffered):
+            return self.schedule.buffer
+        more = self.schedule.over_select if isinstance(self.schedule, Quorum) else 1.0
+        return min(self.clients, math.ceil(more * self.cohort_size - ROUNDING))
 
     def evaluates(self, round_number: int) -> bool:
         """Tell whether the adapter of a 1-based round is scored."""

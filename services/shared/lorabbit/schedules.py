@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 SYNC = "sync"
+ROUNDING = 1e-9
+"""A share times a number of clients may lie this much above a whole number."""
 KINDS = (SYNC, "quorum", "buffered")
 
 
