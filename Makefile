@@ -54,8 +54,9 @@ types: .venv/dev.stamp ## check the types, strictly
 contracts: .venv/dev.stamp ## check who may import whom
 	$(BIN)/lint-imports --no-cache
 
-docs: .venv/dev.stamp ## write the reference pages that are generated from the code
+docs: .venv/dev.stamp ## write the reference pages that are generated from the code, and the chart's README
 	$(BIN)/python -m lorabbit_cli.reference docs/reference
+	$(BIN)/python helm/readme.py helm/lorabbit
 
 compose-test: .venv/dev.stamp ## build the images and run the quickstart under compose
 	$(BIN)/pytest -m containers $(TESTS)

@@ -1,11 +1,15 @@
 """Closed forms of the aggregation rules, on dense products that the rules themselves never form."""
 
+import weakref
+from collections import UserDict
+
 import numpy as np
 import pytest
 from doubles import QuadraticSession, profile
 
 from lorabbit import aggregation, lora
 from lorabbit.aggregation import RULES, Aggregation
+from lorabbit.aggregation.received import HELD
 from lorabbit.aggregation.rules import Target, mean_of_components
 from lorabbit.aggregation.shift import compressed
 from lorabbit.codec import read_tensors, write_tensors
@@ -155,6 +159,17 @@ def test_zero_padding_weights_clients_by_the_norm_of_their_update():
     np.testing.assert_allclose(after.tensors["m.q.lora_A.weight"][2:], share * strong[2:])
 
 
+@pytest.mark.parametrize("rule", ["svd", "zero-padded"])
+def test_a_round_of_weak_clients_leaves_components_that_can_learn(rule):
+    weak = update(0, rank=1)
+
+    after = setting(rule).fold(ServerState(adapter()), [weak])
+
+    assert all(after.tensors["m.q.lora_A.weight"].any(axis=1))
+    assert not after.tensors["m.q.lora_B.weight"][:, 1:].any()
+    np.testing.assert_allclose(dense(after.tensors, "m.q"), dense(weak.tensors, "m.q"), atol=1e-9)
+
+
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_a_head_is_averaged_by_examples_under_every_rule(rule):
     fold = setting(rule)
@@ -247,6 +262,44 @@ def test_updates_are_read_one_module_at_a_time(tmp_path):
     lazily, at_once = (setting("svd").fold(ServerState(adapter()), given) for given in (updates, in_memory))
 
     assert all(np.array_equal(lazily.tensors[name], value) for name, value in at_once.tensors.items())
+
+
+class Walked:
+    """Updates that can be walked again, of which this tells how many are alive at once."""
+
+    def __init__(self, number):
+        self.number, self.alive, self.most = number, weakref.WeakSet(), 0
+
+    def __iter__(self):
+        for k in range(self.number):
+            each = Counted(update(k).tensors)
+            self.alive.add(each)
+            self.most = max(self.most, len(self.alive))
+            yield ClientUpdate(profile(k).client, k, each, 1, 0.0)
+
+
+class Counted(UserDict):
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize("rule", ["factors", "zero-padded", "svd"])
+def test_of_many_clients_no_more_than_a_few_updates_are_open_at_once(rule):
+    many = Walked(HELD + 40)
+
+    after = setting(rule).fold(ServerState(adapter()), many)
+
+    assert many.most <= HELD + 3
+    at_once = setting(rule).fold(ServerState(adapter()), [ClientUpdate(profile(k).client, k, update(k).tensors, 1, 0.0)
+                                                          for k in range(HELD + 40)])  # fmt: skip
+    assert all(np.array_equal(after.tensors[name], value) for name, value in at_once.tensors.items())
+
+
+def test_updates_of_unlike_names_are_refused():
+    odd = update(1)
+    without = ClientUpdate(odd.client, 1, {n: v for n, v in odd.tensors.items() if n != HEAD}, 1, 0.0, odd.facts)
+
+    with pytest.raises(Refused, match="names"):
+        setting("factors").fold(ServerState(adapter()), [update(0), without])
 
 
 def job(**parts):

@@ -102,8 +102,13 @@ def test_clients_are_paired_within_their_seed() -> None:
 
 
 def test_payload_is_a_share_of_the_references() -> None:
-    # 2 rounds of 1500 bytes against 4 of 150.
-    assert row(compared(), "lora").payload_share == pytest.approx(0.2)
+    # 2 rounds of 1500 bytes, 1000 of them up, against 4 rounds of 100 bytes up and none down.
+    silent = [m.model_copy(update={"bytes_down": 0}) for m in LORA]
+
+    found = row(compare(sweep(), [*FULL, *silent], {}, {}), "lora")
+
+    assert found.payload_share == pytest.approx(400 / 3000)
+    assert found.upload_share == pytest.approx(0.2)
 
 
 def test_a_stated_target_is_read_off_every_seed() -> None:

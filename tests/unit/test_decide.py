@@ -19,7 +19,7 @@ from lorabbit_server.cohort import population, sample
 from lorabbit_server.coordinator import decide, resume
 from lorabbit_server.jobstate import JobState, Offered, Version, dump_header, dump_task, load_state
 from lorabbit_server.results import MAX_TRIES
-from lorabbit_server.rounds import pool
+from lorabbit_server.rounds import over_clients, pool
 
 A, B, C = ClientId("client-1"), ClientId("client-2"), ClientId("client-3")
 BASE = "ba5e" * 16
@@ -293,6 +293,16 @@ def test_scores_are_pooled_by_examples_and_perplexity_from_the_pooled_loss():
     ]
 
     assert pool(scored) == pytest.approx({"accuracy": 0.25, "loss": 1.5, "perplexity": math.exp(1.5)})
+
+
+def test_over_clients_each_client_counts_once_and_one_without_examples_not_at_all():
+    _, tasks = training()
+    parts = [(1, 1.0), (3, 0.5), (0, 0.0)]
+    scored = [
+        replace(tasks[0], offered=Offered(Metrics(num_examples=n, values={"accuracy": value}))) for n, value in parts
+    ]
+
+    assert over_clients(scored) == {"mean_accuracy_of_clients": 0.75}
 
 
 def test_the_job_is_done_once_the_last_version_is_scored():

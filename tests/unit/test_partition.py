@@ -87,6 +87,24 @@ def test_a_pathological_client_holds_exactly_k_classes_and_is_tested_on_them_alo
         assert set(test.classes[share.test].tolist()) & known <= classes_of(share, train)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_J11_two_of_ten_classes_a_client_and_one_table_of_shares_for_training_and_test(seed: int):
+    train, test = keys([c for c in range(10) for _ in range(100)]), keys([c for c in range(10) for _ in range(50)])
+
+    shares = partition(PartitionSpec(kind="pathological", classes=2), 10, seed, train=train, test=test)
+
+    holders = np.zeros(10, dtype=int)
+    for share in shares:
+        assert len(classes_of(share, train)) == 2
+        assert set(test.classes[share.test].tolist()) == classes_of(share, train)
+        for label in classes_of(share, train):
+            part, tested = np.sum(train.classes[share.train] == label), np.sum(test.classes[share.test] == label)
+            assert 100 * 0.4 / (0.4 + 0.6) - 1 <= part <= 100 * 0.6 / (0.4 + 0.6) + 1
+            assert abs(tested - part / 2) <= 1
+            holders[label] += 1
+    assert holders.tolist() == [2] * 10
+
+
 @settings(deadline=None, max_examples=100)
 @given(labelled(), labelled(least=0), st.integers(1, 6))
 def test_a_natural_group_is_never_torn_apart(train: Keys, test: Keys, clients: int):

@@ -282,5 +282,16 @@ def test_what_the_maths_forbids_is_refused_with_the_reason(settings, message):
         build(job(method=settings))
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({}, []), ({"infer": "mix"}, ["adapter"]), ({"combine": "sum"}, ["adapter"])]
+)
+def test_clients_are_sent_the_adapter_for_scoring_only_where_it_answers(settings, expected):
+    federation = Federation(job(method=settings))
+
+    plan = federation.method.scoring(federation.state, federation.open(0).client)
+
+    assert list(plan.payloads) == expected
+
+
 def test_a_sum_does_not_read_mu():
     assert build(job(method={"combine": "sum", "mu": 0.9})).mu == 0.9

@@ -69,6 +69,7 @@ class Row(BaseModel):
     overhead: Spread | None = None
     payload_share: float | None = None
     """Payload bytes of both directions, as a share of the reference's."""
+    upload_share: float | None = None
     client_seconds: Spread | None = None
     seconds: Spread | None = None
     modelled_seconds: Spread | None = None
@@ -278,6 +279,7 @@ def _add_shares(rows: Sequence[Row], reference: Row) -> None:
     for row in rows:
         own = _payload(row)
         row.payload_share = own / whole if own is not None and whole else None
+        row.upload_share = _share(row.bytes_up, reference.bytes_up)
         mine, its = row.to_target, reference.to_target
         if mine and its and mine.seeds == mine.of and its.seeds == its.of:
             mine.bytes_share = _share(mine.bytes, its.bytes)

@@ -63,17 +63,20 @@ def _scores(comparison: Comparison, case: CaseResult) -> Table:
 
 def _cost(comparison: Comparison, case: CaseResult) -> Table:
     modelled = comparison.link is not None
-    headings = ("run", "trainable", "up", "down", f"payload / {comparison.reference}", "client compute", "time")
+    whole = comparison.reference
+    headings = ("run", "trainable", "up", "down", f"up / {whole}", f"payload / {whole}", "client compute", "time")
     headings += (*(("modelled time",) if modelled else ()), "peak memory")
     rows = []
     for row in case.rows:
         trainable = NOTHING if row.trainable is None else f"{row.trainable:,}"
         cells = [row.label, trainable, of(row.bytes_up, bytes_text), of(row.bytes_down, bytes_text)]
-        cells += [share_text(row.payload_share), of(row.client_seconds, duration_text), of(row.seconds, duration_text)]
+        cells += [share_text(row.upload_share), share_text(row.payload_share)]
+        cells += [of(row.client_seconds, duration_text), of(row.seconds, duration_text)]
         cells += [of(row.modelled_seconds, duration_text)] if modelled else []
         rows.append((*cells, of(row.peak_gpu_bytes or row.peak_memory_bytes, bytes_text)))
     about = (
-        "Whole runs, means over the seeds. Bytes are payload over all clients, preparation and scoring included. "
+        "Whole runs, means over the seeds. Bytes are payload over all clients, preparation included; those down hold "
+        "what is read for scoring, those up do not. "
         "Client compute is the training of all clients together; memory is that of the largest process (of the GPU "
         "where there is one)."
     )
@@ -169,8 +172,19 @@ def summary_csv(comparison: Comparison) -> str:
     columns = [f"{name}_{part}" for name in SPREADS for part in ("mean", "sd")]
     reached = [f"target_{name}" for name in REACHED]
     ends = [f"{over}_{end}" for over in ("over_seeds", "over_clients") for end in ("low", "high")]
-    head = ["case", "run", "method", "metric", "seeds", "failed", "trainable", *columns, "payload_share", "difference"]
-    head += [*ends, "target", "target_seeds", *reached, "target_bytes_share", "target_seconds_share"]
+    head = [
+        "case",
+        "run",
+        "method",
+        "metric",
+        "seeds",
+        "failed",
+        "trainable",
+        *columns,
+        "upload_share",
+        "payload_share",
+    ]
+    head += ["difference", *ends, "target", "target_seeds", *reached, "target_bytes_share", "target_seconds_share"]
     return _csv(head, [_summary_line(case, row) for case in comparison.cases for row in case.rows])
 
 
@@ -179,7 +193,7 @@ def _summary_line(case: CaseResult, row: Row) -> list[object]:
     for name in SPREADS:
         values: Spread | None = getattr(row, name)
         line += [values.mean if values else None, values.sd if values else None]
-    line += [row.payload_share, row.difference.mean if row.difference else None]
+    line += [row.upload_share, row.payload_share, row.difference.mean if row.difference else None]
     for over in ("over_seeds", "over_clients"):
         interval: Interval | None = getattr(row.difference, over, None)
         line += [interval.low if interval else None, interval.high if interval else None]

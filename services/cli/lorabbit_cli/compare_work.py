@@ -23,7 +23,7 @@ from lorabbit_cli.compare_progress import ProgressView
 from lorabbit_cli.compare_results import Comparison, compare
 from lorabbit_cli.compare_runs import Effort, carry_out
 from lorabbit_cli.compare_sweep import Planned, Sweep
-from lorabbit_cli.local import can_fork
+from lorabbit_cli.local import NVIDIA_DEVICE
 
 NOT_RUN = "not run yet"
 WORK = ".work-"
@@ -61,7 +61,9 @@ def work(sweep: Sweep, asked: Asked, console: Console) -> Finished:
     """Run what is missing, and write the report. Raises BadInput; a run that fails is in the result."""
     settings = read_settings(ClientSettings)
     wanted = _wanted(sweep, asked.only)
-    device = "cpu" if can_fork(settings.device) or settings.device == "cpu" else "cuda"
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if NVIDIA_DEVICE.exists() else "cpu"
     keys = Keys(settings.data_root, device)
     by_key: dict[str, list[Planned]] = {}
     for planned in wanted:

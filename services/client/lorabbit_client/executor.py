@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lorabbit import codec, methods
+from lorabbit import codec, methods, personal
 from lorabbit.errors import BadInput, LoRAbbitError, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Metrics
@@ -67,6 +67,7 @@ class Executor:
         session = workspace.session(task, private, on_progress)
         if task.phase == INITIALISE:
             initial = workspace.initialise(task, method.initialise(session))
+            personal.check_outgoing(initial.tensors)
             codec.write_tensors(work.output, initial.tensors)
             write_private(work.private, task.task, private)
             return Metrics(num_examples=initial.num_examples, facts=dict(initial.facts)), True
@@ -75,6 +76,7 @@ class Executor:
             method.restore(plan, session)
             return workspace.evaluate(task, session, on_progress), False
         update = method.local_update(plan, session)
+        personal.check_outgoing(update.tensors)
         if update.tensors:
             codec.write_tensors(work.output, update.tensors)
         write_private(work.private, task.task, private)

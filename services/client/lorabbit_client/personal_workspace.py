@@ -66,8 +66,8 @@ class PersonalWorkspace:
         return self._spec.model.variants or (self._spec.model.name,)
 
     def warm(self, population: int, indices: Iterable[int]) -> None:
-        """Load these clients' data and their architectures."""
-        for index in indices:
+        """Load these clients' data and their architectures, one after the other: clients of one share encoded data."""
+        for index in sorted(indices, key=lambda index: (index % len(self.variants), index)):
             self.data(index, population)
             self.own(index, fresh=False)
 

@@ -212,6 +212,8 @@ def scored(state: JobState, number: int, at_ms: int) -> Decision:
     if any(t.status != "accepted" for t in tasks):
         return state, ()
     metrics = pool(tasks)
+    if build(state.spec).personal:
+        metrics |= over_clients(tasks)
     ids = {t.id for t in tasks}
     state = replace(
         state,
@@ -243,6 +245,16 @@ def pool(tasks: Iterable[TaskState]) -> dict[str, float]:
     if "perplexity" in pooled and "loss" in pooled:
         pooled["perplexity"] = math.exp(min(pooled["loss"], 700.0))
     return pooled
+
+
+def over_clients(tasks: Iterable[TaskState]) -> dict[str, float]:
+    """Average clients' metrics, each client counting once: what personalised methods report."""
+    values: dict[str, list[float]] = {}
+    for task in tasks:
+        if task.offered is not None and task.offered.metrics.num_examples:
+            for name, value in task.offered.metrics.values.items():
+                values.setdefault(f"mean_{name}_of_clients", []).append(value)
+    return {name: math.fsum(scores) / len(scores) for name, scores in values.items()}
 
 
 def end(state: JobState, outcome: Ending, at_ms: int, *, reason: str = "", exit_code: int = 0) -> Decision:

@@ -6,8 +6,9 @@ beside it. Names that begin with "own." never leave a client.
 
 from __future__ import annotations
 
-from lorabbit.errors import BadInput
+from lorabbit.errors import BadInput, LoRAbbitError
 from lorabbit.jobspec import JobSpec, Task
+from lorabbit.types import Tensors
 
 OWN = "own."
 CLASSIFICATION: tuple[Task, ...] = ("text-classification", "text-pair-classification", "image-classification")
@@ -17,6 +18,13 @@ SMALLEST_CNN = "cnn:5"
 def is_own(name: str) -> bool:
     """Tell whether a tensor is one of the client's own."""
     return name.startswith(OWN)
+
+
+def check_outgoing(tensors: Tensors) -> None:
+    """Raise LoRAbbitError when a tensor of a client's own is among what would leave it."""
+    found = min((name for name in tensors if is_own(name)), default=None)
+    if found is not None:
+        raise LoRAbbitError(f"internal: {found!r} belongs to this client alone and was about to leave it")
 
 
 def check(job: JobSpec, method: str) -> None:

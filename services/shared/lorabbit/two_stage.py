@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from lorabbit import lora
-from lorabbit.aggregation import Aggregation, Target, fresh, rank_of
+from lorabbit.aggregation import Aggregation, Target, fresh, rank_of, revived
 from lorabbit.codec import tensors_sha256
 from lorabbit.errors import Refused
 from lorabbit.lora import Factors
@@ -115,7 +115,7 @@ def _changed(factors: Factors, rank: int, by: str, drawn: Factors) -> tuple[Fact
         return Factors(a, b, factors.scaling), 0.0, lora.norm(factors)
     if by == "svd":
         cut = lora.truncate(factors, rank)
-        return cut.factors, cut.lost, cut.norm
+        return revived(cut.factors, drawn), cut.lost, cut.norm
     weight = np.linalg.norm(factors.b.astype(np.float64), axis=0) * np.linalg.norm(factors.a.astype(np.float64), axis=1)
     order = np.argsort(-weight, kind="stable")
     kept, dropped = order[:rank], order[rank:]

@@ -8,13 +8,15 @@ every rule pays for the difference in its own coin: error, a frozen factor, an S
 
 from lorabbit.aggregation.exchange import FROZEN, answer, config_of, frozen, install, is_a, prefix, rank_of, scaling_of
 from lorabbit.aggregation.folding import Aggregation, check, of, refuse_choice
-from lorabbit.aggregation.rules import COMPONENTS, RULES, Rule, Target, fresh
+from lorabbit.aggregation.received import Received
+from lorabbit.aggregation.rules import COMPONENTS, RULES, Rule, Target, fresh, revived
 
 __all__ = [
     "COMPONENTS",
     "FROZEN",
     "RULES",
     "Aggregation",
+    "Received",
     "Rule",
     "Target",
     "answer",
@@ -28,5 +30,6 @@ __all__ = [
     "prefix",
     "rank_of",
     "refuse_choice",
+    "revived",
     "scaling_of",
 ]

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from lorabbit import lora, schedules
 from lorabbit.aggregation import exchange, shift
+from lorabbit.aggregation.received import Received
 from lorabbit.aggregation.rules import RULES, Folded, Rule, Target, Weighted, normalised
-from lorabbit.errors import BadInput, Refused
+from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.lora import Factors
 from lorabbit.seeds import derive_seed
@@ -141,24 +142,23 @@ class Aggregation:
         modules = lora.modules([*state.shared.get(exchange.FROZEN, {}), *state.tensors])
         if not modules:
             return ServerState(weighted_mean((u.num_examples, u.tensors) for u in updates), state.facts, state.shared)
-        received = list(updates)
-        _check_names(received)
+        received = updates if isinstance(updates, Received) else Received(updates)
         folded = _Round(self, state, received)
         tensors: dict[str, Array] = {}
         moved: dict[str, Array] = {}
         for module in modules:
             part = folded.module(module)
-            tensors |= {n: v for n, v in lora.write(module, part.factors).items() if n in received[0].tensors}
+            tensors |= {n: v for n, v in lora.write(module, part.factors).items() if n in received.names}
             if part.shift is not None:
                 moved |= shift.add(state.shared.get(SHIFT, {}), module, part.shift)
-        for name in received[0].tensors:
+        for name in received.names:
             if name not in tensors:
                 tensors[name] = weighted_mean((u.num_examples, {name: u.tensors[name]}) for u in received)[name]
         facts: dict[str, Json] = {**state.facts, "report": {"aggregation_error": folded.error()}}
         if self.rule.shifts_base:
             facts["folds"] = _folds(state) + 1
         shared = {**state.shared, SHIFT: moved} if moved else state.shared
-        return ServerState({name: tensors[name] for name in received[0].tensors}, facts, shared)
+        return ServerState({name: tensors[name] for name in received.names}, facts, shared)
 
     def at_rank(self, rank: int) -> Aggregation:
         """The same for another rank of the server."""
@@ -168,13 +168,13 @@ class Aggregation:
 class _Round:
     """The updates of one round, module by module, and the error so far."""
 
-    def __init__(self, setting: Aggregation, state: ServerState, received: Sequence[ClientUpdate]) -> None:
+    def __init__(self, setting: Aggregation, state: ServerState, received: Received) -> None:
         self._setting, self._received = setting, received
         self._present = state.tensors
         self._frozen = state.shared.get(exchange.FROZEN, {})
         self._moving = frozenset(lora.modules(state.tensors))
         self._folds = _folds(state)
-        self._examples = [float(update.num_examples) for update in received]
+        self._examples = received.examples
         self._weights = self._norms() if setting.rule.by_norm else self._examples
         self._missed = self._size = 0.0
 
@@ -207,8 +207,8 @@ class _Round:
 
     def _norms(self) -> list[float]:
         """Norm of each client's whole update; examples where every update is zero."""
-        squares = [0.0] * len(self._received)
-        for module in lora.modules(self._received[0].tensors):
+        squares = [0.0] * len(self._examples)
+        for module in lora.modules(self._received.names):
             for place, factors in enumerate(self._factors(module)):
                 squares[place] += lora.norm(factors) ** 2
         return [math.sqrt(square) for square in squares] if any(squares) else self._examples
@@ -217,11 +217,3 @@ class _Round:
 def _folds(state: ServerState) -> int:
     folds = state.facts.get("folds", 0)
     return folds if isinstance(folds, int) else 0
-
-
-def _check_names(received: Sequence[ClientUpdate]) -> None:
-    if not received:
-        raise ValueError("a round needs at least one update")
-    for update in received:
-        if update.tensors.keys() != received[0].tensors.keys():
-            raise Refused("names", "updates of one round hold different tensors")

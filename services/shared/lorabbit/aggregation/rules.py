@@ -54,6 +54,8 @@ class Folded:
         return self.factors if self.shift is None else lora.stack([(1.0, self.factors), (1.0, self.shift)])
 
 
+DEAD = 1e-6
+"""A row of A that is smaller than the largest by this factor holds rounding errors."""
 Fold = Callable[[Weighted, Target], Folded]
 
 
@@ -87,14 +89,16 @@ def mean_of_factors(weighted: Weighted, target: Target) -> Folded:
 
 def mean_of_padded(weighted: Weighted, target: Target) -> Folded:
     """Average A and B apart, every client filled with zeros to the rank of the server."""
-    return mean_of_factors([(weight, padded(factors, target.rank)) for weight, factors in weighted], target)
+    mean = mean_of_factors([(weight, padded(factors, target.rank)) for weight, factors in weighted], target).factors
+    return Folded(revived(mean, fresh(mean, target)))
 
 
 def truncated_mean(weighted: Weighted, target: Target) -> Folded:
     """Average the products exactly and keep the best approximation; its prefixes serve lower ranks."""
     like = weighted[0][1]
     cut = lora.truncate(mean_of_products(weighted, target.scaling), target.rank).factors
-    return Folded(Factors(cut.a.astype(like.a.dtype), cut.b.astype(like.b.dtype), target.scaling))
+    kept = Factors(cut.a.astype(like.a.dtype), cut.b.astype(like.b.dtype), target.scaling)
+    return Folded(revived(kept, fresh(like, target)))
 
 
 def into_the_base(weighted: Weighted, target: Target) -> Folded:
@@ -160,6 +164,22 @@ def fresh(like: Factors, target: Target) -> Factors:
 
 COMPONENTS = Rule("factors", mean_of_components)
 """The mean of factors where weak clients train the first components only; for methods that order components."""
+
+
+def revived(factors: Factors, drawn: Factors) -> Factors:
+    """Give components that hold nothing a row of A that was drawn, and B = 0: the product stays, and they can learn.
+
+    A round of weak clients alone leaves such components: where A and B are zero, both gradients are too.
+    """
+    sizes = np.linalg.norm(factors.a.astype(np.float64), axis=1)
+    dead = sizes <= DEAD * sizes.max(initial=0.0)
+    if not dead.any():
+        return factors
+    a, b = factors.a.copy(), factors.b.copy()
+    a[dead], b[:, dead] = drawn.a[: factors.rank][dead], 0
+    return Factors(a, b, factors.scaling)
+
+
 _SAME_A = "the mean of factors compares them entry by entry, and entries of unlike ranks do not meet"
 _ZEROS = "zeros in the place of the components that a client lacks would wipe them out in a small buffer"
 _TURNED = "every version has singular vectors of its own, so factors of an older one have other coordinates"

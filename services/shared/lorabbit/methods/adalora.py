@@ -16,7 +16,8 @@ D3  `importance: norm` uses s ||B_i|| ||A_i|| of the averaged factors, which cos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from lorabbit import aggregation, lora, rank_schedule
-from lorabbit.aggregation import Aggregation, shift
+from lorabbit.aggregation import Aggregation, Received, shift
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.lora import Factors
@@ -113,7 +114,7 @@ class AdaLora(Method):
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """(1) to (3)."""
-        received = list(updates)
+        received = Received(updates)
         folded = self.aggregation.fold(state, received)
         t = _t(state) + 1
         importance = self._smoothed(state, self._measured(folded.tensors, received))
@@ -132,9 +133,11 @@ class AdaLora(Method):
         """Modules of unlike ranks, filled with zeros to the largest."""
         return Export(*shift.combined(state.tensors, {}, self.aggregation.scaling))
 
-    def _measured(self, tensors: Tensors, received: Sequence[ClientUpdate]) -> Importance:
+    def _measured(self, tensors: Tensors, received: Received) -> Importance:
         """(2), before smoothing; norms where nobody measured."""
-        told = [update for update in received if "importance" in update.facts and update.num_examples]
+        told = [
+            replace(update, tensors={}) for update in received if "importance" in update.facts and update.num_examples
+        ]
         if self.importance == "norm" or not told:
             return {module: _rounded(_norms(lora.read(tensors, module))) for module in lora.modules(tensors)}
         total = sum(update.num_examples for update in told)

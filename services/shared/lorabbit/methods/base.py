@@ -73,7 +73,7 @@ class Method(BaseModel):
     def with_job(self, job: JobSpec) -> Self:
         """The same hyper-parameters for another job."""
         method = self.model_copy()
-        method._job = job
+        method._job = job  # noqa: SLF001 - of the same class
         return method
 
     def check(self, job: JobSpec) -> None:

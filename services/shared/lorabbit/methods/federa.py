@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import Field
 
 from lorabbit import aggregation, lora
-from lorabbit.aggregation import COMPONENTS, Aggregation
+from lorabbit.aggregation import COMPONENTS, Aggregation, Received
 from lorabbit.codec import tensors_sha256
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec
@@ -124,7 +124,7 @@ class FeDeRA(Method):
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """(3), from clients that started where the server says."""
-        return self.aggregation.fold(state, (_checked(update, state) for update in updates))
+        return self.aggregation.fold(state, Received(updates, lambda update: _check(update, state)))
 
     def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - one plan for all
         """The whole model."""
@@ -151,8 +151,7 @@ def _digest(factors: Tensors) -> str:
     return tensors_sha256(factors)
 
 
-def _checked(update: ClientUpdate, state: ServerState) -> ClientUpdate:
+def _check(update: ClientUpdate, state: ServerState) -> None:
     """Refuse what was trained from another start: its factors have other signs and must not be averaged."""
     if update.facts.get("init") != state.facts["init"]:
         raise Refused("init", f"{update.client} trained from another start than the server's")
-    return update

@@ -26,7 +26,7 @@ from lorabbit.methods.base import Method
 from lorabbit.methods.session import Forward, PersonalSession, Place
 from lorabbit.seeds import derive_seed
 from lorabbit.tensors import weighted_mean
-from lorabbit.types import ADAPTER, Array, ClientUpdate, Json, Plan, ServerState, Tensors
+from lorabbit.types import ADAPTER, EVALUATE, Array, ClientProfile, ClientUpdate, Json, Plan, ServerState, Tensors
 
 A, B = "adapter.lora_A", "adapter.lora_B"
 ALIGN = "own.align"
@@ -175,3 +175,9 @@ class PFedLora(Method):
         if total:
             report["adapter_loss"] = sum(number * loss for number, loss in losses) / total
         return ServerState(mean, {"report": report})
+
+    def scoring(self, state: ServerState, client: ClientProfile) -> Plan:
+        """The adapter, where it takes part in the answer."""
+        if self.combine == "two_loss" and self.infer == "local":
+            return Plan(EVALUATE)
+        return super().scoring(state, client)

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from lorabbit import aggregation, rank_schedule, two_stage
-from lorabbit.aggregation import COMPONENTS, RULES, Aggregation
+from lorabbit.aggregation import COMPONENTS, RULES, Aggregation, Received
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.base import Export, GradientTerm, Method, Session
@@ -206,7 +206,7 @@ class SaFedLora(Method):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """Fold a round; at the end of the first stage freeze W*, and before a lower rank shrink (3)."""
         settings, t = self._settings(state), _t(state) + 1
-        checked = (_checked(update, settings) for update in updates)
+        checked = Received(updates, lambda update: _check(update, settings))
         facts: dict[str, Json] = {**state.facts, "t": t}
         if settings["part"] == "whole":
             mean = weighted_mean((u.num_examples, u.tensors) for u in checked)
@@ -250,13 +250,12 @@ def _t(state: ServerState) -> int:
     return t
 
 
-def _checked(update: ClientUpdate, settings: Facts) -> ClientUpdate:
+def _check(update: ClientUpdate, settings: Facts) -> None:
     """Refuse an update that was trained on another base, or at a rank that the round does not have."""
     if update.facts.get("base_hash") != settings.get("base_hash"):
         raise Refused("base", f"{update.client} trained on another base than the one of this round")
     if settings["part"] == "adapter" and aggregation.rank_of(update.tensors) > _rank_of(settings):
         raise Refused("rank", f"{update.client} trained at a higher rank than the one of this round")
-    return update
 
 
 def _rank_of(settings: Facts) -> int:

@@ -88,7 +88,7 @@ class Session(ClientSession, Protocol):
 
     @property
     def scaling(self) -> float:
-        """s in y = W x + s B A x: the job's lora.alpha / lora.rank, the same at every rank."""
+        """The s in y = W x + s B A x: the job's lora.alpha / lora.rank, the same at every rank."""
 
     def set_rank(self, rank: int) -> None:
         """Give every LoRA pair this rank, filled with zeros until `load`; `scaling` stays."""
@@ -103,7 +103,7 @@ class Session(ClientSession, Protocol):
         """
 
     # ---- training ----
-    def train(
+    def train(  # noqa: PLR0913 - what a method may decide of one training
         self,
         *,
         gradient_term: GradientTerm | None = None,

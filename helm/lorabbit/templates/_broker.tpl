@@ -1,0 +1,111 @@
+{{/* How a container reaches the broker. `side` is server or client. */}}
+
+{{- define "lorabbit.brokerHost" -}}
+{{ include "lorabbit.name" (dict "root" . "part" "rabbitmq") }}.{{ .Release.Namespace }}.svc
+{{- end -}}
+
+{{- define "lorabbit.brokerPort" -}}
+{{- if eq .Values.rabbitmq.mode "external" -}}
+{{ int .Values.rabbitmq.external.port }}
+{{- else -}}
+{{ ternary 5671 5672 .Values.rabbitmq.tls.enabled }}
+{{- end -}}
+{{- end -}}
+
+{{- define "lorabbit.brokerSecret" -}}
+{{- $name := include "lorabbit.name" (dict "root" . "part" "rabbitmq") -}}
+{{- if eq .Values.rabbitmq.mode "external" -}}
+{{ required "rabbitmq.external.existingSecret: name the secret with server-url and client-url" .Values.rabbitmq.external.existingSecret }}
+{{- else if eq .Values.rabbitmq.mode "operator" -}}
+{{ $name }}-default-user
+{{- else -}}
+{{ .Values.rabbitmq.auth.existingSecret | default $name }}
+{{- end -}}
+{{- end -}}
+
+{{- define "lorabbit.tlsSecret" -}}
+{{- $tls := .Values.rabbitmq.tls -}}
+{{- if $tls.certManager.enabled -}}
+{{ include "lorabbit.name" (dict "root" . "part" "rabbitmq") }}-tls
+{{- else -}}
+{{ required "rabbitmq.tls: name a secret in existingSecret, or enable certManager" $tls.existingSecret }}
+{{- end -}}
+{{- end -}}
+
+{{/* The secret with the authority's certificate; empty where the broker's is publicly known or there is none. */}}
+{{- define "lorabbit.brokerCaSecret" -}}
+{{- if eq .Values.rabbitmq.mode "external" -}}
+{{ .Values.rabbitmq.external.caSecret }}
+{{- else if and (eq .Values.rabbitmq.mode "builtin") .Values.rabbitmq.tls.enabled -}}
+{{ include "lorabbit.tlsSecret" . }}
+{{- end -}}
+{{- end -}}
+
+{{- define "lorabbit.brokerEnv" -}}
+{{- if eq .Values.rabbitmq.mode "operator" -}}
+- name: BROKER_USER
+  valueFrom:
+    secretKeyRef: {name: {{ include "lorabbit.brokerSecret" . }}, key: username}
+- name: BROKER_PASSWORD
+  valueFrom:
+    secretKeyRef: {name: {{ include "lorabbit.brokerSecret" . }}, key: password}
+- name: LORABBIT_BROKER_URL
+  value: amqp://$(BROKER_USER):$(BROKER_PASSWORD)@{{ include "lorabbit.brokerHost" . }}:5672/
+{{- else -}}
+- name: LORABBIT_BROKER_URL_FILE
+  value: /run/lorabbit/broker/url
+{{- end -}}
+{{- end -}}
+
+{{- define "lorabbit.brokerMounts" -}}
+{{- if ne .Values.rabbitmq.mode "operator" -}}
+- name: broker
+  mountPath: /run/lorabbit/broker
+  readOnly: true
+{{- if include "lorabbit.brokerCaSecret" . }}
+- name: broker-ca
+  mountPath: /run/lorabbit/broker-ca
+  readOnly: true
+{{- end }}
+{{- end -}}
+{{- end -}}
+
+{{- define "lorabbit.brokerVolumes" -}}
+{{- if ne .root.Values.rabbitmq.mode "operator" -}}
+- name: broker
+  secret:
+    secretName: {{ include "lorabbit.brokerSecret" .root }}
+    defaultMode: 0440
+    items:
+      - {key: {{ .side }}-url, path: url}
+{{- with include "lorabbit.brokerCaSecret" .root }}
+- name: broker-ca
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+    items:
+      - {key: ca.crt, path: ca.crt}
+{{- end }}
+{{- end -}}
+{{- end -}}
+
+{{/* RabbitMQ's configuration: the one that compose uses, with this release's limits. */}}
+{{- define "lorabbit.rabbitmqConf" -}}
+{{- $conf := .Files.Get "files/rabbitmq.conf" -}}
+{{- $conf = regexReplaceAll "(?m)^vm_memory_high_watermark.absolute = .*$" $conf (printf "vm_memory_high_watermark.absolute = %s" .Values.rabbitmq.memoryHighWatermark) -}}
+{{- $conf = regexReplaceAll "(?m)^disk_free_limit.absolute = .*$" $conf (printf "disk_free_limit.absolute = %s" .Values.rabbitmq.diskFreeLimit) -}}
+{{ $conf }}
+{{- end -}}
+
+{{/* The store's secret: the key url is what the server mounts. */}}
+{{- define "lorabbit.storeSecret" -}}
+{{- if eq .Values.redis.mode "external" -}}
+{{ required "redis.auth.existingSecret: name the secret with the key url" .Values.redis.auth.existingSecret }}
+{{- else -}}
+{{ .Values.redis.auth.existingSecret | default (include "lorabbit.name" (dict "root" . "part" "redis")) }}
+{{- end -}}
+{{- end -}}
+
+{{- define "lorabbit.storePort" -}}
+{{ ternary (int .Values.redis.external.port) 6379 (eq .Values.redis.mode "external") }}
+{{- end -}}

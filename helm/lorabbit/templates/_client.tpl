@@ -1,0 +1,126 @@
+{{/* A pool with everything that it does not say itself taken from clientDefaults. */}}
+{{- define "lorabbit.pool" -}}
+{{- $pool := include "lorabbit.over" (list .root.Values.clientDefaults .pool) | fromYaml -}}
+{{- if has $pool.name (list "server" "rabbitmq" "redis" "pods") -}}
+{{- fail (printf "clientPools: a pool cannot be named %q, which another part of the release is" $pool.name) -}}
+{{- end -}}
+{{- if and (eq $pool.kind "Deployment") $pool.data.subPath -}}
+{{- fail (printf "clientPools %q: the clients of a Deployment have no lasting identity, so data.subPath cannot name one" $pool.name) -}}
+{{- end -}}
+{{- if and (eq $pool.kind "IndexedJob") $pool.autoscaling.enabled -}}
+{{- fail (printf "clientPools %q: an IndexedJob has a fixed number of clients; autoscaling needs a StatefulSet or a Deployment" $pool.name) -}}
+{{- end -}}
+{{- toYaml $pool -}}
+{{- end -}}
+
+{{/* Template of a pool's pods. Nothing in it depends on the chart's version: a Job's template is immutable. */}}
+{{- define "lorabbit.clientPod" -}}
+{{- $pool := .pool -}}
+{{- $names := dict "root" .root "component" "client" "pool" $pool.name -}}
+{{- $suffix := eq $pool.device "cpu" | ternary "" (printf "-%s" $pool.device) -}}
+{{- $image := include "lorabbit.image" (dict "root" .root "own" true "image" $pool.image "tag" (printf "%s%s" .root.Chart.AppVersion $suffix)) -}}
+{{- $hasVolume := and (eq $pool.kind "StatefulSet") $pool.persistence.enabled -}}
+metadata:
+  labels:
+{{ include "lorabbit.selector" $names | indent 4 }}
+    app.kubernetes.io/part-of: lorabbit
+  annotations:
+    checksum/broker: {{ toJson .root.Values.rabbitmq.auth | sha256sum }}
+{{- with $pool.podAnnotations }}
+{{ toYaml . | indent 4 }}
+{{- end }}
+spec:
+{{ include "lorabbit.podSecurity" (dict "root" .root "user" 10001) | indent 2 }}
+  terminationGracePeriodSeconds: {{ int $pool.terminationGracePeriodSeconds }}
+{{- if eq $pool.kind "IndexedJob" }}
+  restartPolicy: Never
+{{- end }}
+{{- with $pool.runtimeClassName }}
+  runtimeClassName: {{ . }}
+{{- end }}
+{{- $tolerations := $pool.tolerations }}
+{{- if ne $pool.device "cpu" }}
+{{- $tolerations = append $tolerations (dict "key" "nvidia.com/gpu" "operator" "Exists" "effect" "NoSchedule") }}
+{{- end }}
+{{- with include "lorabbit.placement" (dict "nodeSelector" $pool.nodeSelector "tolerations" $tolerations "affinity" $pool.affinity) }}
+{{ . | indent 2 }}
+{{- end }}
+{{- if $hasVolume }}
+{{- with include "lorabbit.volumeOwner" (dict "root" .root "image" ($image) "user" 10001 "path" "/var/lib/lorabbit") }}
+{{ . | indent 2 }}
+{{- end }}
+{{- end }}
+  containers:
+    - name: client
+      image: {{ $image }}
+      imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+      args: [client]
+{{ include "lorabbit.containerSecurity" .root | indent 6 }}
+      env:
+{{ include "lorabbit.brokerEnv" .root | indent 8 }}
+{{- if eq $pool.kind "StatefulSet" }}
+        - name: LORABBIT_CLIENT
+          valueFrom:
+            fieldRef: {fieldPath: metadata.name}
+{{- else if eq $pool.kind "IndexedJob" }}
+        - name: POD_INDEX
+          valueFrom:
+            fieldRef: {fieldPath: "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
+        - {name: LORABBIT_CLIENT, value: "{{ include "lorabbit.name" (dict "root" .root "part" $pool.name) }}-$(POD_INDEX)"}
+        - {name: LORABBIT_IDLE_SECONDS, value: {{ $pool.idleSeconds | quote }}}
+{{- end }}
+        - {name: LORABBIT_DEVICE, value: {{ eq $pool.device "cpu" | ternary "cpu" "cuda" }}}
+        - {name: LORABBIT_THREADS, value: {{ int $pool.threads | quote }}}
+        - {name: LORABBIT_LOG_FORMAT, value: json}
+        - {name: LORABBIT_LOG_LEVEL, value: {{ .root.Values.server.logLevel }}}
+{{- with $pool.tags }}
+        - {name: LORABBIT_TAGS, value: {{ join "," . | quote }}}
+{{- end }}
+{{- if $pool.data.existingClaim }}
+        - {name: LORABBIT_DATA_ROOT, value: /data}
+{{- end }}
+{{- with $pool.extraEnv }}
+{{ toYaml . | indent 8 }}
+{{- end }}
+      # A client listens nowhere: it is ready while it holds a connection, which can only be the broker's. There is no
+      # liveness probe: the process ends by itself where it cannot go on, and reconnects for ever where it can.
+      readinessProbe:
+        exec:
+          command: [grep, -qsE, '^ *[0-9]+: [0-9A-F]+:[0-9A-F]+ [0-9A-F]+:[0-9A-F]+ 01 ', /proc/net/tcp, /proc/net/tcp6]
+        periodSeconds: 10
+        timeoutSeconds: 5
+      resources:
+{{- $resources := deepCopy $pool.resources }}
+{{- if and (ne $pool.device "cpu") $pool.gpu.resource }}
+{{- $_ := set $resources "limits" (set $resources.limits $pool.gpu.resource (int $pool.gpu.count)) }}
+{{- end }}
+{{ toYaml $resources | indent 8 }}
+      volumeMounts:
+        - {name: data, mountPath: /var/lib/lorabbit}
+        - {name: tmp, mountPath: /tmp}
+{{- if $pool.data.existingClaim }}
+        - name: dataset
+          mountPath: /data
+          readOnly: true
+{{- with $pool.data.subPath }}
+          subPathExpr: {{ . }}
+{{- end }}
+{{- end }}
+{{- with include "lorabbit.brokerMounts" .root }}
+{{ . | indent 8 }}
+{{- end }}
+  volumes:
+    - name: tmp
+      emptyDir: {sizeLimit: 2Gi}
+{{- if not $hasVolume }}
+    - name: data
+      emptyDir: {sizeLimit: {{ $pool.persistence.size }}}
+{{- end }}
+{{- with $pool.data.existingClaim }}
+    - name: dataset
+      persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+{{- end }}
+{{- with include "lorabbit.brokerVolumes" (dict "root" .root "side" "client") }}
+{{ . | indent 4 }}
+{{- end }}
+{{- end -}}

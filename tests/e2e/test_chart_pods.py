@@ -1,0 +1,135 @@
+"""The chart's pods for real: every part runs as rendered, its probes answer, a job goes through."""
+
+# ruff: noqa: S603, S607 - docker, by name
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from charts import CHART, Doc, render, values_of
+from pods import Cluster, job_of
+from tree import ROOT
+
+LESS = ["--set", "rounds=2", "--set", "data.limit=800", "--set", "local.steps=6", "--set", "clients=2"]
+BUILD_SECONDS = 900
+pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(BUILD_SECONDS + 900)]
+
+
+def has_engine() -> bool:
+    """Tell whether a Docker engine answers."""
+    if shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def tag() -> Iterator[str]:
+    """Images of this very tree; LORABBIT_TEST_TAG names some that are there already."""
+    if (
+        shutil.which("docker") is None
+        or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode
+    ):
+        if os.environ.get("CI") == "true":
+            pytest.fail("no Docker engine answers")
+        pytest.skip("no Docker engine answers")
+    if given := os.environ.get("LORABBIT_TEST_TAG"):
+        yield given
+        return
+    made = f"chart-{uuid4().hex[:8]}"
+    environment = {**os.environ, "LORABBIT_TAG": made, "DOCKER_BUILDKIT": "1"}
+    subprocess.run(["docker", "compose", "build", "--quiet"], check=True, cwd=ROOT, env=environment)
+    yield made
+    images = [f"lorabbit-{part}:{made}" for part in ("server", "client")]
+    subprocess.run(["docker", "image", "rm", *images], check=False, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(tag: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    values = values_of(CHART / "ci" / "builtin-values.yaml")
+    values |= {"server": {"image": {"tag": tag}}, "clientDefaults": {"image": {"tag": tag}}}
+    made = Cluster(render(values), tmp_path_factory.mktemp("volumes"))
+    try:
+        # In an order that nobody would choose: each waits for what it needs.
+        for name, ordinal in (("client", 0), ("client", 1), ("server", 0), ("redis", 0), ("rabbitmq", 0)):
+            made.start("StatefulSet", f"fed-{name}", ordinal=ordinal)
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Doc:
+    """The secret that cert-manager would make, signed by itself."""
+    host = "fed-rabbitmq.federation.svc"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={host}",
+         "-addext", f"subjectAltName=DNS:{host}", "-keyout", tmp_path / "tls.key", "-out", tmp_path / "tls.crt"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    files = {name: (tmp_path / name).read_text(encoding="utf-8") for name in ("tls.crt", "tls.key")}
+    content = {**files, "ca.crt": files["tls.crt"]}
+    return {"kind": "Secret", "metadata": {"name": "broker-tls"}, "stringData": content}
+
+
+def test_over_tls_the_server_and_a_client_find_a_broker_that_speaks_nothing_else(
+    tag: str, certificate: Doc, tmp_path: Path
+):
+    values = values_of(CHART / "ci" / "builtin-values.yaml")
+    values["rabbitmq"]["tls"] = {"enabled": True, "existingSecret": "broker-tls"}
+    values |= {"server": {"image": {"tag": tag}}, "clientDefaults": {"image": {"tag": tag}}}
+    made = Cluster([*render(values), certificate], tmp_path / "volumes")
+    try:
+        for name in ("rabbitmq", "redis", "server", "client"):
+            made.start("StatefulSet", f"fed-{name}")
+        for pod in made.pods:
+            assert pod.becomes("readinessProbe"), f"{pod.name}\n{pod.logs()[-4000:]}"
+        listeners = made.pods[0].run("rabbitmq-diagnostics", "-q", "listeners")
+        assert "port: 5671," in listeners
+        assert "port: 5672," not in listeners
+    finally:
+        made.close()
+
+
+def test_every_pod_starts_and_becomes_ready_as_rendered(cluster: Cluster):
+    for pod in cluster.pods:
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            if probe in pod.container:
+                assert pod.becomes(probe), f"{pod.name} {probe}\n{pod.logs()[-4000:]}"
+
+
+def test_no_pod_runs_as_root_or_can_write_its_image(cluster: Cluster):
+    for pod in cluster.pods:
+        who = pod.run("sh", "-c", "id -u; touch /usr/here 2>/dev/null && echo written || echo refused")
+        assert who.split() == [str(pod.spec["securityContext"]["runAsUser"]), "refused"]
+
+
+@pytest.mark.parametrize("name", ["connection", "round"])
+def test_the_chart_s_own_tests_pass(cluster: Cluster, name: str):
+    test = cluster.start("Job", f"fed-test-{name}", ordinal=None)
+
+    assert test.wait(300) == 0, test.logs()[-4000:]
+
+
+def test_the_quickstart_ends(cluster: Cluster):
+    server = next(pod for pod in cluster.pods if pod.name == "fed-server-0")
+    submitted = server.run("lorabbit", "submit", "/examples/quickstart.yaml", *LESS, "--format", "json")
+
+    watched = server.run("lorabbit", "watch", job_of(submitted), seconds=600)
+
+    assert "job done" in watched
+    assert "fed-client-1" in server.run("lorabbit", "report", job_of(submitted), "--format", "json")
+
+
+def test_a_client_loses_its_readiness_with_the_broker_and_keeps_running(cluster: Cluster):
+    pods = {pod.name: pod for pod in cluster.pods}
+    subprocess.run(["docker", "kill", pods["fed-rabbitmq-0"].id], check=True, capture_output=True)
+
+    assert pods["fed-client-0"].becomes("readinessProbe", passing=False)
+    assert pods["fed-server-0"].becomes("readinessProbe", passing=False)
+    assert pods["fed-server-0"].passes("livenessProbe")
+    assert pods["fed-client-0"].runs()

@@ -1,0 +1,191 @@
+"""Pods of the chart in plain containers: what a kubelet makes of a rendered template, as far as Docker can.
+
+Image, command, arguments, environment, mounts, user, rights and the read-only root come from the
+template; probes are asked as a kubelet asks them. A Service is a network alias, a claim an empty folder.
+"""
+
+# ruff: noqa: S603, S607 - docker, by name
+from __future__ import annotations
+
+import base64
+import json
+import re
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from uuid import uuid4
+
+from charts import NAMESPACE, Doc, environment, matches, named, of_kind, pod
+
+ANSWER_SECONDS = 10.0
+PATIENCE_SECONDS = 240.0
+
+
+def docker(*arguments: str, seconds: float = 120) -> str:
+    """Run `docker ARGUMENTS`; its standard output. Raises AssertionError with its error."""
+    run = subprocess.run(["docker", *arguments], check=False, capture_output=True, text=True, timeout=seconds)
+    assert run.returncode == 0, f"docker {' '.join(arguments)}\n{run.stdout[-4000:]}\n{run.stderr[-4000:]}"
+    return run.stdout.strip()
+
+
+class Pod:
+    """One running container of a template."""
+
+    def __init__(self, cluster: Cluster, workload: Doc, name: str) -> None:
+        self.name, self._cluster = name, cluster
+        self._template = pod(workload)
+        self.spec = self._template["spec"]
+        (self.container,) = self.spec["containers"]
+        self.id = docker(*self._command())
+
+    def _command(self) -> list[str]:
+        security, ours = self.spec["securityContext"], self.container["securityContext"]
+        user = f"{security['runAsUser']}:{security['runAsGroup']}"
+        variables = self._variables()
+        command = [self._expand(word, variables) for word in self.container.get("command", [])]
+        arguments = [self._expand(word, variables) for word in self.container.get("args", [])]
+        flags = ["--detach", "--hostname", self.name, "--network", self._cluster.network, "--user", user]
+        flags += [f"--network-alias={alias}" for alias in self._cluster.aliases(self._template)]
+        flags += [f"--cap-drop={capability}" for capability in ours["capabilities"]["drop"]]
+        flags += ["--read-only"] if ours["readOnlyRootFilesystem"] else []
+        flags += [] if ours["allowPrivilegeEscalation"] else ["--security-opt", "no-new-privileges"]
+        flags += [f"--env={name}={value}" for name, value in variables.items()]
+        flags += [word for mount in self.container["volumeMounts"] for word in self._mount(mount)]
+        flags += [f"--entrypoint={command[0]}"] if command else []
+        return ["run", *flags, self.container["image"], *command[1:], *arguments]
+
+    def _variables(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name, variable in environment(self.container).items():
+            source = variable.get("valueFrom", {})
+            if "secretKeyRef" in source:
+                found[name] = self._cluster.secret(source["secretKeyRef"]["name"])[source["secretKeyRef"]["key"]]
+            elif "fieldRef" in source:
+                found[name] = {"metadata.name": self.name}[source["fieldRef"]["fieldPath"]]
+            else:
+                found[name] = self._expand(variable["value"], found)
+        return found
+
+    @staticmethod
+    def _expand(text: str, variables: dict[str, str]) -> str:
+        return re.sub(r"\$\((\w+)\)", lambda match: variables.get(match[1], match[0]), text)
+
+    def _mount(self, mount: Doc) -> list[str]:
+        """Flags of one mount: made files read-only, everything else a folder that may be written."""
+        volumes = {volume["name"]: volume for volume in self.spec["volumes"]}
+        volume = volumes.get(mount["name"], {})
+        path = mount["mountPath"]
+        if "secret" in volume:
+            content = self._cluster.secret(volume["secret"]["secretName"])
+            chosen = volume["secret"].get("items") or [{"key": key, "path": key} for key in content]
+            items = {item["path"]: content[item["key"]] for item in chosen}
+            return ["--volume", f"{self._cluster.folder(items)}:{path}:ro"]
+        if "configMap" in volume:
+            items = named(self._cluster.docs, "ConfigMap", volume["configMap"]["name"])["data"]
+            return ["--volume", f"{self._cluster.folder(items)}:{path}:ro"]
+        return ["--volume", f"{self._cluster.scratch()}:{path}"]
+
+    # ---- what a kubelet asks ----
+    def passes(self, kind: str) -> bool:
+        """Ask a probe once."""
+        probe = self.container[kind]
+        if "exec" in probe:
+            run = subprocess.run(["docker", "exec", self.id, *probe["exec"]["command"]], check=False, timeout=60)
+            return run.returncode == 0
+        asked = probe.get("httpGet") or probe["tcpSocket"]
+        (port,) = [p["containerPort"] for p in self.container["ports"] if p["name"] == asked["port"]]
+        address = docker("inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", self.id)
+        try:
+            if "tcpSocket" in probe:
+                socket.create_connection((address, port), ANSWER_SECONDS).close()
+            else:
+                urllib.request.urlopen(f"http://{address}:{port}{asked['path']}", timeout=ANSWER_SECONDS).close()
+        except (OSError, urllib.error.HTTPError):
+            return False
+        return True
+
+    def becomes(self, kind: str, *, passing: bool = True) -> bool:
+        """Ask a probe until it says so, or patience ends, or the container does."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.passes(kind) is not passing:
+            if time.monotonic() > deadline or not self.runs():
+                return False
+            time.sleep(0.5)
+        return True
+
+    def runs(self) -> bool:
+        """Whether its process is there."""
+        return docker("inspect", "-f", "{{.State.Running}}", self.id) == "true"
+
+    def wait(self, seconds: float) -> int:
+        """Wait for its end; the exit code."""
+        return int(docker("wait", self.id, seconds=seconds))
+
+    def logs(self) -> str:
+        """What it said."""
+        run = subprocess.run(["docker", "logs", self.id], check=False, capture_output=True, text=True, timeout=60)
+        return run.stdout + run.stderr
+
+    def run(self, *command: str, seconds: float = 300) -> str:
+        """Run a command in it."""
+        return docker("exec", self.id, *command, seconds=seconds)
+
+
+class Cluster:
+    """Pods of one release on a network of their own."""
+
+    def __init__(self, docs: list[Doc], folder: Path) -> None:
+        self.docs, self._folder = docs, folder
+        self.network = f"lorabbit-chart-{uuid4().hex[:8]}"
+        self.pods: list[Pod] = []
+        docker("network", "create", self.network)
+
+    def start(self, kind: str, name: str, *, ordinal: int | None = 0) -> Pod:
+        """Start a pod of a workload."""
+        workload = named(self.docs, kind, name)
+        self.pods.append(Pod(self, workload, name if ordinal is None else f"{name}-{ordinal}"))
+        return self.pods[-1]
+
+    def secret(self, name: str) -> dict[str, str]:
+        """A secret's content."""
+        found = named(self.docs, "Secret", name)
+        plain = {key: base64.b64decode(value).decode() for key, value in found.get("data", {}).items()}
+        return {**plain, **found.get("stringData", {})}
+
+    def aliases(self, template: Doc) -> list[str]:
+        """Names under which Services lead to a pod."""
+        labels = template["metadata"]["labels"]
+        services = [s for s in of_kind(self.docs, "Service") if s["spec"].get("clusterIP") != "None"]
+        names = [s["metadata"]["name"] for s in services if matches({"matchLabels": s["spec"]["selector"]}, labels)]
+        return [f"{name}{domain}" for name in names for domain in ("", f".{NAMESPACE}.svc")]
+
+    def folder(self, items: dict[str, str]) -> Path:
+        """A folder with these files, readable by everybody as a volume's group makes them."""
+        made = self._folder / uuid4().hex[:8]
+        made.mkdir(parents=True)
+        for name, content in items.items():
+            (made / name).write_text(content, encoding="utf-8")
+            (made / name).chmod(0o444)
+        return made
+
+    def scratch(self) -> Path:
+        """An empty folder that the container's user may write, as a volume's group makes it."""
+        made = self._folder / uuid4().hex[:8]
+        made.mkdir(parents=True)
+        made.chmod(0o777)
+        return made
+
+    def close(self) -> None:
+        """Remove everything."""
+        for each in self.pods:
+            docker("rm", "--force", "--volumes", each.id)
+        docker("network", "rm", self.network)
+
+
+def job_of(text: str) -> str:
+    """The id in what `lorabbit submit --format json` says."""
+    job: str = json.loads(text)["job"]
+    return job
