@@ -398,6 +398,20 @@ def test_a_client_that_comes_back_with_too_old_a_task_gets_a_new_one():
     assert [(t.index, t.round) for t in sent(commands)] == [(2, 2)]
 
 
+def test_a_client_that_was_lost_does_not_go_on_from_an_old_version_unless_it_has_the_result():
+    state, tasks, _ = training(job(sc.Quorum(quorum=0.5, late="keep")))
+    state, _ = decide(state, steps.ClientLeft(NAMES[2], NAMES))
+    for index in (0, 1):
+        state, _ = answered(state, tasks[index])
+    state, _ = aggregated(state)
+
+    _, restarted = decide(state, steps.ClientArrived(NAMES[2], NAMES))
+    _, silent = decide(state, steps.ClientArrived(NAMES[2], NAMES, outbox=frozenset({tasks[2].id})))
+
+    assert of(restarted, steps.CancelTask) == [steps.CancelTask(tasks[2].id, NAMES[2])]
+    assert not of(silent, steps.CancelTask)
+
+
 def test_a_buffered_job_ends_after_its_versions_and_calls_the_rest_off():
     state, tasks, _ = training(job(sc.Buffered(buffer=2), rounds=2, evaluation={"every": 2, "on": "central"}))
     for pair in ((0, 1), (2, 3)):

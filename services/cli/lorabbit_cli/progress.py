@@ -20,8 +20,10 @@ from lorabbit_cli.units import bytes_text, count_text, duration_text, fact_text,
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 Lines: TypeAlias = list[tuple[str, Level]]
 KEPT_NOTES = 50
-TOLD = ("aggregation_error", "rank", "late", "too_stale", "staleness_mean", "staleness_max")
-"""What is told of a round that goes into its line."""
+TOLD = ("aggregation_error", "rank")
+"""What methods tell of a round that goes into its line."""
+TOLD_UNLESS_ZERO = ("late", "too_stale", "staleness_mean", "staleness_max")
+"""What is told of a round that does not wait for everybody."""
 QUIET_FROM = 20
 """Populations above this do not get a line for every client that joins."""
 
@@ -235,6 +237,7 @@ class Progress:
         names = [*first, *(name for name in row.metrics if name != self.main_metric)]
         parts += [f"{name} {score_text(row.metrics[name])}" for name in names[:4] if name is not None]
         parts += [f"{name} {fact_text(row.facts[name])}" for name in TOLD if name in row.facts]
+        parts += [f"{name} {fact_text(row.facts[name])}" for name in TOLD_UNLESS_ZERO if row.facts.get(name)]
         parts.append(f"{row.accepted}/{row.cohort} updates")
         if row.rejected:
             parts.append(f"{row.rejected} refused")

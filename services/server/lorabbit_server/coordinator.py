@@ -117,7 +117,7 @@ def _welcome_back(state: JobState, event: ClientArrived) -> Decision:
     for task in in_order(state.tasks):
         if task.client != event.client or task.status == "accepted" or task.id in event.outbox:
             continue
-        if pace.is_too_stale(state, task):
+        if pace.is_too_stale(state, task) or (event.client in state.lost and pace.is_behind(state, task)):
             del tasks[task.id]
             commands.append(CancelTask(task.id, task.client))
             continue

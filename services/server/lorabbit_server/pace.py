@@ -78,6 +78,11 @@ def staleness(state: JobState, task: TaskState) -> int:
     return state.round + behind - task.round
 
 
+def is_behind(state: JobState, task: TaskState) -> bool:
+    """Tell whether a training started from an older version than the newest."""
+    return task.phase == TRAIN and task.round < state.round
+
+
 def is_too_stale(state: JobState, task: TaskState) -> bool:
     """Tell whether a training started from a version that is older than the schedule allows."""
     schedule = state.spec.schedule

@@ -46,7 +46,10 @@ class AdapterInitialised(Event):
 
 
 class RoundStarted(Event):
-    """A cohort was asked; in round 0, which prepares the job, every client of the population."""
+    """A cohort was asked; in round 0, which prepares the job, every client of the population.
+
+    Clients that go on training for an earlier round belong to the cohort, where the schedule keeps late updates.
+    """
 
     kind: Literal["round-started"] = "round-started"
     round: int
