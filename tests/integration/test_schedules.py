@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from server_rig import Died, Fuse, Rig
+from typer.testing import CliRunner
 
 from lorabbit import codec, jobfile
+from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.schedules import Buffered, Quorum
 from lorabbit.types import TRAIN
+from lorabbit_cli.__main__ import app
 from lorabbit_cli.local import Audience, Means, run_local
+from lorabbit_cli.replay import replay
 
 
 def spec(schedule, **what):
@@ -167,13 +173,13 @@ def test_a_job_whose_server_is_killed_ends_with_every_file_swept_and_every_updat
     fuse = Fuse()
     calm.serve(fuse)
     calm.start_clients()
-    calm.run_to_end(calm.service.submit(spec(schedule)))
+    calm.run_to_end(calm.service.submit(spec(schedule, output={"keep_updates": True})))
     calm.service.close()
 
     rig = Rig(tmp_path / "killed", clients=3)
     rig.serve(Fuse(fuse.count * share // 10, after=after))
     rig.start_clients()
-    job = rig.service.submit(spec(schedule))
+    job = rig.service.submit(spec(schedule, output={"keep_updates": True}))
     try:
         rig.run_to_end(job)
     except Died:
@@ -187,6 +193,8 @@ def test_a_job_whose_server_is_killed_ends_with_every_file_swept_and_every_updat
     assert sum('"round-closed"' in e for e in events) == 3
     assert sorted(rig.service.payloads.folder.iterdir()) == []
     assert [name for name in rig.broker._queues if "adapter" in name] == []
+    again = list(replay(rig.runs(job)))
+    assert [(v.updates, v.is_same) for v in again] == [(r.accepted, True) for r in report.rounds]
     assert sum(r.accepted for r in report.rounds) <= sum('"update-accepted"' in e and '"train"' in e for e in events)
     rig.service.close()
 
@@ -214,3 +222,48 @@ def test_a_sync_round_tells_nothing_of_staleness(tmp_path):
     ended = run_local(jobfile.parse(NULL), tmp_path, means=Means())
 
     assert all(not r.facts for r in ended.report.rounds)
+
+
+KEPT = "output: {keep_updates: true}\n"
+
+
+@pytest.mark.parametrize(
+    "schedule", ["sync", "{kind: buffered, buffer: 1}", "{kind: buffered, buffer: 3}", "{kind: quorum, late: keep}"]
+)
+def test_a_run_that_kept_its_updates_is_made_again_to_the_same_sha256(tmp_path, schedule):
+    ended = run_local(jobfile.parse(f"{NULL}{KEPT}schedule: {schedule}\n"), tmp_path, means=Means())
+
+    versions = list(replay(ended.folder))
+
+    assert [(v.round, v.is_same) for v in versions] == [(number, True) for number in (1, 2, 3, 4)]
+    assert versions[-1].sha256 == ended.report.adapter.sha256
+
+
+def test_an_update_that_was_changed_after_the_run_shows_in_the_replay(tmp_path):
+    folder = run_local(jobfile.parse(NULL + KEPT), tmp_path, means=Means()).folder
+    path = min((folder / "updates").glob("*.safetensors"))
+    tensors = {name: np.array(value) + 1 for name, value in codec.read_tensors(path).items()}
+    codec.write_tensors(path, tensors)
+
+    result = CliRunner().invoke(app, ["replay", str(folder)])
+
+    assert result.exit_code == 1
+    assert "differs: the run made" in result.output
+
+
+def test_a_run_that_kept_no_updates_cannot_be_made_again(tmp_path):
+    folder = run_local(jobfile.parse(NULL), tmp_path, means=Means()).folder
+
+    assert not (folder / "updates").exists()
+    with pytest.raises(BadInput, match=r"kept no updates; run the job with --set output\.keep_updates=true"):
+        list(replay(folder))
+
+
+def test_replay_prints_its_versions(tmp_path):
+    folder = run_local(jobfile.parse(f"{NULL}{KEPT}schedule: buffered\n"), tmp_path, means=Means()).folder
+
+    text = CliRunner().invoke(app, ["replay", str(folder)])
+    told = CliRunner().invoke(app, ["replay", str(folder), "--format", "json"])
+
+    assert (text.exit_code, text.output.count(", same\n")) == (0, 4)
+    assert [version["same"] for version in json.loads(told.output)] == [True] * 4

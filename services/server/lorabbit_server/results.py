@@ -126,7 +126,9 @@ def _accepted(state: JobState, task: TaskState, offered: Offered, event: ResultA
         overhead_up=event.traffic.overhead_up,
         overhead_down=event.traffic.overhead_down,
         bytes_by_role=dict(offered.bytes_by_role),
+        started=task.round - 1 if trains else 0,
         staleness=pace.staleness(state, task) if trains else 0,
+        turn=task.turn,
     )
     verdict = SendVerdict(task.id, task.client, accepted=True)
     return CountResult(task.id, sha256 or "-"), Record(told), verdict

@@ -103,8 +103,12 @@ class UpdateAccepted(Event):
     overhead_down: int
     bytes_by_role: dict[str, int] = Field(default_factory=dict)
     """`bytes_down` by the role under which the task named a payload."""
+    started: int = 0
+    """Version that a training started from."""
     staleness: int = 0
-    """Versions made since the one that it started from, once it is folded."""
+    """Versions made since then, once it is folded."""
+    turn: int = 0
+    """Number of the training in a job whose clients never wait."""
 
 
 class UpdateRejected(Event):

@@ -151,6 +151,7 @@ class OutputSpec(Strict):
 
     keep_checkpoints: int = Field(default=2, ge=0, description="checkpoint-<round> folders kept, newest first")
     checkpoint_every: int = Field(default=1, ge=1, description="rounds between checkpoints; the last is always one")
+    keep_updates: bool = Field(default=False, description="every update that counts stays in updates/, for a replay")
 
 
 class JobSpec(Strict):
