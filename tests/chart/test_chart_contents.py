@@ -14,6 +14,8 @@ import yaml
 from charts import (
     CASES,
     CHART,
+    NAMESPACE,
+    RELEASE,
     Doc,
     containers,
     environment,
@@ -24,6 +26,7 @@ from charts import (
     render,
     values_of,
 )
+from helm_python import Chart
 from tree import ROOT
 
 from lorabbit import jobfile
@@ -247,6 +250,18 @@ def test_a_scaled_pool_leaves_its_number_to_the_scaler():
 
 
 # ---- the rest ----
+def test_the_notes_name_what_is_there_and_scale_only_what_may_be_scaled():
+    texts = Chart.load(CHART).render(values_of(POOLS), name=RELEASE, namespace=NAMESPACE)
+    notes = texts["lorabbit/templates/NOTES.txt"]
+    docs = objects(POOLS)
+
+    assert re.findall(r"scale (\S+)", notes) == ["statefulset/fed-holder"]
+    assert named(docs, "StatefulSet", "fed-holder")
+    assert re.findall(r"exec (?:-it )?(\S+)", notes) == ["fed-server-0"] * 2
+    assert re.findall(r"svc/(\S+)", notes) == ["fed-server"]
+    assert "(pool elastic follows the jobs: 1 to 5 clients)" in notes
+
+
 def test_broker_and_store_are_the_images_of_compose():
     compose = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
     images = {container["name"]: container["image"] for _, container, _ in containers(render({}))}
