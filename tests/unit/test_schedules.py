@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorabbit import jobfile
 from lorabbit import schedules as sc
@@ -436,3 +440,54 @@ def test_a_state_with_bases_and_a_batch_survives_the_store():
 
     assert kept == state
     assert (set(kept.bases), len(kept.batch)) == ({1}, 1)
+
+
+# ---- every order of arrival ----
+
+SCHEDULES = (
+    sc.Buffered(buffer=2),
+    sc.Buffered(buffer=1, max_staleness=1, concurrency=2),
+    sc.Buffered(buffer=5),
+    sc.Quorum(quorum=0.5, late="keep", deadline_seconds=1),
+    sc.Quorum(quorum=0.75),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(schedule=st.sampled_from(SCHEDULES), seed=st.integers(0, 2**32))
+def test_whoever_answers_leaves_and_returns_every_counted_update_is_folded_once_and_none_is_too_old(schedule, seed):
+    dice = Random(seed)
+    state, _, _ = training(job(schedule, rounds=4, evaluation={"every": 4, "on": "central"}))
+    counted, folded = [], []
+    for now in range(200):
+        if state.stage != "training":
+            break
+        task = dice.choice([t for t in state.tasks.values() if t.phase == TRAIN and t.status != "accepted"])
+        state, commands = something_happens(state, task, dice.randrange(10), now)
+        counted += [c.task for c in of(commands, steps.CountResult)]
+        while state.stage == "aggregating":
+            (command, *_) = [c for c in resume(state) if isinstance(c, steps.Aggregate)]
+            folded += [t.id for t in command.tasks]
+            assert all(state.version_for(t) is not None for t in command.tasks)
+            state, commands = aggregated(state, now)
+            (closed,) = events(commands, "round-closed")
+            assert closed.pace["staleness_max"] <= getattr(schedule, "max_staleness", 99)
+        if len(state.lost) == len(NAMES):
+            state, _ = decide(state, steps.ClientArrived(NAMES[0], NAMES, at_ms=now))
+
+    assert (state.stage, state.round) == ("scoring", 4)
+    assert sorted(folded) == sorted(counted)
+    assert len(set(folded)) == len(folded)
+
+
+def something_happens(state, task, what, now):
+    """Mostly a result; now and then a client leaves or comes back, or the deadline passes."""
+    match what:
+        case 0:
+            return decide(state, steps.ClientLeft(task.client, NAMES, now))
+        case 1:
+            return decide(state, steps.ClientArrived(task.client, NAMES, at_ms=now))
+        case 2:
+            return decide(state, steps.DeadlinePassed(state.round, state.deadline_ms or 0))
+        case _:
+            return answered(state, task, now)
