@@ -19,14 +19,14 @@ def check(job: JobSpec, *, personal: bool, prepares: bool, needs_each: str = "")
         raise BadInput(f"privacy: {name} prepares by measuring the data without noise; leave privacy out")
     if needs_each:
         raise BadInput(f"privacy: {name} must see every update, since {needs_each}; leave privacy out")
+    if job.schedule != "sync":
+        raise BadInput("privacy: clients are counted, and budgets kept, by rounds in which each is at most once; set "
+                       "schedule to 'sync'")  # fmt: skip
     if spec.level == "example":
         _check_examples(job)
         return
     if job.robust is not None:
         raise BadInput("privacy.level: 'client' clips and averages by itself; leave robust out")
-    if job.schedule != "sync":
-        raise BadInput("privacy.level: clipping bounds what a client moves only where it is in a mean once; set "
-                       "schedule to 'sync'")  # fmt: skip
     if job.aggregation not in {"factors", "freeze-a"} or job.model.lora.client_ranks is not None:
         raise BadInput("privacy.level: noise goes onto the mean of tensors of one shape; leave aggregation and "
                        "model.lora.client_ranks out")  # fmt: skip
