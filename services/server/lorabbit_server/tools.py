@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from pydantic import JsonValue
+
 from lorabbit.broker.base import Broker
 from lorabbit.payloads import PayloadStore
 from lorabbit.settings import ServerSettings
@@ -32,3 +34,8 @@ class Tools:
     """Of what this server runs on, for the report."""
     refused: Counter[str] = field(default_factory=Counter)
     """Messages and chunks that were no such thing, by reason."""
+
+    def with_versions(self, facts: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+        """A client's facts, with the server's versions beside its own."""
+        known = facts.get("versions")
+        return {**facts, "versions": {**(known if isinstance(known, dict) else {}), **self.versions}}
