@@ -12,7 +12,7 @@ from lorabbit.messages import Metrics
 from lorabbit.methods.fedavg import FedAvg
 from lorabbit.payloads import PayloadStore
 from lorabbit.types import ClientId, ServerState
-from lorabbit_server.aggregator import Updates, aggregate
+from lorabbit_server.aggregator import Carried, Carry, Updates, aggregate
 from lorabbit_server.jobstate import Offered, TaskState
 from lorabbit_server.versions import Versions
 
@@ -36,6 +36,37 @@ def test_updates_are_weighted_by_examples(payloads):
     state = aggregate(FedAvg(), ServerState({}), tasks, payloads=payloads)
 
     assert np.array_equal(state.tensors["b"], np.full(SHAPE, 4.0, np.float32))
+
+
+def test_an_update_from_an_older_version_brings_its_change_discounted_to_the_newest(payloads):
+    def whole(value):
+        return {name: np.full(SHAPE, value, np.float32) for name in ("a", "b", "c")}
+
+    fresh, stale = task(payloads, 0, 12.0, examples=1), task(payloads, 1, 5.0, examples=3)
+    carries = {stale.id: Carry(whole(1.0), whole(10.0), 0.5)}
+
+    state = aggregate(FedAvg(), ServerState({}), [fresh, stale], payloads=payloads, carries=carries)
+
+    # FedBuff: w + mean over n_k of s(tau_k) (w_k - w^(t - tau_k)) = 10 + (1 * 2 + 3 * 0.5 * 4) / 4
+    assert np.array_equal(state.tensors["b"], np.full(SHAPE, 12.0, np.float32))
+
+
+def test_one_update_alone_is_discounted_too(payloads):
+    head = {name: np.full(SHAPE, 10.0, np.float32) for name in ("a", "b", "c")}
+    start = {name: np.full(SHAPE, 1.0, np.float32) for name in head}
+    stale = task(payloads, 0, 5.0)
+
+    state = aggregate(
+        FedAvg(), ServerState({}), [stale], payloads=payloads, carries={stale.id: Carry(start, head, 0.25)}
+    )
+
+    assert np.array_equal(state.tensors["a"], np.full(SHAPE, 11.0, np.float32))
+
+
+def test_what_has_no_real_numbers_is_carried_as_it_came():
+    counts = {"n": np.array([3], np.int64)}
+
+    assert Carried(counts, Carry({"n": np.array([1])}, {"n": np.array([9])}, 0.5))["n"].tolist() == [3]
 
 
 def test_the_order_of_arrival_does_not_change_a_bit(payloads):

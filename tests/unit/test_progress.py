@@ -199,3 +199,26 @@ def test_the_line_of_a_round_tells_aggregation_error_and_rank():
     lines = [note.text for note in fold(progress, log)]
 
     assert "aggregation_error 0.125, rank 4, " in lines[-1]
+
+
+def test_the_line_of_a_round_that_does_not_wait_tells_who_was_late_and_how_old_updates_were():
+    progress = Progress(sample_spec())
+    pace = {"late": 2, "too_stale": 0, "staleness_mean": 0.5, "staleness_max": 3}
+    closed = ev.RoundClosed(
+        at_ms=START_MS, round=0, accepted=2, sha256="0" * 64, seconds=1.0, aggregate_seconds=0.1, pace=pace
+    )
+
+    (line,) = [note.text for note in fold(progress, [closed])]
+
+    assert "late 2, staleness_mean 0.5, staleness_max 3" in line
+    assert "too_stale" not in line
+
+
+def test_a_training_that_counts_in_a_later_round_than_it_began_in_is_no_longer_under_way():
+    progress = Progress(sample_spec())
+    began = ev.TaskSent(at_ms=START_MS, round=1, client=name(0), phase=TRAIN, attempt=1)
+    accepted = next(e for e in sample_log() if isinstance(e, ev.UpdateAccepted) and e.phase == TRAIN)
+
+    fold(progress, [began, accepted.model_copy(update={"round": 3, "client": name(0)})])
+
+    assert progress.clients[name(0)].tasks == {}

@@ -1,4 +1,4 @@
-"""Commands about what a run made: report, export."""
+"""Commands about what a run made: report, export, replay."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     """Add these commands."""
     app.command()(report)
     app.command()(export)
+    app.command()(replay)
 
 
 def report(
@@ -81,3 +82,29 @@ def export(  # noqa: PLR0913, PLR0917 - options of the command line
         print_json({"folder": str(made), "files": [*sorted(path.name for path in made.iterdir())]})
     else:
         typer.echo(f"wrote {made} ({', '.join(sorted(path.name for path in made.iterdir()))})")
+
+
+def replay(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, made with output.keep_updates.")],
+    output: Output = Format.TEXT,
+) -> None:
+    """Make a run's versions again from the updates it kept, and compare them to the bit.
+
+    Nothing is trained. The exit code is 1 where a version differs.
+
+    Example: lorabbit replay runs/buffered
+    """
+    from dataclasses import asdict  # noqa: PLC0415 - as above
+
+    from lorabbit_cli import replay as replays  # noqa: PLC0415 - as above
+
+    versions = []
+    for version in replays.replay(folder):
+        versions.append(version)
+        if output is Format.TEXT:
+            said = "same" if version.is_same else f"differs: the run made {version.expected}"
+            typer.echo(f"round {version.round}: {version.updates} updates, sha256 {version.sha256}, {said}")
+    if output is Format.JSON:
+        print_json([{**asdict(version), "same": version.is_same} for version in versions])
+    if not all(version.is_same for version in versions):
+        raise typer.Exit(1)

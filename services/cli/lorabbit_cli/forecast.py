@@ -101,7 +101,7 @@ def forecast(spec: JobSpec, means: Means) -> Forecast:
             task=spec.model.task,
             rounds=spec.rounds,
             clients=spec.clients,
-            cohort=spec.cohort_size,
+            cohort=spec.asked_in_a_round,
             evaluated_rounds=sum(spec.evaluates(number) for number in range(1, spec.rounds + 1)),
             evaluating_clients=_evaluating(spec),
             base_parameters=_number(outcome.metrics.facts, "base_parameters"),
@@ -196,7 +196,7 @@ def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> 
         return Payload(up=up, down_first=size, down=size, down_evaluation=0, shared=0)
     moved = {name: _moved(value) for name, value in template.items()}
     told = dict(plan.settings)  # answers name what they were trained from
-    answering = range(min(2, spec.cohort_size))
+    answering = range(min(2, spec.clients, spec.asked_in_a_round))
     updates = [ClientUpdate(ClientId(f"client-{k + 1}"), k, moved, 1, 0.0, told) for k in answering]
     later = method.aggregate(first, updates)
     fresh = _travelling(method.plan(later, client), scratch, held=before)
@@ -234,7 +234,7 @@ def _evaluating(spec: JobSpec) -> int:
 
 def _totals(spec: JobSpec, payload: Payload, first_adapter: int) -> tuple[int, int, int]:
     """Bytes up and down of a scored round, and both of the whole job."""
-    cohort, evaluating = spec.cohort_size, _evaluating(spec)
+    cohort, evaluating = spec.asked_in_a_round, _evaluating(spec)
     shared = 0 if spec.evaluation.on == CENTRAL else payload.shared
     up = cohort * payload.up
     scoring = evaluating * payload.down_evaluation

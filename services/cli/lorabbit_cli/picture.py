@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lorabbit.schedules import kind_of
 from lorabbit_cli.progress import Progress
 from lorabbit_cli.rows import ClientRow, Level
 from lorabbit_cli.units import bytes_text, duration_text, score_text, sparkline
@@ -63,7 +64,8 @@ def _head(progress: Progress, now_ms: int) -> RenderableType:
     if spec is not None:
         line.append(f"{spec.method.name} of {spec.model.trainable}", "bold")
         line.append(f" on {spec.model.name}", "cyan")
-        line.append(f", {spec.cohort_size} of {spec.clients} clients a round", "dim")
+        what = "updates of" if kind_of(spec.schedule) == "buffered" else "of"
+        line.append(f", {spec.asked_in_a_round} {what} {spec.clients} clients a round", "dim")
     current = progress.current
     grid = Table.grid(padding=(0, 2), expand=True)
     for ratio in (None, 1, None):

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 from lorabbit import events as ev
 from lorabbit.jobspec import JobSpec
+from lorabbit.schedules import takes_late
 from lorabbit.types import EVALUATE, INITIALISE
 from lorabbit_cli.rows import ClientRow, Level, Note, RoundRow
 from lorabbit_cli.units import bytes_text, count_text, duration_text, fact_text, score_text
@@ -21,6 +22,8 @@ Lines: TypeAlias = list[tuple[str, Level]]
 KEPT_NOTES = 50
 TOLD = ("aggregation_error", "rank")
 """What methods tell of a round that goes into its line."""
+TOLD_UNLESS_ZERO = ("late", "too_stale", "staleness_mean", "staleness_max")
+"""What is told of a round that does not wait for everybody."""
 QUIET_FROM = 20
 """Populations above this do not get a line for every client that joins."""
 
@@ -164,7 +167,10 @@ class Progress:
     def _accepted(self, event: ev.UpdateAccepted) -> None:
         row = self._client(event.client)
         row.lost = False
-        row.tasks.pop((event.phase, event.round), None)
+        # A client has one training at a time, which may have started in an earlier round than it counts in.
+        done = [key for key in row.tasks if key[0] == event.phase and (key[1] == event.round or key[0] != EVALUATE)]
+        for key in done:
+            del row.tasks[key]
         if event.phase == INITIALISE:
             # Bytes are those of rounds, here as in the report.
             return
@@ -207,8 +213,10 @@ class Progress:
         row.closed = True
         row.accepted = event.accepted
         row.seconds = event.seconds
-        row.facts = {name: fact for name, fact in event.facts.items() if isinstance(fact, int | float)}
-        for client in self.clients.values():
+        told = {**event.facts, **event.pace}
+        row.facts = {name: fact for name, fact in told.items() if isinstance(fact, int | float)}
+        goes_on = self.spec is not None and takes_late(self.spec.schedule)
+        for client in () if goes_on else self.clients.values():
             for key in [key for key in client.tasks if key[1] == event.round and key[0] != EVALUATE]:
                 del client.tasks[key]
         scored = event.round > 0 and (self.spec is None or self.spec.evaluates(event.round))
@@ -229,6 +237,7 @@ class Progress:
         names = [*first, *(name for name in row.metrics if name != self.main_metric)]
         parts += [f"{name} {score_text(row.metrics[name])}" for name in names[:4] if name is not None]
         parts += [f"{name} {fact_text(row.facts[name])}" for name in TOLD if name in row.facts]
+        parts += [f"{name} {fact_text(row.facts[name])}" for name in TOLD_UNLESS_ZERO if row.facts.get(name)]
         parts.append(f"{row.accepted}/{row.cohort} updates")
         if row.rejected:
             parts.append(f"{row.rejected} refused")

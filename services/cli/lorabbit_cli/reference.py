@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from lorabbit import errors, events, jobspec, messages, settings
+from lorabbit import errors, events, jobspec, messages, schedules, settings
 from lorabbit.methods import METHODS
 from lorabbit.report import report_schema
 from lorabbit_cli.reference_cli import cli_page
@@ -108,6 +108,8 @@ def _job_file() -> str:
         ABOUT_JOB_FILE,
         "",
         *_job_part(jobspec.JobSpec, "", "The job"),
+        *_job_part(schedules.Quorum, "schedule.", "`schedule` of kind quorum"),
+        *_job_part(schedules.Buffered, "schedule.", "`schedule` of kind buffered"),
         "A method's hyper-parameters are further keys under `method`: see [Methods](methods.md).",
     ]
     return "\n".join(lines)

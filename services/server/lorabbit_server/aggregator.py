@@ -8,16 +8,56 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from lorabbit import codec
 from lorabbit.methods import Method
 from lorabbit.payloads import PayloadStore
-from lorabbit.types import ClientUpdate, ServerState, Tensors
+from lorabbit.tensors import is_floating
+from lorabbit.types import Array, ClientUpdate, ServerState, Tensors
 from lorabbit_server.admission import Template
 from lorabbit_server.jobstate import Offered, TaskState, Version
 from lorabbit_server.versions import Versions
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """How an update that started from an older version comes to the newest: its change, discounted, on top of it."""
+
+    start: Tensors
+    """What the client started from."""
+    head: Tensors
+    """The same tensors of the newest version."""
+    worth: float
+    """Share of the change that counts."""
+
+
+class Carried(Mapping[str, Array]):
+    """head + worth (update - start), tensor by tensor, in float64; what has no real numbers stays as it came."""
+
+    def __init__(self, update: Tensors, carry: Carry) -> None:
+        """Compute nothing yet."""
+        self._update, self._carry = update, carry
+
+    def __getitem__(self, name: str) -> Array:
+        """Compute one tensor, of the type in which it came."""
+        value = self._update[name]
+        if not is_floating(value):
+            return value
+        carry = self._carry
+        change = value.astype(np.float64) - carry.start[name].astype(np.float64)
+        return (carry.head[name].astype(np.float64) + carry.worth * change).astype(value.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the update."""
+        return iter(self._update)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self._update)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +66,8 @@ class Updates(Iterable[ClientUpdate]):
 
     tasks: Sequence[TaskState]
     payloads: PayloadStore
+    carries: Mapping[str, Carry] = field(default_factory=dict)
+    """By task, where an update started from an older version."""
 
     def __iter__(self) -> Iterator[ClientUpdate]:
         """Stream the updates; each one's tensors are read when asked for, none where it brought none."""
@@ -34,6 +76,8 @@ class Updates(Iterable[ClientUpdate]):
                 continue
             metrics, payload = task.offered.metrics, task.offered.payload
             tensors: Tensors = {} if payload is None else codec.read_tensors(self.payloads.path(payload.sha256))
+            if task.id in self.carries:
+                tensors = Carried(tensors, self.carries[task.id])
             yield ClientUpdate(
                 task.client,
                 task.index,
@@ -44,9 +88,17 @@ class Updates(Iterable[ClientUpdate]):
             )
 
 
-def aggregate(method: Method, state: ServerState, tasks: Sequence[TaskState], *, payloads: PayloadStore) -> ServerState:
-    """Let the method fold the round's updates, in ascending client index."""
-    return method.aggregate(state, Updates(sorted(tasks, key=lambda task: task.index), payloads))
+def aggregate(
+    method: Method,
+    state: ServerState,
+    tasks: Sequence[TaskState],
+    *,
+    payloads: PayloadStore,
+    carries: Mapping[str, Carry] | None = None,
+) -> ServerState:
+    """Let the method fold the round's updates, in ascending client index, then in the order they were asked for."""
+    ordered = sorted(tasks, key=lambda task: (task.index, task.round, task.turn))
+    return method.aggregate(state, Updates(ordered, payloads, carries or {}))
 
 
 def first_version(versions: Versions, offered: Offered) -> tuple[Version, int]:
@@ -57,8 +109,10 @@ def first_version(versions: Versions, offered: Offered) -> tuple[Version, int]:
     return version, Template.of(codec.read_tensors(store.path(version.adapter.sha256))).parameters
 
 
-def next_version(versions: Versions, state: ServerState, tasks: Sequence[TaskState]) -> tuple[Version, float]:
+def next_version(
+    versions: Versions, state: ServerState, tasks: Sequence[TaskState], *, carries: Mapping[str, Carry]
+) -> tuple[Version, float]:
     """Save the state that a round's updates give; returns it and the seconds that it took."""
     began = time.monotonic()
-    folded = aggregate(versions.method, state, tasks, payloads=versions.payloads)
+    folded = aggregate(versions.method, state, tasks, payloads=versions.payloads, carries=carries)
     return versions.save(folded), time.monotonic() - began

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from lorabbit import events as ev
+from lorabbit.schedules import Buffered
 from lorabbit.types import TRAIN
 from lorabbit_server.jobstate import JobState, TaskState
 from lorabbit_server.steps import Command, Decision, Record, SendTask
@@ -13,16 +14,21 @@ from lorabbit_server.steps import Command, Decision, Record, SendTask
 
 def ask(state: JobState, phase: str, indices: Iterable[int], *, round_number: int, at_ms: int) -> Decision:
     """Open one task for each of these clients and send it."""
-    opened = [replace(new_task(state, phase, i, round_number=round_number), since_ms=at_ms) for i in indices]
+    opened: list[TaskState] = []
+    counts = phase == TRAIN and isinstance(state.spec.schedule, Buffered)
+    for index in indices:
+        state = replace(state, turns=state.turns + counts)
+        turn = state.turns if counts else 0
+        task = TaskState("", phase, round_number, state.clients[index], index, turn=turn, since_ms=at_ms)
+        opened.append(named(state.job, task))
     state = replace(state, tasks={**state.tasks, **{task.id: task for task in opened}})
     return state, tuple(command for task in opened for command in send(task, at_ms))
 
 
-def new_task(state: JobState, phase: str, index: int, *, round_number: int, tries: int = 1) -> TaskState:
+def named(job: str, task: TaskState) -> TaskState:
     """Name a task after what it is, so that the same work has the same id on every server."""
-    again = f".try{tries}" if tries > 1 else ""
-    name = f"{state.job}.r{round_number}.{phase}.k{index}{again}"
-    return TaskState(name, phase, round_number, state.clients[index], index, tries=tries)
+    again = (f".n{task.turn}" if task.turn else "") + (f".try{task.tries}" if task.tries > 1 else "")
+    return replace(task, id=f"{job}.r{task.round}.{task.phase}.k{task.index}{again}")
 
 
 def send(task: TaskState, at_ms: int) -> tuple[Command, ...]:
@@ -39,5 +45,5 @@ def name_of(task: TaskState) -> str:
 
 
 def in_order(tasks: Mapping[str, TaskState]) -> list[TaskState]:
-    """Tasks by round, phase and client index: an order that arrival does not touch."""
-    return sorted(tasks.values(), key=lambda t: (t.round, t.phase != TRAIN, t.index))
+    """Tasks by round, phase, client index and turn: an order that arrival does not touch."""
+    return sorted(tasks.values(), key=lambda t: (t.round, t.phase != TRAIN, t.index, t.turn))

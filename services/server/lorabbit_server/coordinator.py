@@ -14,14 +14,16 @@ from typing import Any
 
 from lorabbit import events as ev
 from lorabbit.types import INITIALISE
-from lorabbit_server import cohort, results, rounds
+from lorabbit_server import cohort, pace, results, rounds
 from lorabbit_server.asking import ask, in_order, send
 from lorabbit_server.jobstate import JobState
 from lorabbit_server.steps import (
     CancelRequested,
+    CancelTask,
     ClientArrived,
     ClientLeft,
     Command,
+    DeadlinePassed,
     Decision,
     DenyUpload,
     Event,
@@ -34,6 +36,7 @@ from lorabbit_server.steps import (
     ResultRefused,
     RoundAggregated,
     SendVerdict,
+    SetDeadline,
     StartMethod,
     StepFailed,
     TaskFailed,
@@ -46,6 +49,7 @@ _STEPS: Mapping[type[Event], Callable[[JobState, Any], Decision]] = {
     TaskFailed: results.task_failed,
     MethodStarted: rounds.method_started,
     RoundAggregated: rounds.round_aggregated,
+    DeadlinePassed: rounds.deadline_passed,
 }
 
 
@@ -68,9 +72,10 @@ def resume(state: JobState) -> tuple[Command, ...]:
     """Return the commands that a restarted server must give again, because nothing on the wire holds them."""
     if state.stage == "starting":
         return tuple(StartMethod(task) for task in state.tasks.values())
-    if state.stage == "aggregating":
-        return (rounds.aggregation(state),)
-    return tuple(GrantUpload(task) for task in in_order(state.tasks) if task.status == "offered")
+    folding = (rounds.aggregation(state),) if state.stage == "aggregating" else ()
+    granted = tuple(GrantUpload(task) for task in in_order(state.tasks) if task.status == "offered")
+    deadline = () if state.deadline_ms is None else (SetDeadline(state.round, state.deadline_ms),)
+    return (*folding, *granted, *deadline)
 
 
 def _presence(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> Decision:
@@ -82,7 +87,8 @@ def _presence(state: JobState, event: JobOpened | ClientArrived | ClientLeft) ->
             return _welcome_back(state, event)
         case ClientLeft() if event.client in state.clients and event.client not in state.lost:
             lost = tuple(sorted((*state.lost, event.client), key=cohort.natural))
-            return replace(state, lost=lost), (Record(ev.ClientLost(at_ms=event.at_ms, client=event.client)),)
+            state, commands = rounds.ask_on(replace(state, lost=lost), event.at_ms)
+            return state, (Record(ev.ClientLost(at_ms=event.at_ms, client=event.client)), *commands)
         case _:
             return state, ()
 
@@ -111,11 +117,16 @@ def _welcome_back(state: JobState, event: ClientArrived) -> Decision:
     for task in in_order(state.tasks):
         if task.client != event.client or task.status == "accepted" or task.id in event.outbox:
             continue
+        if pace.is_too_stale(state, task) or (event.client in state.lost and pace.is_behind(state, task)):
+            del tasks[task.id]
+            commands.append(CancelTask(task.id, task.client))
+            continue
         again = replace(task, attempt=task.attempt + 1, status="open", offered=None)
         tasks[task.id] = again
         commands += send(again, event.at_ms)
     lost = tuple(client for client in state.lost if client != event.client)
-    return replace(state, lost=lost, tasks=tasks), tuple(commands)
+    state, more = rounds.ask_on(replace(state, lost=lost, tasks=tasks), event.at_ms)
+    return state, (*commands, *more)
 
 
 def _after_the_end(state: JobState, event: Event) -> Decision:

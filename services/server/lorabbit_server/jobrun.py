@@ -23,6 +23,7 @@ from lorabbit.state.base import JobEntry, JobRecord
 from lorabbit.types import INITIALISE, ClientId
 from lorabbit_server import aggregator, steps
 from lorabbit_server.coordinator import decide, resume
+from lorabbit_server.deadline import Deadline
 from lorabbit_server.downloads import Downloads
 from lorabbit_server.jobstate import JobState, Offered, TaskState, Version, load_state
 from lorabbit_server.ledger import Ledger
@@ -53,6 +54,7 @@ class JobRun:
         self._planner = Planner(self._method, self._versions, tools.registry, epoch=tools.epoch)
         self._uploads = Uploads(tools, job, self._meter, self._checked, may_start_empty=self._method.personal)
         self._downloads = Downloads(tools, self._needs)
+        self._deadline = Deadline(tools, self.apply)
         folder = tools.settings.folder / "runs" / job
         self._folder = RunFolder(folder, job, spec, tools.payloads, durable=tools.settings.durable)
         self._ledger = Ledger(tools, state, record)
@@ -95,6 +97,7 @@ class JobRun:
 
     def close(self) -> None:
         """Take no further step; the store holds what the next server needs."""
+        self._deadline.close()
         self._ledger.close()
 
     # ---- events ----
@@ -104,7 +107,7 @@ class JobRun:
         self._ledger.state, commands = decide(before, event)
         for command in commands:
             self._perform(command)
-        if self.state.head is before.head and len(self.state.tasks) >= len(before.tasks):
+        if self.state.head is before.head and before.tasks.keys() <= self.state.tasks.keys():
             return  # the common case, once a message: nothing has become superfluous
         self._meter.keep(self.state.tasks.keys())
         self._versions.keep(self.state.versions)
@@ -139,8 +142,7 @@ class JobRun:
     def on_task_failed(self, message: TaskFailed, delivery: Delivery, client: ClientId) -> None:
         """Hear that a client could not do a task."""
         self._ledger.hold(delivery)
-        at_ms = self._now()
-        self.apply(steps.TaskFailed(message.task, client, message.reason, bad_input=message.bad_input, at_ms=at_ms))
+        self.apply(steps.TaskFailed(message.task, client, message.reason, message.bad_input, self._now()))
 
     def on_chunk(self, delivery: Delivery) -> None:
         """Take in a chunk."""
@@ -175,7 +177,7 @@ class JobRun:
             case _:
                 self._ledger.afterwards(self._heavy(command))
 
-    def _heavy(self, command: steps.GrantUpload | steps.StartMethod | steps.Aggregate | steps.EndJob) -> _Step:
+    def _heavy(self, command: steps.Heavy) -> _Step:
         """What a command does once it is durable."""
         match command:
             case steps.GrantUpload(task):
@@ -184,6 +186,8 @@ class JobRun:
                 return lambda: self._start_method(task)
             case steps.Aggregate():
                 return lambda: self._aggregate(command)
+            case steps.SetDeadline():
+                return lambda: self._deadline.set(command)
             case steps.EndJob():
                 return self._end
 
@@ -231,7 +235,6 @@ class JobRun:
             return False
         return sha256 in state.payloads or sha256 in self._versions.unclaimed or sha256 in self._versions.current
 
-    # ---- heavy steps ----
     def _start_method(self, task: TaskState) -> None:
         """Make the first server state from the initial adapter."""
         offered = task.offered
@@ -239,9 +242,7 @@ class JobRun:
             return
 
         def done(result: tuple[Version, int]) -> None:
-            facts = dict(offered.metrics.facts)
-            known = facts.get("versions")
-            facts["versions"] = {**(known if isinstance(known, dict) else {}), **self._tools.versions}
+            facts = self._tools.with_versions(offered.metrics.facts)
             self.apply(steps.MethodStarted(result[0], result[1], facts, self._now()))
             self._versions.unclaimed.clear()
 
@@ -252,13 +253,14 @@ class JobRun:
         """Fold the round's updates into the next server state."""
         if self.state.head is None:
             return
+        carries = self._planner.carries(self.state, command.tasks)
         state = self._versions.load(self.state.head)
 
         def done(result: tuple[Version, float]) -> None:
             self.apply(steps.RoundAggregated(command.round, result[0], result[1], self._now()))
             self._versions.unclaimed.clear()
 
-        work = partial(aggregator.next_version, self._versions, state, command.tasks)
+        work = partial(aggregator.next_version, self._versions, state, command.tasks, carries=carries)
         self._tools.loop.work(work, done, lambda error: self._step_failed(f"aggregating round {command.round}", error))
 
     def _step_failed(self, what: str, error: Exception) -> None:

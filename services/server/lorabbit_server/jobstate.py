@@ -51,6 +51,8 @@ class TaskState:
     """Results asked for: one more after each refusal or failure, with a new id."""
     attempt: int = 1
     """Times it was sent: the same id, the same work."""
+    turn: int = 0
+    """Number of the task in a job whose clients never wait, where one may train twice from the same version."""
     status: TaskStatus = "open"
     offered: Offered | None = None
     since_ms: int = 0
@@ -107,7 +109,25 @@ class JobState:
     """Versions under evaluation, by round."""
     base_sha256: str | None = None
     tasks: Mapping[str, TaskState] = field(default_factory=dict)
-    """The tasks of the round under way and of open evaluations, by id."""
+    """The tasks of the round under way and of open evaluations, by id; late ones where the schedule keeps them."""
+    bases: Mapping[int, Version] = field(default_factory=dict)
+    """Older versions that tasks under way started from, by the tasks' round."""
+    batch: tuple[str, ...] = ()
+    """Tasks whose results are being folded, where others may arrive meanwhile."""
+    deadline_ms: int | None = None
+    """When the round closes with what there is."""
+    took_ms: Mapping[int, int] = field(default_factory=dict)
+    """Milliseconds from asking to counting, of the last training of each client index."""
+    turns: int = 0
+    """Trainings asked for so far, in a job whose clients never wait."""
+    missed: int = 0
+    """Clients that had not answered when the round closed."""
+    turned_away: int = 0
+    """Results refused as too stale since the last version."""
+
+    def version_for(self, task: TaskState) -> Version | None:
+        """The server state that a training task starts from."""
+        return self.bases.get(task.round, self.head)
 
     @property
     def payloads(self) -> frozenset[str]:
@@ -120,8 +140,9 @@ class JobState:
 
     @property
     def versions(self) -> tuple[Version, ...]:
-        """The versions in use: the head, and those under evaluation."""
-        return tuple(version for version in (self.head, *self.scored.values()) if version is not None)
+        """The versions in use: the head, those under evaluation, and those that late tasks started from."""
+        used = (self.head, *self.scored.values(), *self.bases.values())
+        return tuple(version for version in used if version is not None)
 
 
 _STATE = TypeAdapter(JobState)

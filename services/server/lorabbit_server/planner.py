@@ -6,14 +6,18 @@ name needs to be stored: a restarted server makes the same message again.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lorabbit.errors import RunFailed
 from lorabbit.messages import PayloadRef, Task
 from lorabbit.methods import Method
+from lorabbit.schedules import worth
 from lorabbit.seeds import derive_seed
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientProfile, Facts, Tensors
+from lorabbit_server import pace
 from lorabbit_server.admission import Template, check_offer
+from lorabbit_server.aggregator import Carry
 from lorabbit_server.jobstate import JobState, TaskState, Version
 from lorabbit_server.registry import Registry
 from lorabbit_server.versions import Versions
@@ -53,7 +57,7 @@ class Planner:
             attempt=task.tries + task.attempt - 1,
             epoch=self._epoch,
             phase=asked.phase,
-            seed=derive_seed(state.spec.seed, task.phase, task.round, task.index),
+            seed=derive_seed(state.spec.seed, task.phase, task.round, task.index, *([task.turn] if task.turn else [])),
             payloads=asked.payloads,
             settings=dict(asked.settings),
             spec=state.spec,
@@ -61,12 +65,13 @@ class Planner:
 
     def template(self, state: JobState, task: TaskState) -> Template | None:
         """What a task's result must look like; None for the first adapter, which may be anything finite."""
-        if task.phase != TRAIN or state.head is None:
+        start = state.version_for(task)
+        if task.phase != TRAIN or start is None:
             return None
-        if self._described != state.head:
-            self._described = state.head
+        if self._described != start:
+            self._described = start
             self._templates.clear()
-        tensors = self._method.uploads(self._versions.load(state.head), self._profile(task))
+        tensors = self._method.uploads(self._versions.load(start), self._profile(task))
         known = self._templates.get(id(tensors))
         if known is None:
             if len(self._templates) >= KEPT_TEMPLATES:
@@ -83,6 +88,18 @@ class Planner:
             return None
         return template is None or not template.is_empty
 
+    def carries(self, state: JobState, tasks: Iterable[TaskState]) -> dict[str, Carry]:
+        """How the updates of tasks that started from older versions come to the newest, by task."""
+        carries: dict[str, Carry] = {}
+        for task in tasks:
+            start, head, staleness = state.version_for(task), state.head, pace.staleness(state, task)
+            if staleness > 0 and start is not None and head is not None:
+                profile = self._profile(task)
+                old = self._method.uploads(self._versions.load(start), profile)
+                new = self._method.uploads(self._versions.load(head), profile)
+                carries[task.id] = Carry(old, new, worth(state.spec.schedule, staleness))
+        return carries
+
     def _asked(self, state: JobState, task: TaskState) -> Asked:
         if task.phase == EVALUATE:
             scored = self._versions.load(state.scored[task.round])
@@ -91,9 +108,10 @@ class Planner:
             return Asked(EVALUATE, self._versions.refs(plan.payloads), settings)
         if task.phase != TRAIN:
             return Asked(task.phase, {}, {})
-        if state.head is None:
+        start = state.version_for(task)
+        if start is None:
             raise RunFailed(f"job {state.job} trains without a server state")
-        plan = self._method.plan(self._versions.load(state.head), self._profile(task))
+        plan = self._method.plan(self._versions.load(start), self._profile(task))
         return Asked(plan.phase, self._versions.refs(plan.payloads), plan.settings)
 
     def _profile(self, task: TaskState) -> ClientProfile:

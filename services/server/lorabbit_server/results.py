@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lorabbit import events as ev
-from lorabbit.types import EVALUATE, INITIALISE
-from lorabbit_server.asking import name_of, new_task, send
+from lorabbit.schedules import Quorum
+from lorabbit.types import EVALUATE, INITIALISE, TRAIN
+from lorabbit_server import pace
+from lorabbit_server.asking import name_of, named, send
 from lorabbit_server.jobstate import JobState, Offered, TaskState
-from lorabbit_server.rounds import close, end, round_is_complete, scored
+from lorabbit_server.rounds import ask_on, end, on_counted, scored
 from lorabbit_server.steps import (
     Command,
     CountResult,
@@ -24,6 +26,8 @@ from lorabbit_server.steps import (
     TaskFailed,
 )
 
+TOO_STALE = "too-stale"
+"""Why a result is refused that started from a version older than the schedule allows."""
 MAX_TRIES = 3
 """Results asked of one client for one task before the job gives up."""
 
@@ -35,18 +39,28 @@ def offered(state: JobState, event: ResultOffered) -> Decision:
         return state, (_unwanted(event, task),)
     if task.status == "accepted":
         return state, (SendVerdict(task.id, task.client, accepted=True),)
-    wanted = False if task.phase == EVALUATE else event.wants_tensors
-    if wanted is not None and wanted != (event.offered.payload is not None):
-        detail = f"a result of phase {task.phase} {'needs a' if wanted else 'brings no'} payload here"
-        return refused(state, ResultRefused(task.id, "payload", detail, before_upload=True, at_ms=event.at_ms))
-    if state.base_sha256 and event.offered.base_sha256 not in {None, state.base_sha256}:
-        detail = "its base model is not the one that the first adapter was made on"
-        return refused(state, ResultRefused(task.id, "base-model", detail, before_upload=True, at_ms=event.at_ms))
+    objection = _objection(state, task, event)
+    if objection is not None:
+        return refused(state, objection)
+    if pace.is_too_stale(state, task):
+        return _too_stale(state, task, DenyUpload(task.id, task.client, TOO_STALE), event.at_ms)
     task = replace(task, status="offered", offered=event.offered)
     state = replace(state, tasks={**state.tasks, task.id: task})
     if event.offered.payload is None:
         return arrived(state, ResultArrived(task.id, event.traffic, event.at_ms))
     return state, (GrantUpload(task),)
+
+
+def _objection(state: JobState, task: TaskState, event: ResultOffered) -> ResultRefused | None:
+    """Say why an offer cannot be right: it lacks tensors or has too many, or stands on another base model."""
+    wanted = False if task.phase == EVALUATE else event.wants_tensors
+    if wanted is not None and wanted != (event.offered.payload is not None):
+        detail = f"a result of phase {task.phase} {'needs a' if wanted else 'brings no'} payload here"
+        return ResultRefused(task.id, "payload", detail, before_upload=True, at_ms=event.at_ms)
+    if state.base_sha256 and event.offered.base_sha256 not in {None, state.base_sha256}:
+        detail = "its base model is not the one that the first adapter was made on"
+        return ResultRefused(task.id, "base-model", detail, before_upload=True, at_ms=event.at_ms)
+    return None
 
 
 def _unwanted(event: ResultOffered, task: TaskState | None) -> Command:
@@ -63,7 +77,10 @@ def arrived(state: JobState, event: ResultArrived) -> Decision:
     task = state.tasks.get(event.task)
     if task is None or task.offered is None or task.status == "accepted":
         return state, ()
-    done = _accepted(task, task.offered, event)
+    if pace.is_too_stale(state, task):
+        verdict = SendVerdict(task.id, task.client, accepted=False, reason=TOO_STALE)
+        return _too_stale(state, task, verdict, event.at_ms)
+    done = _accepted(state, task, task.offered, event)
     task = replace(task, status="accepted")
     state = replace(state, tasks={**state.tasks, task.id: task})
     if task.phase == INITIALISE:
@@ -71,19 +88,35 @@ def arrived(state: JobState, event: ResultArrived) -> Decision:
         return state, (*done, StartMethod(task))
     if task.phase == EVALUATE:
         state, more = scored(state, task.round, event.at_ms)
-    elif round_is_complete(state):
-        state, more = close(state, event.at_ms)
     else:
-        more = ()
+        state, more = on_counted(_measured(state, task, event.at_ms), event.at_ms)
     return state, (*done, *more)
 
 
-def _accepted(task: TaskState, offered: Offered, event: ResultArrived) -> tuple[Command, ...]:
+def _measured(state: JobState, task: TaskState, at_ms: int) -> JobState:
+    """Note how long a training took, where a deadline may follow from it."""
+    if not isinstance(state.spec.schedule, Quorum):
+        return state
+    return replace(state, took_ms={**state.took_ms, task.index: max(0, at_ms - task.since_ms)})
+
+
+def _too_stale(state: JobState, task: TaskState, answer: Command, at_ms: int) -> Decision:
+    """Refuse what started from too old a version, count it, and let its client start from the newest."""
+    age, most = pace.staleness(state, task), getattr(state.spec.schedule, "max_staleness", 0)
+    detail = f"it would be {age} versions old when it is folded; schedule.max_staleness is {most}"
+    told = ev.UpdateRejected(at_ms=at_ms, round=state.round, client=task.client, reason=TOO_STALE, detail=detail)
+    tasks = {id_: other for id_, other in state.tasks.items() if id_ != task.id}
+    state, commands = ask_on(replace(state, tasks=tasks, turned_away=state.turned_away + 1), at_ms)
+    return state, (answer, Record(told), *commands)
+
+
+def _accepted(state: JobState, task: TaskState, offered: Offered, event: ResultArrived) -> tuple[Command, ...]:
     """Count a result, tell the log and let the client forget it."""
+    trains = task.phase == TRAIN
     sha256 = offered.payload.sha256 if offered.payload else None
     told = ev.UpdateAccepted(
         at_ms=event.at_ms,
-        round=task.round,
+        round=state.round if trains else task.round,
         client=task.client,
         phase=task.phase,
         metrics=offered.metrics,
@@ -93,6 +126,9 @@ def _accepted(task: TaskState, offered: Offered, event: ResultArrived) -> tuple[
         overhead_up=event.traffic.overhead_up,
         overhead_down=event.traffic.overhead_down,
         bytes_by_role=dict(offered.bytes_by_role),
+        started=task.round - 1 if trains else 0,
+        staleness=pace.staleness(state, task) if trains else 0,
+        turn=task.turn,
     )
     verdict = SendVerdict(task.id, task.client, accepted=True)
     return CountResult(task.id, sha256 or "-"), Record(told), verdict
@@ -126,7 +162,11 @@ def _again(state: JobState, task: TaskState, event: ResultRefused) -> Decision:
     """Put a task with a new id in the place of one that brought nothing, or give up."""
     told = Record(
         ev.UpdateRejected(
-            at_ms=event.at_ms, round=task.round, client=task.client, reason=event.reason, detail=event.detail
+            at_ms=event.at_ms,
+            round=state.round if task.phase == TRAIN else task.round,
+            client=task.client,
+            reason=event.reason,
+            detail=event.detail,
         )
     )
     if task.tries >= MAX_TRIES:
@@ -134,7 +174,10 @@ def _again(state: JobState, task: TaskState, event: ResultRefused) -> Decision:
         reason = f"{what}; the last one: {event.reason}: {event.detail}"
         state, commands = end(state, "failed", event.at_ms, reason=reason, exit_code=1)
         return state, (told, *commands)
-    fresh = new_task(state, task.phase, task.index, round_number=task.round, tries=task.tries + 1)
-    fresh = replace(fresh, since_ms=event.at_ms)
+    number = state.round if task.phase == TRAIN else task.round
+    fresh = TaskState(
+        "", task.phase, number, task.client, task.index, tries=task.tries + 1, turn=task.turn, since_ms=event.at_ms
+    )
+    fresh = named(state.job, fresh)
     tasks = {id_: other for id_, other in state.tasks.items() if id_ != task.id}
     return replace(state, tasks={**tasks, fresh.id: fresh}), (told, *send(fresh, event.at_ms))

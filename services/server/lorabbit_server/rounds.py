@@ -1,37 +1,34 @@
 """Rounds of the engine: begin, close, score, end.
 
-The evaluation of a version overlaps the next round's training. What a schedule adds is one question,
-`round_is_complete`; today there is `sync`, which waits for everybody asked.
+The evaluation of a version overlaps the next round's training. What the schedules differ in
+is asked of `pace`; under `sync` a round waits for everybody asked.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from lorabbit import events as ev
 from lorabbit.methods import build
+from lorabbit.schedules import Buffered, Quorum, takes_late
 from lorabbit.types import EVALUATE, TRAIN
-from lorabbit_server import cohort
+from lorabbit_server import pace
 from lorabbit_server.asking import ask, in_order
 from lorabbit_server.jobstate import Ending, JobState, TaskState, Version
 from lorabbit_server.steps import (
     Aggregate,
     CancelTask,
     Command,
+    DeadlinePassed,
     Decision,
     EndJob,
     MethodStarted,
     Record,
     RoundAggregated,
+    SetDeadline,
 )
-
-PREPARATION = 0
-"""Number of the round before the first, in which methods that ask for it hear every client."""
-
-ROUNDING = 1e-9
-"""A share times a number of clients may lie this much above a whole number."""
 
 
 def method_started(state: JobState, event: MethodStarted) -> Decision:
@@ -52,70 +49,133 @@ def method_started(state: JobState, event: MethodStarted) -> Decision:
         )
     )
     state = replace(state, head=event.version, base_sha256=base, tasks={})
-    state, commands = _begin_round(state, PREPARATION if build(state.spec).prepares else 1, event.at_ms)
+    state, commands = _begin_round(state, pace.PREPARATION if build(state.spec).prepares else 1, event.at_ms)
     return state, (told, *commands)
 
 
 def _begin_round(state: JobState, number: int, at_ms: int) -> Decision:
-    """Ask the round's cohort; in the preparation, everybody."""
-    spec = state.spec
-    asked: Sequence[int] = range(len(state.clients))
-    if number != PREPARATION:
-        asked = cohort.sample(spec.seed, number, population_size=len(state.clients), size=spec.cohort_size)
-    names = tuple(state.clients[index] for index in asked)
+    """Ask the round's cohort; in the preparation, everybody. Those who still train since earlier belong to it."""
     state = replace(state, stage="training", round=number, round_started_ms=at_ms, since_ms=at_ms)
-    state, commands = ask(state, TRAIN, asked, round_number=number, at_ms=at_ms)
-    return state, (Record(ev.RoundStarted(at_ms=at_ms, round=number, cohort=names)), *commands)
+    state, commands = ask(state, TRAIN, pace.to_ask(state), round_number=number, at_ms=at_ms)
+    training = {task.index for task in state.tasks.values() if task.phase == TRAIN}
+    names = tuple(state.clients[index] for index in sorted(training))
+    state, deadline = _wait_until(state, pace.deadline_ms(state, at_ms))
+    return state, (Record(ev.RoundStarted(at_ms=at_ms, round=number, cohort=names)), *commands, *deadline)
 
 
-def round_is_complete(state: JobState) -> bool:
-    """Tell whether the round may close: under `sync`, once everybody asked has answered.
+def _wait_until(state: JobState, deadline_ms: int | None) -> Decision:
+    """Set the deadline of the round under way, where it has one."""
+    state = replace(state, deadline_ms=deadline_ms)
+    return state, () if deadline_ms is None else (SetDeadline(state.round, deadline_ms),)
 
-    The preparation may close earlier, once the method's `quorum` of the population has.
-    """
-    trained = [t for t in state.tasks.values() if t.phase == TRAIN]
-    needed = len(trained)
-    if state.round == PREPARATION:
-        needed = math.ceil(getattr(build(state.spec), "quorum", 1.0) * needed - ROUNDING)
-    return sum(t.status == "accepted" for t in trained) >= needed
+
+def ask_on(state: JobState, at_ms: int) -> Decision:
+    """Where clients never wait, give those that are free their next training."""
+    if not isinstance(state.spec.schedule, Buffered) or state.stage != "training":
+        return state, ()
+    return ask(state, TRAIN, pace.to_ask(state), round_number=state.round, at_ms=at_ms)
+
+
+def deadline_passed(state: JobState, event: DeadlinePassed) -> Decision:
+    """Close the round with what there is; where that is nothing, ask those who are free as well."""
+    if state.stage != "training" or event.round != state.round or state.deadline_ms is None:
+        return state, ()
+    if event.at_ms < state.deadline_ms:
+        return state, (SetDeadline(state.round, state.deadline_ms),)
+    if pace.counted(state):
+        return close(state, event.at_ms)
+    length = state.deadline_ms - state.since_ms
+    state, commands = ask(state, TRAIN, pace.to_ask(state), round_number=state.round, at_ms=event.at_ms)
+    state = replace(state, since_ms=event.at_ms)
+    state, deadline = _wait_until(state, event.at_ms + length)
+    return state, (*commands, *deadline)
+
+
+def on_counted(state: JobState, at_ms: int) -> Decision:
+    """Go on after a training result that counts: close the round, or ask the next client."""
+    if state.stage != "training":
+        return state, ()
+    if len(pace.counted(state)) >= pace.needed(state):
+        return close(state, at_ms)
+    return ask_on(state, at_ms)
 
 
 def close(state: JobState, at_ms: int) -> Decision:
-    """Fold what has arrived, and call off what has not."""
+    """Fold what has arrived, and call off what has not, unless the schedule takes it later."""
     late = [t for t in in_order(state.tasks) if t.phase == TRAIN and t.status != "accepted"]
-    off = {task.id for task in late}
-    tasks = {id_: task for id_, task in state.tasks.items() if id_ not in off}
-    state = replace(state, stage="aggregating", since_ms=at_ms, tasks=tasks)
-    return state, (*(CancelTask(task.id, task.client) for task in late), aggregation(state))
+    schedule = state.spec.schedule
+    keeps = takes_late(schedule) and state.round < state.spec.rounds
+    off = () if keeps else late
+    gone = {task.id for task in off}
+    tasks = {id_: task for id_, task in state.tasks.items() if id_ not in gone}
+    counted = {task.id for task in pace.counted(state)}
+    batch = () if isinstance(schedule, str) else tuple(t.id for t in in_order(tasks) if t.id in counted)
+    missed = len(late) if isinstance(schedule, Quorum) else 0
+    state = replace(
+        state, stage="aggregating", since_ms=at_ms, tasks=tasks, batch=batch, deadline_ms=None, missed=missed
+    )
+    return state, (*(CancelTask(task.id, task.client) for task in off), aggregation(state))
 
 
 def aggregation(state: JobState) -> Aggregate:
     """Fold the round's results in ascending client index."""
     trained = (t for t in in_order(state.tasks) if t.phase == TRAIN and t.status == "accepted")
-    return Aggregate(state.round, tuple(trained))
+    return Aggregate(state.round, tuple(t for t in trained if not state.batch or t.id in state.batch))
 
 
 def round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
     """Close the round; begin the next and score this one's version at the same time."""
     if state.stage != "aggregating" or event.round != state.round:
         return state, ()
-    closed = Record(
-        ev.RoundClosed(
-            at_ms=event.at_ms,
-            round=event.round,
-            accepted=len(aggregation(state).tasks),
-            sha256=event.version.adapter.sha256,
-            seconds=max(0, event.at_ms - state.round_started_ms) / 1000,
-            aggregate_seconds=event.aggregate_seconds,
-            config=dict(event.version.config),
-            base_payload=event.version.base.sha256 if event.version.base else None,
-            facts=dict(event.version.report),
-        )
+    closed = Record(_closed(state, event))
+    folded = {task.id for task in aggregation(state).tasks}
+    left = {id_: task for id_, task in state.tasks.items() if id_ not in folded}
+    state = replace(
+        state,
+        stage="scoring",
+        since_ms=event.at_ms,
+        head=event.version,
+        tasks=left,
+        bases=_bases(state, left),
+        batch=(),
+        missed=0,
+        turned_away=0,
     )
-    scoring = {id_: task for id_, task in state.tasks.items() if task.phase != TRAIN}
-    state = replace(state, stage="scoring", since_ms=event.at_ms, head=event.version, tasks=scoring)
     state, commands = _go_on(state, event)
-    return state, (closed, *commands)
+    state, more = on_counted(state, event.at_ms) if pace.counted(state) else (state, ())
+    return state, (closed, *commands, *more)
+
+
+def _closed(state: JobState, event: RoundAggregated) -> ev.RoundClosed:
+    """Tell of a round that became a version."""
+    tasks, version = aggregation(state).tasks, event.version
+    return ev.RoundClosed(
+        at_ms=event.at_ms,
+        round=event.round,
+        accepted=len(tasks),
+        sha256=version.adapter.sha256,
+        seconds=max(0, event.at_ms - state.round_started_ms) / 1000,
+        aggregate_seconds=event.aggregate_seconds,
+        config=dict(version.config),
+        base_payload=version.base.sha256 if version.base else None,
+        facts=dict(version.report),
+        pace={} if isinstance(state.spec.schedule, str) else _pace(state, tasks),
+    )
+
+
+def _pace(state: JobState, tasks: Sequence[TaskState]) -> dict[str, int | float]:
+    """Tell who was late, who was refused for it, and how old the updates are that were folded."""
+    ages = [pace.staleness(state, task) for task in tasks]
+    mean = sum(ages) / len(ages) if ages else 0.0
+    late, refused = state.missed, state.turned_away
+    return {"late": late, "too_stale": refused, "staleness_mean": mean, "staleness_max": max(ages, default=0)}
+
+
+def _bases(state: JobState, left: Mapping[str, TaskState]) -> dict[int, Version]:
+    """The older versions that trainings still under way started from, now that there is a newer one."""
+    rounds = {task.round for task in left.values() if task.phase == TRAIN}
+    known = dict(state.bases) if state.head is None else {**state.bases, state.round: state.head}
+    return {number: version for number, version in known.items() if number in rounds}
 
 
 def _go_on(state: JobState, event: RoundAggregated) -> Decision:
@@ -139,7 +199,7 @@ def _go_on(state: JobState, event: RoundAggregated) -> Decision:
 
 def _begin_scoring(state: JobState, number: int, version: Version, *, at_ms: int) -> Decision:
     """Ask clients to score the version of a round that the job wants scored."""
-    if number == PREPARATION or not state.spec.evaluates(number):
+    if number == pace.PREPARATION or not state.spec.evaluates(number):
         return state, ()
     state = replace(state, scored={**state.scored, number: version})
     asked = range(len(state.clients)) if state.spec.evaluation.on == "clients" else [0]
@@ -202,4 +262,4 @@ def end(state: JobState, outcome: Ending, at_ms: int, *, reason: str = "", exit_
     off = tuple(CancelTask(task.id, task.client) for task in in_order(state.tasks) if task.status != "accepted")
     told = Record(ev.JobEnded(at_ms=at_ms, status=outcome, reason=reason, exit_code=exit_code))
     state = replace(state, stage="ended", outcome=outcome, reason=reason, exit_code=exit_code, since_ms=at_ms)
-    return replace(state, head=None, scored={}, tasks={}), (*off, told, EndJob())
+    return replace(state, head=None, scored={}, tasks={}, bases={}, batch=(), deadline_ms=None), (*off, told, EndJob())

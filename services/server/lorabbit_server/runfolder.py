@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from lorabbit import events as ev
@@ -18,6 +18,7 @@ from lorabbit import jobfile
 from lorabbit.jobspec import JobSpec
 from lorabbit.payloads import PayloadStore
 from lorabbit.report import Report, begin, fold
+from lorabbit_server.evidence import Evidence
 from lorabbit_server.exports import Exports, WholeFiles
 
 PAYLOADS_REMEMBERED = 1000
@@ -34,14 +35,16 @@ class RunFolder:
         self.report: Report = begin(job, spec)
         self._spec, self._files = spec, WholeFiles(durable)
         self._exports = Exports(payloads, self._files)
+        self._evidence = Evidence(folder, payloads, self._files, wanted=spec.output.keep_updates)
         self._published: deque[str] = deque(maxlen=PAYLOADS_REMEMBERED)
         self._lines = 0
 
     def recover(self, events: Iterable[ev.AnyEvent]) -> _Work:
         """Fold what was committed before this server started; returns the work that brings the folder up to date."""
-        for event in events:
+        committed = list(events)
+        for event in committed:
             self._fold(event)
-        works = [self._write_job()]
+        works = [*self._evidence.recover(committed), self._write_job()]
         if self.report.rounds:
             last = max((r.round for r in self.report.rounds if r.sha256), default=0)
             works += [self._version(last), self._best()]
@@ -52,9 +55,10 @@ class RunFolder:
         """Hashes of the payloads that a server may have published and not withdrawn."""
         return frozenset(self._published)
 
-    def told(self, events: Iterable[ev.AnyEvent]) -> _Work | None:
+    def told(self, events: Sequence[ev.AnyEvent]) -> _Work | None:
         """Fold committed events; returns the work that they cause, None when there is none."""
         works: list[_Work] = []
+        kept = self._evidence.told(events)
         for event in events:
             self._fold(event)
             match event:
@@ -66,7 +70,8 @@ class RunFolder:
                     works.append(self._best() if self.report.best.round == number else _nothing)
                 case ev.JobEnded():
                     works.append(_nothing)
-        return _in_order([*works, self._write_report(whole=False)]) if works else None
+        works += [self._write_report(whole=False)] if works else []
+        return _in_order([*kept, *works]) if kept or works else None
 
     def _fold(self, event: ev.AnyEvent) -> None:
         fold(self.report, [event])

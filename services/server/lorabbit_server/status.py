@@ -93,7 +93,12 @@ def waits_of(state: JobState) -> tuple[Wait, ...]:
     tasks = [task for task in state.tasks.values() if task.status != "accepted"]
     tasks.sort(key=lambda task: (task.phase == EVALUATE, task.round, task.index))
     return server + tuple(
-        Wait(owner=task.client, reason=_why(task, lost=task.client in state.lost), since_ms=task.since_ms)
+        Wait(
+            owner=task.client,
+            reason=_why(task, lost=task.client in state.lost),
+            since_ms=task.since_ms,
+            deadline_ms=None if task.phase == EVALUATE else state.deadline_ms,
+        )
         for task in tasks
     )
 

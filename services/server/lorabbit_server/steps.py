@@ -125,6 +125,14 @@ class RoundAggregated:
 
 
 @dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """The time that a round may take is over."""
+
+    round: int
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class StepFailed:
     """The server's own work for this job failed for good."""
 
@@ -150,6 +158,7 @@ Event: TypeAlias = (
     | TaskFailed
     | MethodStarted
     | RoundAggregated
+    | DeadlinePassed
     | StepFailed
     | CancelRequested
 )
@@ -230,6 +239,14 @@ class Aggregate:
 
 
 @dataclass(frozen=True, slots=True)
+class SetDeadline:
+    """Tell the engine when this time has come, unless another deadline was set before."""
+
+    round: int
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class EndJob:
     """The job is over; take the next one."""
 
@@ -244,6 +261,9 @@ Command: TypeAlias = (
     | CountResult
     | StartMethod
     | Aggregate
+    | SetDeadline
     | EndJob
 )
+Heavy: TypeAlias = GrantUpload | StartMethod | Aggregate | SetDeadline | EndJob
+"""What the shell does once the step that asked for it is durable."""
 Decision: TypeAlias = tuple[JobState, tuple[Command, ...]]

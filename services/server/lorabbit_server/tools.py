@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from pydantic import JsonValue
+
 from lorabbit.broker.base import Broker
 from lorabbit.payloads import PayloadStore
 from lorabbit.settings import ServerSettings
@@ -29,3 +31,8 @@ class Tools:
     epoch: int
     versions: Mapping[str, str]
     """Of what this server runs on, for the report."""
+
+    def with_versions(self, facts: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+        """A client's facts, with the server's versions beside its own."""
+        known = facts.get("versions")
+        return {**facts, "versions": {**(known if isinstance(known, dict) else {}), **self.versions}}

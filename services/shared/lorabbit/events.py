@@ -46,7 +46,10 @@ class AdapterInitialised(Event):
 
 
 class RoundStarted(Event):
-    """A cohort was asked; in round 0, which prepares the job, every client of the population."""
+    """A cohort was asked; in round 0, which prepares the job, every client of the population.
+
+    Clients that go on training for an earlier round belong to the cohort, where the schedule keeps late updates.
+    """
 
     kind: Literal["round-started"] = "round-started"
     round: int
@@ -100,10 +103,16 @@ class UpdateAccepted(Event):
     overhead_down: int
     bytes_by_role: dict[str, int] = Field(default_factory=dict)
     """`bytes_down` by the role under which the task named a payload."""
+    started: int = 0
+    """Version that a training started from."""
+    staleness: int = 0
+    """Versions made since then, once it is folded."""
+    turn: int = 0
+    """Number of the training in a job whose clients never wait."""
 
 
 class UpdateRejected(Event):
-    """A result was refused; the client will be asked again or the job fails."""
+    """A result was refused; the client will be asked again or the job fails. `too-stale` fails nothing."""
 
     kind: Literal["update-rejected"] = "update-rejected"
     round: int
@@ -129,6 +138,9 @@ class RoundClosed(Event):
     """sha256 of the model that the adapter stands on, where the job made one."""
     facts: dict[str, JsonValue] = Field(default_factory=dict)
     """What the method tells of this round."""
+    pace: dict[str, int | float] = Field(default_factory=dict)
+    """Where rounds do not wait for everybody: `late` clients that had not answered, results refused as `too_stale`
+    since the last version, and `staleness_mean` and `staleness_max` of the updates folded, in versions."""
 
 
 class RoundEvaluated(Event):

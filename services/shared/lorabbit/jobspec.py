@@ -7,9 +7,12 @@ hyper-parameters are kept as given and validated by the method (`lorabbit.method
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from lorabbit.schedules import ROUNDING, Buffered, Quorum, Schedule
 
 Task = Literal[
     "text-classification",
@@ -148,6 +151,7 @@ class OutputSpec(Strict):
 
     keep_checkpoints: int = Field(default=2, ge=0, description="checkpoint-<round> folders kept, newest first")
     checkpoint_every: int = Field(default=1, ge=1, description="rounds between checkpoints; the last is always one")
+    keep_updates: bool = Field(default=False, description="every update that counts stays in updates/, for a replay")
 
 
 class JobSpec(Strict):
@@ -166,7 +170,9 @@ class JobSpec(Strict):
     local: LocalSpec = LocalSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     output: OutputSpec = OutputSpec()
-    schedule: Literal["sync"] = Field(default="sync", description="sync: a round waits for everybody asked")
+    schedule: Schedule = Field(
+        default="sync", description="sync: a round waits for everybody asked; quorum and buffered do not"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="everything random hangs on it")
 
     @model_validator(mode="after")
@@ -177,12 +183,35 @@ class JobSpec(Strict):
             raise ValueError(f"cohort is {self.cohort}, but there are only {self.clients} clients")
         return self
 
+    @model_validator(mode="after")
+    def _concurrency_fits(self) -> JobSpec:
+        if not isinstance(self.schedule, Buffered):
+            return self
+        if self.schedule.concurrency is not None and self.schedule.concurrency > self.clients:
+            raise ValueError(
+                f"schedule.concurrency is {self.schedule.concurrency}, but there are only {self.clients} clients"
+            )
+        if self.cohort != 1.0:
+            raise ValueError(
+                "cohort: a buffered schedule has no rounds to ask a cohort for; leave it out, "
+                "and write schedule.concurrency for the clients that train at a time"
+            )
+        return self
+
     @property
     def cohort_size(self) -> int:
         """Clients asked in a round, at least one."""
         if isinstance(self.cohort, float):
             return max(1, round(self.cohort * self.clients))
         return self.cohort
+
+    @property
+    def asked_in_a_round(self) -> int:
+        """Clients asked for a version, or where they never wait the updates that make one."""
+        if isinstance(self.schedule, Buffered):
+            return self.schedule.buffer
+        more = self.schedule.over_select if isinstance(self.schedule, Quorum) else 1.0
+        return min(self.clients, math.ceil(more * self.cohort_size - ROUNDING))
 
     def evaluates(self, round_number: int) -> bool:
         """Tell whether the adapter of a 1-based round is scored."""

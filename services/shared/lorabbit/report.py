@@ -53,7 +53,8 @@ class Round(Part):
     train_loss: float | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     facts: dict[str, JsonValue] = Field(default_factory=dict)
-    """What the method tells of the round, such as aggregation_error and rank."""
+    """What the method tells of the round, such as aggregation_error and rank; and, where rounds do not wait for
+    everybody, late, too_stale, staleness_mean and staleness_max."""
     bytes_by_role: dict[str, int] = Field(default_factory=dict)
     """`bytes_down` by the role of the payload."""
     per_client: list[ClientRound] = Field(default_factory=list)
@@ -242,7 +243,7 @@ def _round_closed(report: Report, event: ev.RoundClosed) -> None:
         round_.seconds = event.seconds
         round_.aggregate_seconds = event.aggregate_seconds
         round_.sha256 = event.sha256
-        round_.facts = dict(event.facts)
+        round_.facts = {**event.facts, **event.pace}
         _in_partition_order(report, round_)
         trained = [(c.num_examples, c.loss) for c in round_.per_client if c.loss is not None and c.num_examples]
         total = sum(n for n, _ in trained)

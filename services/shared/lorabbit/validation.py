@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -48,7 +48,8 @@ def explain(error: ValidationError, model: type[BaseModel], *, prefix: str = "")
     others = len({_without_union_members(e["loc"], model) for e in error.errors(include_url=False)}) - 1
     more = f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        return _unknown(path, loc, model, prefix=prefix) + more
+        known = _fields_at(model, first["loc"][:-1])
+        return _unknown(path, loc, model, prefix=prefix, known=known) + more
     return f"{path}: {_expected(same)}{more}" if path else f"{_expected(same)}{more}"
 
 
@@ -58,9 +59,10 @@ def _first(error: ValidationError) -> Any:  # noqa: ANN401 - pydantic's ErrorDet
     return next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
 
 
-def _unknown(path: str, loc: tuple[int | str, ...], model: type[BaseModel], *, prefix: str) -> str:
+def _unknown(
+    path: str, loc: tuple[int | str, ...], model: type[BaseModel], *, prefix: str, known: Sequence[str]
+) -> str:
     """Name the keys that do exist where an unknown one was written, or the place where it belongs."""
-    known = _fields_at(model, loc[:-1])
     elsewhere = [prefix + other for other in _paths(model) if other.split(".")[-1] == loc[-1]]
     near = get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
     near += [name for name in known if "".join(word[0] for word in name.split("_")) == loc[-1]]
@@ -69,23 +71,30 @@ def _unknown(path: str, loc: tuple[int | str, ...], model: type[BaseModel], *, p
     return f"{path}: unknown key{hint} (known: {', '.join(sorted(known)) or 'none'})"
 
 
-def _model_of(annotation: object) -> type[BaseModel] | None:
-    """The model that a field holds, also where it may be None."""
+def _models_of(annotation: object) -> list[type[BaseModel]]:
+    """The models that a field may hold, also where it may hold something else."""
     choices = get_args(annotation) if get_origin(annotation) in {Union, UnionType} else (annotation,)
-    for choice in choices:
-        if isinstance(choice, type) and issubclass(choice, BaseModel):
-            return choice
-    return None
+    bare = [get_args(choice)[0] if get_origin(choice) is Annotated else choice for choice in choices]
+    return [choice for choice in bare if isinstance(choice, type) and issubclass(choice, BaseModel)]
 
 
-def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+def _below(annotation: object, rest: Sequence[int | str]) -> tuple[type[BaseModel] | None, int]:
+    """The model that a field holds, and the parts of the rest of a path that only say which one (its kind)."""
+    models = _models_of(annotation)
+    for model in models if len(models) > 1 else ():
+        if rest and model.model_fields["kind"].default == rest[0]:
+            return model, 1
+    return (models[0] if models else None), 0
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     """Field names of the model found by walking `path` from `model`."""
-    for part in path:
-        field = model.model_fields.get(str(part))
-        below = _model_of(field.annotation) if field else None
+    while path:
+        field = model.model_fields.get(str(path[0]))
+        below, used = _below(field.annotation, path[1:]) if field else (None, 0)
         if below is None:
             return []
-        model = below
+        model, path = below, path[1 + used :]
     return list(model.model_fields)
 
 
@@ -94,27 +103,26 @@ def _paths(model: type[BaseModel], above: str = "") -> Iterator[str]:
     below = []
     for name, field in model.model_fields.items():
         yield above + name
-        inner = _model_of(field.annotation)
-        if inner is not None:
-            below.append((inner, f"{above}{name}."))
+        below += [(inner, f"{above}{name}.") for inner in _models_of(field.annotation)]
     for inner, path in below:
         yield from _paths(inner, path)
 
 
-def _without_union_members(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[int | str, ...]:
-    """Drop the names of union members that pydantic adds behind a field, such as ('cohort', 'int')."""
+def _without_union_members(loc: Sequence[int | str], model: type[BaseModel]) -> tuple[int | str, ...]:
+    """Drop what pydantic adds behind a field that holds a union: ('cohort', 'int'), ('schedule', 'quorum')."""
     here: type[BaseModel] | None = model
-    for position, part in enumerate(loc):
-        if here is None:
-            return loc
-        field = here.model_fields.get(str(part))
+    kept: list[int | str] = []
+    while loc:
+        part, loc = loc[0], loc[1:]
+        kept.append(part)
+        field = here.model_fields.get(str(part)) if here is not None else None
         if field is None:
-            return loc
-        here = _model_of(field.annotation)
+            return (*kept, *loc)
+        here, used = _below(field.annotation, loc)
+        loc = loc[used:]
         if here is None and get_origin(field.annotation) in {Union, UnionType}:
-            rest = loc[position + 1 :]
-            return (*loc[: position + 1], *(each for each in rest if isinstance(each, int)))
-    return loc
+            return (*kept, *(each for each in loc if isinstance(each, int)))
+    return tuple(kept)
 
 
 def _expected(failures: list[Any]) -> str:

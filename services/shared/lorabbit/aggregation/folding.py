@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lorabbit import lora
+from lorabbit import lora, schedules
 from lorabbit.aggregation import exchange, shift
 from lorabbit.aggregation.received import Received
 from lorabbit.aggregation.rules import RULES, Folded, Rule, Target, Weighted, normalised
@@ -40,6 +40,11 @@ LEAST_NORM = 1e-30
 def check(job: JobSpec) -> None:
     """Raise BadInput where a job's aggregation does not fit what it trains, or the ranks of its clients."""
     rule, lora_spec = RULES[job.aggregation], job.model.lora
+    if rule.late and schedules.takes_late(job.schedule):
+        raise BadInput(
+            f"aggregation: {rule.name!r} cannot fold late updates, since {rule.late}; leave aggregation out, "
+            "or choose a schedule that refuses late updates"
+        )
     if job.model.trainable != "lora":
         if job.aggregation != "factors":
             raise BadInput(

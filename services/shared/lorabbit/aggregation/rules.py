@@ -67,6 +67,8 @@ class Rule:
     fold: Fold
     unequal: str = ""
     """Why clients of unlike ranks are refused; empty where they are not."""
+    late: str = ""
+    """Why updates that started from an older version are refused; empty where they are not."""
     shifts_base: bool = False
     freezes_a: bool = False
     by_norm: bool = False
@@ -179,16 +181,20 @@ def revived(factors: Factors, drawn: Factors) -> Factors:
 
 
 _SAME_A = "the mean of factors compares them entry by entry, and entries of unlike ranks do not meet"
+_ZEROS = "zeros in the place of the components that a client lacks would wipe them out in a small buffer"
+_TURNED = "every version has singular vectors of its own, so factors of an older one have other coordinates"
+_MOVED = "every version stands on a base of its own, so factors of an older one stand on another base"
+
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         rule.name: rule
         for rule in (
             Rule("factors", mean_of_factors, unequal=_SAME_A),
             Rule("freeze-a", mean_of_factors, unequal="all clients share one frozen A", freezes_a=True),
-            Rule("zero-padded", mean_of_padded, by_norm=True),
-            Rule("svd", truncated_mean),
-            Rule("stack", into_the_base, shifts_base=True),
-            Rule("exact", mean_and_residual, unequal=_SAME_A, shifts_base=True),
+            Rule("zero-padded", mean_of_padded, late=_ZEROS, by_norm=True),
+            Rule("svd", truncated_mean, late=_TURNED),
+            Rule("stack", into_the_base, late=_MOVED, shifts_base=True),
+            Rule("exact", mean_and_residual, unequal=_SAME_A, late=_MOVED, shifts_base=True),
         )
     }
 )

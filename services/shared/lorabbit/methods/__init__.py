@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 from pydantic import ValidationError
 
+from lorabbit import schedules
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.adalora import AdaLora
@@ -69,5 +70,16 @@ def build(job: JobSpec) -> Method:
             f"model.variants: clients of {name} share one model; leave it out, or take a method with own models"
             f" ({ready})"
         )
+    _check_schedule(job, METHODS[name])
     method.check(job)
     return method.with_job(job)
+
+
+def _check_schedule(job: JobSpec, method: type[Method]) -> None:
+    """Raise BadInput where a schedule would break what the method's paper shows."""
+    kind = schedules.kind_of(job.schedule)
+    if kind not in method.schedules:
+        ready = ", ".join(each for each in schedules.KINDS if each in method.schedules)
+        raise BadInput(f"schedule: {method.name} does not run under {kind!r}: {method.because}; choose {ready}")
+    if schedules.takes_late(job.schedule) and "buffered" not in method.schedules:
+        raise BadInput(f"schedule.late: {method.name} cannot keep late updates: {method.because}; set it to refuse")

@@ -44,6 +44,10 @@ class AdaLora(Method):
     name: ClassVar[str] = "adalora"
     summary: ClassVar[str] = "AdaLoRA-style: a falling budget of LoRA components, kept where they matter most"
     paper: ClassVar[str] = "Zhang et al., AdaLoRA: Adaptive Budget Allocation, 2023, arXiv 2303.10512 (budget only)"
+    schedules: ClassVar[frozenset[str]] = frozenset({"sync", "quorum"})
+    because: ClassVar[str] = (
+        "its budget prunes components from round to round, so a late update may bring components that are gone"
+    )
 
     r_min: int | None = Field(
         default=None, ge=1, description="mean rank at the end; half of model.lora.rank when absent"

@@ -55,6 +55,14 @@ class Method(BaseModel):
     """Clients score a version before they train on it, because scores read what training changes; so do all
     `personal` methods. Otherwise training goes first and scoring fills the gaps."""
 
+    schedules: ClassVar[frozenset[str]] = frozenset({"sync"})
+    """Kinds of schedule under which the method's rule holds. `buffered` says more than that: an upload is a value
+    of the tensors that `uploads` names at the version it started from, all versions stand on one base and one
+    choice of coordinates, and no client keeps parameters that must fit the newest version. Then the change that a
+    late update makes may be carried over to a newer version. A quorum that keeps late updates asks for it too."""
+    because: ClassVar[str] = "nobody has shown that its rule holds for updates that come late or not at all"
+    """Why not under the others, in the terms of its paper."""
+
     _job: JobSpec = PrivateAttr(default_factory=JobSpec)
 
     @property

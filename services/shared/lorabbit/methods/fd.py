@@ -39,6 +39,9 @@ class Fd(Method):
     name: ClassVar[str] = "fd"
     summary: ClassVar[str] = "clients share mean logits by class and learn from those of the others"
     paper: ClassVar[str] = "Jeong et al., Federated Distillation and Augmentation, 2018, arXiv 1811.11479"
+    because: ClassVar[str] = (
+        "its clients distil from the class means of the round before, which all of that round must have formed"
+    )
     personal: ClassVar[bool] = True
 
     gamma: float = Field(default=1.0, ge=0, description="weight of the distillation; 0 is standalone")

@@ -28,6 +28,7 @@ class FedAvg(Method):
     name: ClassVar[str] = "fedavg"
     summary: ClassVar[str] = "weighted average of what is trained: LoRA (FedIT), full, BitFit, adapter or head"
     paper: ClassVar[str] = "McMahan et al., Communication-Efficient Learning of Deep Networks, 2017, arXiv 1602.05629"
+    schedules: ClassVar[frozenset[str]] = frozenset({"sync", "quorum", "buffered"})
 
     @property
     def aggregation(self) -> Aggregation:

@@ -39,6 +39,7 @@ class FeDeRA(Method):
     name: ClassVar[str] = "federa"
     summary: ClassVar[str] = "LoRA that starts from the principal components of the weights, averaged as in FedAvg"
     paper: ClassVar[str] = "Yan et al., FeDeRA: Efficient Fine-tuning of Language Models, 2024, arXiv 2404.18848"
+    schedules: ClassVar[frozenset[str]] = frozenset({"sync", "quorum", "buffered"})
 
     components: Literal["principal", "minor", "random"] = Field(
         default="principal", description="where factors start; minor: least components; random: plain LoRA (ablations)"

@@ -50,6 +50,10 @@ class FedKd(Method):
     name: ClassVar[str] = "fedkd"
     summary: ClassVar[str] = "own mentors and a shared mentee distil mutually; its updates travel as SVD factors"
     paper: ClassVar[str] = "Wu et al., Communication-efficient FL via knowledge distillation, 2022, arXiv 2108.13323"
+    because: ClassVar[str] = (
+        "its update is compressed by the energy threshold of its round, and each "
+        "mentor goes on whether or not the mentee is averaged"
+    )
     personal: ClassVar[bool] = True
 
     t_start: float = Field(default=0.95, gt=0, le=1, description="share of an update's energy kept at first")

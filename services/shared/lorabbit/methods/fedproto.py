@@ -41,6 +41,9 @@ class FedProto(Method):
     name: ClassVar[str] = "fedproto"
     summary: ClassVar[str] = "clients share the mean representation of each class and keep near the global ones"
     paper: ClassVar[str] = "Tan et al., FedProto, 2022, arXiv 2105.00243"
+    because: ClassVar[str] = (
+        "its clients are drawn to the prototypes of the round before, which all of that round must have formed"
+    )
     personal: ClassVar[bool] = True
 
     lam: float = Field(default=1.0, ge=0, description="weight of the distance to the prototypes; 0 is standalone")

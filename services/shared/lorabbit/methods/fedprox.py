@@ -31,6 +31,7 @@ class FedProx(Method):
     name: ClassVar[str] = "fedprox"
     summary: ClassVar[str] = "FedAvg with a proximal term of strength mu that limits client drift"
     paper: ClassVar[str] = "Li et al., Federated Optimization in Heterogeneous Networks, 2020, arXiv 1812.06127"
+    schedules: ClassVar[frozenset[str]] = frozenset({"sync", "quorum", "buffered"})
 
     mu: float = Field(default=0.01, ge=0, description="strength of the proximal term; 0 is FedAvg")
 

@@ -31,6 +31,7 @@ class FfaLora(Method):
     name: ClassVar[str] = "ffa-lora"
     summary: ClassVar[str] = "LoRA with one shared frozen A: averaging B alone is exact and halves the upload"
     paper: ClassVar[str] = "Sun et al., Improving LoRA in Privacy-preserving Federated Learning, 2024, arXiv 2403.12313"
+    schedules: ClassVar[frozenset[str]] = frozenset({"sync", "quorum", "buffered"})
 
     def check(self, job: JobSpec) -> None:
         """Only LoRA has factors to freeze."""

@@ -46,6 +46,10 @@ class FibecFed(Method):
     name: ClassVar[str] = "fibecfed"
     summary: ClassVar[str] = "easy examples first; sensitive blocks are shared, the others tuned sparsely at home"
     paper: ClassVar[str] = "Liu et al., Fisher Information-based Efficient Curriculum FL, 2024, arXiv 2410.00131"
+    because: ClassVar[str] = (
+        "its clients keep own factors, scores and batches that count the rounds, "
+        "and training moves them whether or not the update is averaged"
+    )
     prepares: ClassVar[bool] = True
     scores_first: ClassVar[bool] = True
 

@@ -35,6 +35,10 @@ class Fml(Method):
     name: ClassVar[str] = "fml"
     summary: ClassVar[str] = "own models and a small shared model teach each other; the shared one is averaged"
     paper: ClassVar[str] = "Shen et al., Federated Mutual Learning, 2020, arXiv 2006.16765"
+    because: ClassVar[str] = (
+        "each client's own model and the shared one teach each other, and go on "
+        "whether or not the shared one is averaged"
+    )
     personal: ClassVar[bool] = True
 
     alpha: float = Field(default=0.5, ge=0, le=1, description="weight of the labels in the own model's loss")

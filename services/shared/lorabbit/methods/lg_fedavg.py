@@ -32,6 +32,10 @@ class LgFedAvg(Method):
     name: ClassVar[str] = "lg-fedavg"
     summary: ClassVar[str] = "own trunks, one averaged last layer of the classifier"
     paper: ClassVar[str] = "Liang et al., Think Locally, Act Globally, 2020, arXiv 2001.01523"
+    because: ClassVar[str] = (
+        "each client's own representation is fitted to the shared layers of its "
+        "round, and training moves it whether or not they are averaged"
+    )
     personal: ClassVar[bool] = True
 
     def check(self, job: JobSpec) -> None:

@@ -41,6 +41,10 @@ class PFedLora(Method):
     name: ClassVar[str] = "pfedlora"
     summary: ClassVar[str] = "clients of unlike models share one small low-rank adapter and nothing else"
     paper: ClassVar[str] = "Yi et al., pFedLoRA: Model-Heterogeneous Personalized FL, 2023, arXiv 2310.13283"
+    because: ClassVar[str] = (
+        "each client's own model and its copy of the small adapter teach each other "
+        "in turn, and go on whether or not the copy is averaged"
+    )
     personal: ClassVar[bool] = True
 
     rank: int = Field(default=8, ge=1, le=1024, description="of the adapter; above the number of classes adds little")

@@ -43,6 +43,10 @@ class SaFedLora(Method):
     name: ClassVar[str] = "sa-fedlora"
     summary: ClassVar[str] = "a few rounds of full fine-tuning, then LoRA whose rank falls by a schedule"
     paper: ClassVar[str] = "Yang et al., SA-FedLoRA: Adaptive Parameter Allocation, 2024, arXiv 2405.09394v1"
+    schedules: ClassVar[frozenset[str]] = frozenset({"sync", "quorum"})
+    because: ClassVar[str] = (
+        "its rank falls from round to round, so a late update has an older rank and stands on an older base"
+    )
 
     initiating: Literal["full", "lora"] = Field(
         default="full", description="what the first stage trains and sends: the whole model, or LoRA at r_max (D1)"

@@ -43,6 +43,11 @@ class SLora(Method):
         "sparse fine-tuning of the weights under LoRA first, then LoRA from the SVD of what it learnt"
     )
     paper: ClassVar[str] = "Babakniya et al., SLoRA: Federated Parameter Efficient Fine-Tuning, 2023, arXiv 2308.06522"
+    schedules: ClassVar[frozenset[str]] = frozenset({"sync", "quorum"})
+    because: ClassVar[str] = (
+        "its first stage trains under a mask and its second stands on what that "
+        "stage found, so a late update may belong to another stage"
+    )
 
     sparse_rounds: int | None = Field(default=None, ge=1, description="T1; a tenth of the rounds when absent")
     density: float | None = Field(

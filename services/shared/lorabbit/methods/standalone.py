@@ -25,6 +25,7 @@ class Standalone(Method):
     name: ClassVar[str] = "standalone"
     summary: ClassVar[str] = "each client trains its own model alone; nothing travels"
     paper: ClassVar[str] = "the control in Yi et al., pFedLoRA, 2023, arXiv 2310.13283"
+    because: ClassVar[str] = "its clients share nothing, so there is no update that could be late"
     personal: ClassVar[bool] = True
 
     def check(self, job: JobSpec) -> None:

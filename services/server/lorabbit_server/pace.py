@@ -1,0 +1,107 @@
+"""Pace: the questions in which the schedules differ, answered from the state alone.
+
+Whom to ask next, whether there is enough to close a round, how old a result is and when to stop waiting.
+A round's number is that of the version it makes; a training task of round r started from version r - 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lorabbit.methods import build
+from lorabbit.schedules import ROUNDING, Buffered, Quorum
+from lorabbit.seeds import generator
+from lorabbit.types import TRAIN
+from lorabbit_server import cohort
+from lorabbit_server.jobstate import JobState, TaskState
+
+PREPARATION = 0
+"""Number of the round before the first, in which methods that ask for it hear every client."""
+PATIENCE = 2.0
+"""A derived deadline, as a multiple of the time in which the quorum answered last."""
+SHORTEST_MS = 1_000
+"""No derived deadline is shorter."""
+
+
+def to_ask(state: JobState) -> Sequence[int]:
+    """Client indices that the round under way asks at its begin, or asks next where clients never wait."""
+    spec, schedule = state.spec, state.spec.schedule
+    if state.round == PREPARATION:
+        return range(len(state.clients))
+    if isinstance(schedule, str):
+        return cohort.sample(spec.seed, state.round, population_size=len(state.clients), size=spec.cohort_size)
+    busy = {t.index for t in _trainings(state) if t.status != "accepted"}
+    idle = [index for index in range(len(state.clients)) if index not in busy]
+    here = [index for index in idle if state.clients[index] not in state.lost]
+    if isinstance(schedule, Buffered):
+        training = sum(1 for index in busy if state.clients[index] not in state.lost)
+        wanted = (schedule.concurrency or len(state.clients)) - training
+        return _draw(state, here, wanted, number=state.turns)
+    enough = len(here) + len(_trainings(state)) >= needed(state)
+    return _draw(state, here if enough else idle, spec.asked_in_a_round, number=state.round)
+
+
+def _draw(state: JobState, candidates: Sequence[int], size: int, *, number: int) -> tuple[int, ...]:
+    """Draw from the candidates without replacement, ascending."""
+    if size >= len(candidates):
+        return tuple(candidates)
+    return tuple(sorted(generator(state.spec.seed, "cohort", number).sample(candidates, max(0, size))))
+
+
+def needed(state: JobState) -> int:
+    """Results that close the round under way.
+
+    The preparation may close once the method's `quorum` of the population has answered.
+    """
+    schedule = state.spec.schedule
+    if state.round == PREPARATION:
+        return math.ceil(getattr(build(state.spec), "quorum", 1.0) * len(_trainings(state)) - ROUNDING)
+    if isinstance(schedule, Buffered):
+        return schedule.buffer
+    if isinstance(schedule, Quorum):
+        return max(1, math.ceil(schedule.quorum * state.spec.cohort_size - ROUNDING))
+    return len(_trainings(state))
+
+
+def counted(state: JobState) -> list[TaskState]:
+    """Trainings whose results count and belong to no version yet."""
+    return [t for t in _trainings(state) if t.status == "accepted" and t.id not in state.batch]
+
+
+def staleness(state: JobState, task: TaskState) -> int:
+    """Versions made between the one that a training started from and the next that can fold it.
+
+    While a round is being folded that is the round after it, except for what is being folded.
+    """
+    behind = state.stage == "aggregating" and task.id not in state.batch
+    return state.round + behind - task.round
+
+
+def is_behind(state: JobState, task: TaskState) -> bool:
+    """Tell whether a training started from an older version than the newest."""
+    return task.phase == TRAIN and task.round < state.round
+
+
+def is_too_stale(state: JobState, task: TaskState) -> bool:
+    """Tell whether a training started from a version that is older than the schedule allows."""
+    schedule = state.spec.schedule
+    return task.phase == TRAIN and isinstance(schedule, Buffered) and staleness(state, task) > schedule.max_staleness
+
+
+def deadline_ms(state: JobState, at_ms: int) -> int | None:
+    """When a round that waits from now on has waited long enough; None where nobody was measured yet."""
+    schedule = state.spec.schedule
+    if not isinstance(schedule, Quorum) or state.round == PREPARATION:
+        return None
+    if schedule.deadline_seconds is not None:
+        return at_ms + round(schedule.deadline_seconds * 1000)
+    took = sorted(state.took_ms[t.index] for t in _trainings(state) if t.index in state.took_ms)
+    if not took:
+        return None
+    share = math.ceil(schedule.quorum * len(took) - ROUNDING)
+    return at_ms + max(SHORTEST_MS, round(PATIENCE * took[max(0, share - 1)]))
+
+
+def _trainings(state: JobState) -> list[TaskState]:
+    return [task for task in state.tasks.values() if task.phase == TRAIN]
