@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec, RobustSpec
-from lorabbit.robust.rules import check_size
+from lorabbit.robust.rules import ROUNDING, check_size
+from lorabbit.schedules import Quorum, takes_late
 
 KEYS = {"norm": {"clip"}, "trim": {"trimmed-mean"}, "attackers": {"krum", "multi-krum"}, "keep": {"multi-krum"}}
 """Keys and the kinds that read them."""
@@ -29,4 +32,15 @@ def check(job: JobSpec, *, personal: bool, needs_each: str = "") -> None:
     for key, kinds in KEYS.items():
         if spec.kind not in kinds and getattr(spec, key) != RobustSpec.model_fields[key].default:
             raise BadInput(f"robust.{key}: {spec.kind} does not read it (it belongs to {', '.join(sorted(kinds))})")
-    check_size(spec, job.cohort_size)
+    if takes_late(job.schedule):
+        raise BadInput(
+            "robust: every round gives the factors new coordinates, in which an older update means something "
+            "else; choose a schedule that refuses late updates"
+        )
+    check_size(spec, _least(job))
+
+
+def _least(job: JobSpec) -> int:
+    """Fewest updates that a round may close with."""
+    share = job.schedule.quorum if isinstance(job.schedule, Quorum) else 1.0
+    return math.ceil(share * job.cohort_size - ROUNDING)
