@@ -187,6 +187,16 @@ def test_a_round_closes_at_its_quorum_and_calls_the_rest_off():
     assert {c.task for c in of(commands, steps.CancelTask)} == {tasks[0].id, tasks[2].id}
 
 
+def test_privacy_waits_for_everybody_and_a_defence_needs_the_clients_of_one_round():
+    private = job({"kind": "quorum"}, privacy={"noise": 1.0})
+    guarded = job({"kind": "buffered", "buffer": 2}, robust={"kind": "median"})
+
+    with pytest.raises(BadInput, match=r"^schedule: the accountant of `privacy`"):
+        build(private)
+    with pytest.raises(BadInput, match=r"^schedule: `robust` compares the clients of one round"):
+        build(guarded)
+
+
 def test_a_late_result_of_a_quorum_that_refuses_is_stale_and_the_log_tells_who_was_late():
     state, tasks, _ = training(job(sc.Quorum(quorum=0.5)))
     for index in (0, 1):

@@ -83,5 +83,9 @@ def _check_schedule(job: JobSpec, method: type[Method]) -> None:
     if kind not in method.schedules:
         ready = ", ".join(each for each in schedules.KINDS if each in method.schedules)
         raise BadInput(f"schedule: {method.name} does not run under {kind!r}: {method.because}; choose {ready}")
+    if job.privacy is not None and kind != "sync":
+        raise BadInput("schedule: the accountant of `privacy` counts rounds that wait for everybody; choose sync")
+    if job.robust is not None and kind == "buffered":
+        raise BadInput("schedule: `robust` compares the clients of one round, and buffered has none; choose sync")
     if schedules.takes_late(job.schedule) and "buffered" not in method.schedules:
         raise BadInput(f"schedule.late: {method.name} cannot keep late updates: {method.because}; set it to refuse")
