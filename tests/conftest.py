@@ -62,6 +62,12 @@ def empty_rabbitmq_url(request: pytest.FixtureRequest) -> str:
     return os.environ.get("LORABBIT_TEST_BROKER_URL") or request.getfixturevalue("shared_rabbitmq").empty_url()
 
 
+@pytest.fixture(scope="module")
+def module_rabbitmq_url(request: pytest.FixtureRequest) -> str:
+    """AMQP URL of a virtual host that the tests of one module share."""
+    return os.environ.get("LORABBIT_TEST_BROKER_URL") or request.getfixturevalue("shared_rabbitmq").empty_url()
+
+
 @pytest.fixture
 def rabbitmq() -> Iterator[services.RabbitMQ]:
     """A broker of this test's own, to kill and start again."""
@@ -83,4 +89,10 @@ def redis_url(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def redis_server() -> Iterator[services.Redis]:
     """A Redis of this test's own, to kill and start again."""
+    yield from serve(services.Redis)
+
+
+@pytest.fixture(scope="module")
+def module_redis() -> Iterator[services.Redis]:
+    """A Redis that the tests of one module share."""
     yield from serve(services.Redis)

@@ -1,0 +1,91 @@
+"""Every method's job in one process and over RabbitMQ and Redis: one adapter, the same scores, the same bytes.
+
+All jobs share one federation of processes. The four methods are also run while their server is killed in every
+phase, and their clients while they train and after they wrote what only they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import services
+from processes import Federation
+
+from lorabbit.jobspec import JobSpec
+from lorabbit_cli.local import Means, run_local
+
+CLIENTS = 3
+LORA = {
+    "model": {"name": "tiny:vit", "task": "image-classification", "lora": {"rank": 4, "alpha": 8}},
+    "local": {"steps": 4, "batch_size": 8, "learning_rate": 0.01},
+}
+OWN = {
+    "model": {"variants": ["cnn:5", "cnn:4"], "name": "cnn:5", "task": "image-classification", "trainable": "full"},
+    "local": {"steps": 4, "batch_size": 8, "optimizer": "sgd", "learning_rate": 0.05},
+}
+STAGES = {"t0": 2, "r_min": 1, "t_heat": 1, "t_cool": 1, "ladder": [1, 2, 4]}
+CURRICULUM = {"n_fisher": 8, "probes": 4, "draws": 1, "warmup_steps": 2}
+METHODS: dict[str, dict[str, Any]] = {
+    "sa-fedlora": {**LORA, "method": {"name": "sa-fedlora", **STAGES}, "rounds": 6},
+    "federa": {**LORA, "method": {"name": "federa"}},
+    "fibecfed": {**LORA, "method": {"name": "fibecfed", **CURRICULUM}},
+    "pfedlora": {**OWN, "method": {"name": "pfedlora", "mu": 0.3}},
+    "ffa-lora": {**LORA, "method": {"name": "ffa-lora"}},
+    "fedsa-lora": {**LORA, "method": {"name": "fedsa-lora"}},
+    "fml": {**OWN, "method": {"name": "fml"}},
+}
+THE_FOUR = ("sa-fedlora", "federa", "fibecfed", "pfedlora")
+pytestmark = [pytest.mark.services, pytest.mark.slow]
+
+
+def job(method: str) -> dict[str, Any]:
+    """A job of seconds; every method of LoRA trains a vision transformer on handwritten digits."""
+    data = {"source": "digits", "limit": 150}
+    return {"name": method, "data": data, "rounds": 3, "clients": CLIENTS, "seed": 7, **METHODS[method]}
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The report of every job as one process makes it."""
+    folder = tmp_path_factory.mktemp("embedded")
+    means = Means(device="cpu", workers=1)
+    return {
+        name: run_local(JobSpec.model_validate(job(name)), folder, means=means).report.model_dump(mode="json")
+        for name in METHODS
+    }
+
+
+@pytest.fixture(scope="module")
+def federation(
+    tmp_path_factory: pytest.TempPathFactory, module_rabbitmq_url: str, module_redis: services.Redis
+) -> Iterator[Federation]:
+    started = Federation(tmp_path_factory.mktemp("federation"), module_rabbitmq_url, module_redis.url)
+    try:
+        started.start(CLIENTS)
+        yield started
+    finally:
+        started.close()
+
+
+def told(report: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same wherever a job runs."""
+    rows = [report["preparation"]] if report["preparation"] else []
+    return {
+        "adapter": report["adapter"],
+        "final": report["final"],
+        "rounds": [
+            {key: row[key] for key in ("round", "accepted", "rejected", "sha256", "metrics", "bytes_up")}
+            for row in [*rows, *report["rounds"]]
+        ],
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_processes_and_one_process_make_the_same_adapter_scores_and_bytes(
+    federation: Federation, embedded: dict[str, dict[str, Any]], method: str
+) -> None:
+    report = federation.run(job(method))
+
+    assert told(report) == told(embedded[method])
