@@ -12,13 +12,15 @@ from lorabbit.errors import BadInput
 from lorabbit.methods.session import Difficulty
 from lorabbit_client import fisher
 from lorabbit_client.data import Examples
-from lorabbit_client.probing import batch_at, call, chunks, in_float32, looking, losses
+from lorabbit_client.probing import OnChunk, batch_at, call, chunks, in_float32, looking, losses, unwatched
 from lorabbit_client.trainable import TrainableModel
 
 SCORED_AT_ONCE = 64
 
 
-def difficulties(model: TrainableModel, examples: Examples, kind: Difficulty) -> NDArray[np.float64]:
+def difficulties(
+    model: TrainableModel, examples: Examples, kind: Difficulty, *, on_chunk: OnChunk = unwatched
+) -> NDArray[np.float64]:
     """Return the difficulty of every example, float64 (num_examples,); BadInput for a measure that the data lack.
 
     fisher: squared norm of the gradient of log p(y|x) over the LoRA factors; loss: -log p(y|x), a mean
@@ -26,9 +28,9 @@ def difficulties(model: TrainableModel, examples: Examples, kind: Difficulty) ->
     example of several rows has the mean of theirs.
     """
     if kind == "fisher":
-        return _by_example(examples, fisher.traces(model, examples, range(len(examples))))
+        return _by_example(examples, fisher.traces(model, examples, range(len(examples)), on_chunk=on_chunk))
     if kind == "loss":
-        return _by_example(examples, _losses(model, examples))
+        return _by_example(examples, _losses(model, examples, on_chunk))
     if kind == "length":
         return _by_example(examples, examples.lengths.astype(np.float64))
     return _by_example(examples, _rarities(examples))
@@ -54,11 +56,11 @@ def _by_example(examples: Examples, rows: NDArray[np.float64]) -> NDArray[np.flo
     return np.bincount(number, weights=rows) / np.bincount(number)
 
 
-def _losses(model: TrainableModel, examples: Examples) -> NDArray[np.float64]:
+def _losses(model: TrainableModel, examples: Examples, on_chunk: OnChunk) -> NDArray[np.float64]:
     found = np.zeros(len(examples), dtype=np.float64)
     with looking(model), torch.inference_mode():
         stand_ins = in_float32(model)
-        for places in chunks(examples, range(len(examples)), SCORED_AT_ONCE):
+        for places in chunks(examples, range(len(examples)), SCORED_AT_ONCE, on_chunk=on_chunk):
             batch = batch_at(model, examples, places)
             found[places] = losses(call(model, stand_ins, batch), batch).double().cpu().numpy()
     return found

@@ -22,7 +22,19 @@ from lorabbit.types import Tensors
 from lorabbit_client.arrays import to_numpy
 from lorabbit_client.data import Examples
 from lorabbit_client.features import Batch
-from lorabbit_client.probing import CHUNK, batch_at, call, chunks, factors, in_float32, inner_names, looking, losses
+from lorabbit_client.probing import (
+    CHUNK,
+    OnChunk,
+    batch_at,
+    call,
+    chunks,
+    factors,
+    in_float32,
+    inner_names,
+    looking,
+    losses,
+    unwatched,
+)
 from lorabbit_client.tables import Codes
 from lorabbit_client.trainable import TrainableModel
 
@@ -30,8 +42,14 @@ Gradients = dict[str, torch.Tensor]
 """By wire name: (examples, *shape of the factor), float32."""
 
 
-def per_example_gradients(
-    model: TrainableModel, examples: Examples, positions: Sequence[int], *, loop: bool = False, chunk: int = CHUNK
+def per_example_gradients(  # noqa: PLR0913 - what is looked at, and how
+    model: TrainableModel,
+    examples: Examples,
+    positions: Sequence[int],
+    *,
+    loop: bool = False,
+    chunk: int = CHUNK,
+    on_chunk: OnChunk = unwatched,
 ) -> Iterator[tuple[Codes, Gradients]]:
     """Yield places in `positions` and the gradients of -log p(y|x) of the examples there, chunk by chunk.
 
@@ -42,7 +60,7 @@ def per_example_gradients(
     one_by_one = loop or layers is None
     with looking(model), torch.enable_grad():
         stand_ins = in_float32(model)
-        for places in chunks(examples, positions, 1 if one_by_one else chunk):
+        for places in chunks(examples, positions, 1 if one_by_one else chunk, on_chunk=on_chunk):
             batch = batch_at(model, examples, rows[places])
             if layers is None or loop:
                 yield places, _gradients_of_one(model, stand_ins, batch)

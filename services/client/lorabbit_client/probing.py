@@ -7,9 +7,9 @@ training modes and random generators are as they were afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from lorabbit_client.trainable import TrainableModel
 
 CHUNK = 16
 """Examples of which gradients or hidden states are held at once."""
+OnChunk: TypeAlias = Callable[[], None]
+"""Called before each chunk; a task that is no longer wanted ends there."""
 
 
 @contextmanager
@@ -86,10 +88,17 @@ def call(model: TrainableModel, stand_ins: Mapping[str, torch.Tensor], batch: Ba
     return functional_call(model.model, dict(stand_ins), kwargs={**batch, **extra})
 
 
-def chunks(examples: Examples, positions: Sequence[int], size: int = CHUNK) -> Iterator[Codes]:
+def unwatched() -> None:
+    """Let nobody know of a chunk."""
+
+
+def chunks(
+    examples: Examples, positions: Sequence[int], size: int = CHUNK, *, on_chunk: OnChunk = unwatched
+) -> Iterator[Codes]:
     """Yield places in `positions`, rows of like length together."""
     order = np.argsort(examples.lengths[np.asarray(positions, dtype=np.int64)], kind="stable")
     for start in range(0, len(order), size):
+        on_chunk()
         yield order[start : start + size]
 
 

@@ -25,7 +25,7 @@ from lorabbit.methods.session import Sensitivity
 from lorabbit.seeds import derive_seed
 from lorabbit_client.data import Examples
 from lorabbit_client.features import Batch
-from lorabbit_client.probing import CHUNK, batch_at, call, chunks, in_float32, looking
+from lorabbit_client.probing import CHUNK, OnChunk, batch_at, call, chunks, in_float32, looking, unwatched
 from lorabbit_client.tables import Codes
 from lorabbit_client.trainable import TrainableModel
 
@@ -46,13 +46,15 @@ class Probe:
     seed: int
 
 
-def sensitivities(model: TrainableModel, examples: Examples, probe: Probe) -> NDArray[np.float64]:
+def sensitivities(
+    model: TrainableModel, examples: Examples, probe: Probe, *, on_chunk: OnChunk = unwatched
+) -> NDArray[np.float64]:
     """Return how sensitive each block is, float64 (blocks,); raises BadInput for a model without blocks."""
     chosen = np.random.default_rng(derive_seed(probe.seed, "probes")).permutation(len(examples))[: probe.probes]
     total: NDArray[np.float64] | None = None
     with looking(model), torch.inference_mode():
         stand_ins = in_float32(model)
-        for places in chunks(examples, chosen.tolist(), CHUNK):
+        for places in chunks(examples, chosen.tolist(), CHUNK, on_chunk=on_chunk):
             batch = batch_at(model, examples, chosen[places])
             clean = _states(model, stand_ins, batch)
             for draw in range(probe.draws):

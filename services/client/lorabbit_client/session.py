@@ -63,7 +63,8 @@ class TorchSession:
         self._adapter = model
         self._selected = model
         self._data = data
-        self._on_progress = on_progress
+        self._tell = on_progress
+        self._fraction = 0.0
         self._prefixes = prefixes
         model.reset()
 
@@ -125,10 +126,19 @@ class TorchSession:
         clock = Clock(self._task.round, self._task.spec.rounds)
         seed = derive_seed(self.seed, "stream", stream) if stream else self.seed
         trainer = self._trainer(model, local or self.local, clock, seed)
-        trained = trainer.run(self._on_progress, gradient_term=gradient_term, frozen=frozen, mask=mask, batches=batches)
+        trained = trainer.run(self._trained, gradient_term=gradient_term, frozen=frozen, mask=mask, batches=batches)
         self.steps += trained.steps
         facts: Facts = {"seconds": time.perf_counter() - start, "prefixes_kept": trained.skipped}
         return LocalResult(self.tensors(), self.num_examples, trained.loss, trained.steps, facts)
+
+    def _trained(self, fraction: float, loss: float | None) -> None:
+        """Report how far a training is."""
+        self._fraction = fraction
+        self._tell(fraction, loss)
+
+    def _looked(self) -> None:
+        """Report that something is measured, as far as training has come; a task that is called off ends here."""
+        self._tell(self._fraction, None)
 
     def _trainer(self, model: TrainableModel, local: LocalSpec, clock: Clock, seed: int) -> Trainer:
         """Make what trains; one that adds noise writes down beforehand what that spends."""
@@ -165,20 +175,21 @@ class TorchSession:
         """How hard each training example is, float64 (num_examples,), at the present tensors."""
         from lorabbit_client.difficulty import difficulties  # noqa: PLC0415 - only methods with a curriculum need it
 
-        return difficulties(self.settled(), self._data.train, kind)
+        return difficulties(self.settled(), self._data.train, kind, on_chunk=self._looked)
 
     def fisher(self, examples: Sequence[int]) -> Tensors:
         """Mean over these examples of the squared per-example gradient, float32, of every LoRA factor."""
         from lorabbit_client.fisher import mean_squares  # noqa: PLC0415
 
-        return mean_squares(self.settled(), self._data.train, rows_of(self._data.train, examples).tolist())
+        positions = rows_of(self._data.train, examples).tolist()
+        return mean_squares(self.settled(), self._data.train, positions, on_chunk=self._looked)
 
     def sensitivity(self, *, noise: float, draws: int, probes: int, variant: Sensitivity) -> Array:
         """How much each block's output moves when the embeddings do, float64 (blocks,)."""
         from lorabbit_client.sensitivity import Probe, sensitivities  # noqa: PLC0415
 
         probe = Probe(noise=noise, draws=draws, probes=probes, variant=variant, seed=self.seed)
-        return sensitivities(self.settled(), self._data.train, probe)
+        return sensitivities(self.settled(), self._data.train, probe, on_chunk=self._looked)
 
     def lossless_share(self, rule: Literal["slq", "eigengap"]) -> float:
         """Share of curvature directions that must not be lost, in (0, 1], from this client's data."""
