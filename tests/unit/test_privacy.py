@@ -128,7 +128,9 @@ AVERAGING = sorted(n for n, m in METHODS.items() if not (m.personal or m.prepare
 @pytest.mark.parametrize("name", AVERAGING)
 @pytest.mark.parametrize("level", ["client", "example"])
 def test_an_averaging_method_takes_noise(name, level):
-    build(job(aggregation="factors", method={"name": name}, privacy={"level": level}))
+    method = build(job(aggregation="factors", method={"name": name}, privacy={"level": level}))
+
+    assert (method.name, method.job.privacy.level) == (name, level)
 
 
 @pytest.mark.parametrize(

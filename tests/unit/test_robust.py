@@ -270,7 +270,9 @@ AVERAGING = sorted(name for name, method in METHODS.items() if not method.person
 
 @pytest.mark.parametrize("name", AVERAGING)
 def test_an_averaging_method_takes_a_defence(name):
-    build(job(aggregation="factors", method={"name": name}, robust={"kind": "median"}))
+    method = build(job(aggregation="factors", method={"name": name}, robust={"kind": "median"}))
+
+    assert (method.name, method.job.robust.kind) == (name, "median")
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(AVERAGING)))
