@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import services
-from processes import Federation
+from processes import Event, Federation
 
 from lorabbit.jobspec import JobSpec
 from lorabbit_cli.local import Means, run_local
@@ -89,3 +89,48 @@ def test_processes_and_one_process_make_the_same_adapter_scores_and_bytes(
     report = federation.run(job(method))
 
     assert told(report) == told(embedded[method])
+
+
+class Killer:
+    """Kills and starts again a client that was just asked, then the server, then a client whose update counts."""
+
+    def __init__(self, federation: Federation) -> None:
+        self._federation = federation
+        self._steps = [
+            ("round-started", 1, lambda event: self._kill_client(event["cohort"][0])),
+            ("update-accepted", 2, lambda _: self._kill_server()),
+            ("update-accepted", 3, lambda event: self._kill_client(event["client"])),
+        ]
+        self.killed: list[str] = []
+
+    def __call__(self, event: Event) -> None:
+        if self._steps:
+            kind, round_number, act = self._steps[0]
+            if event["kind"] == kind and event["round"] == round_number:
+                self._steps.pop(0)
+                act(event)
+
+    def _kill_client(self, client: str) -> None:
+        process = self._federation.clients[self._federation.address_of(client)]
+        process.kill()
+        process.start()
+        self.killed.append("client")
+
+    def _kill_server(self) -> None:
+        self._federation.server.kill()
+        self._federation.server.start()
+        self.killed.append("server")
+
+
+@pytest.mark.parametrize("method", THE_FOUR)
+def test_whoever_is_killed_changes_nothing(federation: Federation, method: str) -> None:
+    """`tests/integration/test_restarts.py` has every phase; here it is processes, and whatever they are at."""
+    spec = job(method)
+    spec |= {"name": f"{method}-killed", "local": {**spec["local"], "steps": 150}}
+    undisturbed = federation.run(spec | {"name": f"{method}-long"})
+    killer = Killer(federation)
+
+    report = federation.run(spec, killer)
+
+    assert killer.killed == ["client", "server", "client"]
+    assert told(report) == told(undisturbed)
