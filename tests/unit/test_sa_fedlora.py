@@ -11,7 +11,6 @@ from lorabbit.jobspec import JobSpec
 from lorabbit.lora import Factors
 from lorabbit.methods import build
 from lorabbit.methods.fedavg import FedAvg
-from lorabbit.methods.sa_fedlora import SaFedLora
 from lorabbit.tensors import size_bytes
 from lorabbit.types import ADAPTER, BASE, ClientUpdate, ServerState
 
@@ -158,9 +157,31 @@ def test_U3_clients_drift_less_the_stronger_the_penalty():
     assert drifts[0] > drifts[1] > drifts[2] > 0
 
 
-def test_U3_a_penalty_that_makes_its_own_steps_diverge_is_bad_input():
+@pytest.mark.parametrize(("kept", "is_same"), [(False, True), (True, False)])
+def test_U3_the_penalty_ends_with_the_first_stage_unless_it_is_to_stay(kept, is_same):
+    updates = []
+    for mu in (0.0, 2.0):
+        method = build(job(mu=mu, prox_in_annealing=kept))
+        state = after(build(job(mu=0.0)), 2)
+        updates.append(method.local_update(method.plan(state, profile(0)), client(0)).tensors)
+
+    plain, pulled = updates
+    assert all(np.array_equal(plain[name], pulled[name]) for name in plain) == is_same
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"initiating_learning_rate": 0.01}, {"annealing_learning_rate": 0.01, "prox_in_annealing": True}],
+)
+def test_U3_a_penalty_that_makes_its_own_steps_diverge_is_bad_input(settings):
+    other = {"initiating_learning_rate": 1e-5, "annealing_learning_rate": 1e-5}
+
     with pytest.raises(BadInput, match=r"method\.mu: .* must be below 1"):
-        build(job(mu=200.0, initiating_learning_rate=0.01))
+        build(job(mu=200.0, **{**other, **settings}))
+
+
+def test_U3_the_rate_of_a_stage_without_the_penalty_does_not_matter_to_it():
+    assert build(job(mu=200.0, initiating_learning_rate=1e-5, annealing_learning_rate=0.1)).mu == 200.0
 
 
 @pytest.mark.parametrize("rounds", [0, 3])
@@ -197,6 +218,8 @@ def test_U6_shrinking_loses_exactly_the_tail():
         assert missed == pytest.approx(np.linalg.norm(tail), rel=1e-5)
     whole = sum(np.sum(product(adapter, m) ** 2) for m in SHAPES)
     assert told["lost"] == pytest.approx(np.sqrt(sum(np.sum(t**2) for t in tails.values()) / whole), rel=1e-5)
+    most = max(np.linalg.norm(tail) / np.linalg.norm(product(adapter, m)) for m, tail in tails.items())
+    assert told["lost_most"] == pytest.approx(most, rel=1e-5)
 
 
 def test_U6_the_same_rank_changes_nothing():
@@ -402,4 +425,3 @@ def test_the_report_tells_rank_and_lost_energy():
     assert state.report["stage"] == "annealing"
     assert state.report["rank"] >= state.report["next_rank"]
     assert 0 <= state.report["lost"] < 1
-    assert isinstance(SaFedLora.summary, str)

@@ -90,7 +90,10 @@ class SaFedLora(Method):
             raise BadInput(f"method.schedule: {error}") from error
         if max(job.model.lora.client_ranks or (1,)) > highest:
             raise BadInput(f"model.lora.client_ranks: a client has more than r_max ({highest}); lower it")
-        rate = self.initiating_learning_rate or job.local.learning_rate
+        rates = [self.initiating_learning_rate or job.local.learning_rate]
+        if self.prox_in_annealing:
+            rates.append(self.annealing_learning_rate or job.local.learning_rate)
+        rate = max(rates)
         if self.penalty != "l1prox" and rate * self.mu >= 1:
             raise BadInput(f"method.mu: {self.mu} times the learning rate {rate} must be below 1, or steps diverge")
 
