@@ -19,7 +19,7 @@ from lorabbit_client.cnn import Cnn
         ("5", 670_058, 715_148),
     ],
 )
-def test_parameter_counts_are_those_of_the_table(name: str, ten: int, hundred: int):
+def test_J12_parameter_counts_are_those_of_the_table(name: str, ten: int, hundred: int):
     counts = [sum(p.numel() for p in Cnn(name, classes).parameters()) for classes in (10, 100)]
 
     assert counts == [ten, hundred]

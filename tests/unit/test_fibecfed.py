@@ -163,17 +163,20 @@ def test_batches_in_use_are_shuffled_by_the_task_unless_their_order_is_kept() ->
     assert sorted(orders[False] or []) == orders[True]
 
 
-def test_difficulty_is_measured_once_and_again_only_when_due() -> None:
-    for every, expected in ((0, 1), (3, 2)):
-        made = method(rescore_every=every, warmup_steps=0)
-        session = client()
-        state = prepared(made, [session])
-        asked = len(session.asked)
-        for round_number in (1, 2, 3, 4):
-            session = again(session, round_number)
-            one_round(made, state, [session])
-            asked += len([call for call in session.asked if call[0] == "difficulty"])
-        assert asked == expected + 1  # and once for the sensitivity
+@pytest.mark.parametrize(("every", "expected"), [(0, [0]), (2, [0, 2, 4]), (3, [0, 3])])
+def test_difficulty_is_measured_once_and_again_only_when_due(every: int, expected: list[int]) -> None:
+    made = method(rescore_every=every, warmup_steps=0)
+    session = client()
+    state = prepared(made, [session])
+    measured = [0] if ("difficulty", "fisher") in session.asked else []
+
+    for round_number in (1, 2, 3, 4):
+        session = again(session, round_number)
+        one_round(made, state, [session])
+        if ("difficulty", "fisher") in session.asked:
+            measured.append(round_number)
+
+    assert measured == expected
 
 
 def test_other_data_than_were_sorted_are_sorted_anew() -> None:
