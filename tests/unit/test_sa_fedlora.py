@@ -11,6 +11,7 @@ from lorabbit.jobspec import JobSpec
 from lorabbit.lora import Factors
 from lorabbit.methods import build
 from lorabbit.methods.fedavg import FedAvg
+from lorabbit.methods.sa_fedlora import SaFedLora
 from lorabbit.tensors import size_bytes
 from lorabbit.types import ADAPTER, BASE, ClientUpdate, ServerState
 
@@ -26,7 +27,7 @@ def job(*, rounds=12, alpha=16, client_ranks=None, aggregation="factors", **sett
             "rounds": rounds,
             "aggregation": aggregation,
             "model": {"lora": {"rank": RANK, "alpha": alpha, "client_ranks": client_ranks}},
-            "method": {"name": "sa-fedlora", "t0": 2, "r_min": 2, **settings},
+            "method": {"name": SaFedLora.name, "t0": 2, "r_min": 2, **settings},
         }
     )
 
