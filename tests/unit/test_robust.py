@@ -290,7 +290,10 @@ def test_another_method_refuses_a_defence_with_the_reason(name):
         ({"robust": {"kind": "krum"}, "clients": 4}, r"robust\.kind: krum needs 2 \* attackers \+ 3 = 5 clients"),
         ({"robust": {"kind": "krum", "attackers": 3}}, r"needs 2 \* attackers \+ 3 = 9 clients"),
         ({"robust": {"kind": "krum"}, "schedule": {"kind": "quorum", "quorum": 0.5}}, r"and a round has 4"),
-        ({"robust": {}, "aggregation": "factors", "schedule": {"kind": "quorum", "late": "keep"}}, r"^(robust|schedule)"),
+        (
+            {"robust": {}, "aggregation": "factors", "schedule": {"kind": "quorum", "late": "keep"}},
+            r"^(robust|schedule)",
+        ),
         ({"robust": {"kind": "median"}, "clients": 2}, r"median of fewer than 3 values"),
         ({"robust": {"kind": "trimmed-mean", "trim": 0.45}, "clients": 4}, r"robust\.trim: .* leaves nobody"),
         ({"robust": {"kind": "multi-krum", "keep": 5}}, r"robust\.keep: 5 of 7 clients"),
