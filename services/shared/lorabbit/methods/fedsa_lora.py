@@ -39,6 +39,7 @@ class FedSaLora(Method):
     name: ClassVar[str] = "fedsa-lora"
     summary: ClassVar[str] = "LoRA whose A is averaged while each client keeps a B of its own; half the bytes"
     paper: ClassVar[str] = "Guo et al., Selective Aggregation for Low-Rank Adaptation, 2025, arXiv 2410.01463"
+    scores_first: ClassVar[bool] = True
     because: ClassVar[str] = (
         "each client's own B is fitted to the A of its round, and training moves it whether or not the A is averaged"
     )
