@@ -8,7 +8,7 @@ from tree import PACKAGES, ROOT
 
 from lorabbit.methods import METHODS
 
-NOT_A_METHOD = {"__init__", "base", "session"}
+NOT_A_METHOD = {"__init__", "averaging", "base", "session"}
 
 
 def missing_parts(name: str) -> list[str]:

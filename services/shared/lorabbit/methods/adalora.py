@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from lorabbit import aggregation, lora, rank_schedule
-from lorabbit.aggregation import Aggregation, Received, shift
+from lorabbit.aggregation import Received, shift
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.lora import Factors
-from lorabbit.methods.base import Export, Method, Session
+from lorabbit.methods.averaging import Averaging
+from lorabbit.methods.base import Export, Session
 from lorabbit.rank_schedule import RankSchedule
 from lorabbit.types import ADAPTER, Array, ClientUpdate, Json, Plan, ServerState, Tensors
 
@@ -38,7 +39,7 @@ Importance = dict[str, list[float]]
 """Of each component, by module."""
 
 
-class AdaLora(Method):
+class AdaLora(Averaging):
     """Averaged LoRA under a falling budget."""
 
     name: ClassVar[str] = "adalora"
@@ -76,11 +77,6 @@ class AdaLora(Method):
         heat, cool = rank_schedule.holds(self.job.rounds, self.t_heat, self.t_cool)
         lowest = self.r_min or max(1, highest // 2)
         return RankSchedule("cubic", self.job.rounds, 0, highest, lowest, heat, cool)
-
-    @property
-    def aggregation(self) -> Aggregation:
-        """(1)."""
-        return aggregation.of(self.job)
 
     # ---- client ----
     def local_update(self, plan: Plan, session: Session) -> ClientUpdate:

@@ -29,11 +29,12 @@ from lorabbit.codec import tensors_sha256
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.lora import Factors
-from lorabbit.methods.base import Export, Method, Session
+from lorabbit.methods.averaging import Averaging
+from lorabbit.methods.base import Export, Session
 from lorabbit.types import ADAPTER, SHIFT, Array, ClientProfile, ClientUpdate, Facts, Plan, ServerState, Tensors
 
 
-class FeDeRA(Method):
+class FeDeRA(Averaging):
     """Averaged LoRA from a principal start."""
 
     name: ClassVar[str] = "federa"
@@ -117,10 +118,6 @@ class FeDeRA(Method):
         rank = self.aggregation.rank_for(client)
         settings: Facts = {"init": state.facts["init"]} | ({} if rank is None else {"rank": rank})
         return Plan(payloads={**state.shared, ADAPTER: state.tensors}, settings=settings)
-
-    def uploads(self, state: ServerState, client: ClientProfile) -> Tensors:
-        """The components that a client trains."""
-        return self.aggregation.uploads(state, client)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """(3), from clients that started where the server says."""

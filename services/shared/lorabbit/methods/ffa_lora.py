@@ -11,7 +11,6 @@ reads nothing again, and uploads carry B and the head alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -19,13 +18,12 @@ from lorabbit import aggregation
 from lorabbit.aggregation import FROZEN, RULES, Aggregation, is_a
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
-from lorabbit.methods.base import Method, Session
-from lorabbit.types import ClientProfile, ClientUpdate, Plan, ServerState, Tensors
+from lorabbit.methods.averaging import Averaging
 
 __all__ = ["FROZEN", "FfaLora", "is_a"]
 
 
-class FfaLora(Method):
+class FfaLora(Averaging):
     """Exact federated averaging of LoRA: one shared frozen A, averaged B."""
 
     name: ClassVar[str] = "ffa-lora"
@@ -50,35 +48,3 @@ class FfaLora(Method):
     def aggregation(self) -> Aggregation:
         """The job's numbers with the rule `freeze-a`."""
         return replace(aggregation.of(self.job), rule=RULES["freeze-a"])
-
-    # ---- server ----
-    def start(self, adapter: Tensors) -> ServerState:
-        """A stays as it was drawn, in a file of its own."""
-        return self.aggregation.start(adapter)
-
-    def plan(self, state: ServerState, client: ClientProfile) -> Plan:
-        """(1): A under its own role, everything else as the adapter."""
-        return self.aggregation.plan(state, client)
-
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
-        """(2): average B and the head; the same A stays beside them."""
-        return self.aggregation.fold(state, updates)
-
-    def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - one plan for all
-        """Score what is tuned: A is there already."""
-        return self.aggregation.scoring(state)
-
-    def restore(self, plan: Plan, session: Session) -> None:
-        """Load both."""
-        aggregation.install(plan, session)
-
-    def adapter(self, state: ServerState) -> Tensors:
-        """A and B and the head, as PEFT wants them together."""
-        return self.aggregation.adapter(state)
-
-    # ---- client ----
-    def local_update(self, plan: Plan, session: Session) -> ClientUpdate:
-        """(1): train B and the head under the shared A."""
-        aggregation.install(plan, session)
-        result = session.train(frozen=aggregation.frozen(plan))
-        return aggregation.answer(plan, session, result, scaling=self.aggregation.scaling)

@@ -22,11 +22,11 @@ import numpy as np
 from pydantic import Field
 
 from lorabbit import aggregation, lora, two_stage
-from lorabbit.aggregation import Aggregation
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.lora import Factors
-from lorabbit.methods.base import Export, Method, Session
+from lorabbit.methods.averaging import Averaging
+from lorabbit.methods.base import Export, Session
 from lorabbit.seeds import derive_seed
 from lorabbit.tensors import squared_norm, weighted_mean
 from lorabbit.types import ADAPTER, EVALUATE, Array, ClientProfile, ClientUpdate, Json, Plan, ServerState, Tensors
@@ -35,7 +35,7 @@ SPARSE = ".sparse"
 """Behind a module's path: the values of D where its mask is set, in ascending position."""
 
 
-class SLora(Method):
+class SLora(Averaging):
     """Sparse fine-tuning first, LoRA from its SVD then."""
 
     name: ClassVar[str] = "slora"
@@ -71,11 +71,6 @@ class SLora(Method):
         """T1."""
         return max(1, self.job.rounds // 10) if self.sparse_rounds is None else self.sparse_rounds
 
-    @property
-    def aggregation(self) -> Aggregation:
-        """Of the second stage."""
-        return aggregation.of(self.job)
-
     def positions(self, module: str, d_out: int, d_in: int) -> Array:
         """Flat positions of a module's mask in its d_out x d_in weight, ascending; server and clients draw the same."""
         size, rank = d_out * d_in, self.job.model.lora.rank
@@ -87,9 +82,7 @@ class SLora(Method):
     def local_update(self, plan: Plan, session: Session) -> ClientUpdate:
         """(1) or (3), as the plan says."""
         if plan.settings.get("stage") != "sparse":
-            aggregation.install(plan, session)
-            result = session.train(frozen=aggregation.frozen(plan))
-            return aggregation.answer(plan, session, result, scaling=self.aggregation.scaling)
+            return self.tuned(plan, session)
         masks = self._install(plan, session)
         heads = {two_stage.own_name(name): name for name in plan.payloads[ADAPTER] if not name.endswith(SPARSE)}
         local = session.local
@@ -111,7 +104,7 @@ class SLora(Method):
         if plan.settings.get("stage") == "sparse":
             self._install(plan, session)
         else:
-            aggregation.install(plan, session)
+            super().restore(plan, session)
 
     def _install(self, plan: Plan, session: Session) -> dict[str, _Mask]:
         """Put W + M * D and the heads into the whole model; returns the masks by the weights' names."""
@@ -144,16 +137,16 @@ class SLora(Method):
         """Values of D, or factors."""
         if self._sparse(state):
             return Plan(payloads={ADAPTER: state.tensors}, settings={"stage": "sparse"})
-        return self.aggregation.plan(state, client)
+        return super().plan(state, client)
 
     def uploads(self, state: ServerState, client: ClientProfile) -> Tensors:
         """The same back."""
-        return state.tensors if self._sparse(state) else self.aggregation.uploads(state, client)
+        return state.tensors if self._sparse(state) else super().uploads(state, client)
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """(1) and (2), or (3)."""
         if not self._sparse(state):
-            return self.aggregation.fold(state, updates)
+            return super().aggregate(state, updates)
         t = _t(state) + 1
         mean = weighted_mean((u.num_examples, u.tensors) for u in updates)
         told: dict[str, Json] = {"stage": "sparse", "aggregation_error": 0.0}
@@ -162,24 +155,24 @@ class SLora(Method):
             return ServerState(mean, facts, state.shared)
         factors = self._factors(mean, state.shared[two_stage.FIRST])
         told["lost"] = _lost(mean, factors, self.aggregation.scaling)
-        begun = self.aggregation.start(factors)
+        begun = super().start(factors)
         return ServerState(begun.tensors, facts, begun.shared)
 
-    def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - one plan for all
+    def scoring(self, state: ServerState, client: ClientProfile) -> Plan:
         """The model of the stage."""
         if self._sparse(state):
             return Plan(EVALUATE, {ADAPTER: state.tensors}, {"stage": "sparse"})
-        return self.aggregation.scoring(state)
+        return super().scoring(state, client)
 
     def adapter(self, state: ServerState) -> Tensors:
         """Factors and head; in the first stage those that (2) would make now."""
         if self._sparse(state):
             return self._factors(state.tensors, state.shared[two_stage.FIRST])
-        return self.aggregation.adapter(state)
+        return super().adapter(state)
 
     def export(self, state: ServerState) -> Export:
         """On the job's base model."""
-        return Export(self.adapter(state)) if self._sparse(state) else Export(*self.aggregation.export(state))
+        return Export(self.adapter(state)) if self._sparse(state) else super().export(state)
 
     def _sparse(self, state: ServerState) -> bool:
         return _t(state) < self.stage_rounds
