@@ -28,6 +28,18 @@ class Gated:
         return Outcome(Metrics(num_examples=1), has_tensors=True)
 
 
+class Endless:
+    """An executor whose tasks report progress for ever."""
+
+    def __init__(self) -> None:
+        self.started = threading.Event()
+
+    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:  # noqa: ARG002 - no work is ever done
+        while True:
+            self.started.set()
+            on_progress(0.5, 1.0)
+
+
 def work_of(folder: Path, task: str) -> Work:
     wire = Task(
         job="job",
@@ -92,12 +104,11 @@ def test_a_cancelled_task_ends_at_its_next_progress_and_says_nothing(tmp_path: P
 
 
 def test_closing_stops_what_runs_and_ends_the_thread(tmp_path: Path) -> None:
-    executor = Gated()
+    executor = Endless()
     runner = ThreadRunner(executor)
     finished: queue.Queue[str] = queue.Queue()
     runner.submit(work_of(tmp_path, "a"), lambda *_: None, lambda _: finished.put("a"))
-    executor.started.get(timeout=PATIENCE)
-    threading.Timer(0.0, executor.gate.set).start()
+    assert executor.started.wait(PATIENCE)
 
     runner.close()
 
