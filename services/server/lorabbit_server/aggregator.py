@@ -1,7 +1,9 @@
 """Fold a round's updates into the next server state, from disk, one tensor at a time.
 
-Updates are read lazily in ascending client index, so memory is one accumulator and one tensor
-whatever the number of clients, and the sum is the same to the bit whatever the order of arrival.
+Updates are read lazily in ascending client index, so the sum is the same to the bit whatever the
+order of arrival. A plain mean holds one accumulator and one tensor whatever the number of clients;
+rules for LoRA factors hold one module of all clients (`lorabbit.aggregation`), robust ones their
+Gram matrices besides.
 """
 
 from __future__ import annotations
