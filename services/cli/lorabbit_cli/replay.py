@@ -50,6 +50,8 @@ def replay(folder: Path) -> Iterator[Replayed]:
 
 def _log(folder: Path) -> list[ev.AnyEvent]:
     path = folder / FOLDER / LOG
+    if not folder.is_dir():
+        raise BadInput(f"there is no run folder {folder}; name one that a run left, such as runs/quickstart")
     if not path.is_file():
         raise BadInput(f"{folder} kept no updates; run the job with --set output.keep_updates=true")
     return [ev.EVENTS.validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
