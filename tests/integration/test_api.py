@@ -167,7 +167,7 @@ def test_what_a_job_waits_for_has_an_owner_a_reason_and_a_time(served):
     (wait,) = served.web.get(f"/jobs/{job}").json()["waits"]
 
     assert wait["owner"] == "operator"
-    assert wait["reason"].startswith("0 of 2 clients are here")
+    assert wait["reason"] == "job job waits for 2 more clients: 0 of 2 needed are connected"
     assert wait["since_ms"] > 0
 
 

@@ -131,8 +131,8 @@ def test_a_job_that_waits_says_for_whom_and_can_be_cancelled(deployment: Deploym
     again = lorabbit(deployment, "cancel", "walk")
 
     assert "walk: running, gathering" in waiting.stdout
-    assert "waits for operator: " in waiting.stdout
-    assert "waits for job walk: " in queued.stdout
+    assert "job walk waits for 2 more clients: 1 of 3 needed are connected, for " in waiting.stdout
+    assert "job walk-2 waits for job walk: jobs run one after the other, for " in queued.stdout
     assert cancelled.exit_code == 0
     assert watched.exit_code == 1
     assert again.stdout == "walk is cancelled already\n"

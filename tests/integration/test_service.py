@@ -159,7 +159,7 @@ def test_the_first_task_waits_for_nobody_but_the_population(rig):
     late.start()
     rig.run_to_end("job")
 
-    assert before == "2 of 3 clients are here; start 1 more with `lorabbit client`"
+    assert before == "job job waits for 1 more client: 2 of 3 needed are connected"
     assert rig.report("job").clients == ["client-1", "client-2", "client-3"]
 
 
@@ -398,7 +398,7 @@ def test_a_client_that_dies_is_reported_lost_and_gets_its_task_again_when_it_com
     assert "client-lost" in rig.kinds()
     assert status.lost == ("client-2",)
     assert status.waits[0].owner == "client-2"
-    assert "has not been heard of; start it again" in status.waits[0].reason
+    assert "waits for client-2: lost; start it again" in status.waits[0].reason
     assert (back.tasks[0].task, back.tasks[0].attempt) == ("job.r1.train.k1", 2)
     assert np.array_equal(adapter(rig.runs("job") / "adapter")["b"], np.full(3, 3.0, np.float32))
 

@@ -1,4 +1,4 @@
-"""Commands that speak to a server: submit, jobs, status, watch, cancel."""
+"""Commands that speak to a server: submit, jobs, status, why, watch, cancel."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ INTERRUPTED = 130
 
 def register(app: typer.Typer) -> None:
     """Add these commands."""
-    for command in (submit, jobs, status, watch, cancel):
+    for command in (submit, jobs, status, why, watch, cancel):
         app.command()(command)
 
 
@@ -93,17 +93,36 @@ def status(job: Job = None, output: Output = Format.TEXT, url: ServerUrl = None)
 
     Example: lorabbit status quickstart
     """
+    from lorabbit_cli.waiting import shorter  # noqa: PLC0415 - as above
+
     with server_at(url) as server:
-        found = server.status(job or server.newest())
+        found = server.status(job)
     if output is Format.JSON:
         print_json(found)
         return
     typer.echo(f"{found['job']}: {found['status']}, {_stage(found)}")
     if found["reason"]:
         typer.echo(f"  reason: {found['reason']}")
-    for wait in found["waits"]:
-        since = f" (since {_clock(wait['since_ms'])})" if wait["since_ms"] else ""
-        typer.echo(f"  waits for {wait['owner']}: {wait['reason']}{since}")
+    for line in shorter(found):
+        typer.echo(f"  {line}")
+
+
+def why(job: Job = None, output: Output = Format.TEXT, url: ServerUrl = None) -> None:
+    """Say for whom a job waits, since when, until when, and what ends the wait.
+
+    Works while the broker or the store is away, too.
+
+    Example: lorabbit why quickstart
+    """
+    from lorabbit_cli.waiting import lines  # noqa: PLC0415 - as above
+
+    with server_at(url) as server:
+        found = server.status(job)
+    if output is Format.JSON:
+        print_json({name: found[name] for name in ("job", "status", "reason", "waits", "server", "now_ms")})
+        return
+    for line in lines(found):
+        typer.echo(line)
 
 
 def _stage(found: dict[str, Any]) -> str:

@@ -60,9 +60,9 @@ class Server:
             raise BadInput("no job has been submitted yet; submit one with: lorabbit submit FILE")
         return str(max(jobs, key=lambda job: int(job["submitted_ms"]))["job"])
 
-    def status(self, job: str) -> dict[str, Any]:
-        """Return where a job stands and whom it waits for."""
-        status: dict[str, Any] = self._json("GET", f"/jobs/{quote(job, safe='')}")
+    def status(self, job: str | None) -> dict[str, Any]:
+        """Return where a job stands and whom it waits for; the job that was submitted last when None."""
+        status: dict[str, Any] = self._json("GET", f"/jobs/{quote(job, safe='')}" if job else "/status")
         return status
 
     def spec(self, job: str) -> JobSpec:

@@ -30,9 +30,13 @@ from lorabbit_server.api import make_app
 from lorabbit_server.http import HttpServer
 from lorabbit_server.measures import Measures
 from lorabbit_server.service import Service
+from lorabbit_server.status import Lookout
+from lorabbit_server.surroundings import Surroundings
 
 log = structlog.get_logger()
 INTERRUPTED = 130
+PROBE_TIMEOUT_SECONDS = 2.0
+"""An operator who asks why nothing happens shall not wait as long as the server itself bears."""
 
 
 def main(settings: ServerSettings | None = None) -> int:
@@ -72,9 +76,13 @@ def _serve(settings: ServerSettings) -> int:
     service.listen(_log_event)
     if settings.submit is not None:
         service.on_leading(partial(_submit, service, settings.submit))
+    probe = RedisStore.connect(settings.redis_url, patience=1, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+    surroundings = Surroundings(broker, probe, service.now_ms)
     try:
-        http = HttpServer(make_app(service, measures), settings.http_host, settings.http_port)
+        app = make_app(service, measures, Lookout(service, surroundings, probe))
+        http = HttpServer(app, settings.http_host, settings.http_port)
         http.start()
+        surroundings.start()
         log.info("server-started", version=__version__, http=http.url, folder=str(settings.folder))
         try:
             with _signals(service, broker):
@@ -82,10 +90,12 @@ def _serve(settings: ServerSettings) -> int:
                 broker.run()
         finally:
             http.close()
+            surroundings.close()
     finally:
         with suppress(StoreUnavailable):
             service.close()
         broker.close()
+        probe.close()
         store.close()
     log.info("server-stopped")
     return 0

@@ -26,7 +26,8 @@ from lorabbit.state.base import START
 from lorabbit.validation import explain
 from lorabbit_server.measures import Measures
 from lorabbit_server.service import Service
-from lorabbit_server.status import Status, clients_wanted, status_of
+from lorabbit_server.status import Lookout, Status, clients_wanted
+from lorabbit_server.surroundings import Surroundings
 
 log = structlog.get_logger()
 LONGEST_WAIT_SECONDS = 60.0
@@ -37,11 +38,14 @@ class Unknown(LoRAbbitError):
     """There is no such thing."""
 
 
-def make_app(service: Service, measures: Measures) -> FastAPI:
-    """Build the application over a service."""
+def make_app(service: Service, measures: Measures, lookout: Lookout | None = None) -> FastAPI:
+    """Build the application over a service; `lookout` where status may not wait as long as the service's store does."""
+    if lookout is None:
+        lookout = Lookout(service, Surroundings(service.broker, service.store, service.now_ms), service.store)
     app = FastAPI(title="LoRAbbit", version=__version__)
     _add_errors(app)
     _add_jobs(app, service)
+    _add_status(app, service, lookout)
     _add_watching(app, service)
     _add_files(app, service.settings.folder / "runs")
     _add_health(app, service, measures)
@@ -67,7 +71,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _add_jobs(app: FastAPI, service: Service) -> None:
-    """Take submissions and cancellations, and say where jobs stand."""
+    """Take submissions and cancellations, and list jobs."""
     store = service.store
 
     @app.post("/jobs", status_code=201)
@@ -84,17 +88,30 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         shown = ("job", "status", "submitted_ms", "reason", "exit_code")
         return [{name: getattr(entry, name) for name in shown} for entry in store.jobs().values()]
 
-    @app.get("/jobs/{job}")
-    def status(job: str) -> Status:
-        found = status_of(store, job)
-        if found is None:
-            raise Unknown(_no_job(job, list(store.jobs())))
-        return found
-
     @app.post("/jobs/{job}/cancel")
     def cancel(job: str) -> Json:
-        known = status(job)
-        return {"job": job, "cancelled": service.cancel(job), "status": known.status}
+        entries = store.jobs()
+        if job not in entries:
+            raise Unknown(_no_job(job, list(entries)))
+        return {"job": job, "cancelled": service.cancel(job), "status": entries[job].status}
+
+
+def _add_status(app: FastAPI, service: Service, lookout: Lookout) -> None:
+    """Say where jobs stand and whom they wait for, also while the broker or the store is away."""
+
+    @app.get("/status")
+    def newest() -> Status:
+        found = lookout.status()
+        if found is None:
+            raise Unknown("no job has been submitted yet; submit one with: lorabbit submit FILE")
+        return found
+
+    @app.get("/jobs/{job}")
+    def status(job: str) -> Status:
+        found = lookout.status(job)
+        if found is None:
+            raise Unknown(_no_job(job, list(service.store.jobs())))
+        return found
 
 
 def _add_watching(app: FastAPI, service: Service) -> None:

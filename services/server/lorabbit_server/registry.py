@@ -26,6 +26,8 @@ class Client:
     tags: tuple[str, ...] = ()
     version: str = ""
     expires_ms: int = 0
+    heard_ms: int = 0
+    """When it was heard of last."""
     present: bool = False
 
 
@@ -48,7 +50,8 @@ class Registry:
             expires = now_ms + self._lease_ms if recent else entry.expires_ms
             declared = json.loads(entry.record)
             declared["tags"] = tuple(declared.get("tags", ()))
-            self._clients[client] = Client(client, entry.address, expires_ms=expires, **declared)
+            heard = max(0, entry.expires_ms - self._lease_ms)
+            self._clients[client] = Client(client, entry.address, expires_ms=expires, heard_ms=heard, **declared)
             if recent:
                 self._heard.add(client)
         self._by_address = {c.address: c.client for c in self._clients.values()}
@@ -82,6 +85,7 @@ class Registry:
             tags=message.tags,
             version=message.version,
             expires_ms=expires,
+            heard_ms=now_ms,
             present=True,
         )
         return client
@@ -93,7 +97,7 @@ class Registry:
             return None, False
         entry = self._clients[client]
         back = not entry.present
-        entry.present, entry.expires_ms = True, now_ms + self._lease_ms
+        entry.present, entry.heard_ms, entry.expires_ms = True, now_ms, now_ms + self._lease_ms
         self._heard.add(client)
         return client, back
 
@@ -125,6 +129,11 @@ class Registry:
     def present(self) -> tuple[ClientId, ...]:
         """Clients that are here; for any thread."""
         return tuple(entry.client for entry in list(self._clients.values()) if entry.present)
+
+    @property
+    def heard_ms(self) -> dict[str, int]:
+        """When each client was heard of last, where it ever was; for any thread."""
+        return {entry.client: entry.heard_ms for entry in list(self._clients.values()) if entry.heard_ms}
 
     def get(self, client: ClientId) -> Client | None:
         """A client by its identity."""

@@ -9,11 +9,8 @@ and stands by again.
 from __future__ import annotations
 
 import platform
-import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Executor
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -33,28 +30,16 @@ from lorabbit.transfer import AdapterPublisher
 from lorabbit_server import steps
 from lorabbit_server.guarded import GuardedLoop
 from lorabbit_server.jobrun import JobRun
+from lorabbit_server.jobstate import JobState
 from lorabbit_server.reception import Reception
 from lorabbit_server.registry import Registry
-from lorabbit_server.tools import Tools
+from lorabbit_server.tools import Means, Tools
 
 log = structlog.get_logger()
 TICK_SECONDS = 1.0
 CONTROL_PREFETCH = 256
 DATA_PREFETCH = 32
 Listener = Callable[[str, AnyEvent], None]
-
-
-def wall_ms() -> int:
-    """Milliseconds since 1970."""
-    return time.time_ns() // 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Means:
-    """What a test replaces: the clock, and the executor of heavy work."""
-
-    now_ms: Callable[[], int] = wall_ms
-    worker: Executor | None = None
 
 
 class Service:
@@ -80,6 +65,7 @@ class Service:
         self._on_leading: list[Callable[[], None]] = []
         self._epoch: int | None = None
         self._run: JobRun | None = None
+        self._known: JobState | None = None
         self._registry = Registry(store, lease_ms=round(settings.client_lease_seconds * 1000))
         self._subscriptions: list[Cancellable] = []
         self._timers: list[Cancellable] = []
@@ -135,6 +121,16 @@ class Service:
     def clients_present(self) -> int:
         """How many clients are here."""
         return len(self._registry.present)
+
+    @property
+    def heard_ms(self) -> dict[str, int]:
+        """When each client was heard of last; empty before this server leads."""
+        return self._registry.heard_ms
+
+    @property
+    def known(self) -> JobState | None:
+        """The job under way as this server knew it last, also after it stepped down; for when the store is away."""
+        return self._known if self._run is None else self._run.state
 
     def now_ms(self) -> int:
         """The server's clock."""
@@ -247,6 +243,7 @@ class Service:
         for each in (*self._subscriptions, *self._timers):
             each.cancel()
         if self._run is not None:
+            self._known = self._run.state
             self._run.close()
         if self._tools is not None:
             self._tools.publisher.close()

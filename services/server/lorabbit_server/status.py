@@ -1,29 +1,24 @@
-"""What a job waits for right now: every wait with its owner, since when, and why."""
+"""Status: a job as an operator sees it, from the store while it answers and from memory while it does not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from pydantic import BaseModel, ConfigDict
 
 from lorabbit.errors import StoreUnavailable
+from lorabbit.events import EVENTS, TaskProgressed
 from lorabbit.jobspec import JobSpec
 from lorabbit.state.base import JobEntry, JobStatus, StateStore
-from lorabbit.types import EVALUATE, INITIALISE
-from lorabbit_server.jobstate import JobState, TaskState, load_state
+from lorabbit_server.jobstate import JobState, load_state
+from lorabbit_server.service import Service
+from lorabbit_server.surroundings import LEASE, STORE, Found, Surroundings
+from lorabbit_server.waits import BY_ITSELF, Sight, Wait, waits_of
 
-
-class Wait(BaseModel):
-    """Somebody a job waits for."""
-
-    model_config = ConfigDict(frozen=True)
-
-    owner: str
-    """A client, the server, or the operator."""
-    reason: str
-    since_ms: int = 0
-    deadline_ms: int | None = None
-    """When the wait ends by itself; None where nothing but its owner ends it."""
+PROGRESS_READ = 2000
+"""Newest progress messages that are looked through for the tasks under way."""
+OVER = frozenset({"done", "failed", "cancelled"})
 
 
 class Status(BaseModel):
@@ -39,10 +34,87 @@ class Status(BaseModel):
     clients: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     waits: tuple[Wait, ...] = ()
+    """Whom the job waits for; never empty before it is over."""
     reason: str = ""
     exit_code: int = 0
     submitted_ms: int = 0
     cancel_requested: bool = False
+    server: str = ""
+    """What the server that answers is: it leads, or stands by for another."""
+    now_ms: int = 0
+    """The server's clock, against which every other time is meant."""
+
+
+class Lookout:
+    """What one server can say of itself and of jobs. Safe to call from any thread."""
+
+    def __init__(self, service: Service, surroundings: Surroundings, reader: StateStore) -> None:
+        """Read jobs over `reader`, which must not try again for long."""
+        self._service, self._surroundings, self._reader = service, surroundings, reader
+
+    def status(self, job: str | None = None) -> Status | None:
+        """Say where a job stands, the newest when None; None when there is no such job.
+
+        Raises StoreUnavailable where the store is away and this server knows nothing of the job.
+        """
+        found = self._surroundings.look()
+        status = None
+        if found.of(STORE) is None:
+            with suppress(StoreUnavailable):
+                name = job or newest(self._reader)
+                status = None if name is None else status_of(self._reader, name, self._sight(name))
+                return None if status is None else self._completed(status, found)
+            found = self._surroundings.look()
+        return self._completed(self._remembered(job, found), found)
+
+    def _remembered(self, job: str | None, found: Found) -> Status:
+        """What this server knew last, while the store is away."""
+        state, trouble = self._service.known, found.of(STORE)
+        if state is None or (job is not None and job != state.job):
+            raise StoreUnavailable(trouble.reason if trouble is not None else "the store was away for a moment")
+        return _running(state, Sight(self._service.heard_ms, self._lease_ms))
+
+    def _completed(self, status: Status, found: Found) -> Status:
+        """Add what this server is, and the troubles that keep a job from going on."""
+        leads = self._service.is_leading
+        server = "this server leads" if leads else _stands_by(found)
+        shown: dict[str, object] = {"server": server, "now_ms": self._service.now_ms()}
+        if status.status not in OVER:
+            shown["waits"] = (*(wait for wait in found.troubles if not (leads and wait.owner == LEASE)), *status.waits)
+        return status.model_copy(update=shown)
+
+    def _sight(self, job: str) -> Sight:
+        """What is known of the clients: by this server itself where it leads, else by the store."""
+        heard = self._service.heard_ms if self._service.is_leading else None
+        if heard is None:
+            heard = {e.client: e.expires_ms - self._lease_ms for e in self._reader.clients().values() if e.expires_ms}
+        return Sight(heard, self._lease_ms, progress_of(self._reader.newest_progress(job, PROGRESS_READ)))
+
+    @property
+    def _lease_ms(self) -> int:
+        return round(self._service.settings.client_lease_seconds * 1000)
+
+
+def _stands_by(found: Found) -> str:
+    if found.leader is None:
+        return "this server stands by, and knows of no server that leads"
+    return f"this server stands by: the lease is held by {found.leader}"
+
+
+def progress_of(newest_first: Sequence[str]) -> Mapping[tuple[str, str, int], tuple[int, float]]:
+    """The newest progress by client, phase and round."""
+    told: dict[tuple[str, str, int], tuple[int, float]] = {}
+    for text in newest_first:
+        event = EVENTS.validate_json(text)
+        if isinstance(event, TaskProgressed):
+            told.setdefault((event.client, event.phase, event.round), (event.at_ms, event.fraction))
+    return told
+
+
+def newest(store: StateStore) -> str | None:
+    """Name the job that was submitted last."""
+    entries = store.jobs().values()
+    return max(entries, key=lambda entry: entry.submitted_ms).job if entries else None
 
 
 def clients_wanted(store: StateStore) -> int | None:
@@ -55,7 +127,7 @@ def clients_wanted(store: StateStore) -> int | None:
     return JobSpec.model_validate_json(jobs[0].spec).clients if jobs else 0
 
 
-def status_of(store: StateStore, job: str) -> Status | None:
+def status_of(store: StateStore, job: str, sight: Sight | None = None) -> Status | None:
     """Return a job's status from the store, which any server may read; None when there is no such job."""
     entries = store.jobs()
     entry = entries.get(job)
@@ -63,64 +135,60 @@ def status_of(store: StateStore, job: str) -> Status | None:
         return None
     spec = JobSpec.model_validate_json(entry.spec)
     record = store.load_job(job)
-    common = {"job": job, "status": entry.status, "rounds": spec.rounds, "reason": entry.reason}
-    common |= {"exit_code": entry.exit_code, "submitted_ms": entry.submitted_ms}
-    common |= {"cancel_requested": entry.cancel_requested}
+    about = {
+        "status": entry.status,
+        "reason": entry.reason,
+        "exit_code": entry.exit_code,
+        "submitted_ms": entry.submitted_ms,
+        "cancel_requested": entry.cancel_requested,
+    }
     if record.header is None:
-        return Status.model_validate({**common, "waits": _queued(entry, list(entries.values()))})
+        waits = () if entry.status in OVER else _cancelled(entry) or _queued(entry, list(entries.values()))
+        return Status.model_validate({"job": job, "rounds": spec.rounds, **about, "waits": waits})
     state = load_state(record.header, spec, record.tasks)
-    waits = () if entry.status in {"done", "failed", "cancelled"} else waits_of(state)
-    shown = {"stage": state.stage, "round": state.round, "clients": state.clients, "lost": state.lost}
-    return Status.model_validate({**common, **shown, "waits": waits})
+    status = _running(state, sight).model_copy(update=about)
+    waits = () if entry.status in OVER else (*_cancelled(entry), *status.waits)
+    return status.model_copy(update={"waits": waits})
 
 
-def waits_of(state: JobState) -> tuple[Wait, ...]:
-    """Say whom a job waits for."""
-    match state.stage:
-        case "gathering":
-            lacking = state.spec.clients - state.present
-            reason = (
-                f"{state.present} of {state.spec.clients} clients are here; start {lacking} more with `lorabbit client`"
-            )
-            return (Wait(owner="operator", reason=reason, since_ms=state.since_ms),)
-        case "starting" | "aggregating":
-            what = "makes the first adapter" if state.stage == "starting" else f"aggregates round {state.round}"
-            server: tuple[Wait, ...] = (Wait(owner="server", reason=f"the server {what}", since_ms=state.since_ms),)
-        case "ended":
-            server = (Wait(owner="server", reason="the server writes the run folder", since_ms=state.since_ms),)
-        case _:
-            server = ()
-    tasks = [task for task in state.tasks.values() if task.status != "accepted"]
-    tasks.sort(key=lambda task: (task.phase == EVALUATE, task.round, task.index))
-    return server + tuple(
-        Wait(
-            owner=task.client,
-            reason=_why(task, lost=task.client in state.lost),
-            since_ms=task.since_ms,
-            deadline_ms=None if task.phase == EVALUATE else state.deadline_ms,
-        )
-        for task in tasks
+def _running(state: JobState, sight: Sight | None) -> Status:
+    """A job that has begun, from its state alone."""
+    return Status(
+        job=state.job,
+        status="running",
+        stage=state.stage,
+        round=state.round,
+        rounds=state.spec.rounds,
+        clients=state.clients,
+        lost=state.lost,
+        waits=waits_of(state, sight),
     )
 
 
-def _why(task: TaskState, *, lost: bool) -> str:
-    """Say what a client is expected to do."""
-    what = {INITIALISE: "builds the model", EVALUATE: f"scores the adapter of round {task.round}"}
-    doing = what.get(task.phase, f"trains in round {task.round}" if task.round else "prepares the job")
-    if task.status == "offered":
-        doing = f"uploads its result of round {task.round}"
-    tries = f" (try {task.tries})" if task.tries > 1 else ""
-    gone = ", but has not been heard of; start it again, or another client in its place" if lost else ""
-    return f"{task.client} {doing}{tries}{gone}"
+def _cancelled(entry: JobEntry) -> tuple[Wait, ...]:
+    """A job that an operator wants to end, until the server has ended it."""
+    if not entry.cancel_requested:
+        return ()
+    reason = f"job {entry.job} is to be cancelled, and waits for the server that leads to end it"
+    return (Wait(owner="server", reason=reason, ends=BY_ITSELF),)
 
 
 def _queued(entry: JobEntry, entries: Sequence[JobEntry]) -> tuple[Wait, ...]:
     """Name the job that a queued one waits for."""
     if entry.status == "running":
-        return (Wait(owner="server", reason="the server is about to begin", since_ms=entry.submitted_ms),)
-    if entry.status != "queued":
-        return ()
-    ahead = [e.job for e in entries[: entries.index(entry)] if e.status in {"queued", "running"}]
-    owner = f"job {ahead[-1]}" if ahead else "server"
-    reason = f"jobs run one after the other; {len(ahead)} are ahead" if ahead else "no server holds the lease yet"
-    return (Wait(owner=owner, reason=reason, since_ms=entry.submitted_ms),)
+        reason = f"job {entry.job} waits for the server: it is about to begin"
+        return (Wait(owner="server", reason=reason, since_ms=entry.submitted_ms, ends=BY_ITSELF),)
+    ahead = [e.job for e in entries if e.status == "running" and e.job != entry.job]
+    ahead += [e.job for e in entries[: entries.index(entry)] if e.status == "queued"]
+    if not ahead:
+        reason = f"job {entry.job} is the next one, and waits for a server that leads"
+        return (Wait(owner="server", reason=reason, since_ms=entry.submitted_ms, ends=BY_ITSELF),)
+    others = "" if len(ahead) == 1 else f", and {len(ahead) - 1} more after it"
+    return (
+        Wait(
+            owner=f"job {ahead[0]}",
+            reason=f"job {entry.job} waits for job {ahead[0]}{others}: jobs run one after the other",
+            since_ms=entry.submitted_ms,
+            ends=f"once it is over; what that one waits for: lorabbit why {ahead[0]}",
+        ),
+    )

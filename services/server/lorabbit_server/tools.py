@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from pydantic import JsonValue
@@ -15,6 +17,19 @@ from lorabbit.state.base import StateStore
 from lorabbit.transfer import AdapterPublisher
 from lorabbit_server.guarded import GuardedLoop
 from lorabbit_server.registry import Registry
+
+
+def wall_ms() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a test replaces: the clock, and the executor of heavy work."""
+
+    now_ms: Callable[[], int] = wall_ms
+    worker: Executor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,10 @@ class StateStore(ABC):
     def lease_holder(self) -> str | None:
         """Who holds the lease now."""
 
+    @abstractmethod
+    def lease_seconds_left(self) -> float:
+        """In how many seconds the lease ends unless it is renewed; 0 when nobody holds it."""
+
     # ---- clients ----
     @abstractmethod
     def lease_identity(self, address: str, wanted: str | None, *, record: str, now_ms: int, expires_ms: int) -> str:
@@ -183,6 +187,10 @@ class StateStore(ABC):
     @abstractmethod
     def log_progress(self, job: str, events: Sequence[str]) -> None:
         """Append passing news: shown to watchers, kept for a while, no part of the record."""
+
+    @abstractmethod
+    def newest_progress(self, job: str, count: int) -> list[str]:
+        """Return the passing news told last, newest first."""
 
     @abstractmethod
     def events(

@@ -53,8 +53,11 @@ class RedisStore(StateStore):
         self._closed = False
 
     @classmethod
-    def connect(cls, url: str, *, patience: int = 14) -> Self:
-        """Use the Redis at a URL; each call is tried again `patience` times with full jitter up to 2 s apart."""
+    def connect(cls, url: str, *, patience: int = 14, timeout_seconds: float = 10.0) -> Self:
+        """Use the Redis at a URL; each call is tried again `patience` times with full jitter up to 2 s apart.
+
+        One try takes at most `timeout_seconds`.
+        """
         retry = Retry(
             FullJitterBackoff(cap=2.0, base=0.05),
             patience,
@@ -64,8 +67,8 @@ class RedisStore(StateStore):
             redis.Redis.from_url(
                 url,
                 retry=retry,
-                socket_timeout=10.0,
-                socket_connect_timeout=5.0,
+                socket_timeout=timeout_seconds,
+                socket_connect_timeout=min(5.0, timeout_seconds),
                 health_check_interval=30,
                 decode_responses=True,
             )
@@ -101,6 +104,10 @@ class RedisStore(StateStore):
         """See `StateStore.lease_holder`."""
         holder = self._call(lambda: self._redis.get(_SERVER + "lease"))
         return None if holder is None else text_of(holder)
+
+    def lease_seconds_left(self) -> float:
+        """See `StateStore.lease_seconds_left`."""
+        return max(0, int(self._call(lambda: self._redis.pttl(_SERVER + "lease")))) / 1000
 
     # ---- clients ----
     def lease_identity(self, address: str, wanted: str | None, *, record: str, now_ms: int, expires_ms: int) -> str:
@@ -215,6 +222,12 @@ class RedisStore(StateStore):
                 pipe.execute()
 
         self._call(append)
+
+    def newest_progress(self, job: str, count: int) -> list[str]:
+        """See `StateStore.newest_progress`."""
+        stream = _keys(job, "progress")[0]
+        found = self._call(lambda: self._redis.xrevrange(stream, count=count))
+        return [text for _, text in streams.entries(found)]
 
     def events(
         self, job: str, after: str = START, *, progress: bool = True, wait_seconds: float = 0.0
