@@ -202,3 +202,29 @@ def test_a_bootstrap_gives_the_same_interval_again() -> None:
 
 def test_few_clients_have_no_bootstrap() -> None:
     assert bootstrap([[0.1, 0.2, 0.3, 0.4]]) is None
+
+
+def test_operations_and_numbers_sent_are_sums_and_unknown_where_a_training_was_not_counted() -> None:
+    counted = report([0.5, 0.6])
+    for round_ in counted.rounds:
+        round_.per_client[0].flops, round_.per_client[1].flops = 3e9, 4e9
+        round_.per_client[0].parameters_up, round_.per_client[1].parameters_up = 10, 11
+    planned, outcome = Planned("all", "x", 0, JobSpec()), Outcome(key="k", status="done")
+
+    found = measure(planned, counted, outcome)
+    counted.rounds[1].per_client[0].flops = 0.0
+    partly = measure(planned, counted, outcome)
+
+    assert (found.flops, found.parameters_up, [p.flops for p in found.curve]) == (1.4e10, 42, [7e9, 1.4e10])
+    assert (partly.flops, [p.flops for p in partly.curve]) == (None, [7e9, None])
+
+
+def test_a_device_with_a_rate_computes_for_as_long_as_its_counted_operations_take() -> None:
+    row = report([0.5]).rounds[0]
+    link = Link(up_mbit=1e9, down_mbit=1e9)
+    row.per_client[0].flops, row.per_client[1].flops = 8e9, 2e9
+
+    # client-a: 8e9 operations at 2e9 a second; client-b: 2e9 at 1e9. Measured seconds no longer count.
+    found = round_seconds(row, CLIENTS, link, Device(gflops=2.0, client_speeds=(1.0, 0.5)))
+
+    assert found == pytest.approx(4.0 + 0.5)

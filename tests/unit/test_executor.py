@@ -81,6 +81,9 @@ def test_a_job_runs_from_the_first_adapter_to_a_score(folder: Path, dtype: str):
     assert trained.has_tensors
     assert trained.metrics.steps == 40
     assert trained.metrics.num_examples == 24
+    assert trained.metrics.flops > 0
+    assert trained.metrics.parameters == first.metrics.facts["adapter_parameters"]
+    assert scored.metrics.flops == scored.metrics.parameters == 0
     assert sum(trained.metrics.facts["label_counts"].values()) == 24  # type: ignore[union-attr]
     assert trained.base_sha256 == first.base_sha256
     assert not scored.has_tensors

@@ -7,11 +7,12 @@ compute and to send, and the server to aggregate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel
 
-from lorabbit.report import LOWER_IS_BETTER, Report, Round
+from lorabbit.report import LOWER_IS_BETTER, ClientRound, Report, Round
 from lorabbit_cli.compare_cache import Outcome
 from lorabbit_cli.compare_sweep import Device, Link, Planned
 
@@ -31,6 +32,8 @@ class Point(BaseModel):
     """Of the rounds, on the machine that ran it."""
     client_seconds: float
     """Of training, all clients together."""
+    flops: float | None = None
+    """Counted operations of training, all clients together; None where they were not counted."""
     modelled_seconds: float | None = None
 
     @property
@@ -62,6 +65,8 @@ class Measures(BaseModel):
     overhead: int
     bytes_by_role: dict[str, int]
     client_seconds: float
+    flops: float | None = None
+    parameters_up: int | None = None
     seconds: float
     modelled_seconds: float | None
     peak_memory_bytes: int | None
@@ -123,6 +128,8 @@ def measure(  # noqa: PLR0913 - the parts of a run, and of the model of time
         overhead=sum(row.overhead_up + row.overhead_down for row in begun),
         bytes_by_role=dict(report.bytes_by_role),
         client_seconds=sum(part.seconds for row in begun for part in row.per_client),
+        flops=_flops(part for row in begun for part in row.per_client),
+        parameters_up=sum(part.parameters_up for row in begun for part in row.per_client) or None,
         seconds=sum(row.seconds for row in begun),
         modelled_seconds=sum(times) if times is not None else None,
         peak_memory_bytes=outcome.peak_memory_bytes,
@@ -148,6 +155,12 @@ def _scores(report: Report, metric: str) -> dict[str, object]:
     }
 
 
+def _flops(parts: Iterable[ClientRound]) -> float | None:
+    """Sum of counted operations; None where a training was not counted."""
+    counts = [part.flops for part in parts if part.steps or part.flops]
+    return math.fsum(counts) if counts and all(counts) else None
+
+
 def _numbers(row: Round | None) -> dict[str, float]:
     facts = row.facts if row is not None else {}
     return {
@@ -160,11 +173,13 @@ def _numbers(row: Round | None) -> dict[str, float]:
 def curve(begun: Iterable[Round], metric: str, times: Sequence[float] | None) -> list[Point]:
     """Every scored round with what was spent up to its end, the preparation included."""
     points = []
+    parts: list[ClientRound] = []
     up = down = 0
     seconds = client_seconds = modelled = 0.0
     for number, row in enumerate(begun):
         up, down = up + row.bytes_up, down + row.bytes_down
         seconds += row.seconds
+        parts += row.per_client
         client_seconds += sum(part.seconds for part in row.per_client)
         modelled += times[number] if times is not None else 0.0
         if metric in row.metrics and row.round > 0:
@@ -176,6 +191,7 @@ def curve(begun: Iterable[Round], metric: str, times: Sequence[float] | None) ->
                     bytes_down=down,
                     seconds=seconds,
                     client_seconds=client_seconds,
+                    flops=_flops(parts),
                     modelled_seconds=modelled if times is not None else None,
                 )
             )
@@ -185,8 +201,9 @@ def curve(begun: Iterable[Round], metric: str, times: Sequence[float] | None) ->
 def round_seconds(row: Round, clients: Sequence[str], link: Link, device: Device) -> float:
     """Seconds that a round would take over this link and these devices.
 
-    The slowest client's ``latency + down / down_mbit + seconds x factor / speed + up / up_mbit + latency``, bytes with
-    their overhead, and the server's aggregation as measured. Scoring is not counted, but what is read for it is.
+    The slowest client's ``latency + down / down_mbit + compute / speed + up / up_mbit + latency``, bytes with their
+    overhead, and the server's aggregation as measured. Compute is the counted operations over the device's rate where
+    both are known, else the seconds measured here times its factor. Scoring is not counted, but what is read for it is.
     """
     places = {client: place for place, client in enumerate(clients)}
     slowest = 0.0
@@ -196,6 +213,7 @@ def round_seconds(row: Round, clients: Sequence[str], link: Link, device: Device
         speed = device.client_speeds[places.get(part.client, 0) % len(device.client_speeds)]
         down = BITS * (part.bytes_down + part.overhead_down) / (link.down_mbit * 1e6)
         up = BITS * (part.bytes_up + part.overhead_up) / (link.up_mbit * 1e6)
-        compute = part.seconds * device.seconds_factor / speed
+        here = part.seconds * device.seconds_factor
+        compute = (part.flops / (device.gflops * 1e9) if device.gflops and part.flops else here) / speed
         slowest = max(slowest, 2 * link.latency_ms / 1000 + down + compute + up)
     return slowest + row.aggregate_seconds

@@ -6,6 +6,7 @@ This is `comparison.json`, and all that tables, pages and plots show.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Literal
 
 from pydantic import BaseModel, Field
@@ -13,6 +14,12 @@ from pydantic import BaseModel, Field
 from lorabbit_cli.compare_measures import Measures, Point
 from lorabbit_cli.compare_statistics import Interval, Spread, bootstrap, paired_t, spread
 from lorabbit_cli.compare_sweep import Device, Link, Sweep, Target
+
+SPREADS = (
+    "final", "best", "plateau", "client_mean", "parameters_up", "bytes_up", "bytes_down", "overhead", "client_seconds",
+    "flops", "seconds", "modelled_seconds", "peak_memory_bytes", "peak_gpu_bytes",
+)  # fmt: skip
+"""Measures of a run that a row holds with their spread."""
 
 
 class Mark(BaseModel):
@@ -34,6 +41,7 @@ class Reached(BaseModel):
     bytes: Spread | None = None
     seconds: Spread | None = None
     client_seconds: Spread | None = None
+    flops: Spread | None = None
     modelled_seconds: Spread | None = None
     bytes_share: float | None = None
     """Of the reference's; None unless both reached the target with every seed."""
@@ -70,7 +78,9 @@ class Row(BaseModel):
     payload_share: float | None = None
     """Payload bytes of both directions, as a share of the reference's."""
     upload_share: float | None = None
+    parameters_up: Spread | None = None
     client_seconds: Spread | None = None
+    flops: Spread | None = None
     seconds: Spread | None = None
     modelled_seconds: Spread | None = None
     peak_memory_bytes: Spread | None = None
@@ -189,23 +199,12 @@ def _row(label: str, runs: Mapping[int, Measures], failed: dict[int, str], targe
         label=label,
         seeds=list(runs),
         failed=failed,
-        final=over(lambda m: m.final),
-        best=over(lambda m: m.best),
-        plateau=over(lambda m: m.plateau),
-        client_mean=over(lambda m: m.client_mean),
         trainable=one.trainable if one else None,
         base_parameters=one.base_parameters if one else None,
-        bytes_up=over(lambda m: m.bytes_up),
-        bytes_down=over(lambda m: m.bytes_down),
-        overhead=over(lambda m: m.overhead),
-        client_seconds=over(lambda m: m.client_seconds),
-        seconds=over(lambda m: m.seconds),
-        modelled_seconds=over(lambda m: m.modelled_seconds),
-        peak_memory_bytes=over(lambda m: m.peak_memory_bytes),
-        peak_gpu_bytes=over(lambda m: m.peak_gpu_bytes),
         facts={name: found for name, found in of_facts.items() if found is not None},
         to_target=_reached(list(runs.values()), target) if target is not None and runs else None,
         curve=_curve(list(runs.values())),
+        **{name: over(attrgetter(name)) for name in SPREADS},
     )
 
 
@@ -222,6 +221,7 @@ def _reached(runs: Sequence[Measures], target: float) -> Reached:
         bytes=over(lambda p: p.bytes),
         seconds=over(lambda p: p.seconds),
         client_seconds=over(lambda p: p.client_seconds),
+        flops=over(lambda p: p.flops),
         modelled_seconds=over(lambda p: p.modelled_seconds),
     )
 

@@ -55,6 +55,9 @@ class Device(Strict):
     """How fast clients compute, for modelled time."""
 
     seconds_factor: float = Field(default=1.0, gt=0, description="modelled seconds for one second measured here")
+    gflops: float | None = Field(
+        default=None, gt=0, description="10^9 operations a second, sustained: time is then modelled from counted ones"
+    )
     client_speeds: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         default=(1.0,), min_length=1, description="speed of each client by its index, over and over"
     )

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lorabbit_cli.compare_measures import Measures
-from lorabbit_cli.compare_results import CaseResult, Comparison, Difference, Reached, Row
+from lorabbit_cli.compare_results import SPREADS, CaseResult, Comparison, Difference, Reached, Row
 from lorabbit_cli.compare_statistics import Interval, Spread
 from lorabbit_cli.compare_sweep import ONLY_CASE
-from lorabbit_cli.units import bytes_text, duration_text, score_text
+from lorabbit_cli.units import bytes_text, duration_text, number_text, score_text
 
 NOTHING = "-"
 
@@ -64,35 +64,39 @@ def _scores(comparison: Comparison, case: CaseResult) -> Table:
 def _cost(comparison: Comparison, case: CaseResult) -> Table:
     modelled = comparison.link is not None
     whole = comparison.reference
-    headings = ("run", "trainable", "up", "down", f"up / {whole}", f"payload / {whole}", "client compute", "time")
+    headings: tuple[str, ...] = ("run", "trainable", "sent", "up", "down", f"up / {whole}", f"payload / {whole}")
+    headings += ("client compute", "operations", "time")
     headings += (*(("modelled time",) if modelled else ()), "peak memory")
     rows = []
     for row in case.rows:
         trainable = NOTHING if row.trainable is None else f"{row.trainable:,}"
-        cells = [row.label, trainable, of(row.bytes_up, bytes_text), of(row.bytes_down, bytes_text)]
+        cells = [row.label, trainable, of(row.parameters_up, number_text)]
+        cells += [of(row.bytes_up, bytes_text), of(row.bytes_down, bytes_text)]
         cells += [share_text(row.upload_share), share_text(row.payload_share)]
-        cells += [of(row.client_seconds, duration_text), of(row.seconds, duration_text)]
+        cells += [of(row.client_seconds, duration_text), of(row.flops, number_text), of(row.seconds, duration_text)]
         cells += [of(row.modelled_seconds, duration_text)] if modelled else []
         rows.append((*cells, of(row.peak_gpu_bytes or row.peak_memory_bytes, bytes_text)))
     about = (
         "Whole runs, means over the seeds. Bytes are payload over all clients, preparation included; those down hold "
-        "what is read for scoring, those up do not. "
-        "Client compute is the training of all clients together; memory is that of the largest process (of the GPU "
-        "where there is one)."
+        "what is read for scoring, those up do not; sent are the numbers in the tensors that clients sent. "
+        "Client compute is the training of all clients together; operations are the floating-point ones of its "
+        "products of matrices (a multiply-add is two), forward and backward; memory is that of the largest "
+        "process (of the GPU where there is one)."
     )
     return Table("Cost", about, headings, tuple(rows))
 
 
 def _target(comparison: Comparison, case: CaseResult) -> Table:
     reference, modelled = comparison.reference, comparison.link is not None
-    headings = ("run", "reached", "rounds", "payload", f"payload / {reference}", "client compute", "time")
+    headings: tuple[str, ...] = ("run", "reached", "rounds", "payload", f"payload / {reference}", "client compute")
+    headings += ("operations", "time")
     headings += (*(("modelled time",) if modelled else ()), f"time / {reference}")
     rows = []
     for row in case.rows:
         found = row.to_target or Reached(seeds=0, of=len(row.seeds))
         rounds = of(found.rounds, lambda number: f"{number:.1f}")
         cells = [row.label, f"{found.seeds}/{found.of}", rounds, of(found.bytes, bytes_text)]
-        cells += [share_text(found.bytes_share), of(found.client_seconds, duration_text)]
+        cells += [share_text(found.bytes_share), of(found.client_seconds, duration_text), of(found.flops, number_text)]
         cells += [of(found.seconds, duration_text), *([of(found.modelled_seconds, duration_text)] if modelled else [])]
         rows.append((*cells, share_text(found.seconds_share)))
     how = ""
@@ -155,15 +159,11 @@ def case_title(case: CaseResult) -> str:
     return "" if case.name == ONLY_CASE else case.name
 
 
-SPREADS = (
-    "final", "best", "plateau", "client_mean", "bytes_up", "bytes_down", "overhead", "client_seconds", "seconds",
-    "modelled_seconds", "peak_memory_bytes", "peak_gpu_bytes",
-)  # fmt: skip
-REACHED = ("rounds", "bytes", "seconds", "client_seconds", "modelled_seconds")
+REACHED = ("rounds", "bytes", "seconds", "client_seconds", "flops", "modelled_seconds")
 RUN = (
     "case", "label", "seed", "key", "metric", "final", "best", "best_round", "client_mean", "plateau", "rounds",
-    "trainable", "base_parameters", "bytes_up", "bytes_down", "overhead", "client_seconds", "seconds",
-    "modelled_seconds", "peak_memory_bytes", "peak_gpu_bytes",
+    "trainable", "base_parameters", "parameters_up", "bytes_up", "bytes_down", "overhead", "client_seconds", "flops",
+    "seconds", "modelled_seconds", "peak_memory_bytes", "peak_gpu_bytes",
 )  # fmt: skip
 
 

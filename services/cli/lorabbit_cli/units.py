@@ -45,6 +45,15 @@ def fact_text(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else "-"
 
 
+def number_text(number: float) -> str:
+    """Write a large number with a decimal prefix: 999, 1.5 k, 22.7 M, 4.1 T."""
+    for unit in ("", " k", " M", " G", " T", " P"):
+        if number < 999.5 or unit == " P":  # noqa: PLR2004 - where three digits no longer do
+            return f"{number:.0f}{unit}" if not unit or number >= 99.95 else f"{number:.1f}{unit}"  # noqa: PLR2004
+        number /= 1000
+    raise AssertionError("unreachable")
+
+
 def sparkline(values: Sequence[float], *, width: int = 40) -> str:
     """Draw values as block characters, the lowest as the lowest block; the last `width` of them."""
     shown = [value for value in values if math.isfinite(value)][-width:]

@@ -76,12 +76,16 @@ class Executor:
         if task.phase == EVALUATE:
             method.restore(plan, session)
             return workspace.evaluate(task, session, on_progress), False
-        update = method.local_update(plan, session)
+        with workspace.counting() as counted:
+            update = method.local_update(plan, session)
         personal.check_outgoing(update.tensors)
+        sent = 0
         if update.tensors:
             codec.write_tensors(work.output, update.tensors)
+            sent = codec.read_tensors(work.output).scalars
         write_private(work.private, task.task, private)
-        return _without_examples(_metrics(update, session), task.spec, private.values), bool(update.tensors)
+        metrics = _metrics(update, session).model_copy(update={"flops": float(counted.flops), "parameters": sent})
+        return _without_examples(metrics, task.spec, private.values), bool(update.tensors)
 
     def _open(self, spec: JobSpec) -> Workspace:
         """Return the workspace of a job, made anew when the job differs from the last one."""

@@ -24,6 +24,7 @@ from lorabbit_client.evaluator import evaluate
 from lorabbit_client.execution import OnProgress
 from lorabbit_client.model_source import resolve
 from lorabbit_client.models import load_model, load_processor
+from lorabbit_client.operations import Operations
 from lorabbit_client.prefix import PrefixCache
 from lorabbit_client.private import PrivateState
 from lorabbit_client.session import TorchSession
@@ -114,6 +115,10 @@ class LearningWorkspace:
         torch.set_flush_denormal(True)
         data = self._data(task.index, task.population)
         return TorchSession(task, self._model, data, private=private, on_progress=on_progress, prefixes=self._prefixes)
+
+    def counting(self) -> Operations:
+        """Count operations on their way to torch."""
+        return Operations()
 
     def evaluate(self, task: Task, session: TorchSession, on_progress: OnProgress) -> Metrics:
         """Score a session's model on the client's test split, or on the whole test set."""

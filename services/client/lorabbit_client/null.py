@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -22,7 +24,7 @@ from lorabbit.seeds import derive_seed
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
 from lorabbit_client.execution import OnProgress
 from lorabbit_client.private import PrivateState
-from lorabbit_client.workspace import Initial
+from lorabbit_client.workspace import Counted, Initial
 
 PREFIX = "null:"
 TENSORS = 24
@@ -188,6 +190,16 @@ def _without(what: str) -> BadInput:
     return BadInput(f"model.name: the null model has no {what}; take a real one for this method")
 
 
+@dataclass(frozen=True, slots=True)
+class _Nothing:
+    """Operations of the null model."""
+
+    flops: float = 0.0
+
+
+_NOTHING = _Nothing()
+
+
 class NullWorkspace:
     """Tasks of the null model."""
 
@@ -218,6 +230,10 @@ class NullWorkspace:
     def session(self, task: Task, private: PrivateState, on_progress: OnProgress) -> NullSession:
         """Open a session."""
         return NullSession(task, private, on_progress)
+
+    def counting(self) -> AbstractContextManager[Counted]:
+        """Count nothing: nothing is learnt."""
+        return nullcontext(_NOTHING)
 
     def evaluate(self, task: Task, session: NullSession, on_progress: OnProgress) -> Metrics:
         """Call the first value's distance from zero the loss, so that it tells one adapter from another."""

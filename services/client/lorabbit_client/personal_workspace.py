@@ -28,6 +28,7 @@ from lorabbit_client.execution import OnProgress
 from lorabbit_client.learning import REPORTED, choose_device
 from lorabbit_client.model_source import ModelSource, resolve
 from lorabbit_client.models import load_model, load_processor
+from lorabbit_client.operations import Operations
 from lorabbit_client.personal_models import Split, widths_of
 from lorabbit_client.personal_session import TorchPersonalSession, freeze
 from lorabbit_client.personal_training import state
@@ -161,6 +162,10 @@ class PersonalWorkspace:
         torch.set_flush_denormal(True)  # per thread; denormal numbers cost a hundred times a normal one
         data = self.data(task.index, task.population)
         return TorchPersonalSession(task, self, data, private=private, on_progress=on_progress)
+
+    def counting(self) -> Operations:
+        """Count operations on their way to torch."""
+        return Operations()
 
     def evaluate(self, task: Task, session: TorchPersonalSession, on_progress: OnProgress) -> Metrics:
         """Score a client's model on its own test split."""

@@ -7,6 +7,7 @@ The executor speaks to it and knows nothing of torch; `learning` implements it o
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +26,14 @@ class Initial:
     facts: Facts
     """base_parameters, adapter_parameters, rank, export, export_base, main_metric, versions, label_counts, model."""
     num_examples: int
+
+
+class Counted(Protocol):
+    """What a task computed."""
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations so far; 0 where nobody counts."""
 
 
 class TaskSession(ClientSession, Protocol):
@@ -51,6 +60,9 @@ class Workspace(Protocol):
 
     def session(self, task: Task, private: PrivateState, on_progress: OnProgress) -> TaskSession:
         """Open one client's session for one task."""
+
+    def counting(self) -> AbstractContextManager[Counted]:
+        """Count the operations of what is computed inside."""
 
     def initialise(self, task: Task, tensors: Tensors) -> Initial:
         """Put beside the first adapter, which a method made through a session, what only this side knows."""

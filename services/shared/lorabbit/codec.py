@@ -129,6 +129,11 @@ class FileTensors(Mapping[str, Array]):
         entry = self._entries[name]
         return DTYPES[entry.dtype], entry.shape
 
+    @property
+    def scalars(self) -> int:
+        """Numbers in all tensors, without reading one."""
+        return sum(math.prod(entry.shape) for entry in self._entries.values())
+
 
 def read_tensors(path: Path) -> FileTensors:
     """Open a safetensors file; raises CorruptPayload when its header is not to be believed."""

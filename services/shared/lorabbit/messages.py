@@ -61,6 +61,10 @@ class Metrics(BaseModel):
     values: dict[Word, float] = Field(default_factory=dict, max_length=1000)
     steps: Count = 0
     seconds: float = Field(default=0.0, ge=0)
+    flops: float = Field(default=0.0, ge=0)
+    """Floating-point operations of the task's products of matrices; 0 where they were not counted."""
+    parameters: Count = 0
+    """Numbers in the tensors that the result carries."""
     facts: dict[str, JsonValue] = Field(default_factory=dict)
     """Free facts for the method and the report (label counts, trained parameters, ...)."""
 

@@ -25,7 +25,10 @@ class Part(BaseModel):
 
 
 class ClientRound(Part):
-    """One client's work in one round. `metrics` score the adapter of this round on its test split."""
+    """One client's work in one round. `metrics` score the adapter of this round on its test split.
+
+    `flops` are counted from the sizes of its products of matrices, 0: not counted; `parameters_up` are numbers sent.
+    """
 
     client: str
     num_examples: int
@@ -33,6 +36,8 @@ class ClientRound(Part):
     metrics: dict[str, float] = Field(default_factory=dict)
     seconds: float = 0.0
     steps: int = 0
+    flops: float = 0.0
+    parameters_up: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     overhead_up: int = 0
@@ -207,20 +212,17 @@ def _update_accepted(report: Report, event: ev.UpdateAccepted) -> None:
         entry = ClientRound(client=event.client, num_examples=0)
         round_.per_client.append(entry)
     for part in (round_, entry):
-        part.bytes_up += event.bytes_up
-        part.bytes_down += event.bytes_down
-        part.overhead_up += event.overhead_up
-        part.overhead_down += event.overhead_down
+        for name in ("bytes_up", "bytes_down", "overhead_up", "overhead_down"):
+            setattr(part, name, getattr(part, name) + getattr(event, name))
     for totals in (round_.bytes_by_role, report.bytes_by_role):
         for role, number in event.bytes_by_role.items():
             totals[role] = totals.get(role, 0) + number
     if event.phase == EVALUATE:
         entry.metrics = _scores(event.metrics)
         return
-    entry.num_examples = event.metrics.num_examples
-    entry.loss = event.metrics.loss
-    entry.seconds = event.metrics.seconds
-    entry.steps = event.metrics.steps
+    told = event.metrics
+    entry.num_examples, entry.loss, entry.seconds, entry.steps = told.num_examples, told.loss, told.seconds, told.steps
+    entry.flops, entry.parameters_up = told.flops, told.parameters
 
 
 def _in_partition_order(report: Report, round_: Round) -> None:
@@ -276,9 +278,8 @@ def _is_better(report: Report, metrics: Mapping[str, float]) -> bool:
         return report.best.round == 0
     if report.best.round == 0 or name not in report.best.metrics:
         return True
-    if name in LOWER_IS_BETTER:
-        return metrics[name] < report.best.metrics[name]
-    return metrics[name] > report.best.metrics[name]
+    sign = -1.0 if name in LOWER_IS_BETTER else 1.0
+    return sign * metrics[name] > sign * report.best.metrics[name]
 
 
 def _job_ended(report: Report, event: ev.JobEnded) -> None:
