@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +60,8 @@ class ScriptedClient:
         """How often everything is said."""
         self.examples = 10
         self.base_sha256 = BASE
+        self.declared: dict[str, Any] = {}
+        """What it says of itself beside its name."""
         self._subscription: Cancellable | None = None
         self._reading: list[AdapterReader] = []
 
@@ -71,7 +74,7 @@ class ScriptedClient:
         self.hello()
 
     def hello(self) -> None:
-        self.send(Hello(address=self.address, client=self.wanted, outbox=tuple(self.offers)))
+        self.send(Hello(address=self.address, client=self.wanted, outbox=tuple(self.offers), **self.declared))
 
     def stop(self) -> None:
         """Die: nothing is said, what was delivered and not acknowledged comes again."""

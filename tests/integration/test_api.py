@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import httpx
 import pytest
@@ -218,6 +219,38 @@ def test_clients_are_listed_with_their_address(served):
     listed = {entry["client"]: (entry["address"], entry["present"]) for entry in served.web.get("/clients").json()}
 
     assert listed == {"client-1": ("host-1", True), "client-2": ("host-2", True)}
+
+
+def test_a_client_is_listed_with_what_it_declared_and_what_it_does(served):
+    first, second = served.clients
+    first.work = lambda _client, task: task.phase == TRAIN
+    first.declared = {"pool": "eu", "device": "cuda", "tags": ("fast",), "max_rank": 4}
+    served.web.post("/jobs", json=SPEC)
+    served.start_clients()
+
+    listed = until(
+        lambda: clients_of(served), lambda found: found.get("client-1", {}).get("state") == "trains, round 1"
+    )
+
+    shown = {name: listed["client-1"][name] for name in ("pool", "device", "tags", "max_rank", "present")}
+    assert shown == {"pool": "eu", "device": "cuda", "tags": ["fast"], "max_rank": 4, "present": True}
+    assert listed["client-1"]["seen_ms"] <= served.service.now_ms()
+
+    served.broker.post(second.leave)
+    listed = until(lambda: clients_of(served), lambda found: found["client-2"]["state"] == "left")
+    assert listed["client-2"]["present"] is False
+
+
+def clients_of(served):
+    return {entry["client"]: entry for entry in served.web.get("/clients").json()}
+
+
+def until(look, holds, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not holds(found := look()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+    return found
 
 
 def test_a_server_is_ready_once_it_leads_and_says_why_while_it_does_not(bare):

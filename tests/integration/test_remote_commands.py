@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -52,11 +54,19 @@ class Deployment:
         self.thread.start()
         self.http.start()
 
-    def add_clients(self, number: int) -> None:
-        for name in (f"client-{n}" for n in range(1, number + 1)):
-            settings = ClientSettings(folder=self.folder / name, address=name, client=name)
+    def add_clients(self, number: int, prefix: str = "client", **settings_of_all: Any) -> None:
+        for name in (f"{prefix}-{n}" for n in range(1, number + 1)):
+            settings = ClientSettings(
+                folder=self.folder / name, address=name, client=name, device="cpu", **settings_of_all
+            )
             agent = Agent(self.broker, InlineRunner(Executor()), settings, shelf=self.shelf, embedded=True)
             self.broker.post(agent.start)
+
+    def await_clients(self, number: int) -> None:
+        deadline = time.monotonic() + 30
+        while self.service.clients_present < number:
+            assert time.monotonic() < deadline, f"{self.service.clients_present} clients are there"
+            time.sleep(0.01)
 
     def close(self) -> None:
         self.http.close()
@@ -145,6 +155,24 @@ def test_an_unknown_job_is_bad_input_in_the_servers_own_words(deployment: Deploy
         assert result.exit_code == 2
         assert result.stderr == "error: there is no job 'nothing'; none has been submitted yet\n"
     assert lorabbit(deployment, "status").stderr.startswith("error: no job has been submitted yet")
+
+
+def test_clients_are_listed_by_pool_with_device_and_state(deployment: Deployment) -> None:
+    assert lorabbit(deployment, "clients").stdout == "no client was ever here\n"
+
+    deployment.add_clients(2, pool="eu", tags=("fast", "big"))
+    deployment.add_clients(1, prefix="lone")
+    deployment.await_clients(3)
+
+    lines = lorabbit(deployment, "clients").stdout.splitlines()
+    assert lines[0].split() == ["client", "pool", "device", "state", "last", "seen", "tags"]
+    assert lines[1].split()[:4] == ["client-1", "eu", "cpu", "idle"]
+    assert lines[1].split()[-3:] == ["s", "ago", "fast,big"]
+    assert lines[-1] == "3 of 3 are here"
+    eu = json.loads(lorabbit(deployment, "clients", "--pool", "eu", "--format", "json").stdout)
+    assert [(entry["client"], entry["pool"], entry["dtype"]) for entry in eu] == [
+        ("client-1", "eu", "float32"), ("client-2", "eu", "float32"),
+    ]  # fmt: skip
 
 
 def test_doctor_finds_the_server_and_its_clients(deployment: Deployment) -> None:

@@ -12,7 +12,14 @@ import typer
 from typer.core import TyperGroup
 
 from lorabbit.errors import LoRAbbitError
-from lorabbit_cli import commands_compare, commands_deployment, commands_jobs, commands_local, commands_results
+from lorabbit_cli import (
+    commands_clients,
+    commands_compare,
+    commands_deployment,
+    commands_jobs,
+    commands_local,
+    commands_results,
+)
 
 INTERRUPTED = 130
 ABOUT = """Federated LoRA fine-tuning over RabbitMQ.
@@ -52,7 +59,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _commands in (commands_local, commands_compare, commands_jobs, commands_results, commands_deployment):
+for _commands in (
+    commands_local,
+    commands_compare,
+    commands_jobs,
+    commands_clients,
+    commands_results,
+    commands_deployment,
+):
     _commands.register(app)
 
 

@@ -8,7 +8,6 @@ hold many agents on one broker; they share runner and shelf, and nothing else.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -23,6 +22,7 @@ from lorabbit.messages import Alive, CancelTask, Deny, ForTask, Goodbye, Grant, 
 from lorabbit.payloads import PayloadStore
 from lorabbit.settings import ClientSettings
 from lorabbit.types import EVALUATE
+from lorabbit_client import machine
 from lorabbit_client.assignment import Assignment, Desk
 from lorabbit_client.execution import Runner
 from lorabbit_client.journal import Journal
@@ -127,9 +127,13 @@ class Agent:
         return Hello(
             address=self._address,
             client=self.client,
-            device=self._settings.device,
-            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            device=machine.device(self._settings.device),
+            memory_bytes=machine.memory_bytes(),
             tags=self._settings.tags,
+            pool=self._settings.pool,
+            max_rank=self._settings.max_rank,
+            max_batch=self._settings.max_batch,
+            dtype=self._settings.dtype,
             version=lorabbit.__version__,
             outbox=outbox,
         )

@@ -24,6 +24,7 @@ from lorabbit.jobspec import JobSpec
 from lorabbit.report import begin, fold
 from lorabbit.state.base import START
 from lorabbit.validation import explain
+from lorabbit_server.attendance import Attendant, attendance
 from lorabbit_server.measures import Measures
 from lorabbit_server.service import Service
 from lorabbit_server.status import Lookout, Status, clients_wanted
@@ -148,16 +149,10 @@ def _add_watching(app: FastAPI, service: Service) -> None:
         return fold(begin(job, spec), (EVENTS.validate_json(each.event) for each in logged)).model_dump(mode="json")
 
     @app.get("/clients")
-    def clients() -> list[Json]:
-        return [
-            {
-                "client": e.client,
-                "address": e.address,
-                "expires_ms": e.expires_ms,
-                "present": e.expires_ms > service.now_ms(),
-            }
-            for e in store.clients().values()
-        ]
+    def clients() -> list[Attendant]:
+        lease_ms = round(service.settings.client_lease_seconds * 1000)
+        heard_ms = service.heard_ms if service.is_leading else {}
+        return attendance(store, heard_ms, now_ms=service.now_ms(), lease_ms=lease_ms)
 
 
 def _add_files(app: FastAPI, runs: Path) -> None:

@@ -119,4 +119,12 @@ class Planner:
         entry = self._registry.get(task.client)
         if entry is None:
             return ClientProfile(task.client, task.index)
-        return ClientProfile(task.client, task.index, entry.device, entry.memory_bytes, entry.tags)
+        return ClientProfile(
+            task.client,
+            task.index,
+            entry.device,
+            entry.memory_bytes,
+            entry.tags,
+            pool=entry.pool,
+            max_rank=entry.max_rank,
+        )

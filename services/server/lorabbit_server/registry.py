@@ -14,6 +14,9 @@ from lorabbit.messages import Hello
 from lorabbit.state.base import StateStore
 from lorabbit.types import ClientId
 
+DECLARED = {"device", "memory_bytes", "tags", "pool", "max_rank", "max_batch", "dtype", "version"}
+"""What a client says of itself; the store keeps it beside the identity."""
+
 
 @dataclass(slots=True)
 class Client:
@@ -24,6 +27,10 @@ class Client:
     device: str = "cpu"
     memory_bytes: int = 0
     tags: tuple[str, ...] = ()
+    pool: str = ""
+    max_rank: int | None = None
+    max_batch: int | None = None
+    dtype: str = "float32"
     version: str = ""
     expires_ms: int = 0
     heard_ms: int = 0
@@ -59,12 +66,7 @@ class Registry:
 
     def hello(self, message: Hello, now_ms: int) -> ClientId:
         """Give a client its identity; it is present from now on."""
-        declared = {
-            "device": message.device,
-            "memory_bytes": message.memory_bytes,
-            "tags": list(message.tags),
-            "version": message.version,
-        }
+        declared = message.model_dump(mode="json", include=DECLARED)
         expires = now_ms + self._lease_ms
         name = self._store.lease_identity(
             message.address, message.client, record=json.dumps(declared), now_ms=now_ms, expires_ms=expires
@@ -77,16 +79,9 @@ class Registry:
         if displaced is not None and displaced.address != message.address:
             self._by_address.pop(displaced.address, None)
         self._by_address[message.address] = client
+        own = message.model_dump(include=DECLARED)
         self._clients[client] = Client(
-            client,
-            message.address,
-            message.device,
-            memory_bytes=message.memory_bytes,
-            tags=message.tags,
-            version=message.version,
-            expires_ms=expires,
-            heard_ms=now_ms,
-            present=True,
+            client, message.address, **own, expires_ms=expires, heard_ms=now_ms, present=True
         )
         return client
 

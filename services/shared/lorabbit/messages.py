@@ -80,6 +80,14 @@ class Hello(Message):
     device: Word = "cpu"
     memory_bytes: Count = 0
     tags: Annotated[tuple[Word, ...], Field(max_length=100)] = ()
+    pool: Word = ""
+    """The group of like clients that it was started in; empty for a client on its own."""
+    max_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Largest LoRA rank that it can train; None: whatever a job asks."""
+    max_batch: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    """Examples that its memory holds at once; larger batches are learnt in pieces."""
+    dtype: Word = "float32"
+    """Numbers that its models compute with."""
     version: Word = ""
     outbox: Annotated[tuple[Identifier, ...], Field(max_length=10_000)] = ()
     """Tasks whose result waits for a verdict."""

@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError
@@ -112,6 +112,18 @@ class ClientSettings(Settings):
     threads: int = Field(default=1, ge=1, description="torch threads; 1 makes results independent of the machine")
     tags: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
         default=(), description="labels for selection, with commas between"
+    )
+    pool: Annotated[str, StringConstraints(pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$")] = Field(
+        default="", description="group of like clients that this one belongs to; deployments set it"
+    )
+    max_rank: int | None = Field(
+        default=None, ge=1, le=1024, description="largest LoRA rank that this client trains; any when absent"
+    )
+    max_batch: int | None = Field(
+        default=None, ge=1, le=2**20, description="examples learnt at once; larger batches in pieces; any when absent"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="numbers that a model computes with while it trains; weights stay as they are"
     )
     idle_seconds: float | None = Field(
         default=None, gt=0, description="leave after so long without a task since the last one; never when absent"

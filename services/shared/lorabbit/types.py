@@ -48,6 +48,10 @@ class ClientProfile:
     device: str = "cpu"
     memory_bytes: int = 0
     tags: tuple[str, ...] = ()
+    pool: str = ""
+    """The group of like clients that it was started in."""
+    max_rank: int | None = None
+    """Largest LoRA rank that it can train; None: whatever a job asks."""
 
 
 @dataclass(frozen=True, slots=True)

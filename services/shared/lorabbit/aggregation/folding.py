@@ -96,10 +96,15 @@ class Aggregation:
 
     # ---- what travels ----
     def rank_for(self, client: ClientProfile) -> int | None:
-        """Rank that a client trains where the job says so, never more than the server's."""
+        """Rank that a client trains where job or client says so, never more than the server's; None: the server's.
+
+        A client's own limit counts where the rule folds unequal ranks.
+        """
+        limit = None if self.rule.unequal else client.max_rank
         if self.client_ranks is None:
-            return None
-        return min(self.client_ranks[client.index % len(self.client_ranks)], self.rank)
+            return limit if limit is not None and limit < self.rank else None
+        rank = min(self.client_ranks[client.index % len(self.client_ranks)], self.rank)
+        return rank if limit is None else min(rank, limit)
 
     def start(self, adapter: Tensors) -> ServerState:
         """The first server state; a frozen A is a group of its own."""
