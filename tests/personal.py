@@ -113,8 +113,8 @@ def data(index, examples=12):
     )
 
 
-def session(spec, index=0, *, models=None, private=None, round_number=1, phase=TRAIN, examples=None):  # noqa: PLR0913
-    """A session for a task of a client; `private` carries its state from task to task."""
+def session(spec, index=0, *, models=None, private=None, round_number=1, phase=TRAIN, examples=None, held=None):  # noqa: PLR0913
+    """A session for a task of a client; `private` carries its state from task to task, `held` is its data."""
     task = Task(
         job="job",
         task=f"{phase}-{round_number}-{index}",
@@ -130,7 +130,7 @@ def session(spec, index=0, *, models=None, private=None, round_number=1, phase=T
         settings={},
         spec=spec,
     )
-    found = data(index) if examples is None else data(index, examples)
+    found = held or (data(index) if examples is None else data(index, examples))
     private = PrivateState() if private is None else private
     return TorchPersonalSession(task, models or Networks(), found, private=private, on_progress=lambda *_: None)
 

@@ -274,7 +274,7 @@ def test_the_second_phase_may_have_epochs_of_its_own():
     [
         ({"mu": 0.6}, r"method\.mu: 0\.6 .*at most 0\.5"),
         ({"combine": "sum", "infer": "mix"}, r"method\.infer"),
-        ({"site": "peft_slots"}, r"method\.site"),
+        ({"site": "body"}, r"method\.site"),
     ],
 )
 def test_what_the_maths_forbids_is_refused_with_the_reason(settings, message):

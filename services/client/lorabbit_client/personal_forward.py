@@ -41,6 +41,17 @@ class TorchForward:
         """Input of the last layer."""
         return self._of("representation", model, lambda view: view.representation())
 
+    def adapted(self, prefix: str, model: str = "own") -> torch.Tensor:
+        """What a head answers with pairs of factors in the slots of its trunk; a frozen model lets gradients pass."""
+        key = (f"adapted {prefix}", model)
+        if key not in self._values:
+            slots = sorted(
+                {name.removeprefix(prefix).rpartition(".")[0] for name in self._beside if name.startswith(prefix)}
+            )
+            pairs = {s: (self._beside[f"{prefix}{s}.lora_A"], self._beside[f"{prefix}{s}.lora_B"]) for s in slots}
+            self._values[key] = self._models[model].adapted(self._batch, pairs)
+        return self._values[key]
+
     def _of(self, what: str, model: str, look: Callable[[View], torch.Tensor]) -> torch.Tensor:
         """Compute a part of a view once; a frozen model keeps no graph."""
         if model not in self._views:

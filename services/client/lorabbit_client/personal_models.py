@@ -22,6 +22,7 @@ from lorabbit_client.cnn import SHAPES, Cnn
 from lorabbit_client.features import Batch
 from lorabbit_client.model_source import ModelSource
 from lorabbit_client.models import quiet
+from lorabbit_client.slots import Pair, filled, slots_of
 
 BEFORE_LAST = "pre_classifier"
 """DistilBERT opens its head with this module, beside the last layer and not around it."""
@@ -50,7 +51,7 @@ class Split:
 
     def __init__(self, model: nn.Module, name: str, classes: int) -> None:
         """Find the places; raises BadInput where no linear layer answers with the classes."""
-        self.model = model
+        self.model, self.name = model, name
         self._known = frozenset(inspect.signature(model.forward).parameters)
         self.last, self._layer = _last_linear(model, name, classes)
         root = self.last.split(".")[0]
@@ -68,6 +69,15 @@ class Split:
             return _CnnView(self.model, batch["pixel_values"])
         given = {key: value for key, value in batch.items() if key in self._known and key != "labels"}
         return _HookedView(self, given)
+
+    def slots(self, count: int) -> dict[str, nn.Linear]:
+        """Query and value layers of the last `count` attention blocks by slot; raises BadInput where there are none."""
+        return slots_of(self.model, self.name, count)
+
+    def adapted(self, batch: Batch, pairs: Mapping[str, Pair]) -> torch.Tensor:
+        """Return the logits, float32, with these pairs of factors in their slots."""
+        with filled(self.slots(1 + max(int(slot.partition(".")[0]) for slot in pairs)), pairs):
+            return self.view(batch).logits()
 
     def run(self, given: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return what reached the head and the last layer, and the logits."""

@@ -92,6 +92,11 @@ class TorchPersonalSession:
         """Largest width there over the own models of the job."""
         return self._models.widest(place)
 
+    def slots(self, count: int) -> Mapping[str, tuple[int, int]]:
+        """(d_out, d_in) of the query and value layers in the own model's last `count` attention blocks, by slot."""
+        layers = self.ensemble.splits[OWN].slots(count)
+        return {slot: (layer.out_features, layer.in_features) for slot, layer in layers.items()}
+
     def add_model(self, role: str, name: str) -> None:
         """Build a second model by name, the same on every client; its tensors are "<role>.<name>"."""
         self.ensemble.add(role, self._models.second(name, self._task.index))

@@ -49,9 +49,10 @@ class PFedLora(Method):
 
     rank: int = Field(default=8, ge=1, le=1024, description="of the adapter; above the number of classes adds little")
     mu: float = Field(default=0.5, ge=0, le=1, description="weight of the adapter's loss in (1); 0 is standalone")
-    site: Literal["fc_stack", "head"] = Field(
-        default="fc_stack", description="the adapter stands beside the whole head, or beside the last layer alone"
+    site: Literal["fc_stack", "head", "peft_slots"] = Field(
+        default="fc_stack", description="beside the whole head, beside its last layer, or within attention layers"
     )
+    slots: int = Field(default=2, ge=1, description="peft_slots: so many last blocks, at their query and value layers")
     combine: Literal["two_loss", "sum"] = Field(
         default="two_loss", description="mix two losses by mu, or add the adapter's logits to the own ones"
     )
@@ -73,6 +74,8 @@ class PFedLora(Method):
             )
         if self.combine == "sum" and self.infer == "mix":
             raise BadInput("method.infer: with combine 'sum' the answer is the sum already; leave it 'local'")
+        if self.site == "peft_slots" and self.align == "linear":
+            raise BadInput("method.align: factors in attention layers need models of one width; leave it 'pad'")
 
     @property
     def place(self) -> Place:
@@ -81,7 +84,9 @@ class PFedLora(Method):
 
     # ---- client ----
     def initialise(self, session: PersonalSession) -> Tensors:
-        """A ~ N(0, 1 / d_A), and B ~ N(0, 1 / r), or zero for a sum, so that it begins as the own answer."""
+        """A ~ N(0, 1 / d_A), and B ~ N(0, 1 / r), or zero where the adapter begins as the own answer."""
+        if self.site == "peft_slots":
+            return self._slotted(session)
         width, generator = session.widest(self.place), np.random.default_rng(derive_seed(self.job.seed, self.name))
         shape_a, shape_b = (self.rank, width), (session.classes, self.rank)
         down = generator.standard_normal(shape_a) / math.sqrt(width)
@@ -89,6 +94,16 @@ class PFedLora(Method):
         if self.combine == "sum":
             up = np.zeros(shape_b)
         return {A: down.astype(np.float32), B: up.astype(np.float32)}
+
+    def _slotted(self, session: PersonalSession) -> Tensors:
+        """A pair for each slot: A ~ N(0, 1 / d_in), B zero."""
+        generator, made = np.random.default_rng(derive_seed(self.job.seed, self.name)), {}
+        for slot, (_, d_in) in sorted(session.slots(self.slots).items()):
+            made[f"{PREFIX}{slot}.lora_A"] = generator.standard_normal((self.rank, d_in)) / math.sqrt(d_in)
+        made |= {
+            f"{PREFIX}{slot}.lora_B": np.zeros((d, self.rank)) for slot, (d, _) in session.slots(self.slots).items()
+        }
+        return {name: value.astype(np.float32) for name, value in made.items()}
 
     def local_update(self, plan: Plan, session: PersonalSession) -> ClientUpdate:
         """(1), then (2) from the received adapter."""
@@ -115,12 +130,28 @@ class PFedLora(Method):
 
     def _install(self, plan: Plan, session: PersonalSession) -> None:
         """Put the global adapter beside the own model, with a first map to its width where one is wanted."""
-        session.load(plan.payloads[ADAPTER])
+        adapter = plan.payloads[ADAPTER]
+        if self.site == "peft_slots":
+            self._check_slots(adapter, session)
+            session.load(adapter)
+            return
+        session.load(adapter)
         width, own = session.widest(self.place), session.width(self.place)
         if self.align == "linear" and own != width and not session.tensors(ALIGN):
             seed = derive_seed(self.job.seed, self.name, "align", session.client.index)
             drawn = np.random.default_rng(seed).standard_normal((width, own)) / math.sqrt(own)
             session.load({ALIGN: drawn.astype(np.float32)})
+
+    def _check_slots(self, adapter: Tensors, session: PersonalSession) -> None:
+        """Raise BadInput when this client's own model has slots of another shape."""
+        for slot, (d_out, d_in) in session.slots(self.slots).items():
+            shapes = [adapter[f"{PREFIX}{slot}.lora_{factor}"].shape for factor in "AB"]
+            if shapes != [(self.rank, d_in), (d_out, self.rank)]:
+                raise BadInput(
+                    f"method.site: the layer at {slot} of {session.client.client}'s own model maps {d_in} to {d_out},"
+                    f" and the adapter there maps {shapes[0][1]} to {shapes[1][0]}; give all clients models of one"
+                    " width, or set it to 'fc_stack'"
+                )
 
     def _second(self, local: LocalSpec) -> LocalSpec:
         if self.adapter_epochs is None:
@@ -129,7 +160,9 @@ class PFedLora(Method):
 
     # ---- maths of one batch ----
     def _adapter(self, batch: Forward) -> Any:  # noqa: ANN401 - the session's own array kind
-        """y1 = B A f, (batch, classes)."""
+        """y1 = B A f, or what the own model answers with the factors in its slots, (batch, classes)."""
+        if self.site == "peft_slots":
+            return batch.adapted(PREFIX)
         seen = batch.features() if self.site == "fc_stack" else batch.representation()
         down, up = batch.tensor(A), batch.tensor(B)
         width = down.shape[1]
@@ -138,7 +171,8 @@ class PFedLora(Method):
         return batch.pad(seen, width) @ down.T @ up.T
 
     def _sum(self, batch: Forward) -> Any:  # noqa: ANN401
-        return batch.logits() + self._adapter(batch)
+        """Within attention layers the factors are added there, and not to the answers."""
+        return self._adapter(batch) if self.site == "peft_slots" else batch.logits() + self._adapter(batch)
 
     def _own_loss(self, batch: Forward) -> Any:  # noqa: ANN401
         """(1)."""

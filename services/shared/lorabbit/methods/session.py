@@ -164,6 +164,9 @@ class Forward(Protocol):
     def representation(self, model: str = "own") -> Any:  # noqa: ANN401
         """Input of a model's last layer, (batch, d)."""
 
+    def adapted(self, prefix: str, model: str = "own") -> Any:  # noqa: ANN401
+        """What the head answers when layers in slots add B A x, by the pairs loaded as "<prefix><slot>.lora_A"."""
+
     def tensor(self, name: str) -> Any:  # noqa: ANN401
         """A tensor that `PersonalSession.load` brought under this name."""
 
@@ -213,6 +216,13 @@ class PersonalSession(ClientSession, Protocol):
 
     def widest(self, place: Place) -> int:
         """Largest width there over the own models of the job."""
+
+    def slots(self, count: int) -> Mapping[str, tuple[int, int]]:
+        """(d_out, d_in) of the query and value layers in the own model's last `count` attention blocks, by slot.
+
+        Slots have the same names in models of any depth: "0.query" is the lowest of the chosen blocks. Raises
+        BadInput for a model that has not so many.
+        """
 
     def add_model(self, role: str, name: str) -> None:
         """Build a second model by name (for example a small shared one); its tensors are "<role>.<name>"."""
