@@ -13,7 +13,7 @@ from lorabbit import lora
 from lorabbit.errors import Refused
 from lorabbit.jobspec import LocalSpec
 from lorabbit.methods.base import GradientTerm, LocalResult
-from lorabbit.methods.session import Difficulty, Part, Sensitivity
+from lorabbit.methods.session import Difficulty, Direction, Part, Sensitivity
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
 
 
@@ -176,8 +176,10 @@ class QuadraticSession:
         w, b = self._values["adapter"], self._targets["adapter"]
         return {n: np.square(self.a * (w[n] - b[n])).astype(np.float32) for n in w if lora.is_factor(n)}
 
-    def sensitivity(self, *, noise: float, draws: int, probes: int, variant: Sensitivity) -> Array:
-        self.asked.append(("sensitivity", noise, draws, probes, variant))
+    def sensitivity(
+        self, *, noise: float, draws: int, probes: int, variant: Sensitivity, direction: Direction = "random"
+    ) -> Array:
+        self.asked.append(("sensitivity", noise, draws, probes, variant, direction))
         return np.array(self.sensitivities, np.float64)
 
     def lossless_share(self, rule: Literal["slq", "eigengap"]) -> float:

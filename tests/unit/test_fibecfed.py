@@ -10,10 +10,12 @@ import pytest
 from doubles import QuadraticSession, profile
 
 from lorabbit import blocks, curriculum, neurons
+from lorabbit.blocks import OUTSIDE
+from lorabbit.curriculum import CURRICULUM
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods import build
-from lorabbit.methods.fibecfed import CURRICULUM, FISHER, OUTSIDE, FibecFed
+from lorabbit.methods.fibecfed import FISHER, FibecFed
 from lorabbit.types import ADAPTER, ClientUpdate, Plan, ServerState
 
 BLOCKS, RANK, WIDTH = 4, 2, 3
@@ -508,6 +510,122 @@ def test_F12_a_fresh_client_starts_from_the_jobs_own_factors_and_a_known_one_fro
         assert np.array_equal(scored.tensors()[HEAD], after.tensors[HEAD])
 
 
+# ---- another choice during the run ----
+OTHERS = np.array([0.1, 0.4, 0.3, 0.2])
+"""Sensitivities under which blocks 1 and 2 are chosen, instead of 0 and 3."""
+
+
+def chosen_anew(made: FibecFed, sessions: list[Start]) -> tuple[ServerState, list[Start]]:
+    """Round 0 with one choice, and round 1 after which the cohort makes another."""
+    state = prepared(made, sessions)
+    later = [again(session, 1, sensitivities=OTHERS) for session in sessions]
+    state, _ = one_round(made, state, later)
+    return state, later
+
+
+def test_F6_when_it_is_time_the_cohort_chooses_anew_and_the_version_counts_on() -> None:
+    made = method(gal_refresh_every=1)
+    state, _ = chosen_anew(made, [client(0), client(1)])
+
+    assert (state.facts["gal"], state.facts["gal_version"]) == ([1, 2], 2)
+    assert {blocks.block_of(name) for name in state.tensors} == {None, 1, 2}
+    assert state.report["gal"] == [1, 2]
+
+
+@pytest.mark.parametrize(("every", "rounds", "measured"), [(0, 4, []), (2, 5, [2, 4]), (2, 4, [2]), (3, 7, [3, 6])])
+def test_blocks_are_measured_anew_every_so_many_rounds_and_not_after_the_last(
+    every: int, rounds: int, measured: list[int]
+) -> None:
+    made, session = method(rounds=rounds, gal_refresh_every=every), client()
+    state, told = prepared(made, [session]), []
+
+    for number in range(1, rounds + 1):
+        session = again(session, number)
+        state, (update,) = one_round(made, state, [session])
+        told += [number] if "sensitivities" in update.facts else []
+
+    assert told == measured
+    assert state.facts["gal_version"] == 1 + len(measured)
+
+
+def test_a_block_that_leaves_goes_on_from_its_last_mean_and_one_that_enters_from_the_start() -> None:
+    made = method(gal_refresh_every=1)
+    sessions = [client(0), client(1)]
+    before = prepared(made, sessions)
+    updates = [
+        made.local_update(made.plan(before, s.client), s)
+        for s in (again(one, 1, sensitivities=OTHERS) for one in sessions)
+    ]
+    state = made.aggregate(before, updates)
+    mean = {n: (updates[0].tensors[n] + updates[1].tensors[n]) / 2 for n in updates[0].tensors}
+    stranger = client(2, round=2)
+
+    made._load(made.plan(state, stranger.client), stranger)
+
+    held = stranger.tensors()
+    for which in "AB":
+        np.testing.assert_allclose(held[factor(0, which)], mean[factor(0, which)], rtol=1e-6)
+        assert np.array_equal(held[factor(1, which)], adapter()[factor(1, which)])
+
+
+def test_own_factors_of_a_block_that_was_shared_since_are_given_up_and_others_kept() -> None:
+    made = method(gal_refresh_every=1, update_share=1.0)
+    state, (one,) = chosen_anew(made, [client(0)])
+    away = {name: value + 7 for name, value in one.private_tensors[OUTSIDE].items()}
+    assert {blocks.block_of(name) for name in away} == {1, 2}
+    one.private_tensors[OUTSIDE] = away
+    state, _ = one_round(made, state, [again(client(1), 2, sensitivities=SENSITIVE)])
+    back = again(one, 3)
+
+    made._load(made.plan(state, back.client), back)
+
+    assert state.facts["gal"] == [0, 3]
+    left = state.shared["left"]
+    assert all(np.array_equal(back.tensors()[name], left[name]) for name in away)
+
+
+def test_own_factors_tuned_since_their_block_left_are_kept_through_further_choices() -> None:
+    made = method(gal_refresh_every=1, update_share=1.0)
+    state, (one,) = chosen_anew(made, [client(0)])
+    tuned = again(one, 2, sensitivities=np.array([0.1, 0.4, 0.2, 0.3]))
+    state, _ = one_round(made, state, [tuned])
+    own, back = tuned.private_tensors[OUTSIDE][factor(0, "A")], again(tuned, 3)
+
+    made._load(made.plan(state, back.client), back)
+
+    assert state.facts["gal"] == [1, 3]
+    assert np.array_equal(back.tensors()[factor(0, "A")], own)
+
+
+def test_blocks_that_left_get_masks_of_their_own_at_once() -> None:
+    made = method(gal_refresh_every=1)
+    state, (one,) = chosen_anew(made, [client(0)])
+    later = again(one, 2)
+
+    one_round(made, state, [later])
+
+    assert set(later.trainings[-1].mask or {}) == {factor(block, which) for block in (0, 3) for which in "AB"}
+    assert set(later.private_tensors[FISHER]) == set(later.private_tensors[OUTSIDE])
+
+
+def test_a_personal_score_puts_shared_factors_over_own_ones_of_a_block_that_entered() -> None:
+    made = method(gal_refresh_every=1)
+    state, (one,) = chosen_anew(made, [client(0)])
+    scored = again(one, 1)
+
+    made.restore(made.scoring(state, scored.client), scored)
+
+    assert all(np.array_equal(scored.tensors()[name], value) for name, value in state.tensors.items())
+
+
+def test_adversarial_noise_is_asked_for_and_its_passes_are_counted() -> None:
+    session = client()
+    state = prepared(method(noise_direction="adversarial", probes=4, pacing="none"), [session])
+
+    assert ("sensitivity", 0.05, 4, 4, "relative", "adversarial") in session.asked
+    assert state.report["passes"] == 4
+
+
 def test_a_global_score_leaves_private_blocks_untouched() -> None:
     made = method(warmup_steps=0, sparse=False, evaluate="global")
     session = client(0)
@@ -576,6 +694,8 @@ def test_a_client_without_examples_answers_and_changes_nothing() -> None:
         ({"method": {"name": "fibecfed", "gal_ratio": "half"}}, "method.gal_ratio"),
         ({"method": {"name": "fibecfed", "pacing": "slow"}}, "method.pacing"),
         ({"evaluation": {"on": "central"}}, "method.evaluate"),
+        ({"method": {"name": "fibecfed", "gal_refresh_every": 2, "gal_ratio": 1.0}}, "method.gal_refresh_every"),
+        ({"method": {"name": "fibecfed", "gal_refresh_every": 2, "gal_pick": "random"}}, "method.gal_refresh_every"),
         ({"aggregation": "svd"}, "aggregation"),
     ],
 )
@@ -592,4 +712,4 @@ def test_plans_name_the_blocks_and_their_version() -> None:
 
     plan: Plan = made.plan(state, profile(0))
 
-    assert plan.settings == {"gal_version": 1, "gal": [0, 3]}
+    assert plan.settings == {"gal_version": 1, "gal": [0, 3], "left": {}}

@@ -13,10 +13,12 @@ from learning import job, silent, task_of, write_reviews
 from transformers import BertModel
 
 from lorabbit import blocks, codec, curriculum, neurons
+from lorabbit.blocks import OUTSIDE
+from lorabbit.curriculum import CURRICULUM
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Metrics
 from lorabbit.methods import build
-from lorabbit.methods.fibecfed import CURRICULUM, FISHER, OUTSIDE, FibecFed
+from lorabbit.methods.fibecfed import FISHER, FibecFed
 from lorabbit.seeds import derive_seed
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId, ClientProfile, ClientUpdate, Plan, ServerState
 from lorabbit_cli.forecast import forecast

@@ -14,7 +14,8 @@ from lorabbit.errors import BadInput
 from lorabbit_client.data import Examples
 from lorabbit_client.features import Batch, Features, Scorer
 from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.sensitivity import Probe, sensitivities
+from lorabbit_client.probing import batch_at, call, in_float32, looking, losses
+from lorabbit_client.sensitivity import Probe, _noise, _steepest, sensitivities
 from lorabbit_client.tables import Codes
 
 
@@ -118,6 +119,50 @@ def test_gain_is_the_change_of_a_block_over_the_change_before_it(tmp_path: Path)
     absolute, gain = (sensitivities(model, rows, probe(variant=variant, **one)) for variant in ("abs", "gain"))
 
     assert gain[1] == pytest.approx(absolute[1] / absolute[0], rel=1e-6)
+
+
+# ---- noise along the gradient ----
+def test_F5_adversarial_noise_needs_no_seed_and_no_draws_and_padding_has_no_influence(tmp_path: Path) -> None:
+    model, rows = client(tmp_path)
+    wider = Examples(Padded(rows.features, 13), rows.rows, rows.num_examples)
+    every = {"probes": 100, "direction": "adversarial"}
+
+    first = sensitivities(model, rows, probe(**every))
+
+    np.testing.assert_allclose(sensitivities(model, rows, probe(**every, seed=3, draws=5)), first, rtol=1e-6)
+    np.testing.assert_allclose(sensitivities(model, wider, probe(**every)), first, rtol=1e-5)
+    assert np.all(sensitivities(model, rows, probe(**every, noise=0.0)) == 0.0)
+    assert not np.allclose(sensitivities(model, rows, probe(probes=100)), first)
+
+
+def test_adversarial_noise_raises_the_loss_of_every_example_more_than_random_noise_of_its_norm(tmp_path: Path) -> None:
+    model, rows = client(tmp_path)
+    names = np.arange(8)
+    batch, stand_ins, told = batch_at(model, rows, names), in_float32(model), {}
+    with looking(model):
+        along = _steepest(model, stand_ins, batch)
+        for direction, given in (("none", None), ("random", None), ("adversarial", along)):
+            small = probe(noise=0.0 if direction == "none" else 1e-3)
+            with torch.no_grad(), _noise(model, batch, names, probe=small, draw=0, along=given):
+                told[direction] = losses(call(model, stand_ins, batch), batch)
+
+    grown = {direction: told[direction] - told["none"] for direction in ("random", "adversarial")}
+    assert bool((grown["adversarial"] > 0).all())
+    assert bool((grown["adversarial"] > grown["random"]).all())
+
+
+def test_F14_adversarial_noise_leaves_parameters_gradients_and_generators_as_they_were(tmp_path: Path) -> None:
+    model, rows = client(tmp_path)
+    state = torch.get_rng_state()
+    before = {name: (value.detach().clone(), value.requires_grad) for name, value in model.model.named_parameters()}
+
+    sensitivities(model, rows, probe(direction="adversarial"))
+
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in model.model.named_parameters():
+        assert torch.equal(value, before[name][0])
+        assert value.requires_grad == before[name][1]
+        assert value.grad is None
 
 
 def test_a_model_without_blocks_is_refused_with_a_sentence(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec, LocalSpec
 from lorabbit.messages import Metrics, Task
 from lorabbit.methods.base import GradientTerm, LocalResult
-from lorabbit.methods.session import Difficulty, Part, Sensitivity
+from lorabbit.methods.session import Difficulty, Part
 from lorabbit.seeds import derive_seed
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
 from lorabbit_client.execution import OnProgress
@@ -151,7 +151,7 @@ class NullSession:
         """Refuse: there are no examples."""
         raise _without(f"gradients of {len(examples)} examples")
 
-    def sensitivity(self, *, noise: float, draws: int, probes: int, variant: Sensitivity) -> Array:  # noqa: ARG002
+    def sensitivity(self, **how: object) -> Array:  # noqa: ARG002
         """Refuse: there are no blocks."""
         raise _without("blocks")
 

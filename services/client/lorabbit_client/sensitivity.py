@@ -3,8 +3,9 @@
     x' = emb(x) + delta,  ||delta|| = noise * ||emb(x)||
     I^l = mean over examples and draws of ||h_l(x') - h_l(x)|| / (||h_l(x)|| + 1e-12)
 
-h_l is the output of block l at true tokens. The noise of an example is drawn for its true length from
-a generator seeded by (seed, example, draw), so neither padding nor batching changes it.
+h_l is the output of block l at true tokens. Random noise of an example is drawn for its true length from
+a generator seeded by (seed, example, draw), so neither padding nor batching changes it. Adversarial noise
+is the gradient of the example's own loss with respect to emb(x), brought to that norm, and needs no draws.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lorabbit.errors import BadInput
-from lorabbit.methods.session import Sensitivity
+from lorabbit.methods.session import Direction, Sensitivity
 from lorabbit.seeds import derive_seed
 from lorabbit_client.data import Examples
 from lorabbit_client.features import Batch
-from lorabbit_client.probing import CHUNK, OnChunk, batch_at, call, chunks, in_float32, looking, unwatched
+from lorabbit_client.probing import CHUNK, OnChunk, batch_at, call, chunks, in_float32, looking, losses, unwatched
 from lorabbit_client.tables import Codes
 from lorabbit_client.trainable import TrainableModel
 
@@ -44,6 +45,8 @@ class Probe:
     variant: Sensitivity
     """relative: over the norm of the output; abs: not; gain: over the change of the block before."""
     seed: int
+    direction: Direction = "random"
+    """Of the noise: any, or the one in which the loss grows fastest."""
 
 
 def sensitivities(
@@ -52,19 +55,22 @@ def sensitivities(
     """Return how sensitive each block is, float64 (blocks,); raises BadInput for a model without blocks."""
     chosen = np.random.default_rng(derive_seed(probe.seed, "probes")).permutation(len(examples))[: probe.probes]
     total: NDArray[np.float64] | None = None
-    with looking(model), torch.inference_mode():
+    draws = 1 if probe.direction == "adversarial" else probe.draws
+    with looking(model):
         stand_ins = in_float32(model)
         for places in chunks(examples, chosen.tolist(), CHUNK, on_chunk=on_chunk):
             batch = batch_at(model, examples, chosen[places])
-            clean = _states(model, stand_ins, batch)
-            for draw in range(probe.draws):
-                with _noise(model, batch, chosen[places], probe=probe, draw=draw):
-                    moved = _states(model, stand_ins, batch)
-                found = _moves(clean, moved, probe.variant).sum(0)
-                total = found if total is None else total + found
+            along = _steepest(model, stand_ins, batch) if probe.direction == "adversarial" else None
+            with torch.inference_mode():
+                clean = _states(model, stand_ins, batch)
+                for draw in range(draws):
+                    with _noise(model, batch, chosen[places], probe=probe, draw=draw, along=along):
+                        moved = _states(model, stand_ins, batch)
+                    found = _moves(clean, moved, probe.variant).sum(0)
+                    total = found if total is None else total + found
     if total is None:
         raise BadInput("data: a client has no training example, so its layers cannot be probed; lower `clients`")
-    return total / (len(chosen) * probe.draws)
+    return total / (len(chosen) * draws)
 
 
 def _states(model: TrainableModel, stand_ins: dict[str, torch.Tensor], batch: Batch) -> list[torch.Tensor]:
@@ -94,25 +100,51 @@ def _norm(states: torch.Tensor) -> torch.Tensor:
     return states.double().flatten(1).square().sum(1).sqrt()
 
 
-@contextmanager
-def _noise(model: TrainableModel, batch: Batch, names: Codes, *, probe: Probe, draw: int) -> Iterator[None]:
-    """Add noise to what the embedding layer answers, until the end of the block."""
+def _embedding(model: TrainableModel) -> nn.Module:
     base: Any = model.model
     embedding: nn.Module = base.get_input_embeddings()
+    return embedding
+
+
+def _steepest(model: TrainableModel, stand_ins: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+    """Return the gradient of each example's loss with respect to its embeddings, in their shape."""
+    caught: list[torch.Tensor] = []
+
+    def catch(module: nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor:  # noqa: ANN401, ARG001 - a hook
+        caught.append(out.detach().requires_grad_())
+        return caught[0]
+
+    hook = _embedding(model).register_forward_hook(catch)
+    try:
+        with torch.enable_grad():
+            total = losses(call(model, stand_ins, batch), batch).sum()
+            return torch.autograd.grad(total, caught[0])[0]
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _noise(  # noqa: PLR0913 - what is moved, and how
+    model: TrainableModel, batch: Batch, names: Codes, *, probe: Probe, draw: int, along: torch.Tensor | None
+) -> Iterator[None]:
+    """Add noise to what the embedding layer answers, until the end of the block: `along` a direction, or at random."""
     mask = batch.get("attention_mask")
 
     def add(module: nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor:  # noqa: ANN401, ARG001 - a hook
         noisy: torch.Tensor = out.clone()
         for row, name in enumerate(names):
             length = out.shape[1] if mask is None else int(mask[row].sum())
-            generator = torch.Generator().manual_seed(derive_seed(probe.seed, "noise", int(name), draw))
-            delta = torch.randn((length, out.shape[-1]), generator=generator).to(out)
+            if along is None:
+                generator = torch.Generator().manual_seed(derive_seed(probe.seed, "noise", int(name), draw))
+                delta = torch.randn((length, out.shape[-1]), generator=generator).to(out)
+            else:
+                delta = along[row, :length].to(out)
             norm = delta.norm()
             if norm > 0:
                 noisy[row, :length] += delta * (probe.noise * out[row, :length].norm() / norm)
         return noisy
 
-    hook = embedding.register_forward_hook(add)
+    hook = _embedding(model).register_forward_hook(add)
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import LocalSpec
 from lorabbit.messages import Task
 from lorabbit.methods.base import GradientTerm, LocalResult
-from lorabbit.methods.session import Difficulty, Part, Sensitivity
+from lorabbit.methods.session import Difficulty, Direction, Part, Sensitivity
 from lorabbit.seeds import derive_seed
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
 from lorabbit_client.arrays import dtype_name, to_numpy, to_torch
@@ -184,11 +184,13 @@ class TorchSession:
         positions = rows_of(self._data.train, examples).tolist()
         return mean_squares(self.settled(), self._data.train, positions, on_chunk=self._looked)
 
-    def sensitivity(self, *, noise: float, draws: int, probes: int, variant: Sensitivity) -> Array:
+    def sensitivity(
+        self, *, noise: float, draws: int, probes: int, variant: Sensitivity, direction: Direction = "random"
+    ) -> Array:
         """How much each block's output moves when the embeddings do, float64 (blocks,)."""
         from lorabbit_client.sensitivity import Probe, sensitivities  # noqa: PLC0415
 
-        probe = Probe(noise=noise, draws=draws, probes=probes, variant=variant, seed=self.seed)
+        probe = Probe(noise, draws, probes, variant, self.seed, direction)
         return sensitivities(self.settled(), self._data.train, probe, on_chunk=self._looked)
 
     def lossless_share(self, rule: Literal["slq", "eigengap"]) -> float:

@@ -1,4 +1,4 @@
-"""Which transformer blocks are shared: LoRA factors by block, the blocks' importance, and the choice.
+"""Which transformer blocks are shared: LoRA factors by block, the blocks' importance, the choice, and what it does.
 
 A factor's block is the first whole number in its name (`...encoder.layer.3.attention...` is in block 3).
 What belongs to no block, such as a head, is always shared.
@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from lorabbit import lora
 from lorabbit.errors import Refused
 from lorabbit.seeds import derive_seed
-from lorabbit.types import Json
+from lorabbit.types import ADAPTER, Array, Json, ServerState, Tensors
 
 Pick = Literal["top", "random", "bottom"]
 DEFAULT_SHARE, LOWEST, HIGHEST = 0.5, 0.2, 0.9
 ROUNDING = 1e-9
+OUTSIDE, LEFT = "outside", "left"
+"""Groups of factors outside the shared blocks: as at the start, and as they were when their block was last shared."""
 
 
 def block_of(name: str) -> int | None:
@@ -103,3 +105,45 @@ def choose(
     else:
         order = np.argsort(-values if pick == "top" else values, kind="stable")
     return tuple(sorted(blocks[int(i)] for i in order[:count]))
+
+
+# ---- what a choice does to the server's tensors ----
+def everything(state: ServerState) -> Tensors:
+    """All factors and the head: shared ones, last shared values of others, and the start of those never shared."""
+    return {**state.shared.get(OUTSIDE, {}), **state.shared.get(LEFT, {}), **state.tensors}
+
+
+def regrouped(state: ServerState, chosen: Sequence[int]) -> ServerState:
+    """Share these blocks from now on, and no others; only the choice is among the facts.
+
+    A block that leaves goes on from its last mean; one that enters from where it left, or else from the start.
+    `left` says with which version of the choice each block left.
+    """
+    whole, version = everything(state), versions({**state.facts})["gal_version"] + 1
+    before = state.facts.get("gal")
+    since = {block: at for block, at in versions(state.facts.get("left")).items() if int(block) not in chosen}
+    since |= {str(block): version for block in (before if isinstance(before, list) else []) if block not in chosen}
+    shared = {name: value for name, value in whole.items() if not is_outside(name, [*chosen])}
+    groups: dict[str, dict[str, Array]] = {OUTSIDE: {}, LEFT: {}}
+    for name, value in whole.items():
+        if name not in shared:
+            groups[LEFT if str(block_of(name)) in since else OUTSIDE][name] = value
+    facts: dict[str, Json] = {"gal_version": version, "gal": [*chosen], "left": {**since}}
+    return ServerState(shared, facts, {name: group for name, group in groups.items() if group or name == OUTSIDE})
+
+
+def sent(state: ServerState) -> dict[str, Tensors]:
+    """What every client is sent: the shared tensors, and those of blocks that left, for clients without own ones."""
+    left = state.shared.get(LEFT)
+    return {ADAPTER: state.tensors} | ({LEFT: left} if left else {})
+
+
+def still_own(tensors: Tensors, left: Json, version: Json) -> Tensors:
+    """Of a client's own factors, tuned under one version of the choice, those whose block was not shared since."""
+    since, mine = versions(left), version if isinstance(version, int) else 0
+    return {name: value for name, value in tensors.items() if since.get(str(block_of(name)), 0) <= mine}
+
+
+def versions(facts: Json) -> dict[str, int]:
+    """Read whole numbers by name."""
+    return {k: v for k, v in facts.items() if isinstance(v, int)} if isinstance(facts, dict) else {}

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lorabbit.seeds import derive_seed
 from lorabbit.types import Array
+
+if TYPE_CHECKING:
+    from lorabbit.methods.session import Difficulty, Session
 
 Pacing = Literal["linear", "sqrt", "exp", "step", "none"]
 Order = Literal["easy", "hard"]
 ROUNDING = 1e-9
+CURRICULUM = "curriculum"
+"""Private group: the difficulties of a client's examples."""
 
 
 def competence(pacing: Pacing, t: int, rounds: int, *, beta: float, alpha: float) -> float:
@@ -56,6 +62,26 @@ def sorted_batches(scores: Array, size: int, order: Order = "easy", *, classes: 
             turn[mine] = np.arange(int(mine.sum()))
         ranked = ranked[np.argsort(turn, kind="stable")]
     return [[int(i) for i in ranked[start : start + size]] for start in range(0, len(ranked), size)]
+
+
+def difficulties(
+    session: Session, kind: Difficulty | Literal["random"], seed: int, rescore_every: int
+) -> tuple[Array, bool]:
+    """Return the difficulties that a client keeps, float64 (num_examples,), and whether they were measured now.
+
+    They are measured on first use, when there are other examples, and every `rescore_every` rounds where that is not 0.
+    """
+    scored = session.private.get("scored")
+    due = rescore_every and isinstance(scored, int) and session.round - scored >= rescore_every
+    known = session.private_tensors.get(CURRICULUM, {}).get("difficulty")
+    if known is not None and not due and len(known) == session.num_examples:
+        return known, False
+    draw = np.random.default_rng(derive_seed(seed, "difficulty", session.client.index))
+    measured = None if kind == "random" else session.difficulty(kind)
+    found = draw.random(session.num_examples) if measured is None else measured
+    session.private_tensors[CURRICULUM] = {"difficulty": found}
+    session.private["scored"] = session.round
+    return found, True
 
 
 def shuffled(batches: Sequence[list[int]], seed: int) -> list[list[int]]:

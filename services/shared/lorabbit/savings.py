@@ -7,11 +7,20 @@ stand still.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lorabbit.types import Facts, Json
+from lorabbit import neurons
+from lorabbit.lora import is_factor
+from lorabbit.tensors import count, subset
+from lorabbit.types import Facts, Json, Tensors
 
+if TYPE_CHECKING:
+    from lorabbit.methods.session import LocalResult, Session
+
+ROUNDING = 1e-9
 COUNTED = ("m_k", "batches", "n_used", "steps", "steps_full", "passes", "passes_full", "updates", "updates_full")
 
 
@@ -35,6 +44,14 @@ class Work:
     """LoRA parameters that were free to move."""
     parameters: int = 0
     """All LoRA parameters."""
+
+    def told(self, session: Session, result: LocalResult, masks: Tensors) -> dict[str, Json]:
+        """Take in a training, and say what the task did and measured; nothing of single examples or neurons."""
+        held, local = neurons.held(masks, result.tensors), session.local
+        self.steps, self.parameters = result.steps, count(subset(result.tensors, filter(is_factor, result.tensors)))
+        self.moving = self.parameters - held.parameters
+        self.steps_full = local.steps or max(1, math.ceil(self.batches * (local.epochs or 1.0) - ROUNDING))
+        return {**self.facts(), "masked": held.masked, "maskable": held.maskable, **(result.facts or {})}
 
     def facts(self) -> dict[str, Json]:
         """Return what is reported of this task."""

@@ -18,26 +18,27 @@ Round 0 asks everybody for I_k; difficulties, F, masks and factors outside G nev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from lorabbit import aggregation, blocks, curriculum, lora, neurons
+from lorabbit import aggregation, blocks, curriculum, neurons
+from lorabbit.blocks import LEFT, OUTSIDE
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.base import LocalResult, Method, Session
-from lorabbit.methods.session import Difficulty, Sensitivity
+from lorabbit.methods.session import Difficulty, Direction, Sensitivity
 from lorabbit.savings import Work, summed
 from lorabbit.seeds import derive_seed
 from lorabbit.tensors import count, subset, weighted_mean
 from lorabbit.types import ADAPTER, EVALUATE, ClientProfile, ClientUpdate, Facts, Json, Plan, ServerState, Tensors
 
-OUTSIDE = "outside"
-"""Shared group, and private group: LoRA factors outside G, at the start and as a client has tuned them."""
-FISHER, CURRICULUM = "fisher", "curriculum"
-"""Private groups: F_t, and the difficulties."""
+CHOICE = ("gal_version", "gal", "left")
+FISHER = "fisher"
+"""Private group: F_t; that of own factors is OUTSIDE."""
 
 
 class FibecFed(Method):
@@ -73,6 +74,8 @@ class FibecFed(Method):
     noise: float = Field(default=0.05, gt=0, description="norm of the noise, as a share of the embeddings' norm")
     probes: int = Field(default=32, ge=1, description="examples that are probed with noise")
     draws: int = Field(default=4, ge=1, description="draws of noise for each of them")
+    noise_direction: Direction = Field(default="random", description="adversarial: where the loss grows fastest")
+    gal_refresh_every: int = Field(default=0, ge=0, description="rounds after which the cohort chooses anew; 0 never")
     # ---- other blocks ----
     sparse: bool = Field(default=True, description="false: blocks that are not shared are tuned densely")
     update_share: float | None = Field(default=None, ge=0, le=1, description="of neurons; as measured, else 0.5")
@@ -99,20 +102,20 @@ class FibecFed(Method):
                 "method.evaluate: personal scores need each client's own factors, but evaluation.on is 'central'; "
                 "set evaluation.on to 'clients', or method.evaluate to 'global'"
             )
+        if self.gal_refresh_every and (self.gal_ratio == 1.0 or self.gal_pick == "random"):
+            raise BadInput("method.gal_refresh_every: nothing is measured here that could choose anew; leave it 0")
         aggregation.refuse_choice(job, "fibecfed", "averages the factors of its shared blocks")
 
     # ---- server ----
     def start(self, adapter: Tensors) -> ServerState:
         """Before round 0 nothing is chosen."""
-        return ServerState(dict(adapter), {"gal_version": 0})
+        return ServerState(dict(adapter), {"gal_version": 0, "left": {}})
 
     def plan(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - one plan for all
         """Round 0 sends nothing: clients measure the adapter that the job's seed gives them."""
         if not state.facts["gal_version"]:
             return Plan(settings={"gal_version": 0})
-        return Plan(
-            payloads={ADAPTER: state.tensors}, settings={name: state.facts[name] for name in ("gal_version", "gal")}
-        )
+        return Plan(payloads=blocks.sent(state), settings={name: state.facts.get(name) for name in CHOICE})
 
     def uploads(self, state: ServerState, client: ClientProfile) -> Tensors:  # noqa: ARG002
         """Factors of shared blocks and the head; nothing in round 0."""
@@ -121,51 +124,54 @@ class FibecFed(Method):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """Choose G in round 0; (8) afterwards."""
         if not state.facts["gal_version"]:
-            return self._choose(state, updates)
-        told: list[Facts] = []
+            return self._choose(state, [(u.num_examples, u.facts) for u in updates if u.num_examples])
+        told: list[tuple[int, Facts]] = []
 
         def weighted() -> Iterable[tuple[float, Tensors]]:
             for update in updates:
                 if update.facts.get("gal_version") != state.facts["gal_version"]:
                     raise Refused("gal-version", f"{update.client} tuned the blocks of another choice")
-                told.append(update.facts)
+                told.append((update.num_examples, update.facts))
                 used = update.facts.get("n_used") if self.weights == "used" else None
                 yield float(used) if isinstance(used, int) else update.num_examples, update.tensors
 
         mean = weighted_mean(weighted())
-        return ServerState(mean, {**state.facts, "report": summed(told)}, state.shared)
+        folded = ServerState(mean, {**state.facts, "report": summed(facts for _, facts in told)}, state.shared)
+        measured = [(number, facts) for number, facts in told if number and "sensitivities" in facts]
+        return self._choose(folded, measured) if measured else folded
 
-    def _choose(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
-        """Weigh all answers and fix G: (4)."""
-        answers = [(u.num_examples, u.facts) for u in updates if u.num_examples]
-        candidates = blocks.blocks_of(state.tensors)
+    def _choose(self, state: ServerState, answers: Sequence[tuple[int, Facts]]) -> ServerState:
+        """Weigh all answers and choose G: (4)."""
+        candidates = blocks.blocks_of(blocks.everything(state))
         values = blocks.importance([(n, facts.get("sensitivities")) for n, facts in answers], candidates)
-        measured = blocks.lossless((n, facts.get("lossless_share")) for n, facts in answers)
-        share = self.gal_ratio if isinstance(self.gal_ratio, float) else measured
-        number = blocks.enough(share, len(candidates))
+        told = ((n, facts.get("lossless_share")) for n, facts in answers)
+        share = self.gal_ratio if isinstance(self.gal_ratio, float) else blocks.lossless(told)
+        before = state.facts.get("gal")
+        number = len(before) if isinstance(before, list) else blocks.enough(share, len(candidates))
         if self.gal_ratio == "energy":
             number = blocks.enough_for_energy(values, self.energy)
-        chosen: list[Json] = [*blocks.choose(candidates, values, number, pick=self.gal_pick, seed=self.job.seed)]
-        outside = {n: v for n, v in state.tensors.items() if blocks.is_outside(n, chosen)}
-        shared = {n: v for n, v in state.tensors.items() if n not in outside}
-        report: dict[str, Json] = {"gal": chosen, "importance": [float(v) for v in values], "answers": len(answers)}
-        report |= {"shared_parameters": count(shared), "private_parameters": count(outside)}
-        report["passes"] = summed(facts for _, facts in answers)["passes"]
-        return ServerState(shared, {"gal_version": 1, "gal": chosen, "report": report}, {OUTSIDE: outside})
+        chosen = blocks.choose(candidates, values, number, pick=self.gal_pick, seed=self.job.seed)
+        regrouped = blocks.regrouped(state, chosen)
+        whole, shared = count(blocks.everything(regrouped)), count(regrouped.tensors)
+        report: dict[str, Json] = {"passes": summed(facts for _, facts in answers)["passes"], **state.report}
+        report |= {"gal": [*chosen], "importance": [float(v) for v in values], "answers": len(answers)}
+        report |= {"shared_parameters": shared, "private_parameters": whole - shared}
+        return replace(regrouped, facts={**regrouped.facts, "report": report})
 
     def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - the same for all
         """Send what is shared; the rest is where the score is taken, or untouched."""
-        return Plan(EVALUATE, {ADAPTER: state.tensors}, {"evaluate": self.evaluate})
+        return Plan(EVALUATE, blocks.sent(state), {"evaluate": self.evaluate, "left": state.facts.get("left")})
 
     def restore(self, plan: Plan, session: Session) -> None:
         """Put a client's own factors beside the shared ones, for personal scores."""
-        session.load(plan.payloads[ADAPTER])
+        session.load(plan.payloads.get(LEFT, {}))
         if plan.settings.get("evaluate") == "personal":
-            session.load(session.private_tensors.get(OUTSIDE, {}))
+            session.load(_own(plan, session))
+        session.load(plan.payloads[ADAPTER])
 
     def adapter(self, state: ServerState) -> Tensors:
         """The shared tensors, and the others as they were at the start."""
-        return {**state.shared.get(OUTSIDE, {}), **state.tensors}
+        return blocks.everything(state)
 
     # ---- client ----
     def local_update(self, plan: Plan, session: Session) -> ClientUpdate:
@@ -175,36 +181,45 @@ class FibecFed(Method):
             facts = self._measure(session) if session.num_examples else {}
             return ClientUpdate(me.client, me.index, {}, session.num_examples, math.nan, facts)
         work = Work(n_all=session.num_examples)
-        gap = self._load(plan, session)
+        gap, shared = self._load(plan, session), plan.payloads[ADAPTER]
         if not session.num_examples:
-            facts = {"gal_version": plan.settings["gal_version"]}
-            return ClientUpdate(
-                me.client, me.index, subset(session.tensors(), plan.payloads[ADAPTER]), 0, math.nan, facts
-            )
+            facts, tensors = {"gal_version": plan.settings["gal_version"]}, subset(session.tensors(), shared)
+            return ClientUpdate(me.client, me.index, tensors, 0, math.nan, facts)
         batches = self._batches(session, work)
-        easy = batches[: curriculum.batches_used(self._competence(session), len(batches))]
+        share = curriculum.competence(self.pacing, session.round - 1, self.job.rounds, beta=self.beta, alpha=self.alpha)
+        easy = batches[: curriculum.batches_used(share, len(batches))]  # (3), in the server's rounds
         work.used, work.batches, work.n_used = len(easy), len(batches), sum(map(len, easy))
-        outside = [name for name in session.tensors() if name not in plan.payloads[ADAPTER]]
+        outside = [name for name in session.tensors() if name not in shared]
         masks = self._masks(session, outside, easy, work=work)
         result = session.train(mask=masks or None, batches=self._ordered(easy, session))
         self._keep(session, result, outside, easy, work=work)
-        facts = {**_told(work, session, result, masks), "gap": gap, "gal_version": plan.settings["gal_version"]}
-        tensors = subset(result.tensors, plan.payloads[ADAPTER])
+        anew = self._sensitivities(session, work) if self._chooses_after(session.round) else {}
+        facts = {**work.told(session, result, masks), **anew, "gap": gap, "gal_version": plan.settings["gal_version"]}
+        tensors = subset(result.tensors, shared)
         return ClientUpdate(me.client, me.index, tensors, result.num_examples, result.loss, facts)
+
+    def _chooses_after(self, number: int) -> bool:
+        """Tell whether a round's cohort chooses G anew; after the last one nothing is tuned any more."""
+        return bool(self.gal_refresh_every) and number % self.gal_refresh_every == 0 and number < self.job.rounds
 
     def _measure(self, session: Session) -> Facts:
         """Round 0: difficulties stay here, sensitivities and the lossless share go to the server."""
-        work = Work()
+        work, facts = Work(), dict[str, Json]()
         self._batches(session, work)
-        facts: dict[str, Json] = {"passes": work.extra}
         if self.gal_ratio != 1.0 and (self.gal_pick != "random" or self.gal_ratio == "energy"):
-            found = session.sensitivity(
-                noise=self.noise, draws=self.draws, probes=self.probes, variant=self.sensitivity
-            )
-            facts["sensitivities"] = [float(value) for value in found]
+            facts = self._sensitivities(session, work)
         if self.gal_ratio in ("slq", "eigengap"):
             session.private["lossless_share"] = facts["lossless_share"] = session.lossless_share(self.gal_ratio)
-        return facts
+        return {**facts, "passes": work.extra}
+
+    def _sensitivities(self, session: Session, work: Work) -> dict[str, Json]:
+        """I_k^l of every block, at the session's present tensors."""
+        how, noise = self.noise_direction, self.noise
+        work.extra += min(self.probes, session.num_examples) if how == "adversarial" else 0
+        found = session.sensitivity(
+            noise=noise, draws=self.draws, probes=self.probes, variant=self.sensitivity, direction=how
+        )
+        return {"sensitivities": [float(value) for value in found]}
 
     def _load(self, plan: Plan, session: Session) -> int:
         """Put the server's tensors over the client's own; returns how many rounds it has missed."""
@@ -213,30 +228,19 @@ class FibecFed(Method):
         if self.reset_gap is not None and gap > self.reset_gap:
             for group in (OUTSIDE, FISHER):
                 session.private_tensors.pop(group, None)
-        session.load(session.private_tensors.get(OUTSIDE, {}))
+        session.load(plan.payloads.get(LEFT, {}))
+        session.load(_own(plan, session))
         session.load(plan.payloads[ADAPTER])
-        session.private["last_round"] = session.round
+        session.private["last_round"], session.private["gal_version"] = session.round, plan.settings["gal_version"]
         return gap
-
-    def _competence(self, session: Session) -> float:
-        """(3), in the server's rounds, not in those that this client took part in."""
-        return curriculum.competence(self.pacing, session.round - 1, self.job.rounds, beta=self.beta, alpha=self.alpha)
 
     def _batches(self, session: Session, work: Work) -> list[list[int]]:
         """(2): all batches, easy to hard; difficulties are measured on first use, and again when due."""
         size = session.local.batch_size
         if self.pacing == "none":
             return curriculum.sorted_batches(np.zeros(session.num_examples), size)
-        scored = session.private.get("scored")
-        due = self.rescore_every and isinstance(scored, int) and session.round - scored >= self.rescore_every
-        known = session.private_tensors.get(CURRICULUM, {}).get("difficulty")
-        if known is None or due or len(known) != session.num_examples:
-            draw = np.random.default_rng(derive_seed(self.job.seed, "difficulty", session.client.index))
-            measured = None if self.difficulty == "random" else session.difficulty(self.difficulty)
-            known = draw.random(session.num_examples) if measured is None else measured
-            work.extra += session.num_examples if self.difficulty == "fisher" else 0
-            session.private_tensors[CURRICULUM] = {"difficulty": known}
-            session.private["scored"] = session.round
+        known, anew = curriculum.difficulties(session, self.difficulty, self.job.seed, self.rescore_every)
+        work.extra += session.num_examples if anew and self.difficulty == "fisher" else 0
         classes = session.labels() if self.class_balanced_prefix else None
         return curriculum.sorted_batches(known, size, self.order, classes=classes)
 
@@ -261,6 +265,9 @@ class FibecFed(Method):
             session.private_tensors[FISHER] = self._fisher(session, outside, easy, work=work)
             session.load(start)
         known = session.private_tensors[FISHER]
+        if not known.keys() >= set(outside):
+            known = {**self._fisher(session, outside, easy, work=work), **known}
+            session.private_tensors[FISHER] = subset(known, outside)
         measured = session.private.get("lossless_share")
         share = self.update_share
         if share is None:
@@ -286,11 +293,7 @@ class FibecFed(Method):
             session.private_tensors[FISHER] = neurons.smoothed(before, now, self.fisher_momentum)
 
 
-def _told(work: Work, session: Session, result: LocalResult, masks: Tensors) -> dict[str, Json]:
-    """Say what the task did, and what the session measured of it; nothing of single examples or neurons."""
-    held = neurons.held(masks, result.tensors)
-    work.steps, work.parameters = result.steps, count(subset(result.tensors, filter(lora.is_factor, result.tensors)))
-    work.moving = work.parameters - held.parameters
-    local = session.local
-    work.steps_full = local.steps or max(1, math.ceil(work.batches * (local.epochs or 1.0) - 1e-9))
-    return {**work.facts(), "masked": held.masked, "maskable": held.maskable, **(result.facts or {})}
+def _own(plan: Plan, session: Session) -> Tensors:
+    """The factors outside G that this client has tuned, but those of blocks that were shared since."""
+    kept = session.private_tensors.get(OUTSIDE, {})
+    return blocks.still_own(kept, plan.settings.get("left"), session.private.get("gal_version"))

@@ -24,6 +24,7 @@ Place: TypeAlias = Literal["features", "representation"]
 """Where a classifier is looked into: what its trunk sees, or the input of its last layer."""
 Difficulty: TypeAlias = Literal["fisher", "loss", "length", "rarity"]
 Sensitivity: TypeAlias = Literal["relative", "abs", "gain"]
+Direction: TypeAlias = Literal["random", "adversarial"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +138,13 @@ class Session(ClientSession, Protocol):
     def fisher(self, examples: Sequence[int]) -> Tensors:
         """Mean over these examples of the squared per-example gradient, float32, of every LoRA factor."""
 
-    def sensitivity(self, *, noise: float, draws: int, probes: int, variant: Sensitivity) -> Array:
-        """How much each block's output moves when the embeddings do, float64 (blocks,)."""
+    def sensitivity(
+        self, *, noise: float, draws: int, probes: int, variant: Sensitivity, direction: Direction = "random"
+    ) -> Array:
+        """How much each block's output moves when the embeddings do, float64 (blocks,).
+
+        They move at random, or where the loss of the example grows fastest; then one draw is as good as many.
+        """
 
     def lossless_share(self, rule: Literal["slq", "eigengap"]) -> float:
         """Share of curvature directions that must not be lost, in (0, 1], from this client's data."""
