@@ -78,18 +78,33 @@ class Federation:
             "LORABBIT_HTTP_PORT": str(port),
             "LORABBIT_LEASE_SECONDS": "3",
         }
-        self.server = Process("lorabbit_server", folder / "server", shared | server)
+        self._server = shared | server
+        self.server = Process("lorabbit_server", folder / "server", self._server)
+        self.standby: Process | None = None
         self.clients: dict[str, Process] = {}
 
     def start(self, clients: int) -> None:
         """Start the server and so many clients, and wait until the server answers."""
         self.server.start()
-        for number in range(clients):
-            address = f"site-{number}"
-            environment = self._shared | {"LORABBIT_ADDRESS": address}
-            self.clients[address] = Process("lorabbit_client", self._folder / address, environment)
-            self.clients[address].start()
+        self.start_clients(clients)
         self._await_server()
+
+    def start_clients(self, number: int, **environment: str) -> None:
+        """Start so many more clients."""
+        for place in range(len(self.clients), len(self.clients) + number):
+            address = f"site-{place}"
+            own = self._shared | {"LORABBIT_ADDRESS": address} | environment
+            self.clients[address] = Process("lorabbit_client", self._folder / address, own)
+            self.clients[address].start()
+
+    def start_standby(self) -> str:
+        """Start a second server; its URL."""
+        port = str(free_port())
+        self.standby = Process("lorabbit_server", self._folder / "standby", self._server | {"LORABBIT_HTTP_PORT": port})
+        self.standby.start()
+        url = f"http://127.0.0.1:{port}"
+        self._await_server(url)
+        return url
 
     def address_of(self, client: str) -> str:
         """The process that holds a client's identity."""
@@ -124,8 +139,9 @@ class Federation:
         return report
 
     def close(self) -> None:
-        for process in (self.server, *self.clients.values()):
-            process.kill()
+        for process in (self.server, self.standby, *self.clients.values()):
+            if process is not None:
+                process.kill()
 
     def tails(self) -> str:
         """The end of every process's log, for a failure's message."""
@@ -141,11 +157,11 @@ class Federation:
             return []
         return answer.json() if answer.status_code == httpx.codes.OK else []
 
-    def _await_server(self) -> None:
+    def _await_server(self, url: str | None = None) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             try:
-                if httpx.get(f"{self.url}/healthz", timeout=5).status_code == httpx.codes.OK:
+                if httpx.get(f"{url or self.url}/healthz", timeout=5).status_code == httpx.codes.OK:
                     return
             except httpx.TransportError:
                 time.sleep(0.1)

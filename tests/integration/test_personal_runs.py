@@ -8,7 +8,9 @@ import pytest
 
 from lorabbit import jobfile
 from lorabbit.codec import read_tensors
+from lorabbit.errors import BadInput
 from lorabbit.methods import METHODS
+from lorabbit_cli.forecast import forecast, lines
 from lorabbit_cli.local import Means, run_local
 
 JOB = """
@@ -68,3 +70,38 @@ def test_the_number_of_training_processes_changes_nothing(tmp_path: Path) -> Non
 
     assert one.adapter.sha256 == two.adapter.sha256
     assert [r.metrics for r in one.rounds] == [r.metrics for r in two.rounds]
+
+
+@pytest.mark.parametrize("method", ["standalone", "lg-fedavg", "fedproto", "fedkd"])
+def test_the_forecast_of_a_method_with_own_models_is_what_the_run_then_moves(tmp_path: Path, method: str) -> None:
+    spec = jobfile.parse(JOB.replace("METHOD", method)).model_copy(update={"rounds": 3})
+
+    found = forecast(spec, Means(device="cpu"))
+    report = run_local(spec, tmp_path, means=Means(device="cpu", workers=1)).report
+
+    moved = (report.rounds[1].bytes_up, report.rounds[1].bytes_down)
+    forecasted = (found.round_bytes_up, found.round_bytes_down)
+    if method == "fedkd":  # its updates are cut to what their energy needs, which nobody knows beforehand
+        assert moved <= forecasted
+    else:
+        assert moved == forecasted
+    assert sum(r.bytes_up + r.bytes_down for r in report.rounds) <= found.total_bytes
+
+
+def test_the_forecast_counts_the_parameters_of_every_own_model_and_calls_none_of_them_shared() -> None:
+    found = forecast(jobfile.parse(JOB.replace("METHOD", "lg-fedavg")), Means(device="cpu"))
+    told = dict(lines(found))
+
+    assert found.base_parameters is None
+    assert list(found.own_parameters) == ["cnn:5", "cnn:2"]
+    assert min(found.own_parameters.values()) > found.trainable_parameters > 0
+    assert told["model"].startswith(f"cnn:5 ({found.own_parameters['cnn:5']:,} parameters), cnn:2 (")
+    assert "trained" not in told
+
+
+@pytest.mark.parametrize("method", PERSONAL)
+def test_ranks_of_clients_are_refused_where_nobody_averages_factors(method: str) -> None:
+    text = JOB.replace("METHOD", method).replace("task:", "lora: {client_ranks: [2, 4]}, task:")
+
+    with pytest.raises(BadInput, match=r"model\.lora\.client_ranks: .* averages no LoRA factors"):
+        jobfile.parse(text)

@@ -74,6 +74,9 @@ class Forecast(BaseModel):
     evaluated_rounds: int
     evaluating_clients: int
     base_parameters: int | None
+    """Of the one model that all clients share."""
+    own_parameters: dict[str, int]
+    """Of each client's own model, by its name, for methods with models of their own."""
     trainable_parameters: int
     tensors: int
     labels: tuple[str, ...]
@@ -104,7 +107,8 @@ def forecast(spec: JobSpec, means: Means) -> Forecast:
             cohort=spec.asked_in_a_round,
             evaluated_rounds=sum(spec.evaluates(number) for number in range(1, spec.rounds + 1)),
             evaluating_clients=_evaluating(spec),
-            base_parameters=_number(outcome.metrics.facts, "base_parameters"),
+            base_parameters=None if method.personal else _number(outcome.metrics.facts, "base_parameters"),
+            own_parameters=_own_models(spec, means, Path(scratch)) if method.personal else {},
             trainable_parameters=count(adapter),
             tensors=len(adapter),
             labels=labels,
@@ -120,9 +124,9 @@ def lines(found: Forecast) -> Iterator[tuple[str, str]]:
     """Say it for people: a name and a text per line."""
     yield "job", f"{count_text(found.rounds, 'round')}, {found.cohort} of {count_text(found.clients, 'client')} in each"
     yield "method", found.method
-    base = f"{found.base_parameters:,} parameters" if found.base_parameters is not None else "parameters unknown"
-    yield "model", f"{found.model} ({base}), task {found.task}"
-    yield "trained", f"{found.trainable_parameters:,} parameters in {count_text(found.tensors, 'tensor')}"
+    yield "model", f"{_models(found)}, task {found.task}"
+    travels = "shared" if found.own_parameters else "trained"
+    yield travels, f"{found.trainable_parameters:,} parameters in {count_text(found.tensors, 'tensor')}"
     if found.shares is not None:
         yield "data", _data(found.shares, found.labels)
     payload = found.payload
@@ -135,6 +139,15 @@ def lines(found: Forecast) -> Iterator[tuple[str, str]]:
         f"{bytes_text(found.round_bytes_up)} up, {bytes_text(found.round_bytes_down)} down, evaluation included",
     )
     yield "the job", f"{bytes_text(found.total_bytes)} of payload at most, both ways together"
+
+
+def _models(found: Forecast) -> str:
+    """Name the shared model, or each client's own ones."""
+    if found.own_parameters:
+        own = ", ".join(f"{name} ({size:,} parameters)" for name, size in found.own_parameters.items())
+        return f"{own}, each client's own and trained whole"
+    known = "unknown" if found.base_parameters is None else f"{found.base_parameters:,}"
+    return f"{found.model} ({known} parameters)"
 
 
 def _data(shares: tuple[Share, ...], labels: tuple[str, ...]) -> str:
@@ -155,13 +168,23 @@ def _shares(spec: JobSpec, means: Means) -> tuple[tuple[str, ...], tuple[Share, 
     return outline.labels, tuple(Share(train=c.train, test=c.test) for c in outline.clients)
 
 
-def _initialise(spec: JobSpec, means: Means, scratch: Path) -> tuple[Outcome, Path]:
-    """Make the first adapter as the first client of a run would."""
+def _own_models(spec: JobSpec, means: Means, scratch: Path) -> dict[str, int]:
+    """Build each architecture as a client that has it would, and count its parameters."""
+    names = (spec.model.variants or (spec.model.name,))[: spec.clients]
+    sizes = (
+        _number(_initialise(spec, means, scratch, index=k)[0].metrics.facts, "own_parameters")
+        for k in range(len(names))
+    )
+    return {name: size for name, size in zip(names, sizes, strict=True) if size is not None}
+
+
+def _initialise(spec: JobSpec, means: Means, scratch: Path, *, index: int = 0) -> tuple[Outcome, Path]:
+    """Make the first adapter as the first client of a run would, or another one in its place."""
     task = Task(
         job=spec.name,
         task="forecast",
-        client="client-1",
-        index=0,
+        client=f"client-{index + 1}",
+        index=index,
         population=spec.clients,
         round=0,
         attempt=1,
@@ -191,9 +214,10 @@ def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> 
     up = _file(template, scratch)[1] if template else 0
     plan = method.plan(first, client)
     before = _travelling(plan, scratch)
-    if method.personal:  # what later rounds send hangs on what clients answer
-        size = sum(before.values())
-        return Payload(up=up, down_first=size, down=size, down_evaluation=0, shared=0)
+    if method.personal:  # what later rounds send hangs on what clients answer, and is no more than at first
+        size, scored = sum(before.values()), _travelling(method.scoring(first, client), scratch)
+        again = sum(size for sha256, size in scored.items() if sha256 in before)
+        return Payload(up=up, down_first=size, down=size, down_evaluation=sum(scored.values()), shared=again)
     moved = {name: _moved(value) for name, value in template.items()}
     told = dict(plan.settings)  # answers name what they were trained from
     answering = range(min(2, spec.clients, spec.asked_in_a_round))

@@ -43,6 +43,11 @@ def check(job: JobSpec, method: str) -> None:
         raise BadInput(
             f"aggregation: {method} has a rule of its own, and {job.aggregation!r} is for LoRA updates; leave it out"
         )
+    if job.model.lora.client_ranks is not None:
+        raise BadInput(
+            f"model.lora.client_ranks: {method} trains each client's own model whole and averages no LoRA factors, so"
+            " no client has a rank; leave client_ranks out, and set model.variants for clients of unlike strength"
+        )
     if job.evaluation.on != "clients":
         raise BadInput(f"evaluation.on: {method} has no global model to score; each client scores its own: 'clients'")
     if any(name.startswith("null:") for name in (job.model.name, *(job.model.variants or ()))):
