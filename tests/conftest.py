@@ -9,33 +9,17 @@ ask for them are skipped on a laptop and fail where CI=true.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 import pytest
 import services
 from family import Family
 from hypothesis import HealthCheck, settings
+from services import serve
 
 # Property tests judge results, not how busy the machine is.
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 settings.load_profile("any-machine")
-
-S = TypeVar("S", services.RabbitMQ, services.Redis)
-
-
-def serve(make: Callable[[], S]) -> Iterator[S]:
-    try:
-        service = make()
-    except services.ServiceMissing as missing:
-        if os.environ.get("CI") == "true":
-            pytest.fail(str(missing))
-        pytest.skip(str(missing))
-    try:
-        service.start()
-        yield service
-    finally:
-        service.close()
 
 
 @pytest.fixture

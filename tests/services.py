@@ -18,10 +18,12 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pika
+import pytest
 import redis
 from hosts import ChildProcess, Container, Host, has_image
 
@@ -84,12 +86,22 @@ class RabbitMQ(Service):
     """A private RabbitMQ, `max_message_size` 16 MiB as 4.x has it.
 
     `settings` adds lines to rabbitmq.conf. `vhosts` virtual hosts are made at boot (10 ms each): every test that
-    wants an empty broker takes the next one.
+    wants an empty broker takes the next one. `management` turns its management interface on, at `management_url`;
+    `certificates`, a folder that `lorabbit certificates` made, a TLS listener beside the other, at `tls_url`.
     """
 
-    def __init__(self, settings: str = "", vhosts: int = 1) -> None:
+    def __init__(
+        self, settings: str = "", vhosts: int = 1, *, management: bool = False, certificates: Path | None = None
+    ) -> None:
         super().__init__("rabbitmq")
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/"
+        self._plugins = "[rabbitmq_management].\n" if management else "[].\n"
+        self._management_port, self._tls_port = free_port(), free_port()
+        self.management_url = f"http://guest:guest@127.0.0.1:{self._management_port}/" if management else ""
+        self.tls_url = f"amqps://guest:guest@127.0.0.1:{self._tls_port}/"
+        self._certificates = certificates
+        if management:
+            settings += f"management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {self._management_port}\n"
         self._vhosts = [f"test-{number}" for number in range(vhosts)]
         self._unused = iter(self._vhosts)
         self._epmd: ChildProcess | None = None
@@ -131,8 +143,10 @@ class RabbitMQ(Service):
         # Debian's rabbitmq-server on PATH insists on root or the rabbitmq user; the script behind it does not.
         binary = str(DEBIAN_RABBITMQ) if DEBIAN_RABBITMQ.exists() else binary
         folder, epmd_port = str(self.folder), str(free_port())
+        if self._certificates is not None:
+            settings += tls_listener(self._certificates, self._tls_port)
         (self.folder / "rabbitmq.conf").write_text(configuration(self.folder, self.port, settings))
-        (self.folder / "enabled_plugins").write_text("[].\n")
+        (self.folder / "enabled_plugins").write_text(self._plugins)
         environment = {
             "HOME": folder,
             "RABBITMQ_NODENAME": f"lorabbit{self.port}@localhost",
@@ -158,26 +172,46 @@ class RabbitMQ(Service):
 
     def _container(self, image: str, settings: str) -> Host:
         inside = Path("/etc/lorabbit")
+        options = [f"--publish=127.0.0.1:{self.port}:5672", f"--volume={self.folder}:{inside}:ro", "--hostname=broker"]
+        if self.management_url:
+            settings = settings.replace("management.tcp.ip = 127.0.0.1\n", "")
+            options += [f"--publish=127.0.0.1:{self._management_port}:{self._management_port}"]
+        if self._certificates is not None:
+            settings += tls_listener(Path("/certificates"), 5671)
+            options += [f"--publish=127.0.0.1:{self._tls_port}:5671", f"--volume={self._certificates}:/certificates:ro"]
         (self.folder / "rabbitmq.conf").write_text(configuration(inside, 5672, settings))
-        mount = f"--volume={self.folder}:{inside}:ro"
-        config = f"--env=RABBITMQ_CONFIG_FILE={inside}/rabbitmq.conf"
-        return Container(image, [f"--publish=127.0.0.1:{self.port}:5672", mount, config, "--hostname=broker"])
+        (self.folder / "enabled_plugins").write_text(self._plugins)
+        config = [
+            f"--env=RABBITMQ_CONFIG_FILE={inside}/rabbitmq.conf",
+            f"--env=RABBITMQ_ENABLED_PLUGINS_FILE={inside}/enabled_plugins",
+        ]
+        return Container(image, [*options, *config])
 
 
 class Redis(Service):
-    """A private Redis that fsyncs every write before it answers."""
+    """A private Redis that fsyncs every write before it answers.
 
-    def __init__(self) -> None:
+    With `certificates`, a folder that `lorabbit certificates` made, a TLS listener beside the other, at `tls_url`.
+    """
+
+    def __init__(self, *, certificates: Path | None = None) -> None:
         super().__init__("redis")
         self.url = f"redis://127.0.0.1:{self.port}/0"
+        tls_port = free_port()
+        self.tls_url = f"rediss://127.0.0.1:{tls_port}/0"
         settings = ["--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", "--save", ""]
         binary = shutil.which("redis-server") or shutil.which("valkey-server")
         if binary:
             here = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+            if certificates is not None:
+                here += redis_tls(certificates, tls_port)
             self.host = ChildProcess(self.folder, [binary, *here, *settings])
         elif has_image(REDIS_IMAGE):
-            publish = f"--publish=127.0.0.1:{self.port}:6379"
-            self.host = Container(REDIS_IMAGE, [publish], ["redis-server", *settings])
+            options = [f"--publish=127.0.0.1:{self.port}:6379"]
+            if certificates is not None:
+                options += [f"--publish=127.0.0.1:{tls_port}:6380", f"--volume={certificates}:/certificates:ro"]
+                settings += redis_tls(Path("/certificates"), 6380)
+            self.host = Container(REDIS_IMAGE, options, ["redis-server", *settings])
         else:
             shutil.rmtree(self.folder)
             raise ServiceMissing(f"no redis-server on PATH, and no Docker engine holds {REDIS_IMAGE}")
@@ -188,6 +222,24 @@ class Redis(Service):
                 return bool(client.ping())
         except (redis.RedisError, OSError):
             return False
+
+
+S = TypeVar("S", bound=Service)
+
+
+def serve(make: Callable[[], S]) -> Iterator[S]:
+    """A server for as long as a fixture lasts; without one the test is skipped on a laptop and fails where CI=true."""
+    try:
+        service = make()
+    except ServiceMissing as missing:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
+    try:
+        service.start()
+        yield service
+    finally:
+        service.close()
 
 
 def free_port() -> int:
@@ -213,6 +265,24 @@ def configuration(folder: Path, port: int, settings: str) -> str:
         "log.console.level = warning\n"
         "disk_free_limit.absolute = 200MB\n"
     ) + settings
+
+
+def tls_listener(certificates: Path, port: int) -> str:
+    """Lines of rabbitmq.conf for a TLS listener."""
+    return (
+        f"listeners.ssl.default = {port}\n"
+        f"ssl_options.cacertfile = {certificates}/ca.pem\n"
+        f"ssl_options.certfile = {certificates}/rabbitmq.pem\n"
+        f"ssl_options.keyfile = {certificates}/rabbitmq.key\n"
+        "ssl_options.verify = verify_none\n"
+    )
+
+
+def redis_tls(certificates: Path, port: int) -> list[str]:
+    """Arguments of redis-server for a TLS listener."""
+    files = {"--tls-ca-cert-file": "ca.pem", "--tls-cert-file": "redis.pem", "--tls-key-file": "redis.key"}
+    named = [part for option, name in files.items() for part in (option, str(certificates / name))]
+    return ["--tls-port", str(port), "--tls-auth-clients", "no", *named]
 
 
 def definitions(vhosts: Sequence[str]) -> str:

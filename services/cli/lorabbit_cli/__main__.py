@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from lorabbit.errors import LoRAbbitError
 from lorabbit_cli import (
+    commands_access,
     commands_clients,
     commands_compare,
     commands_deployment,
@@ -27,7 +28,8 @@ ABOUT = """Federated LoRA fine-tuning over RabbitMQ.
 A first run needs no service: lorabbit run examples/quickstart.yaml
 
 Exit codes: 0 done, 1 the run failed or was cancelled, 2 bad input (a job file, a data file, an option),
-3 a service cannot be reached (broker, store, server), 130 interrupted (Ctrl-C).
+3 a service cannot be reached (broker, store, server), 4 not allowed (a token, a password, a revoked client),
+130 interrupted (Ctrl-C).
 """
 
 
@@ -63,6 +65,7 @@ for _commands in (
     commands_local,
     commands_compare,
     commands_jobs,
+    commands_access,
     commands_clients,
     commands_results,
     commands_deployment,

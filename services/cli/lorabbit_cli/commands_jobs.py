@@ -43,7 +43,8 @@ def server_at(url: str | None) -> Iterator[Server]:
     from lorabbit.settings import OperatorSettings  # noqa: PLC0415 - imports are lazy throughout
     from lorabbit_cli.remote import Server  # noqa: PLC0415
 
-    with Server(url or read_settings(OperatorSettings).server_url) as server:
+    settings = read_settings(OperatorSettings)
+    with Server(url or settings.server_url, token=settings.http_token, trust=settings.trust) as server:
         yield server
 
 

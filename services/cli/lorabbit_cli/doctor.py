@@ -157,8 +157,9 @@ def _broker() -> Iterator[Finding]:
     """A connection to RabbitMQ."""
     from lorabbit.broker.rabbit import RabbitBroker  # noqa: PLC0415 - imports pika
 
-    url = read_settings(ServerSettings).broker_url
-    broker = RabbitBroker(url, name="lorabbit-doctor")
+    settings = read_settings(ServerSettings)
+    url = settings.broker_url
+    broker = RabbitBroker(url, name="lorabbit-doctor", trust=settings.trust)
     deadline = time.monotonic() + CONNECT_SECONDS
     while (trouble := broker.trouble()) is not None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -175,10 +176,11 @@ def _store() -> Iterator[Finding]:
     """A connection to Redis."""
     from lorabbit.state.redis import RedisStore  # noqa: PLC0415 - imports redis
 
-    url = read_settings(ServerSettings).redis_url
+    settings = read_settings(ServerSettings)
+    url = settings.redis_url
     todo = "start Redis or set LORABBIT_REDIS_URL (`lorabbit run` needs none)"
     try:
-        store = RedisStore.connect(url, patience=0)
+        store = RedisStore.connect(url, trust=settings.trust, patience=0)
         store.ping()
         store.close()
     except (Retryable, ValueError) as error:
@@ -191,9 +193,10 @@ def _server() -> Iterator[Finding]:
     """A LoRAbbit server."""
     from lorabbit_cli.remote import Server  # noqa: PLC0415 - imports httpx
 
-    url = read_settings(OperatorSettings).server_url
+    settings = read_settings(OperatorSettings)
+    url = settings.server_url
     try:
-        with Server(url) as server:
+        with Server(url, token=settings.http_token, trust=settings.trust) as server:
             trouble = server.ready()
             clients = sum(bool(client["present"]) for client in server.clients())
     except Retryable as error:

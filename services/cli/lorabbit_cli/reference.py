@@ -173,6 +173,7 @@ def _exit_codes() -> dict[int, str]:
         errors.RunFailed.exit_code: "the run failed, or was cancelled",
         errors.BadInput.exit_code: "bad input: a job file, a data file, an option, a model name",
         errors.Retryable.exit_code: "a service cannot be reached: the broker, the store, or the server",
+        errors.NotAllowed.exit_code: "not allowed: a token, a password, or a client that was revoked",
         130: "interrupted (Ctrl-C)",
     }
 

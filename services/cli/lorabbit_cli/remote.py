@@ -14,10 +14,12 @@ from urllib.parse import quote
 
 import httpx
 
-from lorabbit.errors import BadInput, RunFailed, ServerUnavailable
+from lorabbit.enrolment import TokenWish
+from lorabbit.errors import BadInput, NotAllowed, RunFailed, ServerUnavailable
 from lorabbit.events import EVENTS, AnyEvent, JobEnded
 from lorabbit.jobspec import JobSpec
 from lorabbit.report import Report
+from lorabbit.tls import Trust, distrust
 
 TIMEOUT_SECONDS = 10.0
 WAIT_SECONDS = 20.0
@@ -28,11 +30,13 @@ PATIENCE_SECONDS = 60.0
 class Server:
     """A server, by its URL."""
 
-    def __init__(self, url: str) -> None:
-        """Connect to nothing yet."""
+    def __init__(self, url: str, *, token: str | None = None, trust: Trust | None = None) -> None:
+        """Connect to nothing yet; `token` is what the server asks its operator for."""
         self._url = url.rstrip("/")
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        verify = (trust or Trust()).context() if self._url.startswith("https:") else True
         try:
-            self._http = httpx.Client(base_url=self._url, timeout=TIMEOUT_SECONDS)
+            self._http = httpx.Client(base_url=self._url, timeout=TIMEOUT_SECONDS, headers=headers, verify=verify)
         except (httpx.InvalidURL, ValueError) as error:
             raise BadInput(f"{url!r} is no URL of a server: {error}") from error
 
@@ -82,6 +86,25 @@ class Server:
         """Return every client that the server knows."""
         clients: list[dict[str, Any]] = self._json("GET", "/clients")
         return clients
+
+    def make_token(self, wish: TokenWish) -> dict[str, Any]:
+        """Make a join token; returns it with its id."""
+        made: dict[str, Any] = self._json("POST", "/tokens", content=wish.model_dump_json())
+        return made
+
+    def tokens(self) -> list[dict[str, Any]]:
+        """Return the join tokens that can still be used, without the secrets."""
+        tokens: list[dict[str, Any]] = self._json("GET", "/tokens")
+        return tokens
+
+    def drop_token(self, token: str) -> None:
+        """Make a join token worthless."""
+        self._json("DELETE", f"/tokens/{quote(token, safe='')}")
+
+    def revoke(self, client: str) -> dict[str, Any]:
+        """Take a client's user away."""
+        answer: dict[str, Any] = self._json("POST", f"/clients/{quote(client, safe='')}/revoke")
+        return answer
 
     def ready(self) -> str | None:
         """Return what keeps the server from working; None when nothing does."""
@@ -149,8 +172,9 @@ class Server:
             raise self._unreachable(error) from error
 
     def _unreachable(self, error: Exception) -> ServerUnavailable:
+        why = distrust(error) or error
         return ServerUnavailable(
-            f"the server at {self._url} cannot be reached ({error}); start it with `lorabbit server`, "
+            f"the server at {self._url} cannot be reached ({why}); start it with `lorabbit server`, "
             "or name another one with --server or LORABBIT_SERVER_URL"
         )
 
@@ -158,6 +182,8 @@ class Server:
 def _refusal(answer: httpx.Response) -> Exception:
     """Turn a refusal into the error that it means."""
     sentence = _sentence(answer)
+    if answer.status_code in {401, 403}:
+        return NotAllowed(sentence)
     if answer.status_code in {502, 503, 504}:
         return ServerUnavailable(sentence)
     return BadInput(sentence) if answer.is_client_error else RunFailed(f"the server failed: {sentence}")

@@ -18,17 +18,21 @@ import structlog
 from lorabbit import __version__
 from lorabbit.broker.base import Broker
 from lorabbit.broker.rabbit import RabbitBroker
-from lorabbit.errors import BadInput, LoRAbbitError
+from lorabbit.errors import BadInput, LoRAbbitError, NotAllowed
 from lorabbit.settings import ClientSettings, read_settings
 from lorabbit.telemetry import configure
 from lorabbit_client.agent import Agent
 from lorabbit_client.confined import ConfinedExecutor
+from lorabbit_client.credentials import FILE, settled
 from lorabbit_client.executor import Executor
 from lorabbit_client.folderlock import FolderLock
 from lorabbit_client.runners import ThreadRunner
 
 log = structlog.get_logger()
 INTERRUPTED = 130
+REFUSED_SECONDS = 20.0
+"""How long a client with a user of its own bears that the broker does not know it, which a server that starts mends."""
+REVOKED = "where the server's operator revoked it, it needs another join token in LORABBIT_JOIN_TOKEN"
 
 
 def main(settings: ClientSettings | None = None) -> int:
@@ -41,9 +45,12 @@ def main(settings: ClientSettings | None = None) -> int:
         return error.exit_code
     try:
         with FolderLock(settings.folder):
-            return _work(settings)
+            return _work(settled(settings))
     except KeyboardInterrupt:
         return INTERRUPTED
+    except NotAllowed as error:
+        log.error("client-not-allowed", why=f"{error}; {REVOKED}")  # noqa: TRY400 - a sentence, not a trace
+        return error.exit_code
     except LoRAbbitError as error:
         log.error("client-failed", why=str(error))  # noqa: TRY400 - a sentence, not a trace
         return error.exit_code
@@ -51,7 +58,9 @@ def main(settings: ClientSettings | None = None) -> int:
 
 def _work(settings: ClientSettings) -> int:
     """Put the parts together and run the loop."""
-    broker: Broker = RabbitBroker(settings.broker_url, name=f"lorabbit-client {settings.address}")
+    name = f"lorabbit-client {settings.address}"
+    bears = REFUSED_SECONDS if (settings.folder / FILE).exists() else None
+    broker: Broker = RabbitBroker(settings.broker_url, name=name, trust=settings.trust, refused_seconds=bears)
     executor = Executor(threads=settings.threads, data_root=settings.data_root, device=settings.device)
     runner = ThreadRunner(ConfinedExecutor(executor, settings.data_root))
     agent = Agent(broker, runner, settings)

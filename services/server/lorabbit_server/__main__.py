@@ -68,19 +68,23 @@ def _make(folder: Path) -> None:
 
 def _serve(settings: ServerSettings) -> int:
     """Put the parts together and run the loop."""
-    store = RedisStore.connect(settings.redis_url)
-    broker: Broker = RabbitBroker(settings.broker_url, name=f"lorabbit-server@{socket.gethostname()}")
+    store = RedisStore.connect(settings.redis_url, trust=settings.trust)
+    name = f"lorabbit-server@{socket.gethostname()}"
+    broker: Broker = RabbitBroker(settings.broker_url, name=name, trust=settings.trust)
     service = Service(broker, store, settings, owner=f"{socket.gethostname()}:{settings.folder.resolve()}")
     measures = Measures()
     service.listen(measures.on_event)
     service.listen(_log_event)
     if settings.submit is not None:
         service.on_leading(partial(_submit, service, settings.submit))
-    probe = RedisStore.connect(settings.redis_url, patience=1, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+    probe = RedisStore.connect(
+        settings.redis_url, trust=settings.trust, patience=1, timeout_seconds=PROBE_TIMEOUT_SECONDS
+    )
     surroundings = Surroundings(broker, probe, service.now_ms)
     try:
         app = make_app(service, measures, Lookout(service, surroundings, probe))
-        http = HttpServer(app, settings.http_host, settings.http_port)
+        where = (settings.http_host, settings.http_port)
+        http = HttpServer(app, *where, cert=settings.http_cert, key=settings.http_key)
         http.start()
         surroundings.start()
         log.info("server-started", version=__version__, http=http.url, folder=str(settings.folder))
@@ -97,6 +101,7 @@ def _serve(settings: ServerSettings) -> int:
         broker.close()
         probe.close()
         store.close()
+        service.access.close()
     log.info("server-stopped")
     return 0
 

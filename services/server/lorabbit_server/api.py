@@ -18,12 +18,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from lorabbit import __version__
-from lorabbit.errors import LoRAbbitError, Retryable, StoreUnavailable
+from lorabbit.errors import LoRAbbitError, NotAllowed, Retryable, StoreUnavailable
 from lorabbit.events import EVENTS
 from lorabbit.jobspec import JobSpec
 from lorabbit.report import begin, fold
 from lorabbit.state.base import START
 from lorabbit.validation import explain
+from lorabbit_server.api_access import add_access, guard
 from lorabbit_server.attendance import Attendant, attendance
 from lorabbit_server.measures import Measures
 from lorabbit_server.service import Service
@@ -39,17 +40,23 @@ class Unknown(LoRAbbitError):
     """There is no such thing."""
 
 
+STATUS: tuple[tuple[type[LoRAbbitError], int], ...] = ((Unknown, 404), (NotAllowed, 403), (Retryable, 503))
+"""How errors of ours are told over HTTP; any other is 400."""
+
+
 def make_app(service: Service, measures: Measures, lookout: Lookout | None = None) -> FastAPI:
     """Build the application over a service; `lookout` where status may not wait as long as the service's store does."""
     if lookout is None:
         lookout = Lookout(service, Surroundings(service.broker, service.store, service.now_ms), service.store)
     app = FastAPI(title="LoRAbbit", version=__version__)
+    guard(app, service.settings.http_token)
     _add_errors(app)
     _add_jobs(app, service)
     _add_status(app, service, lookout)
     _add_watching(app, service)
     _add_files(app, service.settings.folder / "runs")
     _add_health(app, service, measures)
+    add_access(app, service)
     return app
 
 
@@ -58,8 +65,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(LoRAbbitError)
     def ours(_: Request, error: LoRAbbitError) -> JSONResponse:
-        status = 404 if isinstance(error, Unknown) else 503 if isinstance(error, Retryable) else 400
-        return JSONResponse({"error": str(error)}, status)
+        found = next((code for kind, code in STATUS if isinstance(error, kind)), 400)
+        return JSONResponse({"error": str(error)}, found)
 
     @app.exception_handler(RequestValidationError)
     def parameter(_: Request, error: RequestValidationError) -> JSONResponse:

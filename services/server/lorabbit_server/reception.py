@@ -8,7 +8,7 @@ everything else is the business of the running job.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import structlog
@@ -57,6 +57,12 @@ class Reception:
 
     def on_data(self, delivery: Delivery) -> None:
         """Take in a chunk."""
+        address = topology.address_of(delivery.routing_key)
+        try:
+            self._tools.access.check(delivery, address)
+        except Refused as why:
+            self._refuse(delivery, address, why)
+            return
         run = self._running()
         if run is None:
             self._broker.ack(delivery)
@@ -67,12 +73,11 @@ class Reception:
         """Read a control message and bring it to whom it concerns."""
         address = topology.address_of(delivery.routing_key)
         try:
+            self._tools.access.check(delivery, address)
             message = codec.decode(delivery.type, delivery.body)
             self._check_sender(message, address)
         except Refused as why:
-            log.warning("message-refused", address=address, type=delivery.type, reason=why.reason, detail=why.detail)
-            self._tools.refused[why.reason] += 1
-            self._broker.reject(delivery)
+            self._refuse(delivery, address, why)
             return
         match message:
             case Hello():
@@ -86,18 +91,38 @@ class Reception:
             case _:
                 self._broker.ack(delivery)
 
+    def send_away(self, clients: Iterable[str]) -> None:
+        """Let go of clients that were revoked: their inboxes, their leases, their part in the job."""
+        for address in clients:
+            self._broker.delete_queue(topology.inbox(address).name)
+            self._inboxes.discard(address)
+            client = self._registry.leave(address)
+            if client is not None:
+                log.info("client-sent-away", client=client)
+                self._apply(steps.ClientLeft(client, self._registry.present, self._now()))
+
+    def _refuse(self, delivery: Delivery, address: str, why: Refused) -> None:
+        """Count a message that no honest client sends, and put it aside."""
+        log.warning("message-refused", address=address, type=delivery.type, reason=why.reason, detail=why.detail)
+        self._tools.refused[why.reason] += 1
+        self._broker.reject(delivery)
+
     def _check_sender(self, message: Message, address: str) -> None:
         """Refuse a message in somebody else's name."""
         if isinstance(message, Hello | Alive | Goodbye):
             if message.address != address:
                 raise Refused("forged", f"it came from {address} in the name of {message.address}")
+            if self._tools.access.is_enrolled and message.client not in {None, address}:
+                raise Refused("forged", f"{address} wants to be {message.client}")
         elif isinstance(message, ForTask):
             known = self._registry.at(address)
             if known != message.client:
                 raise Refused("unknown-client", f"{address} is {known or 'nobody'}, not {message.client}")
 
     def _on_hello(self, message: Hello, delivery: Delivery) -> None:
-        """Give a client its inbox, its identity and what it has to do."""
+        """Give a client its inbox, its identity and what it has to do; with users of their own, identity is address."""
+        if self._tools.access.is_enrolled:
+            message = message.model_copy(update={"client": message.address})
         if message.address not in self._inboxes:
             self._broker.declare_queue(topology.inbox(message.address))
             self._inboxes.add(message.address)

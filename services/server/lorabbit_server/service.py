@@ -28,6 +28,8 @@ from lorabbit.settings import ServerSettings
 from lorabbit.state.base import Conflict, JobEntry, StateStore
 from lorabbit.transfer import AdapterPublisher
 from lorabbit_server import steps
+from lorabbit_server.access import Access
+from lorabbit_server.door import Door
 from lorabbit_server.guarded import GuardedLoop
 from lorabbit_server.jobrun import JobRun
 from lorabbit_server.jobstate import JobState
@@ -58,6 +60,7 @@ class Service:
         means = means or Means()
         self.broker, self.store, self.settings = broker, store, settings
         self.payloads = PayloadStore(settings.folder / "payloads", durable=settings.durable)
+        self.access = Access(store.roster, settings)
         self.owner, self._now = owner, means.now_ms
         self._loop = GuardedLoop(broker, self._step_down, worker=means.worker)
         self._listeners: list[Listener] = []
@@ -70,6 +73,7 @@ class Service:
         self._subscriptions: list[Cancellable] = []
         self._timers: list[Cancellable] = []
         self._tools: Tools | None = None
+        self._door: Door | None = None
         self._renewed_ms = 0
         self._stood_behind: str | None = None
         self.refused: Counter[str] = Counter()
@@ -184,6 +188,7 @@ class Service:
             self.payloads,
             AdapterPublisher(self.broker, self.payloads),
             self._registry,
+            self.access,
             self.settings,
             self._now,
             self._epoch,
@@ -191,6 +196,7 @@ class Service:
             self.refused,
         )
         reception = Reception(self._tools, lambda: self._run, self._tell)
+        self._door = Door(self._tools, reception.send_away)
         self._subscriptions = [
             self._subscribe(topology.SERVER_QUEUE.name, reception.on_control, CONTROL_PREFETCH),
             self._subscribe(topology.DATA_QUEUE.name, reception.on_data, DATA_PREFETCH),
@@ -225,6 +231,8 @@ class Service:
             self.store.renew_lease(self.owner, self._epoch, self.settings.lease_seconds)
             self._registry.renew()
             self._renewed_ms = now
+            if self._door is not None:
+                self._door.look()
             self._next_job()
         for client in self._registry.expire(now):
             log.warning("client-lost", client=client)
@@ -232,6 +240,11 @@ class Service:
         if self._run is not None:
             self._run.tick()
         self._timers = [self._loop.after(TICK_SECONDS, self._tick)]
+
+    def notice_revoked(self) -> None:
+        """Look at once who was revoked, instead of at the next renewal of the lease; from any thread."""
+        if self._door is not None:
+            self._door.notice()
 
     def _step_down(self, error: Exception) -> None:
         """Forget everything and stand by: the store knows better."""
@@ -249,7 +262,9 @@ class Service:
             self._tools.publisher.close()
         self._subscriptions, self._timers = [], []
         self._run, self._epoch = None, None
-        self._tools = None
+        if self._door is not None:
+            self._door.close()
+        self._tools, self._door = None, None
 
     # ---- jobs ----
     def _next_job(self) -> None:

@@ -15,6 +15,7 @@ from lorabbit.payloads import PayloadStore
 from lorabbit.settings import ServerSettings
 from lorabbit.state.base import StateStore
 from lorabbit.transfer import AdapterPublisher
+from lorabbit_server.access import Access
 from lorabbit_server.guarded import GuardedLoop
 from lorabbit_server.registry import Registry
 
@@ -42,6 +43,7 @@ class Tools:
     payloads: PayloadStore
     publisher: AdapterPublisher
     registry: Registry
+    access: Access
     settings: ServerSettings
     now_ms: Callable[[], int]
     epoch: int

@@ -2,7 +2,7 @@
 
 Whether a failure may be tried again is part of its type: `Retryable` says "the same call may
 succeed later", everything else says "it never will". The command line turns each branch into an
-exit code: 1 failed run, 2 bad input, 3 services unreachable.
+exit code: 1 failed run, 2 bad input, 3 services unreachable, 4 not allowed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ class Refused(LoRAbbitError):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+class NotAllowed(LoRAbbitError):
+    """A service does not know this user, or no longer: a token, a password or a client that was revoked."""
+
+    exit_code = 4
 
 
 class Fenced(LoRAbbitError):

@@ -19,8 +19,11 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lorabbit.errors import BadInput
 from lorabbit.telemetry import FORMATS, LEVELS
+from lorabbit.tls import Trust
 
 Address = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+SECRET_NAMES = ("_URL", "_TOKEN")
+"""How the names of variables end whose values are shown nowhere; a URL may hold a password."""
 
 
 def default_address() -> str:
@@ -44,6 +47,11 @@ def _url_of(*schemes: str) -> Callable[[str], str]:
         return text
 
     return check
+
+
+def _optional(check: Callable[[str], str]) -> Callable[[str | None], str | None]:
+    """Check what is given; nothing is fine."""
+    return lambda text: None if text is None else check(text)
 
 
 def _one_of(*names: str) -> Callable[[str], str]:
@@ -70,14 +78,25 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="LORABBIT_", frozen=True, extra="ignore")
 
     broker_url: Annotated[str, AfterValidator(_url_of("amqp", "amqps"))] = Field(
-        default="amqp://guest:guest@127.0.0.1:5672/", description="AMQP URL of RabbitMQ"
+        default="amqp://guest:guest@127.0.0.1:5672/", description="AMQP URL of RabbitMQ", repr=False
     )
+    tls_ca: Path | None = Field(
+        default=None, description="certificates of the authorities to believe, PEM; the system's when absent"
+    )
+    tls_cert: Path | None = Field(default=None, description="own certificate, PEM, for services that ask for one")
+    tls_key: Path | None = Field(default=None, description="key of the own certificate, where another file holds it")
+    tls_verify: bool = Field(default=True, description="check the certificates of services; false protects from nobody")
     log_level: Annotated[str, AfterValidator(_one_of(*LEVELS))] = Field(
         default="INFO", description="DEBUG, INFO, WARNING or ERROR"
     )
     log_format: Annotated[str, AfterValidator(_one_of(*FORMATS))] = Field(
         default="auto", description="json, text, or auto: text on a terminal"
     )
+
+    @property
+    def trust(self) -> Trust:
+        """Whom to believe on the other end of a TLS connection."""
+        return Trust(self.tls_ca, self.tls_cert, self.tls_key, self.tls_verify)
 
 
 Kind = TypeVar("Kind", bound=Settings)
@@ -87,11 +106,27 @@ class ServerSettings(Settings):
     """Settings of `lorabbit server`."""
 
     redis_url: Annotated[str, AfterValidator(_url_of("redis", "rediss", "unix"))] = Field(
-        default="redis://127.0.0.1:6379/0", description="URL of Redis"
+        default="redis://127.0.0.1:6379/0", description="URL of Redis", repr=False
     )
     folder: Path = Field(default=Path("server"), description="the server's volume: payloads and run folders")
     http_host: str = Field(default="127.0.0.1", description="address of the HTTP interface")
     http_port: int = Field(default=8080, ge=0, lt=65536, description="port of the HTTP interface")
+    http_cert: Path | None = Field(
+        default=None, description="certificate of the HTTP interface, PEM; no TLS when absent"
+    )
+    http_key: Path | None = Field(default=None, description="its key, where another file holds it")
+    http_token: str | None = Field(
+        default=None,
+        min_length=16,
+        description="what the operator's commands have to show; anybody may ask when absent",
+        repr=False,
+    )
+    management_url: Annotated[str | None, AfterValidator(_optional(_url_of("http", "https")))] = Field(
+        default=None,
+        description="URL of RabbitMQ's management interface with an administrator's name and password; "
+        "every client then needs a user of its own",
+        repr=False,
+    )
     chunk_bytes: int = Field(default=2**20, ge=1024, description="bytes of a payload per message")
     max_payload_bytes: int = Field(default=4 * 2**30, ge=1024, description="largest update that is admitted")
     heartbeat_seconds: float = Field(default=5.0, gt=0, description="how often a client renews its lease")
@@ -106,6 +141,10 @@ class ClientSettings(Settings):
 
     folder: Path = Field(default=Path("client"), description="the client's volume: journal, outbox, private state")
     address: Address = Field(default_factory=default_address, description="name of this process's inbox")
+    join_token: str | None = Field(
+        default=None, description="from lorabbit token: gets this client a user of its own, once", repr=False
+    )
+    server_url: str = Field(default="http://127.0.0.1:8080", description="URL of the server's HTTP interface, to join")
     client: Address | None = Field(default=None, description="identity; the server leases client-<n> when absent")
     data_root: Path = Field(default=Path(), description="folder that a job's relative data paths start from")
     device: str = Field(default="auto", description="auto, cpu, cuda, or cuda:<n>")
@@ -134,6 +173,7 @@ class OperatorSettings(Settings):
     """Settings of the operator's commands."""
 
     server_url: str = Field(default="http://127.0.0.1:8080", description="URL of the server's HTTP interface")
+    http_token: str | None = Field(default=None, description="what the server's HTTP interface asks for", repr=False)
 
 
 def read_settings(kind: type[Kind]) -> Kind:
@@ -145,7 +185,7 @@ def read_settings(kind: type[Kind]) -> Kind:
         first = error.errors(include_url=False)[0]
         name = "LORABBIT_" + "_".join(str(part) for part in first["loc"][:1]).upper()
         said = first["msg"].removeprefix("Value error, ")
-        given = "" if name.endswith("_URL") else f", not {first['input']!r}"  # a URL may hold a password
+        given = "" if name.endswith(SECRET_NAMES) else f", not {first['input']!r}"
         raise BadInput(f"environment variable {name}: {said}{given}") from None
     except ValueError as error:
         raise BadInput(f"the environment's settings cannot be read: {error}") from error

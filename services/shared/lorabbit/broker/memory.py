@@ -22,10 +22,10 @@ from lorabbit.errors import BrokerBusy, LoRAbbitError
 class MemoryBroker(Broker):
     """See the module's docstring. `user` is what deliveries name as their sender."""
 
-    def __init__(self, *, clock: Clock = time.monotonic, user: str | None = None) -> None:
+    def __init__(self, *, clock: Clock = time.monotonic, user: str = "embedded") -> None:
         """Start without exchanges or queues; `clock` counts seconds for timers and expiry."""
         self._clock = clock
-        self._user = user
+        self._user: str | None = user
         self._loop = Loop(clock)
         self._exchanges: dict[str, Exchange] = {}
         self._queues: dict[str, ExistingQueue] = {}

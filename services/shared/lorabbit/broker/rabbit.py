@@ -23,6 +23,7 @@ from lorabbit.broker.rabbit_consumer import Consumer, Token
 from lorabbit.broker.rabbit_link import Link
 from lorabbit.broker.rabbit_publisher import Publisher
 from lorabbit.errors import BrokerUnavailable, LoRAbbitError
+from lorabbit.tls import Trust
 
 PATIENCE_SECONDS = 10.0
 """How long a blocking call waits for a connection."""
@@ -37,14 +38,26 @@ Step = Callable[[Channel, Callable[[object], None]], object]
 class RabbitBroker(Broker):
     """See the module's docstring; `name` is what the broker's connection list shows."""
 
-    def __init__(self, url: str, *, name: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
-        """Begin to connect, in the background; raises nothing when the broker cannot be reached yet."""
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str,
+        trust: Trust | None = None,
+        patience_seconds: float = PATIENCE_SECONDS,
+        refused_seconds: float | None = None,
+    ) -> None:
+        """Begin to connect, in the background; raises nothing when the broker cannot be reached yet.
+
+        `run` raises NotAllowed once the broker has known no such user for `refused_seconds`; never when None.
+        """
         self._patience_seconds = patience_seconds
         self._loop = Loop()
         self._consumers: set[Consumer] = set()
         self._has_sent = False
-        self._publishing = Link(url, f"{name} publish", on_bug=self._on_bug)
-        self._consuming = Link(url, f"{name} consume", on_bug=self._on_bug)
+        trust = trust or Trust()
+        link = partial(Link, url, trust=trust, on_bug=self._on_bug, refused_seconds=refused_seconds)
+        self._publishing, self._consuming = link(f"{name} publish"), link(f"{name} consume")
         self._publisher = Publisher(self._publishing, self._loop.post)
         self._publishing.start(on_up=self._publishing_up, on_down=self._publisher.down)
         self._consuming.start(on_up=self._consuming_up, on_down=self._consuming_down)

@@ -11,19 +11,24 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
 import pika
 import structlog
 from pika.adapters.select_connection import IOLoop
-from pika.exceptions import AMQPError
+from pika.exceptions import AMQPError, ProbableAuthenticationError
 
 from lorabbit.backoff import Backoff
+from lorabbit.errors import NotAllowed
+from lorabbit.tls import Trust, distrust
 
 HEARTBEAT_SECONDS = 20
 BLOCKED_SECONDS = 300.0
 CONNECT_SECONDS = 10.0
+REFUSED = "ACCESS_REFUSED"
+"""How RabbitMQ answers a name and a password that do not belong together."""
 RECEIVE_BYTES = 128 * 1024
 """pika reads 4 KiB at a time and joins them to frames of 128 KiB; larger reads take a third off the time per chunk."""
 
@@ -32,9 +37,11 @@ log = structlog.get_logger()
 logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
-def parameters_of(url: str, name: str) -> pika.URLParameters:
-    """What to connect with; settings in the URL's query give way to ours."""
+def parameters_of(url: str, name: str, trust: Trust) -> pika.URLParameters:
+    """What to connect with; settings in the URL's query give way to ours, except for its `ssl_options`."""
     parameters = pika.URLParameters(url)
+    if parameters.ssl_options is not None and "ssl_options=" not in url:
+        parameters.ssl_options = pika.SSLOptions(trust.context(), parameters.host)
     parameters.heartbeat = HEARTBEAT_SECONDS
     parameters.blocked_connection_timeout = BLOCKED_SECONDS
     parameters.socket_timeout = CONNECT_SECONDS
@@ -47,10 +54,21 @@ def parameters_of(url: str, name: str) -> pika.URLParameters:
 class Link:
     """See the module's docstring. Who uses it learns of each connection on the I/O thread."""
 
-    def __init__(self, url: str, name: str, *, on_bug: Callable[[BaseException], None]) -> None:
-        """Prepare; `start` begins to connect. `on_bug` gets an error that is not the network's."""
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        *,
+        trust: Trust,
+        on_bug: Callable[[BaseException], None],
+        refused_seconds: float | None = None,
+    ) -> None:
+        """Prepare; `start` begins to connect. `on_bug` gets an error that is not the network's.
+
+        After `refused_seconds` in which the broker knows no such user or password that is NotAllowed; never when None.
+        """
         self.name = name
-        self.parameters = parameters_of(url, name)
+        self.parameters = parameters_of(url, name, trust)
         self._on_bug = on_bug
         self._on_up = self._on_down = _nothing
         self._where = f"{self.parameters.host}:{self.parameters.port}"
@@ -66,6 +84,8 @@ class Link:
         self._hurry = threading.Event()
         self._backoff = Backoff(0.2, 30.0)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._refused_seconds = refused_seconds
+        self._refused_since: float | None = None
         self._down: str | None = f"connecting to RabbitMQ at {self._where}"
         self._blocked: str | None = None
 
@@ -115,6 +135,9 @@ class Link:
             except BaseException as error:  # noqa: BLE001 - reported where it ends the process
                 self._on_bug(error)
                 return
+            if self._is_refused_for_good():
+                self._on_bug(NotAllowed(self._down or ""))
+                return
             self._hurry.wait(self._backoff.next_seconds())
             self._hurry.clear()
 
@@ -147,6 +170,7 @@ class Link:
         connection.add_on_connection_unblocked_callback(self._note_unblocked)
         _read_whole_frames(connection)
         self._backoff.reset()
+        self._refused_since = None
         self.has_been_up = True
         self.connection, self._down, self._blocked = connection, None, None
         log.info("broker-connected", connection=self.name, where=self._where)
@@ -163,6 +187,17 @@ class Link:
         if not self._closing and (self._down is None or self._down.startswith("connecting")):
             log.warning("broker-lost", connection=self.name, where=self._where, why=_reason(error))
         self._down = f"RabbitMQ at {self._where} cannot be reached: {_reason(error)}"
+
+        if isinstance(error, ProbableAuthenticationError) and REFUSED in str(error):
+            user = getattr(self.parameters.credentials, "username", "nobody")
+            self._down = f"RabbitMQ at {self._where} refuses the user {user}: it has none with this password"
+            self._refused_since = self._refused_since or time.monotonic()
+
+    def _is_refused_for_good(self) -> bool:
+        """Tell whether the broker has been there for long enough and does not know this user."""
+        if self._refused_seconds is None or self._refused_since is None:
+            return False
+        return time.monotonic() - self._refused_since >= self._refused_seconds
 
     def _note_blocked(self, _connection: object, frame: pika.frame.Method) -> None:
         self._blocked = f"RabbitMQ at {self._where} takes no messages: {frame.method.reason} alarm"
@@ -213,5 +248,8 @@ def _reason(error: object) -> str:
         if inner is None:
             break
         error = inner
+    distrusted = distrust(error) if isinstance(error, BaseException) else None
+    if distrusted is not None:
+        return distrusted
     text = getattr(error, "reply_text", None) or getattr(error, "strerror", None) or str(error)
     return str(text) or type(error).__name__

@@ -11,13 +11,16 @@ from lorabbit.broker.base import Queue
 CONTROL = "lorabbit.control"
 """Server -> client messages; routing key ``c.<address>``."""
 UP = "lorabbit.up"
-"""Client -> server; routing keys ``c.<address>.ctl`` and ``c.<address>.data``."""
+"""Client -> server; routing keys ``c.<address>.ctl`` and ``c.<address>.data``; an address may have dots."""
 DEAD = "lorabbit.dead"
 """Dead letters of every queue below."""
 
+ADAPTERS = "lorabbit.adapter"
+"""Beginning of the names of the streams that hold payloads for clients."""
+
 MIB = 2**20
-SERVER_QUEUE = Queue("lorabbit.server", "quorum", ((UP, "c.*.ctl"),), dead_letter_exchange=DEAD)
-DATA_QUEUE = Queue("lorabbit.data", "classic", ((UP, "c.*.data"),), max_bytes=1024 * MIB)
+SERVER_QUEUE = Queue("lorabbit.server", "quorum", ((UP, "c.#.ctl"),), dead_letter_exchange=DEAD)
+DATA_QUEUE = Queue("lorabbit.data", "classic", ((UP, "c.#.data"),), max_bytes=1024 * MIB)
 DEAD_QUEUE = Queue("lorabbit.dead", "classic", ((DEAD, "#"),), max_bytes=64 * MIB)
 EXCHANGES = (CONTROL, UP, DEAD)
 QUEUES = (SERVER_QUEUE, DATA_QUEUE, DEAD_QUEUE)
@@ -51,4 +54,4 @@ def address_of(routing_key: str) -> str:
 
 def adapter_stream(sha256: str) -> Queue:
     """The stream that holds one payload's chunks for the whole cohort."""
-    return Queue(f"lorabbit.adapter.{sha256[:32]}", "stream")
+    return Queue(f"{ADAPTERS}.{sha256[:32]}", "stream")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lorabbit.errors import LoRAbbitError
+from lorabbit.state.roster import Roster
 
 JobStatus = Literal["queued", "running", "done", "failed", "cancelled"]
 START = "0"
@@ -99,6 +100,11 @@ class LoggedEvent:
 
 class StateStore(ABC):
     """See the module's docstring. Safe to call from any thread."""
+
+    @property
+    @abstractmethod
+    def roster(self) -> Roster:
+        """Who may join, who has joined and who was sent away."""
 
     # ---- the server's lease ----
     @abstractmethod

@@ -22,6 +22,7 @@ from redis.retry import Retry
 
 from lorabbit.errors import Fenced, StoreUnavailable
 from lorabbit.state import scripts, streams
+from lorabbit.state.answers import text_of
 from lorabbit.state.base import (
     START,
     Change,
@@ -34,7 +35,8 @@ from lorabbit.state.base import (
     LoggedEvent,
     StateStore,
 )
-from lorabbit.state.streams import text_of
+from lorabbit.state.roster import Roster
+from lorabbit.tls import Trust, distrust
 
 Answer = TypeVar("Answer")
 SLICE_SECONDS = 2.0
@@ -53,7 +55,9 @@ class RedisStore(StateStore):
         self._closed = False
 
     @classmethod
-    def connect(cls, url: str, *, patience: int = 14, timeout_seconds: float = 10.0) -> Self:
+    def connect(
+        cls, url: str, *, trust: Trust | None = None, patience: int = 14, timeout_seconds: float = 10.0
+    ) -> Self:
         """Use the Redis at a URL; each call is tried again `patience` times with full jitter up to 2 s apart.
 
         One try takes at most `timeout_seconds`.
@@ -71,6 +75,7 @@ class RedisStore(StateStore):
                 socket_connect_timeout=min(5.0, timeout_seconds),
                 health_check_interval=30,
                 decode_responses=True,
+                **(_tls(trust or Trust()) if url.startswith("rediss:") else {}),
             )
         )
 
@@ -80,6 +85,11 @@ class RedisStore(StateStore):
         import fakeredis  # noqa: PLC0415 - an extra that only the embedded run needs
 
         return cls(fakeredis.FakeRedis(decode_responses=True))
+
+    @property
+    def roster(self) -> Roster:
+        """See `StateStore.roster`."""
+        return Roster(self._run, lambda ask: self._call(lambda: ask(self._redis)), _SERVER)
 
     # ---- the server's lease ----
     def acquire_lease(self, owner: str, seconds: float) -> int | None:
@@ -271,12 +281,20 @@ class RedisStore(StateStore):
                 raise StoreUnavailable(f"Redis takes no writes: {error}") from error
             raise
         except (RedisError, OSError) as error:
-            raise StoreUnavailable(f"Redis does not answer: {error}") from error
+            raise StoreUnavailable(f"Redis does not answer: {distrust(error) or error}") from error
 
     @staticmethod
     def _fenced(answer: Sequence[str | bytes]) -> None:
         if text_of(answer[0]) == "fenced":
             raise Fenced("another server holds the lease")
+
+
+def _tls(trust: Trust) -> dict[str, Any]:
+    """Whom to believe, in redis-py's words."""
+    trust.context()  # says which file cannot be used
+    files = {"ssl_ca_certs": trust.ca, "ssl_certfile": trust.cert, "ssl_keyfile": trust.key or trust.cert}
+    named = {name: str(path) for name, path in files.items() if path is not None}
+    return {**named, "ssl_cert_reqs": "required" if trust.verify else "none", "ssl_check_hostname": trust.verify}
 
 
 def _ms(seconds: float) -> int:

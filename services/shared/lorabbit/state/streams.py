@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from lorabbit.state.answers import text_of
 from lorabbit.state.base import START, LoggedEvent
 
 PROGRESS = "progress"
@@ -40,11 +41,6 @@ def positions(cursor: str) -> tuple[str, str]:
     """Split a cursor into its places in the log and in the progress."""
     log, _, progress = cursor.partition("_")
     return log or START, progress or START
-
-
-def text_of(value: str | bytes) -> str:
-    """Read an answer of a client that decodes or of one that does not."""
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _order(entry: str) -> tuple[int, int]:

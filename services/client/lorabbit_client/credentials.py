@@ -1,0 +1,138 @@
+"""Credentials: a client's own RabbitMQ user, got once with a join token and kept on its volume.
+
+The password is made and written down before the server hears of it, so a client that dies anywhere on the way
+asks again for the same. The file is replaced in one step and its owner's alone (0600). Once joined, the token is
+no longer needed; another token, for a client that was revoked, makes it join again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import structlog
+
+from lorabbit import codec
+from lorabbit.backoff import Backoff
+from lorabbit.enrolment import Join, Joined, digest, new_secret, password_hash
+from lorabbit.errors import BadInput, NotAllowed
+from lorabbit.settings import ClientSettings
+from lorabbit.tls import distrust
+
+log = structlog.get_logger()
+FILE = "credentials.json"
+MODE = 0o600
+TIMEOUT_SECONDS = 30.0
+REFUSALS = range(400, 500)
+"""HTTP answers that asking again does not change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a client is known by; never logged."""
+
+    user: str
+    password: str
+    token: str
+    """Digest of the join token it was got with."""
+    password_hash: str
+    joined: bool = False
+
+    def __repr__(self) -> str:
+        """Show no secret."""
+        return f"Credentials({self.user!r}, joined={self.joined})"
+
+
+def settled(settings: ClientSettings) -> ClientSettings:
+    """Return the settings with the client's own user in them, joining first where there is a token for it.
+
+    Waits for the server as long as it takes. Raises NotAllowed when the server refuses, and BadInput when the
+    file of credentials is damaged.
+    """
+    path = settings.folder / FILE
+    known = read(path)
+    if settings.join_token is not None and (known is None or known.token != digest(settings.join_token)):
+        password = new_secret()
+        user = settings.client or settings.address
+        known = Credentials(user, password, digest(settings.join_token), password_hash(password))
+        write(path, known)
+    if known is None:
+        return settings
+    if not known.joined:
+        if settings.join_token is None:
+            raise BadInput(f"{path} belongs to a client that had begun to join; set LORABBIT_JOIN_TOKEN again")
+        _join(settings, settings.join_token, known)
+        known = replace(known, joined=True)
+        write(path, known)
+        log.info("joined", client=known.user)
+    url = url_of(settings.broker_url, known)
+    return settings.model_copy(update={"broker_url": url, "address": known.user, "client": known.user})
+
+
+def read(path: Path) -> Credentials | None:
+    """Return what is kept; None when there is nothing."""
+    try:
+        return Credentials(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        todo = "remove it and set LORABBIT_JOIN_TOKEN to a new token"
+        raise BadInput(f"{path} is damaged and holds no credentials; {todo}") from error
+
+
+def write(path: Path, credentials: Credentials) -> None:
+    """Replace the file in one step that survives a power cut; nobody else may read it at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.unlink(missing_ok=True)
+    with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, MODE), "w", encoding="utf-8") as file:
+        json.dump(asdict(credentials), file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    codec.sync_folder(path.parent)
+
+
+def url_of(broker_url: str, credentials: Credentials) -> str:
+    """Put a user and its password into the broker's URL, in the place of any other."""
+    parts = urlsplit(broker_url)
+    place = parts.netloc.rpartition("@")[2]
+    who = f"{quote(credentials.user, safe='')}:{quote(credentials.password, safe='')}"
+    return parts._replace(netloc=f"{who}@{place}").geturl()
+
+
+def _join(settings: ClientSettings, token: str, credentials: Credentials) -> None:
+    """Ask the server for the user until it answers."""
+    import httpx  # noqa: PLC0415 - needed once in a client's life
+
+    wish = Join(token=token, client=credentials.user, password_hash=credentials.password_hash)
+    backoff, told = Backoff(0.2, 10.0), ""
+    with httpx.Client(base_url=settings.server_url, timeout=TIMEOUT_SECONDS, verify=settings.trust.context()) as http:
+        while True:
+            try:
+                answer = http.post("/join", json=wish.model_dump())
+            except httpx.TransportError as error:
+                why = str(distrust(error) or error)
+            else:
+                if answer.is_success:
+                    Joined.model_validate_json(answer.content)
+                    return
+                why = _sentence(answer.content) or f"it answered {answer.status_code}"
+                if answer.status_code in REFUSALS:
+                    raise NotAllowed(f"the server at {settings.server_url} does not let this client join: {why}")
+            if why != told:
+                log.warning("cannot-join-yet", server=settings.server_url, why=why)
+            told = why
+            time.sleep(backoff.next_seconds())
+
+
+def _sentence(content: bytes) -> str:
+    """The server's own sentence; empty where it sent none."""
+    try:
+        return str(json.loads(content)["error"])
+    except (ValueError, KeyError, TypeError):
+        return ""
