@@ -1,0 +1,72 @@
+"""A server that enrols its clients, over a real broker with its management interface, in threads of this process."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from services import RabbitMQ
+
+from lorabbit.broker.rabbit import RabbitBroker
+from lorabbit.enrolment import Join, TokenWish, new_secret, password_hash
+from lorabbit.settings import ServerSettings
+from lorabbit.state.redis import RedisStore
+from lorabbit_client.credentials import Credentials, url_of
+from lorabbit_server.api import make_app
+from lorabbit_server.http import HttpServer
+from lorabbit_server.measures import Measures
+from lorabbit_server.service import Service
+
+HTTP_TOKEN = "an operator's token"
+SECONDS = 60.0
+
+
+class Enrolling:
+    """See the module's docstring."""
+
+    def __init__(self, rabbitmq: RabbitMQ, folder: Path, **settings: object) -> None:
+        self.rabbitmq, self.folder = rabbitmq, folder
+        self.url = rabbitmq.empty_url()
+        self.settings = ServerSettings(
+            folder=folder / "server",
+            broker_url=self.url,
+            management_url=rabbitmq.management_url,
+            http_token=HTTP_TOKEN,
+            durable=False,
+            **settings,
+        )
+        self.store = RedisStore.embedded()
+        self.measures = Measures()
+        self.leading, self.ended = threading.Event(), threading.Event()
+        self.start()
+
+    def start(self) -> None:
+        self.broker = RabbitBroker(self.url, name="enrolling")
+        self.service = Service(self.broker, self.store, self.settings, owner="enrolling")
+        self.service.listen(self.measures.on_event)
+        self.service.on_leading(self.leading.set)
+        self.service.on_job_ended(lambda _: self.ended.set())
+        self.http = HttpServer(make_app(self.service, self.measures), "127.0.0.1", 0)
+        self.http.start()
+        self.loop = threading.Thread(target=self.broker.run)
+        self.loop.start()
+        self.service.start()
+        assert self.leading.wait(SECONDS)
+
+    def token(self, **wish: object) -> str:
+        return self.service.access.make_token(TokenWish(**wish), now_ms=self.service.now_ms())[0]
+
+    def join(self, client: str) -> str:
+        """Let a client in; the broker's URL with its user."""
+        password = new_secret()
+        wish = Join(token=self.token(client=client), client=client, password_hash=password_hash(password))
+        self.service.access.join(wish, now_ms=self.service.now_ms())
+        return url_of(self.url, Credentials(client, password, "", ""))
+
+    def close(self) -> None:
+        self.http.close()
+        self.service.drain(self.broker.stop)
+        self.loop.join(20)
+        self.broker.close()
+        self.service.access.close()
+        self.store.close()
