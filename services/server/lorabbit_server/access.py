@@ -7,6 +7,8 @@ counts only if its user, its address and its identity are one and the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import structlog
 
 from lorabbit.broker.base import Delivery
@@ -37,6 +39,8 @@ class Access:
         url = settings.management_url
         self._management = None if url is None else Management(url, settings.broker_url, settings.trust)
         self._revoked: frozenset[str] = frozenset()
+        self.on_revoked: Callable[[], None] = lambda: None
+        """Called, from any thread, when somebody was revoked here."""
 
     @property
     def is_enrolled(self) -> bool:
@@ -111,6 +115,7 @@ class Access:
         management.delete_user(client)
         management.close_connections(client, f"{client} was revoked")
         log.info("client-revoked", client=client)
+        self.on_revoked()
 
     def restore(self) -> None:
         """Bring the broker's users to what the roster says: one that lost them, or a server that died half-way."""

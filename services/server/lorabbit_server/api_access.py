@@ -61,7 +61,6 @@ def add_access(app: FastAPI, service: Service) -> None:
     @app.post("/clients/{client}/revoke")
     def revoke(client: str) -> Json:
         access.revoke(client, now_ms=service.now_ms())
-        service.notice_revoked()
         return {"revoked": client, "tokens": [token.id for token in access.tokens(now_ms=service.now_ms())]}
 
 

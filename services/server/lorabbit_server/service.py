@@ -8,15 +8,12 @@ and stands by again.
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import structlog
 
-from lorabbit import __version__
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery
 from lorabbit.errors import Fenced, Retryable
@@ -35,7 +32,7 @@ from lorabbit_server.jobrun import JobRun
 from lorabbit_server.jobstate import JobState
 from lorabbit_server.reception import Reception
 from lorabbit_server.registry import Registry
-from lorabbit_server.tools import Means, Tools
+from lorabbit_server.tools import VERSIONS, Means, Tools
 
 log = structlog.get_logger()
 TICK_SECONDS = 1.0
@@ -73,7 +70,6 @@ class Service:
         self._subscriptions: list[Cancellable] = []
         self._timers: list[Cancellable] = []
         self._tools: Tools | None = None
-        self._door: Door | None = None
         self._renewed_ms = 0
         self._stood_behind: str | None = None
         self.refused: Counter[str] = Counter()
@@ -192,12 +188,12 @@ class Service:
             self.settings,
             self._now,
             self._epoch,
-            {"lorabbit": __version__, "python": platform.python_version(), "numpy": np.__version__},
+            VERSIONS,
             self.refused,
         )
         reception = Reception(self._tools, lambda: self._run, self._tell)
-        self._door = Door(self._tools, reception.send_away)
         self._subscriptions = [
+            Door(self._tools, reception.send_away),
             self._subscribe(topology.SERVER_QUEUE.name, reception.on_control, CONTROL_PREFETCH),
             self._subscribe(topology.DATA_QUEUE.name, reception.on_data, DATA_PREFETCH),
         ]
@@ -231,8 +227,6 @@ class Service:
             self.store.renew_lease(self.owner, self._epoch, self.settings.lease_seconds)
             self._registry.renew()
             self._renewed_ms = now
-            if self._door is not None:
-                self._door.look()
             self._next_job()
         for client in self._registry.expire(now):
             log.warning("client-lost", client=client)
@@ -240,11 +234,6 @@ class Service:
         if self._run is not None:
             self._run.tick()
         self._timers = [self._loop.after(TICK_SECONDS, self._tick)]
-
-    def notice_revoked(self) -> None:
-        """Look at once who was revoked, instead of at the next renewal of the lease; from any thread."""
-        if self._door is not None:
-            self._door.notice()
 
     def _step_down(self, error: Exception) -> None:
         """Forget everything and stand by: the store knows better."""
@@ -262,9 +251,7 @@ class Service:
             self._tools.publisher.close()
         self._subscriptions, self._timers = [], []
         self._run, self._epoch = None, None
-        if self._door is not None:
-            self._door.close()
-        self._tools, self._door = None, None
+        self._tools = None
 
     # ---- jobs ----
     def _next_job(self) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
+import numpy as np
 from pydantic import JsonValue
 
+from lorabbit import __version__
 from lorabbit.broker.base import Broker
 from lorabbit.payloads import PayloadStore
 from lorabbit.settings import ServerSettings
@@ -18,6 +21,8 @@ from lorabbit.transfer import AdapterPublisher
 from lorabbit_server.access import Access
 from lorabbit_server.guarded import GuardedLoop
 from lorabbit_server.registry import Registry
+
+VERSIONS = {"lorabbit": __version__, "python": platform.python_version(), "numpy": np.__version__}
 
 
 def wall_ms() -> int:

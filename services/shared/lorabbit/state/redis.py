@@ -16,12 +16,10 @@ from dataclasses import asdict
 from typing import Any, Self, TypeVar
 
 import redis
-from redis.backoff import FullJitterBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, RedisError, ResponseError, TimeoutError  # noqa: A004
-from redis.retry import Retry
+from redis.exceptions import RedisError, ResponseError
 
 from lorabbit.errors import Fenced, StoreUnavailable
-from lorabbit.state import scripts, streams
+from lorabbit.state import connection, scripts, streams
 from lorabbit.state.answers import text_of
 from lorabbit.state.base import (
     START,
@@ -62,22 +60,7 @@ class RedisStore(StateStore):
 
         One try takes at most `timeout_seconds`.
         """
-        retry = Retry(
-            FullJitterBackoff(cap=2.0, base=0.05),
-            patience,
-            supported_errors=(ConnectionError, TimeoutError, BusyLoadingError, OSError),
-        )
-        return cls(
-            redis.Redis.from_url(
-                url,
-                retry=retry,
-                socket_timeout=timeout_seconds,
-                socket_connect_timeout=min(5.0, timeout_seconds),
-                health_check_interval=30,
-                decode_responses=True,
-                **(_tls(trust or Trust()) if url.startswith("rediss:") else {}),
-            )
-        )
+        return cls(connection.client_of(url, trust or Trust(), patience=patience, timeout_seconds=timeout_seconds))
 
     @classmethod
     def embedded(cls) -> Self:
@@ -287,14 +270,6 @@ class RedisStore(StateStore):
     def _fenced(answer: Sequence[str | bytes]) -> None:
         if text_of(answer[0]) == "fenced":
             raise Fenced("another server holds the lease")
-
-
-def _tls(trust: Trust) -> dict[str, Any]:
-    """Whom to believe, in redis-py's words."""
-    trust.context()  # says which file cannot be used
-    files = {"ssl_ca_certs": trust.ca, "ssl_certfile": trust.cert, "ssl_keyfile": trust.key or trust.cert}
-    named = {name: str(path) for name, path in files.items() if path is not None}
-    return {**named, "ssl_cert_reqs": "required" if trust.verify else "none", "ssl_check_hostname": trust.verify}
 
 
 def _ms(seconds: float) -> int:
