@@ -179,7 +179,7 @@ def test_the_broker_s_limits_are_those_of_the_values():
 
 
 def test_passwords_come_through_a_url_whatever_they_hold():
-    password = "p@ss/word:%#?"  # noqa: S105 - an example
+    password = "p@ss/word:%#?"
     docs = render({
         "rabbitmq": {"auth": {"serverPassword": password, "clientPassword": "c"}},
         "redis": {"auth": {"password": password}},
