@@ -176,6 +176,12 @@ class QuadraticSession:
         w, b = self._values["adapter"], self._targets["adapter"]
         return {n: np.square(self.a * (w[n] - b[n])).astype(np.float32) for n in w if lora.is_factor(n)}
 
+    def importance(self) -> dict[str, Array]:
+        w, b = self._w, self._targets[self.part]
+        squares = {name: np.square(self.a * (w[name] - b[name])) for name in w}
+        most = max(float(value.max()) for value in squares.values())
+        return {name: value / most for name, value in squares.items()}
+
     def sensitivity(
         self, *, noise: float, draws: int, probes: int, variant: Sensitivity, direction: Direction = "random"
     ) -> Array:

@@ -169,3 +169,26 @@ def test_F14_a_pass_leaves_parameters_gradients_generators_and_flags_as_found(lo
     fisher.mean_squares(model, rows, range(6), loop=loop)
 
     assert same(everything(model), before)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_shares_are_the_squared_gradients_of_all_that_is_trained_over_the_largest(
+    whole: bool,  # noqa: FBT001
+    tmp_path: Path,
+) -> None:
+    model, rows = client(tmp_path)
+    moved(model)
+    factors = fisher.mean_squares(model, rows, range(5))
+    before = everything(model)
+
+    found = fisher.shares(model.whole() if whole else model, rows, range(5))
+
+    assert same(everything(model), before)
+    assert found.keys() == (model.whole() if whole else model).parameters().keys()
+    assert max(float(value.max()) for value in found.values()) == 1.0
+    assert min(float(value.min()) for value in found.values()) >= 0.0
+    if not whole:
+        one = max(factors, key=lambda name: float(np.max(factors[name])))
+        ratio = float(found[one].max()) / float(np.max(factors[one]))
+        for name, value in factors.items():
+            np.testing.assert_allclose(found[name].numpy(), ratio * value, rtol=1e-4, atol=1e-7)

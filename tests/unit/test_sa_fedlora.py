@@ -129,9 +129,21 @@ def test_U2_the_first_stage_trains_every_parameter_and_the_second_one_none_of_th
 def test_U3_the_penalty_adds_its_gradient(penalty, expected):
     w, start = drawn((4, 3), 1), drawn((4, 3), 2)
 
-    added = build(job(mu=0.3, penalty=penalty))._penalty()("q.weight", w, start)
+    added = build(job(mu=0.3, penalty=penalty))._penalty(client(0))("q.weight", w, start)
 
     np.testing.assert_allclose(added, expected(w, start), rtol=1e-6)
+
+
+def test_U3_the_fisher_penalty_pulls_each_number_by_its_share_of_the_information():
+    method, session = build(job(mu=0.3, penalty="fisher-prox")), client(0)
+    session.select("whole")
+    squares = {name: drawn(shape, (0, 2)) ** 2 for name, shape in WHOLE.items()}
+    most = max(value.max() for value in squares.values())
+    w, start = drawn((7, 9), 1), drawn((7, 9), 2)
+
+    added = method._penalty(session)("q.weight", w, start)
+
+    np.testing.assert_allclose(added, 0.3 * squares["q.weight"] / most * (w - start), rtol=1e-5)
 
 
 def test_U3_without_a_penalty_the_first_stage_is_fedavg_to_the_bit():
@@ -147,10 +159,11 @@ def test_U3_without_a_penalty_the_first_stage_is_fedavg_to_the_bit():
     assert all(np.array_equal(ours.tensors[name], value) for name, value in theirs.tensors.items())
 
 
-def test_U3_clients_drift_less_the_stronger_the_penalty():
+@pytest.mark.parametrize("penalty", ["prox", "fisher-prox"])
+def test_U3_clients_drift_less_the_stronger_the_penalty(penalty):
     drifts = []
     for mu in (0.0, 1.0, 4.0):
-        method, session = build(job(mu=mu)), client(0)
+        method, session = build(job(mu=mu, penalty=penalty)), client(0)
         state = method.start(first_payload())
         update = method.local_update(method.plan(state, session.client), session)
         drifts.append(sum(np.sum((update.tensors[n] - state.tensors[n]) ** 2) for n in WHOLE))

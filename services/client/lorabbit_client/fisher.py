@@ -96,6 +96,32 @@ def mean_squares(
     return {name: to_numpy(value / max(1, len(positions))) for name, value in sums.items()}
 
 
+def shares(
+    model: TrainableModel, examples: Examples, positions: Sequence[int], *, on_chunk: OnChunk = unwatched
+) -> dict[str, torch.Tensor]:
+    """Return the mean squared per-example gradient of every trained tensor over the largest one: in [0, 1], float32.
+
+    Of any model, one example after the other; all ones where no gradient is above zero.
+    """
+    values, own = model.parameters(), {id(value): name for name, value in model.model.named_parameters()}
+    sums = {name: torch.zeros(value.shape, device=value.device) for name, value in values.items()}
+    with looking(model), torch.enable_grad():
+        stand_ins = in_float32(model)
+        names = {name: own[id(value)] for name, value in values.items()}
+        leaves = {
+            name: stand_ins.get(names[name], value).detach().clone().requires_grad_() for name, value in values.items()
+        }
+        replaced = {**stand_ins, **{names[name]: leaf for name, leaf in leaves.items()}}
+        for places in chunks(examples, positions, 1, on_chunk=on_chunk):
+            batch = batch_at(model, examples, np.asarray(positions, dtype=np.int64)[places])
+            found = torch.autograd.grad(call(model, replaced, batch).loss, list(leaves.values()), allow_unused=True)
+            for name, gradient in zip(leaves, found, strict=True):
+                if gradient is not None:
+                    sums[name] += gradient.float().square()
+    most = max((float(value.max()) for value in sums.values() if value.numel()), default=0.0)
+    return {name: value / most if most > 0 else torch.ones_like(value) for name, value in sums.items()}
+
+
 # ---- one pass for a batch ----
 @dataclass(slots=True)
 class _Seen:

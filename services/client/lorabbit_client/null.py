@@ -151,6 +151,10 @@ class NullSession:
         """Refuse: there are no examples."""
         raise _without(f"gradients of {len(examples)} examples")
 
+    def importance(self) -> Mapping[str, Array]:
+        """Refuse: there are no gradients."""
+        raise _without("gradients")
+
     def sensitivity(self, **how: object) -> Array:  # noqa: ARG002
         """Refuse: there are no blocks."""
         raise _without("blocks")

@@ -34,6 +34,8 @@ from lorabbit_client.trainer import Clock, Trainer
 
 CURVATURE_ROWS = 16
 """Rows whose loss surface stands for a client's."""
+IMPORTANCE_ROWS = 32
+"""Rows whose gradients stand for a client's."""
 
 
 class TorchSession:
@@ -184,6 +186,18 @@ class TorchSession:
         positions = rows_of(self._data.train, examples).tolist()
         return mean_squares(self.settled(), self._data.train, positions, on_chunk=self._looked)
 
+    def importance(self) -> dict[str, torch.Tensor]:
+        """Return each number's share of Fisher information, in [0, 1], float32, of every selected tensor that moves."""
+        from lorabbit_client.fisher import shares  # noqa: PLC0415
+
+        positions = self._sample("importance", IMPORTANCE_ROWS)
+        return shares(self.settled(), self._data.train, positions, on_chunk=self._looked)
+
+    def _sample(self, purpose: str, rows: int) -> list[int]:
+        """Draw some of the client's rows, the same in every run of this task."""
+        chosen = np.random.default_rng(derive_seed(self.seed, purpose)).permutation(len(self._data.train))
+        return sorted(int(position) for position in chosen[:rows])
+
     def sensitivity(
         self, *, noise: float, draws: int, probes: int, variant: Sensitivity, direction: Direction = "random"
     ) -> Array:
@@ -197,8 +211,7 @@ class TorchSession:
         """Share of curvature directions that must not be lost, in (0, 1], from this client's data."""
         from lorabbit_client.curvature import lossless_share  # noqa: PLC0415
 
-        chosen = np.random.default_rng(derive_seed(self.seed, "curvature")).permutation(len(self._data.train))
-        positions = sorted(int(position) for position in chosen[:CURVATURE_ROWS])
+        positions = self._sample("curvature", CURVATURE_ROWS)
         return lossless_share(self.settled(), self._data.train, positions, rule=rule, seed=self.seed)
 
     # ---- for the workspace ----

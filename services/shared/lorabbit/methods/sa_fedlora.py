@@ -53,8 +53,9 @@ class SaFedLora(Method):
     )
     t0: int | None = Field(default=None, ge=0, description="T0: rounds of the first stage; 6% of all when absent")
     mu: float = Field(default=0.01, ge=0, description="strength of the first stage's penalty; 0: none")
-    penalty: Literal["prox", "l2", "l1prox"] = Field(
-        default="prox", description="mu/2 ||w - w^t||^2, mu/2 ||w||^2, or mu ||w - w^t||_1"
+    penalty: Literal["prox", "l2", "l1prox", "fisher-prox"] = Field(
+        default="prox",
+        description="mu/2 ||w - w^t||^2, mu/2 ||w||^2, mu ||w - w^t||_1, or prox weighted by Fisher information",
     )
     prox_in_annealing: bool = Field(default=False, description="keep the penalty in the second stage")
     schedule: rank_schedule.Shape = Field(
@@ -138,7 +139,7 @@ class SaFedLora(Method):
         rate = self.initiating_learning_rate if stage == INITIATING else self.annealing_learning_rate
         if rate is not None:
             local = local.model_copy(update={"learning_rate": rate})
-        term = self._penalty() if stage == INITIATING or self.prox_in_annealing else None
+        term = self._penalty(session) if stage == INITIATING or self.prox_in_annealing else None
         result = session.train(gradient_term=term, local=local if local != session.local else None)
         facts = {name: fact for name, fact in plan.settings.items() if name in {"stage", "base_hash"}}
         return aggregation.answer(plan, session, result, scaling=self.scaling, facts=facts)
@@ -153,14 +154,20 @@ class SaFedLora(Method):
             two_stage.install_base(plan, session)
         aggregation.install(plan, session)
 
-    def _penalty(self) -> GradientTerm | None:
-        """Gradient of the penalty: mu (w - w^t), mu w, or mu sign(w - w^t) made smooth at zero."""
-        mu, kind = self.mu, self.penalty
+    def _penalty(self, session: Session) -> GradientTerm | None:
+        """Gradient of the penalty: mu (w - w^t), mu w, mu sign(w - w^t) made smooth at zero, or mu f (w - w^t).
 
-        def pull(name: str, value: Any, start: Any) -> Any:  # noqa: ANN401, ARG001 - the session's own array kind
+        f is the diagonal Fisher information at w^t over its largest value, so that 0 <= f <= 1.
+        """
+        mu, kind = self.mu, self.penalty
+        importance = session.importance() if mu and kind == "fisher-prox" else {}
+
+        def pull(name: str, value: Any, start: Any) -> Any:  # noqa: ANN401 - the session's own array kind
             if kind == "l2":
                 return mu * value
             away = value - start
+            if kind == "fisher-prox":
+                return mu * importance[name] * away
             return mu * away if kind == "prox" else mu * away / (abs(away) + 1e-12)
 
         return pull if mu else None

@@ -138,6 +138,13 @@ class Session(ClientSession, Protocol):
     def fisher(self, examples: Sequence[int]) -> Tensors:
         """Mean over these examples of the squared per-example gradient, float32, of every LoRA factor."""
 
+    def importance(self) -> Mapping[str, Any]:
+        """Share of Fisher information of each number of the selected tensors, in [0, 1], for a gradient term.
+
+        The mean squared per-example gradient over some of the client's examples, divided by the largest one; of the
+        session's own array kind, by tensor name.
+        """
+
     def sensitivity(
         self, *, noise: float, draws: int, probes: int, variant: Sensitivity, direction: Direction = "random"
     ) -> Array:
