@@ -17,7 +17,7 @@ from lorabbit_cli.doctor import Finding, exit_code, without_password
 
 COMMANDS = {
     "run", "compare", "submit", "jobs", "status", "watch", "cancel", "report", "export", "methods", "init", "validate",
-    "doctor", "server", "client", "version",
+    "doctor", "server", "client", "version", "stress",
 }  # fmt: skip
 
 

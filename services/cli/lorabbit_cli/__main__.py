@@ -20,6 +20,7 @@ from lorabbit_cli import (
     commands_jobs,
     commands_local,
     commands_results,
+    commands_stress,
 )
 
 INTERRUPTED = 130
@@ -69,6 +70,7 @@ for _commands in (
     commands_clients,
     commands_results,
     commands_deployment,
+    commands_stress,
 ):
     _commands.register(app)
 

@@ -111,25 +111,29 @@ class Server:
         answer = self._ask("GET", "/readyz")
         return None if answer.is_success else _sentence(answer)
 
+    def events(
+        self, job: str, after: str = "", *, wait_seconds: float, progress: bool = True
+    ) -> tuple[list[AnyEvent], str]:
+        """Return a job's events after a cursor, waiting for the first; with them the cursor to go on from."""
+        query = {"wait": str(wait_seconds), "progress": str(progress).lower(), **({"after": after} if after else {})}
+        timeout = wait_seconds + TIMEOUT_SECONDS
+        found = self._json("GET", f"/jobs/{quote(job, safe='')}/events", params=query, timeout=timeout)
+        return [EVENTS.validate_python(each["event"]) for each in found], str(found[-1]["id"]) if found else after
+
     def watch(self, job: str) -> Iterator[AnyEvent]:
         """Yield a job's events from the first on, as they happen, up to its end."""
         after, silent_since = "", None
         while True:
-            query = {"wait": str(WAIT_SECONDS), **({"after": after} if after else {})}
             try:
-                found = self._json(
-                    "GET", f"/jobs/{quote(job, safe='')}/events", params=query, timeout=WAIT_SECONDS + TIMEOUT_SECONDS
-                )
+                found, cursor = self.events(job, after, wait_seconds=WAIT_SECONDS)
             except ServerUnavailable:
                 silent_since = silent_since or time.monotonic()
                 if not after or time.monotonic() - silent_since > PATIENCE_SECONDS:
                     raise
                 time.sleep(1.0)
                 continue
-            silent_since = None
-            for each in found:
-                after = str(each["id"])
-                event = EVENTS.validate_python(each["event"])
+            after, silent_since = cursor, None
+            for event in found:
                 yield event
                 if isinstance(event, JobEnded):
                     return

@@ -62,7 +62,7 @@ def _work(settings: ClientSettings) -> int:
     bears = REFUSED_SECONDS if (settings.folder / FILE).exists() else None
     broker: Broker = RabbitBroker(settings.broker_url, name=name, trust=settings.trust, refused_seconds=bears)
     executor = Executor(threads=settings.threads, data_root=settings.data_root, device=settings.device)
-    runner = ThreadRunner(ConfinedExecutor(executor, settings.data_root))
+    runner = ThreadRunner(ConfinedExecutor(executor, settings.data_root), durable=settings.durable)
     agent = Agent(broker, runner, settings)
     agent.on_idle = broker.stop
     log.info("client-started", version=__version__, address=settings.address, folder=str(settings.folder))

@@ -57,8 +57,9 @@ class Agent:
         self._settings = settings
         self._embedded = embedded
         self._address = settings.address
-        self._journal = Journal(settings.folder, durable=not embedded)
-        self._shelf = shelf or Shelf(broker, PayloadStore(settings.folder / "payloads", durable=not embedded))
+        durable = settings.durable and not embedded
+        self._journal = Journal(settings.folder, durable=durable)
+        self._shelf = shelf or Shelf(broker, PayloadStore(settings.folder / "payloads", durable=durable))
         self.client = settings.client or self._journal.identity()
         """The identity; None until the server gives one."""
         self._held: dict[str, str] = self._journal.held()

@@ -4,7 +4,8 @@ A task is journaled before its delivery is acknowledged, a result is on the disk
 offered, and it stays there until the server's verdict. Every file is replaced in one step (written
 beside, fsynced, renamed), so after a kill at any instruction each task is either unknown (and will
 be delivered again), journaled (and is executed again from its seed), or in the outbox (and is
-offered again). An embedded run dies as one process and keeps none of this (`durable=False`).
+offered again). An embedded run dies as one process and keeps none of this (`durable=False`), and
+neither does a simulated client that nobody would restart.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -34,6 +34,12 @@ def default_address() -> str:
 def variable(name: str) -> str | None:
     """Value of a variable that a sweep file names as ``${NAME}``; None when it is unset or empty."""
     return os.environ.get(name) or None
+
+
+def child_environment(changes: Mapping[str, str], *, keeps_settings: bool) -> dict[str, str]:
+    """Return this process's environment with changes, for a child; without its LORABBIT_* unless they are kept."""
+    kept = {name: text for name, text in os.environ.items() if keeps_settings or not name.startswith("LORABBIT_")}
+    return {**kept, **changes}
 
 
 def _url_of(*schemes: str) -> Callable[[str], str]:
@@ -163,6 +169,9 @@ class ClientSettings(Settings):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="numbers that a model computes with while it trains; weights stay as they are"
+    )
+    durable: bool = Field(
+        default=True, description="journal tasks and fsync results; false is for simulated clients that nobody restarts"
     )
     idle_seconds: float | None = Field(
         default=None, gt=0, description="leave after so long without a task since the last one; never when absent"

@@ -1,0 +1,1 @@
+"""Stress tests: rounds of growing size over the real transport, measured, up to the machine's limits."""

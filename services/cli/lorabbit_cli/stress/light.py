@@ -1,0 +1,113 @@
+"""Light clients: real agents over real connections, whose pace and absences a trace decides.
+
+Each has two connections, an inbox, a folder and a lease of its own, and speaks the whole protocol. What
+makes it light is that it imports no learning framework, forces nothing to the disk, and shares one
+training thread with the other clients of its process.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+
+from lorabbit.broker.base import Broker, Cancellable
+from lorabbit.broker.rabbit import RabbitBroker
+from lorabbit.settings import ClientSettings
+from lorabbit.types import EVALUATE, INITIALISE
+from lorabbit_cli.stress.traces import Trace
+from lorabbit_client.agent import Agent
+from lorabbit_client.execution import OnProgress, Outcome, Runner, Work
+
+log = structlog.get_logger()
+
+
+class Paced:
+    """A runner that waits as long as the client's device would train, or lets the client leave instead."""
+
+    def __init__(self, runner: Runner, broker: Broker, trace: Trace, client: int, left: set[int]) -> None:
+        """Pace one client; `left` holds the rounds in which it has left already."""
+        self._runner, self._broker, self._trace, self._client, self._left = runner, broker, trace, client, left
+        self._waiting: dict[str, Cancellable] = {}
+        self.on_leave: Callable[[float], None] = lambda _: None
+        """Called with the seconds of an absence that begins now."""
+
+    def submit(self, work: Work, on_progress: OnProgress, on_done: Callable[[Outcome], None]) -> None:
+        """Hand work on at the trace's pace; scoring and the first model take no longer than they take."""
+        task = work.task
+        if task.phase in {EVALUATE, INITIALISE}:
+            self._runner.submit(work, on_progress, on_done)
+            return
+        step = self._trace.step(self._client, task.round)
+        if step.away_seconds is not None and task.round not in self._left:
+            self._left.add(task.round)
+            self.on_leave(step.away_seconds)
+            return
+        go = partial(self._runner.submit, work, on_progress, on_done)
+        if step.train_seconds:
+            self._waiting[task.task] = self._broker.after(step.train_seconds, go)
+        else:
+            go()
+
+    def cancel(self, task: str) -> None:
+        """Stop a task, or the wait for it."""
+        waiting = self._waiting.pop(task, None)
+        if waiting is not None:
+            waiting.cancel()
+        self._runner.cancel(task)
+
+    def close(self) -> None:
+        """Do nothing: the shared runner belongs to the process."""
+
+
+class LightClient:
+    """One client in a thread of its own, through all its absences."""
+
+    def __init__(self, number: int, settings: ClientSettings, runner: Runner, trace: Trace) -> None:
+        """Prepare client `number`, counted from 0; `start` begins."""
+        self._number, self._settings, self._runner, self._trace = number, settings, runner, trace
+        self._left: set[int] = set()
+        self._stopping = threading.Event()
+        self._broker: Broker | None = None
+        self._thread = threading.Thread(target=self._live, name=settings.address, daemon=True)
+
+    def start(self) -> None:
+        """Connect and work, in the background."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Hang up; `join` waits for it."""
+        self._stopping.set()
+        if self._broker is not None:
+            self._broker.stop()
+
+    def join(self, seconds: float) -> None:
+        """Wait until the client is gone."""
+        self._thread.join(seconds)
+
+    def _live(self) -> None:
+        while not self._stopping.is_set():
+            away = self._serve()
+            self._stopping.wait(away)
+
+    def _serve(self) -> float:
+        """Be there until stopped or away; returns the seconds of the absence."""
+        broker: Broker = RabbitBroker(self._settings.broker_url, name=f"lorabbit-client {self._settings.address}")
+        self._broker = broker
+        away = 0.0
+        paced = Paced(self._runner, broker, self._trace, self._number, self._left)
+        agent = Agent(broker, paced, self._settings)
+
+        def leave(seconds: float) -> None:
+            nonlocal away
+            away = seconds
+            broker.stop()
+
+        paced.on_leave = leave
+        broker.post(agent.start)
+        if not self._stopping.is_set():
+            broker.run()
+        broker.close()
+        return away
