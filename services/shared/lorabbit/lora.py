@@ -95,13 +95,11 @@ def truncate(factors: Factors, rank: int, *, scaling: float | None = None) -> Tr
     Thin QR of B and A^T, SVD of the small core s R_b R_a^T, singular values split evenly between
     the factors. In each column of the left singular vectors the entry of largest magnitude is made
     positive. Because the result is balanced and ordered, its first q rows and columns are the best
-    approximation of rank q. The dtype of the given factors is kept.
+    approximation of rank q. The dtype of the given factors is kept. A stack of more components than the
+    weight has rows or columns is larger than the weight itself: then the product is formed.
     """
     target = factors.scaling if scaling is None else scaling
-    q_b, r_b = np.linalg.qr(_double(factors.b))
-    q_a, r_a = np.linalg.qr(_double(factors.a).T)
-    u, s, vt = np.linalg.svd(factors.scaling * r_b @ r_a.T)
-    left, right = q_b @ u[:, : len(s)], vt[: len(s)] @ q_a.T
+    left, s, right = _singular(factors)
     largest = np.abs(left).argmax(axis=0)
     signs = np.where(left[largest, np.arange(left.shape[1])] < 0, -1.0, 1.0)
     keep = min(rank, len(s))
@@ -109,6 +107,18 @@ def truncate(factors: Factors, rank: int, *, scaling: float | None = None) -> Tr
     b = _pad((left * signs)[:, :keep] * root, rank, axis=1).astype(factors.b.dtype)
     a = _pad(root[:, None] * (right * signs[:, None])[:keep], rank, axis=0).astype(factors.a.dtype)
     return Truncated(Factors(a, b, target), float(np.linalg.norm(s[keep:])), float(np.linalg.norm(s)))
+
+
+def _singular(factors: Factors) -> tuple[Matrix, Matrix, Matrix]:
+    """U, the singular values in descending order, and V^T of s B A."""
+    a, b = _double(factors.a), _double(factors.b)
+    if factors.rank > min(a.shape[1], b.shape[0]):
+        u, s, vt = np.linalg.svd(factors.scaling * b @ a, full_matrices=False)
+        return u, s, vt
+    q_b, r_b = np.linalg.qr(b)
+    q_a, r_a = np.linalg.qr(a.T)
+    u, s, vt = np.linalg.svd(factors.scaling * r_b @ r_a.T)
+    return q_b @ u, s, vt @ q_a.T
 
 
 def split(weight: Array, rank: int, *, scaling: float, smallest: bool = False) -> Factors:
