@@ -24,7 +24,7 @@ from pydantic import JsonValue
 
 from lorabbit import __version__
 from lorabbit.errors import LoRAbbitError, Retryable
-from lorabbit.settings import ClientSettings, OperatorSettings, ServerSettings
+from lorabbit.settings import ClientSettings, OperatorSettings, ServerSettings, strangers
 from lorabbit_cli.options import read_settings
 from lorabbit_cli.units import bytes_text
 
@@ -79,6 +79,12 @@ def _versions() -> Iterator[Finding]:
     yield Finding(
         "version", PASS, f"LoRAbbit {__version__}, Python {platform.python_version()} on {platform.platform()}"
     )
+
+
+def _environment() -> Iterator[Finding]:
+    """Variables that nobody reads."""
+    for said in strangers():
+        yield Finding("environment", WARN, f"{said}; docs/reference/settings.md has the names")
 
 
 def _machine() -> Iterator[Finding]:
@@ -250,4 +256,4 @@ def without_password(url: str) -> str:
     return parts._replace(netloc=f"{parts.username or ''}:***@{host}").geturl()
 
 
-CHECKS = (_versions, _machine, _disk, _torch, _packages, _broker, _store, _server, _docker, _kubernetes)
+CHECKS = (_versions, _environment, _machine, _disk, _torch, _packages, _broker, _store, _server, _docker, _kubernetes)

@@ -19,7 +19,7 @@ from lorabbit import __version__
 from lorabbit.broker.base import Broker
 from lorabbit.broker.rabbit import RabbitBroker
 from lorabbit.errors import BadInput, LoRAbbitError, NotAllowed
-from lorabbit.settings import ClientSettings, read_settings
+from lorabbit.settings import ClientSettings, read_settings, strangers
 from lorabbit.telemetry import configure
 from lorabbit_client.agent import Agent
 from lorabbit_client.confined import ConfinedExecutor
@@ -65,6 +65,8 @@ def _work(settings: ClientSettings) -> int:
     runner = ThreadRunner(ConfinedExecutor(executor, settings.data_root), durable=settings.durable)
     agent = Agent(broker, runner, settings)
     agent.on_idle = broker.stop
+    for said in strangers():
+        log.warning("variable-not-read", why=said)
     log.info("client-started", version=__version__, address=settings.address, folder=str(settings.folder))
     try:
         with _signals(broker):

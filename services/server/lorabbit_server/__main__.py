@@ -23,7 +23,7 @@ from lorabbit.broker.base import Broker
 from lorabbit.broker.rabbit import RabbitBroker
 from lorabbit.errors import BadInput, LoRAbbitError, StoreUnavailable
 from lorabbit.events import AnyEvent, TaskProgressed
-from lorabbit.settings import ServerSettings, read_settings
+from lorabbit.settings import ServerSettings, read_settings, strangers
 from lorabbit.state.redis import RedisStore
 from lorabbit.telemetry import configure
 from lorabbit_server.api import make_app
@@ -87,6 +87,8 @@ def _serve(settings: ServerSettings) -> int:
         http = HttpServer(app, *where, cert=settings.http_cert, key=settings.http_key)
         http.start()
         surroundings.start()
+        for said in strangers():
+            log.warning("variable-not-read", why=said)
         log.info("server-started", version=__version__, http=http.url, folder=str(settings.folder))
         try:
             with _signals(service, broker):

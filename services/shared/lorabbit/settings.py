@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -22,6 +24,10 @@ from lorabbit.telemetry import FORMATS, LEVELS
 from lorabbit.tls import Trust
 
 Address = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+PREFIX = "LORABBIT_"
+NOT_SETTINGS = frozenset(f"{PREFIX}{name}" for name in ("DATA", "CRASH_AT", "TAG", "CLIENTS", "PORT"))
+"""Variables with another reader: sweep files, crash points, compose.yaml."""
+OF_KUBERNETES = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP)(_\w+)?)$")
 SECRET_NAMES = ("_URL", "_TOKEN")
 """How the names of variables end whose values are shown nowhere; a URL may hold a password."""
 
@@ -81,7 +87,7 @@ def _split(value: object) -> object:
 class Settings(BaseSettings):
     """What server and client share."""
 
-    model_config = SettingsConfigDict(env_prefix="LORABBIT_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
     broker_url: Annotated[str, AfterValidator(_url_of("amqp", "amqps"))] = Field(
         default="amqp://guest:guest@127.0.0.1:5672/", description="AMQP URL of RabbitMQ", repr=False
@@ -192,7 +198,7 @@ def read_settings(kind: type[Kind]) -> Kind:
         return kind()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = "LORABBIT_" + "_".join(str(part) for part in first["loc"][:1]).upper()
+        name = PREFIX + "_".join(str(part) for part in first["loc"][:1]).upper()
         said = first["msg"].removeprefix("Value error, ")
         given = "" if name.endswith(SECRET_NAMES) else f", not {first['input']!r}"
         raise BadInput(f"environment variable {name}: {said}{given}") from None
@@ -200,11 +206,30 @@ def read_settings(kind: type[Kind]) -> Kind:
         raise BadInput(f"the environment's settings cannot be read: {error}") from error
 
 
+def strangers(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Say of every variable that looks like a setting and is none what was probably meant; empty when all is well.
+
+    Kubernetes adds variables for a service named lorabbit (``LORABBIT_PORT_8080_TCP``); they are no settings.
+    """
+    env = os.environ if environment is None else environment
+    kinds = (ServerSettings, ClientSettings, OperatorSettings)
+    known = {f"{PREFIX}{field}".upper() for kind in kinds for field in kind.model_fields}
+    said = []
+    for name in sorted(env):
+        plain = name.removesuffix("_FILE")
+        if not name.startswith(PREFIX) or plain in known | NOT_SETTINGS or OF_KUBERNETES.search(name):
+            continue
+        near = get_close_matches(plain, known, n=1, cutoff=0.85)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        said.append(f"environment variable {name} is no setting and is not read{hint}")
+    return said
+
+
 def file_secrets(environment: dict[str, str] | None = None) -> None:
     """Fill LORABBIT_X from the file that LORABBIT_X_FILE names, for every X that is not set."""
     env = os.environ if environment is None else environment
     for name, path in list(env.items()):
-        if name.startswith("LORABBIT_") and name.endswith("_FILE"):
+        if name.startswith(PREFIX) and name.endswith("_FILE"):
             try:
                 secret = Path(path).read_text(encoding="utf-8").strip()
             except (OSError, ValueError) as error:
