@@ -173,6 +173,12 @@ def load_test(spec: JobSpec, *, processor: Any, data_root: Path = Path()) -> Exa
     return _examples(dataset.test, np.arange(len(dataset.test_keys)))
 
 
+def load_test_records(spec: JobSpec, data_root: Path = Path()) -> Records:
+    """Return the whole test set as it was read, for whoever encodes it otherwise."""
+    with _LOCK:
+        return _read(_Request.of(spec, data_root)).test
+
+
 def load_labels(spec: JobSpec, data_root: Path = Path()) -> tuple[str, ...]:
     """Return the label table, empty where the task has no labels."""
     with _LOCK:
