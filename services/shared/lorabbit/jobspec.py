@@ -33,6 +33,13 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class PruneSpec(Strict):
+    """How clients lower their own ranks, as HetLoRA's do."""
+
+    keep: float = Field(default=0.75, gt=0, lt=1, description="share of its components that a client then goes on with")
+    weight: float = Field(default=0.001, ge=0, description="of the penalty on the components that may go")
+
+
 class LoraSpec(Strict):
     """Shape of the LoRA factors."""
 
@@ -43,6 +50,9 @@ class LoraSpec(Strict):
     layers: tuple[int, ...] | None = Field(default=None, description="blocks that get factors, from 0; all when absent")
     client_ranks: tuple[Annotated[int, Field(ge=1, le=1024)], ...] | None = Field(
         default=None, min_length=1, description="rank of each client by its index, over and over; `rank` when absent"
+    )
+    prune: PruneSpec | None = Field(
+        default=None, description="clients give up components that fade; with aggregation 'zero-padded'"
     )
 
 
@@ -216,6 +226,15 @@ class JobSpec(Strict):
             raise ValueError(f"cohort is {self.cohort}: a fraction is at most 1.0; write a whole number for a count")
         if isinstance(self.cohort, int) and self.cohort > self.clients:
             raise ValueError(f"cohort is {self.cohort}, but there are only {self.clients} clients")
+        return self
+
+    @model_validator(mode="after")
+    def _pruning_fits(self) -> JobSpec:
+        if self.model.lora.prune is not None and self.aggregation != "zero-padded":
+            raise ValueError(
+                f"model.lora.prune: clients lower their own ranks under aggregation 'zero-padded' alone, and it is "
+                f"{self.aggregation!r}; set aggregation, or leave prune out"
+            )
         return self
 
     @model_validator(mode="after")

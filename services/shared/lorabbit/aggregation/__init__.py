@@ -7,13 +7,15 @@ every rule pays for the difference in its own coin: error, a frozen factor, an S
 """
 
 from lorabbit.aggregation.exchange import FROZEN, answer, config_of, frozen, install, is_a, prefix, rank_of, scaling_of
-from lorabbit.aggregation.folding import Aggregation, check, of, refuse_choice
+from lorabbit.aggregation.folding import Aggregation, check, of, refuse_choice, refuse_pruning
+from lorabbit.aggregation.pruning import PRUNED_TO, pruning
 from lorabbit.aggregation.received import Received
 from lorabbit.aggregation.rules import COMPONENTS, RULES, Rule, Target, fresh, revived
 
 __all__ = [
     "COMPONENTS",
     "FROZEN",
+    "PRUNED_TO",
     "RULES",
     "Aggregation",
     "Received",
@@ -28,8 +30,10 @@ __all__ = [
     "is_a",
     "of",
     "prefix",
+    "pruning",
     "rank_of",
     "refuse_choice",
+    "refuse_pruning",
     "revived",
     "scaling_of",
 ]

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 from lorabbit import lora, schedules
 from lorabbit.aggregation import exchange, shift
+from lorabbit.aggregation.pruning import PRUNED_TO
 from lorabbit.aggregation.received import Received
 from lorabbit.aggregation.rules import RULES, Folded, Rule, Target, Weighted, normalised
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
+from lorabbit.jobspec import JobSpec, PruneSpec
 from lorabbit.lora import Factors
 from lorabbit.seeds import derive_seed
 from lorabbit.tensors import weighted_mean
@@ -33,6 +34,8 @@ from lorabbit.types import (
     Tensors,
 )
 
+RANKS = "ranks"
+"""Fact of the state: rank of each client that has pruned its own."""
 LEAST_NORM = 1e-30
 """Squared; below it the mean update is taken for zero, and its aggregation error too."""
 
@@ -74,12 +77,20 @@ def refuse_choice(job: JobSpec, method: str, because: str) -> None:
         raise BadInput(f"aggregation: {method} {because}; leave aggregation out")
     if job.model.lora.client_ranks is not None:
         raise BadInput(f"model.lora.client_ranks: {method} {because}; leave client_ranks out")
+    refuse_pruning(job, method, because)
+
+
+def refuse_pruning(job: JobSpec, method: str, because: str) -> None:
+    """Raise BadInput where a job lets clients prune, for a method whose client half does not."""
+    if job.model.lora.prune is not None:
+        raise BadInput(f"model.lora.prune: {method} {because}; leave prune out")
 
 
 def of(job: JobSpec) -> Aggregation:
     """The aggregation that a job names."""
     spec = job.model.lora
-    return Aggregation(RULES[job.aggregation], spec.rank, spec.alpha / spec.rank, spec.client_ranks, job.seed)
+    rule, scaling = RULES[job.aggregation], spec.alpha / spec.rank
+    return Aggregation(rule, spec.rank, scaling, spec.client_ranks, job.seed, spec.prune)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +104,7 @@ class Aggregation:
     """s in y = W x + s B A x, the same at every rank."""
     client_ranks: Sequence[int] | None = None
     seed: int = 0
+    prune: PruneSpec | None = None
 
     # ---- what travels ----
     def rank_for(self, client: ClientProfile) -> int | None:
@@ -106,6 +118,12 @@ class Aggregation:
         rank = min(self.client_ranks[client.index % len(self.client_ranks)], self.rank)
         return rank if limit is None else min(rank, limit)
 
+    def _present_rank(self, state: ServerState, client: ClientProfile) -> int | None:
+        """What a client's rank has come to by its own pruning, or `rank_for`."""
+        first, pruned = self.rank_for(client), state.facts.get(RANKS)
+        left = pruned.get(client.client) if isinstance(pruned, dict) else None
+        return left if isinstance(left, int) and left < (first or self.rank) else first
+
     def start(self, adapter: Tensors) -> ServerState:
         """The first server state; a frozen A is a group of its own."""
         if not self.rule.freezes_a:
@@ -116,14 +134,14 @@ class Aggregation:
 
     def plan(self, state: ServerState, client: ClientProfile) -> Plan:
         """Tensors at the client's rank, and what they stand on."""
-        rank = self.rank_for(client)
+        rank = self._present_rank(state, client)
         if rank is None:
             return Plan(payloads={**state.shared, ADAPTER: state.tensors})
         return Plan(payloads={**state.shared, ADAPTER: exchange.prefix(state.tensors, rank)}, settings={"rank": rank})
 
     def uploads(self, state: ServerState, client: ClientProfile) -> Tensors:
         """What the update of a client must look like."""
-        rank = self.rank_for(client)
+        rank = self._present_rank(state, client)
         return state.tensors if rank is None else exchange.prefix(state.tensors, rank)
 
     def scoring(self, state: ServerState) -> Plan:
@@ -162,12 +180,22 @@ class Aggregation:
         facts: dict[str, Json] = {**state.facts, "report": {"aggregation_error": folded.error()}}
         if self.rule.shifts_base:
             facts["folds"] = _folds(state) + 1
+        if self.prune is not None:
+            facts |= _pruned(facts, received)
         shared = {**state.shared, SHIFT: moved} if moved else state.shared
         return ServerState({name: tensors[name] for name in received.names}, facts, shared)
 
     def at_rank(self, rank: int) -> Aggregation:
         """The same for another rank of the server."""
         return replace(self, rank=rank)
+
+
+def _pruned(facts: Facts, received: Iterable[ClientUpdate]) -> dict[str, Json]:
+    """Note which ranks clients have come to, and report how many gave up components in this round."""
+    now: dict[str, Json] = {u.client: to for u in received if isinstance(to := u.facts.get(PRUNED_TO), int) and to > 0}
+    known, report = facts.get(RANKS), facts["report"]
+    told = {**(report if isinstance(report, dict) else {}), "pruned": len(now)}
+    return {RANKS: {**(known if isinstance(known, dict) else {}), **now}, "report": told}
 
 
 class _Round:

@@ -7,12 +7,13 @@ A method of this kind says what a client trains, and overrides a verb where its 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from lorabbit import aggregation
 from lorabbit.aggregation import Aggregation
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.base import Export, GradientTerm, Method, Session
-from lorabbit.types import ClientProfile, ClientUpdate, Plan, ServerState, Tensors
+from lorabbit.types import ADAPTER, ClientProfile, ClientUpdate, Facts, Plan, ServerState, Tensors
 
 
 class Averaging(Method):
@@ -35,8 +36,15 @@ class Averaging(Method):
     def tuned(self, plan: Plan, session: Session, gradient_term: GradientTerm | None = None) -> ClientUpdate:
         """Put the plan's model together, train it, and answer with what was trained, its rank and its scaling."""
         self.restore(plan, session)
-        result = session.train(gradient_term=gradient_term, frozen=aggregation.frozen(plan))
-        return aggregation.answer(plan, session, result, scaling=self.aggregation.scaling)
+        received, scaling = plan.payloads[ADAPTER], self.aggregation.scaling
+        pruning = aggregation.pruning(self.aggregation.prune, received)
+        term = pruning.term(gradient_term) if pruning else gradient_term
+        result = session.train(gradient_term=term, frozen=aggregation.frozen(plan))
+        if pruning is None:
+            return aggregation.answer(plan, session, result, scaling=scaling)
+        tensors, given_up = pruning.applied(received, result.tensors)
+        facts: Facts = {aggregation.PRUNED_TO: pruning.kept} if given_up else {}
+        return aggregation.answer(plan, session, replace(result, tensors=tensors), scaling=scaling, facts=facts)
 
     def restore(self, plan: Plan, session: Session) -> None:
         """Put the server's model on a client."""

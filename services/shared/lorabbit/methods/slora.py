@@ -63,6 +63,7 @@ class SLora(Averaging):
         if job.model.trainable != "lora":
             raise BadInput(f"method.name: slora needs model.trainable 'lora', not {job.model.trainable!r}")
         aggregation.check(job)
+        aggregation.refuse_pruning(job, "slora", "decides the rank of its second stage by the first")
         if self.with_job(job).stage_rounds >= job.rounds:
             raise BadInput(f"method.sparse_rounds: they leave no round of {job.rounds} for LoRA; lower them")
 
