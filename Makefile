@@ -10,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --use-pep517 --disable-pip-version-check -c constraints.txt
 TESTS ?=
 
-.PHONY: help demo test check lint format types contracts docs compose-test clean
+.PHONY: help demo test chaos soak check lint format types contracts docs compose-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,9 +33,17 @@ help: ## list the targets
 demo: .venv/run.stamp ## fine-tune a small model on real text with six clients in one process
 	$(BIN)/lorabbit run examples/quickstart.yaml
 
-test: .venv/dev.stamp ## all tests but the container ones, with a real RabbitMQ and Redis (TESTS="-k name" narrows)
+test: .venv/dev.stamp ## all tests but containers and chaos, with a real RabbitMQ and Redis (TESTS="-k name" narrows)
 	@.ci/services
-	$(BIN)/pytest -m "not containers" $(TESTS)
+	$(BIN)/pytest -m "not containers and not chaos" $(TESTS)
+
+chaos: .venv/dev.stamp ## play the failure matrix: kill, cut, freeze, fill up, and compare (ROWS="NAME ..." narrows)
+	@.ci/services
+	PYTHONPATH=tests $(BIN)/python -m chaos $(if $(ROWS),--only $(ROWS))
+
+soak: .venv/dev.stamp ## kill something every few seconds for an hour, and compare (MINUTES=60 SEED=1)
+	@.ci/services
+	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),1)
 
 check: lint types contracts test ## everything a change must pass: lint, types, import contracts, tests
 

@@ -32,6 +32,9 @@ class Host(Protocol):
     def output(self) -> str:
         """The end of what it printed, for a failure's message."""
 
+    def execute(self, *command: str) -> str:
+        """Run a program beside it, in its surroundings; its output."""
+
     def close(self) -> None:
         """Kill it and give back what it held."""
 
@@ -75,6 +78,11 @@ class ChildProcess:
     def output(self) -> str:
         return self._log.read_text(errors="replace")[-4000:]
 
+    def execute(self, *command: str) -> str:
+        done = subprocess.run(command, env=self._environment, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+        return done.stdout
+
     def close(self) -> None:
         self.kill()
 
@@ -102,6 +110,9 @@ class Container:
 
     def output(self) -> str:
         return docker("logs", "--tail=50", self._name)
+
+    def execute(self, *command: str) -> str:
+        return docker("exec", self._name, *command)
 
     def close(self) -> None:
         if self._made:

@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from services import free_port
 
 Event = dict[str, Any]
@@ -25,18 +26,21 @@ JOB_SECONDS = 240.0
 class Process:
     """One `python -m MODULE`; its folder and its log outlive it."""
 
-    def __init__(self, module: str, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, module: str, folder: Path, environment: dict[str, str], prefix: Sequence[str] = ()) -> None:
+        """Prepare; `prefix` is a command that becomes the process in the end, such as `unshare`."""
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         self.log = folder / "process.log"
-        self._command = [sys.executable, "-m", module]
+        self._command = [*prefix, sys.executable, "-m", module]
         self._environment = {**os.environ, **environment, "LORABBIT_FOLDER": str(folder)}
         self._child: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, **environment: str) -> None:
+        """Start it, this once with more in its environment."""
         with self.log.open("ab") as log:
             self._child = subprocess.Popen(
                 self._command,
-                env=self._environment,
+                env=self._environment | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -53,11 +57,39 @@ class Process:
 
     def stop(self) -> int:
         """Ask it to end, as Docker does; its exit code."""
-        assert self._child is not None, "not started"
-        self._child.terminate()
-        code = self._child.wait(30)
+        self.signal(signal.SIGTERM)
+        return self.wait(30)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal, for example SIGSTOP to put it to sleep without closing its sockets."""
+        self.child.send_signal(number)
+
+    def wait(self, seconds: float) -> int:
+        """Wait for its own end; its exit code."""
+        code = self.child.wait(seconds)
         self._child = None
         return code
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._child is not None and self._child.poll() is None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it ended by itself."""
+        return self._child is not None and self._child.poll() is not None
+
+    @property
+    def child(self) -> subprocess.Popen[bytes]:
+        """The process that runs."""
+        assert self._child is not None, "not started"
+        return self._child
+
+    @property
+    def memory(self) -> Any:
+        """What memory it has mapped and uses, as psutil names it."""
+        return psutil.Process(self.child.pid).memory_info()
 
     def tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:]) if self.log.exists() else ""
@@ -66,44 +98,56 @@ class Process:
 class Federation:
     """One server and its clients, by name."""
 
-    def __init__(self, folder: Path, broker_url: str, redis_url: str) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(
+        self,
+        folder: Path,
+        broker_url: str,
+        redis_url: str,
+        *,
+        server: Mapping[str, str] | None = None,
+        client: Mapping[str, str] | None = None,
+    ) -> None:
+        """Prepare over these services; `server` and `client` are further settings of each."""
+        self.job_seconds = JOB_SECONDS
+        """How long `events` waits for a job's end."""
         shared = {"LORABBIT_BROKER_URL": broker_url, "LORABBIT_LOG_FORMAT": "json", "LORABBIT_LOG_LEVEL": "DEBUG"}
-        self._shared = shared
         self._folder = folder
         # A crash test waits for a dead server's lease to end; a client's outlasts a busy machine.
-        server = {
-            "LORABBIT_REDIS_URL": redis_url,
-            "LORABBIT_HTTP_PORT": str(port),
-            "LORABBIT_LEASE_SECONDS": "3",
-        }
-        self._server = shared | server
-        self.server = Process("lorabbit_server", folder / "server", self._server)
+        lease = {"LORABBIT_REDIS_URL": redis_url, "LORABBIT_LEASE_SECONDS": "3"}
+        self._of_server = shared | lease | dict(server or {})
+        self.server, self.url = self.make_server()
         self.standby: Process | None = None
+        self._of_client = shared | dict(client or {})
         self.clients: dict[str, Process] = {}
 
     def start(self, clients: int) -> None:
         """Start the server and so many clients, and wait until the server answers."""
         self.server.start()
         self.start_clients(clients)
-        self._await_server()
+        self.await_server()
+
+    def make_server(self, folder: str = "server", prefix: Sequence[str] = (), **settings: str) -> tuple[Process, str]:
+        """Prepare one more server; it and the URL of its HTTP interface."""
+        port = str(free_port())
+        environment = self._of_server | {"LORABBIT_HTTP_PORT": port, **settings}
+        return Process("lorabbit_server", self._folder / folder, environment, prefix), f"http://127.0.0.1:{port}"
+
+    def add_client(self, address: str, **settings: str) -> Process:
+        """Prepare one more client, with settings of its own; not started."""
+        environment = self._of_client | {"LORABBIT_ADDRESS": address, **settings}
+        self.clients[address] = Process("lorabbit_client", self._folder / address, environment)
+        return self.clients[address]
 
     def start_clients(self, number: int, **environment: str) -> None:
         """Start so many more clients."""
         for place in range(len(self.clients), len(self.clients) + number):
-            address = f"site-{place}"
-            own = self._shared | {"LORABBIT_ADDRESS": address} | environment
-            self.clients[address] = Process("lorabbit_client", self._folder / address, own)
-            self.clients[address].start()
+            self.add_client(f"site-{place}", **environment).start()
 
     def start_standby(self) -> str:
         """Start a second server; its URL."""
-        port = str(free_port())
-        self.standby = Process("lorabbit_server", self._folder / "standby", self._server | {"LORABBIT_HTTP_PORT": port})
+        self.standby, url = self.make_server("standby")
         self.standby.start()
-        url = f"http://127.0.0.1:{port}"
-        self._await_server(url)
+        self.await_server(url)
         return url
 
     def address_of(self, client: str) -> str:
@@ -119,15 +163,19 @@ class Federation:
 
     def events(self, job: str) -> Iterator[Event]:
         """Every event of a job until its end, from the first; goes on over a restart of the server."""
-        cursor = ""
-        deadline = time.monotonic() + JOB_SECONDS
+        for _, event in self.logged(job):
+            yield event
+
+    def logged(self, job: str, cursor: str = "") -> Iterator[tuple[str, Event]]:
+        """Events behind a cursor until the job's end, each with the cursor behind it."""
+        deadline = time.monotonic() + self.job_seconds
         while time.monotonic() < deadline:
             for each in self._page(job, cursor):
                 cursor = each["id"]
-                yield each["event"]
+                yield cursor, each["event"]
                 if each["event"]["kind"] == "job-ended":
                     return
-        raise AssertionError(f"job {job} did not end in {JOB_SECONDS:.0f} s\n{self.tails()}")
+        raise AssertionError(f"job {job} did not end in {self.job_seconds:.0f} s\n{self.tails()}")
 
     def run(self, job: dict[str, Any], on_event: Callable[[Event], None] = lambda _: None) -> dict[str, Any]:
         """Submit a job and follow it to its end; its report."""
@@ -153,11 +201,15 @@ class Federation:
         try:
             answer = httpx.get(f"{self.url}/jobs/{job}/events", params=parameters, timeout=30)
         except httpx.TransportError:
-            self._await_server()
+            self.await_server()
             return []
-        return answer.json() if answer.status_code == httpx.codes.OK else []
+        if answer.status_code == httpx.codes.OK:
+            return list(answer.json())
+        time.sleep(0.1)  # the server cannot answer now: its store is away
+        return []
 
-    def _await_server(self, url: str | None = None) -> None:
+    def await_server(self, url: str | None = None) -> None:
+        """Wait until the server at a URL, this federation's own where none is named, answers."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             try:

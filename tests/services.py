@@ -105,6 +105,7 @@ class RabbitMQ(Service):
         self._vhosts = [f"test-{number}" for number in range(vhosts)]
         self._unused = iter(self._vhosts)
         self._epmd: ChildProcess | None = None
+        self._rabbitmqctl = "rabbitmqctl"
         image = os.environ.get("LORABBIT_TEST_RABBITMQ_IMAGE")
         binary = shutil.which("rabbitmq-server") or shutil.which(DEBIAN_RABBITMQ)
         (self.folder / "definitions.json").write_text(definitions(["/", *self._vhosts]))
@@ -132,6 +133,10 @@ class RabbitMQ(Service):
         if self._epmd is not None:
             self._epmd.close()
 
+    def control(self, *arguments: str) -> str:
+        """Run `rabbitmqctl` on it."""
+        return self.host.execute(self._rabbitmqctl, *arguments)
+
     def answers(self) -> bool:
         try:
             pika.BlockingConnection(pika.URLParameters(self.url + self._vhosts[-1])).close()
@@ -142,6 +147,7 @@ class RabbitMQ(Service):
     def _process(self, binary: str, settings: str) -> Host:
         # Debian's rabbitmq-server on PATH insists on root or the rabbitmq user; the script behind it does not.
         binary = str(DEBIAN_RABBITMQ) if DEBIAN_RABBITMQ.exists() else binary
+        self._rabbitmqctl = str(Path(binary).with_name("rabbitmqctl"))
         folder, epmd_port = str(self.folder), str(free_port())
         if self._certificates is not None:
             settings += tls_listener(self._certificates, self._tls_port)

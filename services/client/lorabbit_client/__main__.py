@@ -15,7 +15,7 @@ from types import FrameType
 
 import structlog
 
-from lorabbit import __version__
+from lorabbit import __version__, crash
 from lorabbit.broker.base import Broker
 from lorabbit.broker.rabbit import RabbitBroker
 from lorabbit.errors import BadInput, LoRAbbitError, NotAllowed
@@ -40,6 +40,7 @@ def main(settings: ClientSettings | None = None) -> int:
     try:
         settings = settings or read_settings(ClientSettings)
         configure(settings.log_level, settings.log_format)
+        crash.arm(settings.crash_at)
     except BadInput as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code

@@ -8,13 +8,14 @@ hold many agents on one broker; they share runner and shelf, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable
 from functools import partial
 
 import structlog
 
 import lorabbit
-from lorabbit import codec
+from lorabbit import codec, crash
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery, OnDone, Outgoing
 from lorabbit.errors import LoRAbbitError, Refused
@@ -25,6 +26,7 @@ from lorabbit.types import EVALUATE
 from lorabbit_client import machine
 from lorabbit_client.assignment import Assignment, Desk
 from lorabbit_client.execution import Runner
+from lorabbit_client.holdings import Holdings
 from lorabbit_client.journal import Journal
 from lorabbit_client.shelf import Shelf
 
@@ -62,12 +64,13 @@ class Agent:
         self._shelf = shelf or Shelf(broker, PayloadStore(settings.folder / "payloads", durable=durable))
         self.client = settings.client or self._journal.identity()
         """The identity; None until the server gives one."""
-        self._held: dict[str, str] = self._journal.held()
+        self._holdings = Holdings(self._journal, self._shelf)
         self._assignments: dict[str, Assignment] = {}
         self._finished: dict[tuple[str, int, int], None] = {}
         self._epochs: dict[str, int] = {}
         self._desk = Desk(
-            broker, runner, self._journal, self._shelf, self._address, self._send, self._count_read, self._forget,
+            broker, runner, self._journal, self._shelf, self._address, self._send, self._holdings.take,
+            self._forget,
             self._advance,
         )  # fmt: skip
         self._welcomed = False
@@ -84,7 +87,7 @@ class Agent:
     # ---- being there ----
     def start(self) -> None:
         """Take up what the journal holds, listen, and say hello."""
-        self._shelf.tidy(self._held.values())
+        self._shelf.tidy(self._holdings.hashes)
         for offer in self._journal.results():
             assignment = self._assign(offer)
             assignment.resume(offer)
@@ -218,7 +221,9 @@ class Agent:
             log.info("task-ignored", task=task.task, epoch=task.epoch, newest=newest, client=task.client)
             return
         self._epochs[task.job] = task.epoch
+        crash.reached(crash.Point.TASK_DELIVERED)
         self._journal.accept(task)
+        crash.reached(crash.Point.TASK_JOURNALED)
         self._idle_seconds = 0.0
         self._assign(task).begin(task)
 
@@ -230,6 +235,7 @@ class Agent:
         if isinstance(message, Grant):
             assignment.granted(message)
         elif isinstance(message, Verdict):
+            crash.reached(crash.Point.VERDICT_RECEIVED)
             assignment.settled(accepted=message.accepted, reason=message.reason)
         elif isinstance(message, Deny):
             assignment.settled(accepted=False, reason=message.reason)
@@ -238,8 +244,9 @@ class Agent:
 
     def _send(self, message: Message, on_done: OnDone | None) -> None:
         """Publish to the server under this client's address."""
-        key = topology.up_key(self._address)
-        self._broker.send(Outgoing(topology.UP, key, message.type_name(), codec.encode(message)), on_done)
+        key, body = topology.up_key(self._address), codec.encode(message)
+        outgoing = Outgoing(topology.UP, key, message.type_name(), body, message_id=uuid.uuid4().hex)
+        self._broker.send(outgoing, on_done)
 
     # ---- bookkeeping ----
     def _assign(self, about: ForTask | Task) -> Assignment:
@@ -250,6 +257,7 @@ class Agent:
     def _forget(self, task: str) -> None:
         """Forget an assignment, but remember for a while that it was done, should its order come a second time."""
         assignment = self._assignments.pop(task)
+        self._holdings.forget(task)
         if assignment.order is not None:
             self._finished[_order_id(assignment.order)] = None
             if len(self._finished) > FINISHED_KEPT:
@@ -269,29 +277,6 @@ class Agent:
                 assignment.run()
             if order.phase == EVALUATE and assignment.stage in {"fetching", "ready", "running"}:
                 scoring.add((order.job, order.epoch))
-
-    def _count_read(self, task: Task) -> dict[str, int]:
-        """Count by role what this client lacks of a task's payloads, hold them, and put away what they replace."""
-        counted: dict[str, int] = {}
-        known, seen = set(self._held.values()), set[str]()
-        for role, ref in task.payloads.items():
-            is_held = ref.sha256 in known and (self._shelf.is_shared or self._shelf.has(ref.sha256))
-            if not is_held and ref.sha256 not in seen:
-                counted[role] = ref.size_bytes
-            seen.add(ref.sha256)
-        self._hold({f"{task.job} {task.phase} {role}": ref.sha256 for role, ref in task.payloads.items()}, job=task.job)
-        return counted
-
-    def _hold(self, taken: Mapping[str, str], *, job: str) -> None:
-        """Hold payloads under what they are for; those of earlier jobs go."""
-        before = self._held
-        kept = {key: sha256 for key, sha256 in before.items() if key.startswith(f"{job} ")}
-        self._held = {**kept, **taken}
-        if self._held == before:
-            return
-        self._journal.remember_held(self._held)
-        for sha256 in set(before.values()) - set(self._held.values()):
-            self._shelf.put_away(sha256)
 
 
 def _order_id(task: Task) -> tuple[str, int, int]:

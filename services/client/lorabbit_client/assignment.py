@@ -16,6 +16,7 @@ from functools import partial
 
 import structlog
 
+from lorabbit import crash
 from lorabbit.backoff import Backoff
 from lorabbit.broker.base import Broker, Cancellable, OnDone
 from lorabbit.errors import LoRAbbitError
@@ -140,6 +141,7 @@ class Assignment:
 
         def on_progress(fraction: float, loss: float | None) -> None:
             nonlocal due
+            crash.reached(crash.Point.TRAINING)
             now = time.monotonic()
             if now >= due:
                 due = now + PROGRESS_SECONDS
@@ -253,6 +255,7 @@ class Assignment:
 
     def _commit(self, sha256: str) -> None:
         """Tell the server that everything is sent; while no verdict comes, offer again."""
+        crash.reached(crash.Point.UPLOAD_SENT)
         self.stage = "committed"
         self._desk.send(Commit(**self._ids, sha256=sha256), None)
         self._timer = self._desk.broker.after(ASK_AGAIN_SECONDS, self._ask)

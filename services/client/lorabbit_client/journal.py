@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import structlog
 
-from lorabbit import codec
+from lorabbit import codec, crash
 from lorabbit.errors import Refused
 from lorabbit.messages import Message, Offer, Task
 
@@ -27,6 +27,8 @@ Kind = TypeVar("Kind", bound=Message)
 
 PRIVATE_FOLDER_MODE = 0o700
 _RESULT = ".safetensors"
+_READ = "read"
+"""The key beside the payloads' keys, which have spaces."""
 
 
 class Journal:
@@ -60,7 +62,9 @@ class Journal:
     def finish(self, offer: Offer) -> None:
         """Put a result into the outbox; its tensors are on the disk already."""
         if self._durable:
+            crash.reached(crash.Point.RESULT_WRITTEN)
             _replace(self._outbox / f"{offer.task}.json", codec.encode(offer))
+            crash.reached(crash.Point.RESULT_IN_OUTBOX)
             (self._tasks / f"{offer.task}.json").unlink(missing_ok=True)
 
     def forget(self, task: str) -> None:
@@ -93,10 +97,16 @@ class Journal:
         """Payloads that are kept for the next task: what for, and which sha256."""
         return {key: value for key, value in _read_json(self._held).items() if isinstance(value, str)}
 
-    def remember_held(self, held: Mapping[str, str]) -> None:
-        """Keep the list of payloads over restarts."""
+    def read_by_task(self) -> dict[str, dict[str, int]]:
+        """Bytes that were counted for the payloads of each unfinished task, by role."""
+        kept = _read_json(self._held).get(_READ)
+        open_ = {task.task for task in self.tasks()}
+        return {task: read for task, read in kept.items() if task in open_} if isinstance(kept, dict) else {}
+
+    def remember_held(self, held: Mapping[str, str], read: Mapping[str, Mapping[str, int]]) -> None:
+        """Keep the list of payloads, and what was counted for them, over restarts."""
         if self._durable:
-            _replace(self._held, json.dumps(held, sort_keys=True).encode())
+            _replace(self._held, json.dumps({**held, _READ: read}, sort_keys=True).encode())
 
     def _is_whole(self, offer: Offer) -> bool:
         """Tell whether a result's tensors are still there; where they are not, the task is done again."""

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorabbit import codec
+from lorabbit import codec, crash
 from lorabbit.errors import LoRAbbitError
 from lorabbit.types import Json, Tensors
 
@@ -138,7 +138,9 @@ def write_private(folder: Path, task: str, state: PrivateState) -> None:
         json.dump(kept, file, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
+    crash.reached(crash.Point.PRIVATE_WRITTEN)
     temporary.replace(path)
+    crash.reached(crash.Point.PRIVATE_COMMITTED)
     codec.sync_folder(folder)
     named = {*before.values(), *after.values()}
     for file_path in folder.glob(f"*{SUFFIX}*"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +17,7 @@ from types import FrameType
 
 import structlog
 
-from lorabbit import __version__
+from lorabbit import __version__, crash
 from lorabbit.broker.base import Broker
 from lorabbit.broker.rabbit import RabbitBroker
 from lorabbit.errors import BadInput, LoRAbbitError, StoreUnavailable
@@ -44,6 +43,7 @@ def main(settings: ServerSettings | None = None) -> int:
     try:
         settings = settings or read_settings(ServerSettings)
         configure(settings.log_level, settings.log_format)
+        crash.arm(settings.crash_at)
     except BadInput as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
@@ -69,9 +69,8 @@ def _make(folder: Path) -> None:
 def _serve(settings: ServerSettings) -> int:
     """Put the parts together and run the loop."""
     store = RedisStore.connect(settings.redis_url, trust=settings.trust)
-    name = f"lorabbit-server@{socket.gethostname()}"
-    broker: Broker = RabbitBroker(settings.broker_url, name=name, trust=settings.trust)
-    service = Service(broker, store, settings, owner=f"{socket.gethostname()}:{settings.folder.resolve()}")
+    broker: Broker = RabbitBroker(settings.broker_url, name=f"lorabbit-server@{settings.name}", trust=settings.trust)
+    service = Service(broker, store, settings, owner=f"{settings.name}:{settings.folder.resolve()}")
     measures = Measures()
     service.listen(measures.on_event)
     service.listen(_log_event)

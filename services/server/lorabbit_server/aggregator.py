@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lorabbit import codec, privacy, robust
+from lorabbit import codec, crash, privacy, robust
 from lorabbit.methods import Method
 from lorabbit.payloads import PayloadStore
 from lorabbit.tensors import is_floating
@@ -126,6 +126,9 @@ def next_version(
     versions: Versions, state: ServerState, tasks: Sequence[TaskState], *, carries: Mapping[str, Carry]
 ) -> tuple[Version, float]:
     """Save the state that a round's updates give; returns it and the seconds that it took."""
+    crash.reached(crash.Point.AGGREGATING)
     began = time.monotonic()
     folded = aggregate(versions.method, state, tasks, payloads=versions.payloads, carries=carries)
-    return versions.save(folded), time.monotonic() - began
+    version = versions.save(folded)
+    crash.reached(crash.Point.VERSION_WRITTEN)
+    return version, time.monotonic() - began

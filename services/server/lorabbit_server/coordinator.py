@@ -28,6 +28,7 @@ from lorabbit_server.steps import (
     DenyUpload,
     Event,
     GrantUpload,
+    Heavy,
     JobOpened,
     MethodStarted,
     Record,
@@ -68,7 +69,7 @@ def decide(state: JobState, event: Event) -> Decision:
             return _STEPS[type(event)](state, event)
 
 
-def resume(state: JobState) -> tuple[Command, ...]:
+def resume(state: JobState) -> tuple[Heavy, ...]:
     """Return the commands that a restarted server must give again, because nothing on the wire holds them."""
     if state.stage == "starting":
         return tuple(StartMethod(task) for task in state.tasks.values())

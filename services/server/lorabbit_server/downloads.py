@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
+from lorabbit import crash
+from lorabbit.errors import LoRAbbitError
 from lorabbit.messages import PayloadRef
 from lorabbit_server.tools import Tools
 
@@ -11,9 +14,12 @@ from lorabbit_server.tools import Tools
 class Downloads:
     """Publishes each payload once and withdraws it when no task needs it; for the loop thread."""
 
-    def __init__(self, tools: Tools, needs: Callable[[str], bool]) -> None:
-        """Ask `needs`, from any thread, whether the job as it stands may still read a payload."""
-        self._tools, self._needs = tools, needs
+    def __init__(self, tools: Tools, needs: Callable[[str], bool], on_failed: Callable[[str, Exception], None]) -> None:
+        """Ask `needs`, from any thread, whether the job as it stands may still read a payload.
+
+        `on_failed` hears what could not be published, ever, and why.
+        """
+        self._tools, self._needs, self._on_failed = tools, needs, on_failed
         self._announced: set[str] = set()
         self._published: set[str] = set()
         self._left: set[str] = set()
@@ -35,8 +41,14 @@ class Downloads:
         """Publish payloads that are not in a stream yet."""
         for ref in refs:
             if ref.sha256 not in self._published:
+                crash.reached(crash.Point.VERSION_COMMITTED)
                 self._published.add(ref.sha256)
-                self._tools.publisher.publish(ref)
+                self._tools.publisher.publish(ref, partial(self._answered, ref.sha256))
+
+    def _answered(self, sha256: str, error: LoRAbbitError | None) -> None:
+        """Tell that nobody will ever read a payload, as long as somebody waits for it."""
+        if error is not None and sha256 in self._published:
+            self._on_failed(f"publishing payload {sha256[:12]}", error)
 
     def sweep(self, gone: frozenset[str]) -> None:
         """Withdraw and delete payloads that nothing needs any more, behind the work that may still read them."""

@@ -7,7 +7,6 @@ either the copy or the original.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -50,8 +49,7 @@ class Evidence:
             if whole:
                 self._files.write(self._folder / LOG, lines)
             else:
-                with (self._folder / LOG).open("a", encoding="utf-8") as file:
-                    file.write(lines)
+                self._files.append(self._folder / LOG, lines)
 
         return [work]
 
@@ -59,9 +57,7 @@ class Evidence:
         """Keep a copy of a payload, unless it is there."""
         source, path = self._payloads.path(sha256), PayloadStore(self._folder, durable=False).path(sha256)
         if not path.exists() and source.exists():
-            beside = path.with_name(path.name + ".part")
-            shutil.copyfile(source, beside)
-            beside.replace(path)
+            self._files.copy(source, path)
 
 
 def _matters(event: ev.AnyEvent) -> bool:

@@ -47,12 +47,22 @@ class WholeFiles:
         shutil.copyfile(source, beside)
         self._settle(beside, path)
 
+    def append(self, path: Path, text: str) -> None:
+        """Add lines to a text; a power cut leaves whole files, and here a part of the last line at worst."""
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            if self.durable:
+                os.fsync(file.fileno())
+
     def _settle(self, beside: Path, path: Path) -> None:
-        """Put a file in its place, after its bytes."""
+        """Put a file in its place, after its bytes, so that its name survives a power cut too."""
         if self.durable:
             with beside.open("rb") as file:
                 os.fsync(file.fileno())
         beside.replace(path)
+        if self.durable:
+            codec.sync_folder(path.parent)
 
 
 @dataclass(frozen=True, slots=True)

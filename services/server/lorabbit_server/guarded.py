@@ -1,20 +1,33 @@
 """The loop thread, with a guard around every callback, and the one thread that does heavy work beside it.
 
-A callback that finds the lease lost or the store gone must not end the process: the guard hands the
-error to the service, which steps down and tries again.
+A callback that finds the lease lost, the store gone or the disk full must not end the process: the guard
+hands the error to the service, which steps down and tries again.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from lorabbit.broker.base import Broker, Cancellable
-from lorabbit.errors import Fenced, Retryable
+from lorabbit.errors import Fenced, LoRAbbitError, Retryable
 from lorabbit.state.base import Conflict
 
 Result = TypeVar("Result")
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+
+
+def is_no_room(error: Exception) -> bool:
+    """Tell whether the disk is full: what fails for it succeeds once there is room."""
+    return isinstance(error, OSError) and error.errno in NO_ROOM
+
+
+def is_setback(error: Exception) -> bool:
+    """Tell whether an error is no fault of the work, which may succeed later or on another server."""
+    return isinstance(error, Fenced | Conflict | Retryable) or is_no_room(error)
 
 
 class GuardedLoop:
@@ -34,7 +47,9 @@ class GuardedLoop:
             return
         try:
             callback()
-        except (Fenced, Conflict, Retryable) as error:
+        except (LoRAbbitError, OSError) as error:
+            if not is_setback(error):
+                raise
             self._on_setback(error)
 
     def post(self, callback: Callable[[], None]) -> None:
@@ -57,8 +72,8 @@ class GuardedLoop:
             try:
                 result = job()
             except Exception as error:  # noqa: BLE001 - whatever it was, its owner must hear of it
-                caught = error
-                self.post(lambda: failed(caught))
+                told = self._on_setback if is_no_room(error) else failed
+                self.post(partial(told, error))
             else:
                 self.post(lambda: then(result))
 

@@ -17,7 +17,7 @@ from lorabbit.broker.base import Delivery
 from lorabbit.errors import Refused
 from lorabbit.events import EVENTS, AnyEvent
 from lorabbit.jobspec import JobSpec
-from lorabbit.messages import CancelTask, Deny, Message, Offer, TaskFailed, Verdict
+from lorabbit.messages import CancelTask, Deny, ForTask, Offer, Task, TaskFailed, Verdict
 from lorabbit.methods import build
 from lorabbit.state.base import JobEntry, JobRecord
 from lorabbit.types import INITIALISE, ClientId
@@ -48,16 +48,16 @@ class JobRun:
         self.on_end: Callable[[], None] = lambda: None
         state = JobState(job, spec) if record.header is None else load_state(record.header, spec, record.tasks)
         self._is_new = record.header is None
-        self._tools, self._meter = tools, Meter()
+        self._tools, self._meter = tools, Meter(tools.traffic_of(job))
         self._method = build(spec)
         self._versions = Versions(self._method, tools.payloads, tools.settings.chunk_bytes)
         self._planner = Planner(self._method, self._versions, tools.registry, epoch=tools.epoch)
         self._uploads = Uploads(tools, job, self._meter, self._checked, may_start_empty=self._method.personal)
-        self._downloads = Downloads(tools, self._needs)
+        self._downloads = Downloads(tools, self._needs, self._step_failed)
         self._deadline = Deadline(tools, self.apply)
         folder = tools.settings.folder / "runs" / job
         self._folder = RunFolder(folder, job, spec, tools.payloads, durable=tools.settings.durable)
-        self._ledger = Ledger(tools, state, record)
+        self._ledger = Ledger(tools, state, record, self._meter, self._step_failed)
         self._ledger.on_events = self._told
 
     @property
@@ -84,12 +84,13 @@ class JobRun:
         logged = self._tools.store.events(self.job, progress=False)
         self._write(self._folder.recover(EVENTS.validate_json(each.event) for each in logged))
         self._downloads.inherit(self._folder.recent)
+        self._uploads.inherit()
         for task in self.state.tasks.values():
             if task.status != "accepted":
                 self._downloads.publish(self._planner.message(self.state, task).payloads.values())
         self._ledger.relay_all()
         for command in resume(self.state):
-            self._perform(command)
+            self._heavy(command)()  # at once: behind the next commit, chunks that wait would find nobody
 
     def commit(self) -> None:
         """Make the step under way durable now."""
@@ -148,9 +149,9 @@ class JobRun:
         """Take in a chunk."""
         self._uploads.on_chunk(delivery)
 
-    def meter(self, task: str, overhead: int) -> None:
+    def meter(self, task: str, overhead: int, message: str) -> None:
         """Count a control message from a client."""
-        self._meter.up(task, overhead=overhead)
+        self._meter.up(task, overhead=overhead, message=message)
 
     def tick(self) -> None:
         """Ask again where an upload has stalled."""
@@ -201,12 +202,11 @@ class JobRun:
         self._ledger.before_sending(lambda: self._downloads.publish(refs))
         self._post(task.client, message, f"{task.id}.{message.attempt}.{self._tools.epoch}")
 
-    def _post(self, client: ClientId, message: Message, message_id: str) -> None:
+    def _post(self, client: ClientId, message: ForTask | Task, message_id: str) -> None:
         """Put a message into the outbox; a client without an address gets its tasks when it says hello."""
         entry = self._tools.registry.get(client)
         if entry is not None:
-            size = self._ledger.post(entry.address, message, message_id=message_id)
-            self._meter.down(getattr(message, "task", ""), size)
+            self._ledger.post(entry.address, message, message_id=message_id)
 
     # ---- uploads ----
     def _expect(self, task: TaskState) -> None:
@@ -289,6 +289,7 @@ class JobRun:
         self._tools.loop.work(lambda: None, written, written)
 
     def _hand_over(self) -> None:
+        self._meter.keep(())
         state = self.state
         status = "done" if state.outcome == "running" else state.outcome
         reason, exit_code = state.reason, state.exit_code

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from lorabbit import codec
+from lorabbit import codec, crash
 from lorabbit.broker.base import Delivery
 from lorabbit.events import AnyEvent
-from lorabbit.messages import Message, Task
+from lorabbit.messages import ForTask, Task
 from lorabbit.state.base import Change, JobRecord
 from lorabbit_server.jobstate import JobState, dump_header, dump_task
+from lorabbit_server.meter import Meter
 from lorabbit_server.relay import Entry, Relay
 from lorabbit_server.tools import Tools
 
@@ -33,8 +34,15 @@ _Item = TypeVar("_Item")
 class Ledger:
     """The pending step of one job; for the loop thread."""
 
-    def __init__(self, tools: Tools, state: JobState, record: JobRecord) -> None:
-        """Continue from what the store holds."""
+    def __init__(
+        self,
+        tools: Tools,
+        state: JobState,
+        record: JobRecord,
+        meter: Meter,
+        on_failed: Callable[[str, Exception], None],
+    ) -> None:
+        """Continue from what the store holds; `on_failed` hears of messages that the broker will never take."""
         self.state = state
         self.on_events: Callable[[list[AnyEvent]], None] = lambda _: None
         self._store, self._broker, self._loop, self._epoch = tools.store, tools.broker, tools.loop, tools.epoch
@@ -48,7 +56,7 @@ class Ledger:
         self._held: list[Delivery] = []
         self._before_sending: list[Callable[[], None]] = []
         self._afterwards: list[Callable[[], None]] = []
-        self._relay = Relay(tools, self._confirmed)
+        self._relay = Relay(tools, meter, self._confirmed, on_failed)
         self._on_relayed: Callable[[], None] | None = None
         self._scheduled = False
         self._closed = False
@@ -64,15 +72,16 @@ class Ledger:
         self._effects[task] = sha256
         self._schedule()
 
-    def post(self, address: str, message: Message, *, message_id: str) -> int:
-        """Put a message to a client into the outbox; returns the bytes of its body."""
+    def post(self, address: str, message: ForTask | Task, *, message_id: str) -> None:
+        """Put a message to a client into the outbox."""
         body = codec.encode(message).decode()
         entry = {"address": address, "type": message.type_name(), "body": body, "message_id": message_id}
+        entry["task"] = message.task
         if isinstance(message, Task):
+            crash.reached(crash.Point.TASK_DECIDED)
             entry["payloads"] = " ".join(ref.sha256 for ref in message.payloads.values())
         self._outbox.append(entry)
         self._schedule()
-        return len(body)
 
     def hold(self, delivery: Delivery) -> None:
         """Acknowledge this delivery once its effect is durable."""
@@ -108,6 +117,10 @@ class Ledger:
         committed = None
         if change is not None:
             committed = self._store.commit(self.state.job, change)
+            if change.effects:
+                crash.reached(crash.Point.RESULT_COUNTED)
+            if change.outbox:
+                crash.reached(crash.Point.STEP_COMMITTED)
             self._version, self._committed = committed.version, self.state
             self._header = change.header or self._header
             self._effects = {}
@@ -172,6 +185,7 @@ class Ledger:
         callback, self._on_relayed = self._on_relayed, None
         if callback is not None and not self._closed:
             self.commit()
+            crash.reached(crash.Point.RUN_WRITTEN)
             callback()
 
     def close(self) -> None:

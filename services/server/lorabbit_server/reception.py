@@ -13,7 +13,7 @@ from functools import partial
 
 import structlog
 
-from lorabbit import codec
+from lorabbit import codec, crash
 from lorabbit.broker import topology
 from lorabbit.broker.base import Delivery, Outgoing
 from lorabbit.errors import Refused
@@ -179,9 +179,10 @@ class Reception:
         if run is None or run.job != message.job or client is None:
             self._on_other_job(message, delivery, address)
             return
-        run.meter(message.task, len(delivery.body) + header_bytes(delivery))
+        run.meter(message.task, len(delivery.body) + header_bytes(delivery), delivery.message_id)
         match message:
             case Offer():
+                crash.reached(crash.Point.OFFER_RECEIVED)
                 run.on_offer(message, delivery, client)
             case TaskFailed():
                 run.on_task_failed(message, delivery, client)

@@ -13,14 +13,16 @@ from typing import TypeAlias
 
 import structlog
 
+from lorabbit import crash
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing
-from lorabbit.errors import BrokerBusy, LoRAbbitError
+from lorabbit.errors import BrokerBusy, BrokerRefused, LoRAbbitError
+from lorabbit_server.meter import Meter
 from lorabbit_server.tools import Tools
 
 RELAY_AGAIN_SECONDS = 1.0
 Entry: TypeAlias = dict[str, str]
-"""One message: ``address``, ``type``, ``body``, ``message_id``, and ``payloads``, hashes with spaces between."""
+"""One message: ``address``, ``type``, ``task``, ``body``, ``message_id``; ``payloads``, hashes with spaces between."""
 
 log = structlog.get_logger()
 
@@ -28,11 +30,20 @@ log = structlog.get_logger()
 class Relay:
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, tools: Tools, on_relayed: Callable[[str], None]) -> None:
-        """Call `on_relayed` with the id of a step once the broker has the last of its messages."""
+    def __init__(
+        self,
+        tools: Tools,
+        meter: Meter,
+        on_relayed: Callable[[str], None],
+        on_failed: Callable[[str, Exception], None],
+    ) -> None:
+        """Count what is sent; call `on_relayed` with the id of a step once the broker has all its messages.
+
+        `on_failed` hears what the broker will never take, and why.
+        """
         self._broker, self._loop, self._epoch = tools.broker, tools.loop, tools.epoch
-        self._publisher = tools.publisher
-        self._on_relayed = on_relayed
+        self._publisher, self._meter = tools.publisher, meter
+        self._on_relayed, self._on_failed = on_relayed, on_failed
         self._queues: dict[str, deque[tuple[str, Entry]]] = {}
         """Messages that wait, by address."""
         self._unconfirmed: dict[str, int] = {}
@@ -84,7 +95,10 @@ class Relay:
             if error is not None:
                 log.warning("message-undeliverable", address=message["address"], type=message["type"], why=str(error))
             self._confirmed(step)
+            if isinstance(error, BrokerRefused):
+                self._on_failed(f"sending {message['type']} to {message['address']}", error)
 
+        self._meter.down(message["task"], len(message["body"].encode()))
         self._broker.send(
             Outgoing(
                 topology.CONTROL,
@@ -96,9 +110,11 @@ class Relay:
             ),
             done,
         )
+        crash.reached(crash.Point.MESSAGE_SENT)
 
     def _confirmed(self, step: str) -> None:
         self._unconfirmed[step] -= 1
         if not self._unconfirmed[step]:
+            crash.reached(crash.Point.MESSAGES_CONFIRMED)
             del self._unconfirmed[step]
             self._on_relayed(step)

@@ -119,8 +119,7 @@ class RunFolder:
             if whole:
                 self._files.write(path, "".join(lines))
             elif lines:
-                with path.open("a", encoding="utf-8") as file:
-                    file.writelines(lines)
+                self._files.append(path, "".join(lines))
 
         return work
 

@@ -16,18 +16,17 @@ import structlog
 
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery
-from lorabbit.errors import Fenced, Retryable
 from lorabbit.events import AnyEvent
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods import build
 from lorabbit.payloads import PayloadStore
 from lorabbit.settings import ServerSettings
-from lorabbit.state.base import Conflict, JobEntry, StateStore
+from lorabbit.state.base import JobEntry, StateStore
 from lorabbit.transfer import AdapterPublisher
 from lorabbit_server import steps
 from lorabbit_server.access import Access
 from lorabbit_server.door import Door
-from lorabbit_server.guarded import GuardedLoop
+from lorabbit_server.guarded import GuardedLoop, is_setback
 from lorabbit_server.jobrun import JobRun
 from lorabbit_server.jobstate import JobState
 from lorabbit_server.reception import Reception
@@ -206,9 +205,10 @@ class Service:
         def take(delivery: Delivery) -> None:
             try:
                 on_delivery(delivery)
-            except (Fenced, Conflict, Retryable):
-                raise
-            except Exception as error:  # a message that breaks this server must not come back to break it again
+            except Exception as error:
+                if is_setback(error):
+                    raise
+                # a message that breaks this server must not come back to break it again
                 log.exception("message-broke-server", type=delivery.type, routing_key=delivery.routing_key)
                 self.broker.reject(delivery)
                 self._step_down(error)

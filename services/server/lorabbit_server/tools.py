@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from pydantic import JsonValue
@@ -56,6 +57,10 @@ class Tools:
     """Of what this server runs on, for the report."""
     refused: Counter[str] = field(default_factory=Counter)
     """Messages and chunks that were no such thing, by reason."""
+
+    def traffic_of(self, job: str) -> Path | None:
+        """Where the bytes of a job's tasks are counted; nowhere when this server dies with its store."""
+        return self.settings.folder / "traffic" / f"{job}.jsonl" if self.settings.durable else None
 
     def with_versions(self, facts: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
         """A client's facts, with the server's versions beside its own."""

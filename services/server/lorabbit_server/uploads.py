@@ -4,7 +4,8 @@ A payload is known by its content, so two tasks that bring the same bytes share 
 bytes that are here already move no second time. Chunks are acknowledged once written; the whole is
 checked beside the loop before anybody believes it. An upload on which nothing arrives for a while
 is granted again: the broker, or an earlier disk of this server, may have lost a chunk, and a grant
-itself needs no outbox for the same reason.
+itself needs no outbox for the same reason. A server that takes over first takes what the broker
+holds for its predecessor, and then asks for the rest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from lorabbit import codec
+from lorabbit import codec, crash
 from lorabbit.broker import topology
 from lorabbit.broker.base import Delivery, Outgoing
 from lorabbit.errors import CorruptPayload, LoRAbbitError, Refused
@@ -27,6 +28,8 @@ from lorabbit_server.tools import Tools
 log = structlog.get_logger()
 STALLED_MS = 5_000
 """An upload on which nothing moved for so long is granted again."""
+INHERITED_MS = 1_000
+"""So long must nothing have moved on an upload that an earlier server granted."""
 OnChecked = Callable[[TaskState, Exception | None], None]
 
 
@@ -38,6 +41,7 @@ class Upload:
     missing: set[int]
     moved_ms: int
     waiting: dict[str, tuple[TaskState, admission.Template | None]] = field(default_factory=dict)
+    patience_ms: int = STALLED_MS
 
 
 class Uploads:
@@ -53,6 +57,11 @@ class Uploads:
         self._may_start_empty = may_start_empty
         self._tools, self._job, self._meter, self._on_checked = tools, job, meter, on_checked
         self._open: dict[str, Upload] = {}
+        self._inherited_until_ms = 0
+
+    def inherit(self) -> None:
+        """Expect that chunks are on their way which an earlier server asked for."""
+        self._inherited_until_ms = self._tools.now_ms() + INHERITED_MS
 
     def expect(self, task: TaskState, template: admission.Template | None) -> None:
         """Await the payload that a task's client offered, and grant what is missing of it."""
@@ -65,7 +74,9 @@ class Uploads:
             upload = self._open[ref.sha256] = Upload(ref, missing, self._tools.now_ms())
         upload.waiting[task.id] = (task, template)
         upload.moved_ms = self._tools.now_ms()
-        if upload.missing:
+        if upload.missing and upload.moved_ms < self._inherited_until_ms:
+            upload.patience_ms = INHERITED_MS
+        elif upload.missing:
             self._grant(task, upload)
         else:
             self._check(upload)
@@ -80,8 +91,8 @@ class Uploads:
         """Grant again what has stalled, to the clients that are not absent."""
         now = self._tools.now_ms()
         for upload in self._open.values():
-            if upload.missing and now - upload.moved_ms >= STALLED_MS:
-                upload.moved_ms = now
+            if upload.missing and now - upload.moved_ms >= upload.patience_ms:
+                upload.moved_ms, upload.patience_ms = now, STALLED_MS
                 for task, _ in upload.waiting.values():
                     if task.client not in absent:
                         self._grant(task, upload)
@@ -90,7 +101,8 @@ class Uploads:
         """Write a chunk; one that is here already, or that nobody asked for, is dropped."""
         headers = delivery.headers
         task = str(headers.get("task", ""))
-        self._meter.up(task, payload=len(delivery.body), overhead=header_bytes(delivery))
+        size, overhead = len(delivery.body), header_bytes(delivery)
+        self._meter.up(task, payload=size, overhead=overhead, message=delivery.message_id)
         upload = self._open.get(str(headers.get("sha256", "")))
         sender = self._tools.registry.at(topology.address_of(delivery.routing_key))
         if upload is not None and any(each.client == sender for each, _ in upload.waiting.values()):
@@ -104,6 +116,7 @@ class Uploads:
                 self._tools.broker.reject(delivery)
                 return
             upload.moved_ms = self._tools.now_ms()
+            crash.reached(crash.Point.CHUNK_WRITTEN)
             last = upload.missing == {index}
             upload.missing.discard(index)
             if last:
@@ -139,6 +152,7 @@ class Uploads:
         def done(error: Exception | None) -> None:
             if not upload.waiting:
                 self._open.pop(sha256, None)
+            crash.reached(crash.Point.UPLOAD_CHECKED)
             self._on_checked(task, error)
 
         self._tools.loop.work(work, done, done)

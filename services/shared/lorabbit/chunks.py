@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from uuid import uuid4
 
 from lorabbit.backoff import Backoff
 from lorabbit.broker.base import Broker, Cancellable, OnDone, Outgoing
@@ -27,6 +28,7 @@ class Chunks:
         """Payload bytes made into messages so far, repetitions included."""
         self._path = path
         self._exchange, self._routing_key = place
+        self._sending = uuid4().hex
         self._headers: dict[str, str | int] = {**about, "sha256": ref.sha256, "size": ref.size_bytes}
 
     def message(self, index: int) -> Outgoing:
@@ -44,7 +46,7 @@ class Chunks:
             CHUNK,
             body,
             {**self._headers, "index": index},
-            message_id=f"{self.ref.sha256[:32]}-{index}",
+            message_id=f"{self._sending}-{index}",
         )
 
 

@@ -64,6 +64,10 @@ class BrokerBusy(Retryable):
     """The broker refused a message because a queue is full or an alarm is raised."""
 
 
+class BrokerRefused(LoRAbbitError):
+    """The broker will never take a message as it is: a missing permission, a size beyond its limit."""
+
+
 class StoreUnavailable(Retryable):
     """The state store cannot be reached."""
 

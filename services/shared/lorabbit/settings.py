@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from lorabbit import crash
 from lorabbit.errors import BadInput
 from lorabbit.telemetry import FORMATS, LEVELS
 from lorabbit.tls import Trust
@@ -77,6 +78,13 @@ def _one_of(*names: str) -> Callable[[str], str]:
     return check
 
 
+def _crash_point(text: str | None) -> str | None:
+    """Check that a text names a crash point."""
+    if text is not None:
+        crash.parse(text)
+    return text
+
+
 def _split(value: object) -> object:
     """Take a list of names apart: ``gpu,fast``, or JSON."""
     if not isinstance(value, str):
@@ -105,6 +113,10 @@ class Settings(BaseSettings):
         default="auto", description="json, text, or auto: text on a terminal"
     )
 
+    crash_at: Annotated[str | None, AfterValidator(_crash_point)] = Field(
+        default=None, description="for tests: die at this crash point, `<name>` or `<name>:<n>`"
+    )
+
     @property
     def trust(self) -> Trust:
         """Whom to believe on the other end of a TLS connection."""
@@ -121,6 +133,10 @@ class ServerSettings(Settings):
         default="redis://127.0.0.1:6379/0", description="URL of Redis", repr=False
     )
     folder: Path = Field(default=Path("server"), description="the server's volume: payloads and run folders")
+    name: str = Field(
+        default_factory=socket.gethostname,
+        description="name of this server in the lease, another one for each server on one volume",
+    )
     http_host: str = Field(default="127.0.0.1", description="address of the HTTP interface")
     http_port: int = Field(default=8080, ge=0, lt=65536, description="port of the HTTP interface")
     http_cert: Path | None = Field(

@@ -9,13 +9,15 @@ queue makes the sender wait, with full jitter. Whoever receives checks the whole
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
+from lorabbit import crash
 from lorabbit.backoff import Backoff
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery, OnDone
 from lorabbit.chunks import WINDOW, Chunks, Outbound
-from lorabbit.errors import BrokerUnavailable, CorruptPayload, LoRAbbitError
+from lorabbit.errors import BrokerRefused, BrokerUnavailable, CorruptPayload, LoRAbbitError
 from lorabbit.messages import PayloadRef
 from lorabbit.payloads import PayloadStore
 
@@ -42,7 +44,8 @@ class ChunkSender(Cancellable):
     ) -> None:
         """Start sending at once."""
         self._chunks = Chunks(ref, path, (topology.UP, topology.data_key(address)), about or {})
-        self._outbound = Outbound(broker, self._chunks, missing, on_done)
+        on_chunk = partial(crash.reached, crash.Point.UPLOAD_CHUNK_CONFIRMED)
+        self._outbound = Outbound(broker, self._chunks, missing, on_done, on_chunk=on_chunk)
 
     @property
     def sent_bytes(self) -> int:
@@ -148,6 +151,7 @@ class AdapterReader(Cancellable):
         try:
             index = int(delivery.headers["index"])
             self._store.write_chunk(self._ref, index, delivery.body)
+            crash.reached(crash.Point.PAYLOAD_CHUNK_READ)
         except (KeyError, ValueError):
             self._end(CorruptPayload(f"a chunk of payload {self._ref.sha256[:12]} has no index"))
             return
@@ -222,13 +226,18 @@ class _Stream(Cancellable):
     def _open(self) -> None:
         """Begin an empty stream: what an earlier server left there may be only a part."""
         stream = topology.adapter_stream(self._chunks.ref.sha256)
-        self._broker.delete_queue(stream.name)
-        self._broker.declare_queue(stream)
+        try:
+            self._broker.delete_queue(stream.name)
+            self._broker.declare_queue(stream)
+        except BrokerRefused as error:
+            self._broker.post(partial(self._done, error))
+            return
         indices = range(self._chunks.ref.chunks)
         self._outbound = Outbound(self._broker, self._chunks, indices, self._done, on_chunk=self._begun)
 
     def _begun(self) -> None:
         """Let readers come."""
+        crash.reached(crash.Point.STREAM_CHUNK_CONFIRMED)
         readers, self._readers = self._readers or [], None
         for callback in readers:
             callback()

@@ -8,8 +8,8 @@ Promises of every driver (the contract suite holds each of them to it):
 
 * `send` is at-least-once and in order per driver: the message stays with the driver, through any
   number of reconnects, until the broker has confirmed it; then `on_done(None)` is called.
-  `on_done(error)` is called when the broker answered no: `BrokerBusy` (a full queue: try later)
-  or `LoRAbbitError` (nobody listens there: no queue is bound).
+  `on_done(error)` is called when the broker answered no: `BrokerBusy` (a full queue: try later),
+  `BrokerRefused` (not allowed, too large) or `LoRAbbitError` (nobody listens there: no queue is bound).
 * A delivery comes back (`redelivered`) until it is `ack`ed. An `ack` of a delivery from before a
   reconnect does nothing, because the broker will deliver it again.
 * Subscriptions survive reconnects.
@@ -53,6 +53,8 @@ class Delivery:
     """The broker-checked `user_id`; None when the sender did not set it."""
     redelivered: bool
     token: object
+    message_id: str = ""
+    """As the sender gave it; another one where it was sent again because the first may be lost."""
 
 
 OnDelivery: TypeAlias = Callable[[Delivery], None]

@@ -201,6 +201,7 @@ class MemoryBroker(Broker):
             sender=self._user,
             redelivered=stored.redelivered,
             token=token,
+            message_id=message.message_id,
         )
         self._loop.post(partial(_hand_over, delivery))
 

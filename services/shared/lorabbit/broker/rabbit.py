@@ -22,7 +22,7 @@ from lorabbit.broker.loop import Loop
 from lorabbit.broker.rabbit_consumer import Consumer, Token
 from lorabbit.broker.rabbit_link import Link
 from lorabbit.broker.rabbit_publisher import Publisher
-from lorabbit.errors import BrokerUnavailable, LoRAbbitError
+from lorabbit.errors import BrokerRefused, BrokerUnavailable, LoRAbbitError
 from lorabbit.tls import Trust
 
 PATIENCE_SECONDS = 10.0
@@ -201,7 +201,7 @@ def _perform(link: Link, steps: Iterable[Step], answer: Future[None]) -> None:
 
     def closed(_channel: Channel, reason: Exception) -> None:
         if isinstance(reason, ChannelClosedByBroker) and _STARTING not in reason.reply_text:
-            resolve(LoRAbbitError(f"RabbitMQ refuses: {reason.reply_text}"))
+            resolve(BrokerRefused(f"RabbitMQ refuses: {reason.reply_text}"))
         else:
             resolve(BrokerUnavailable(f"RabbitMQ cannot answer yet: {reason}"))
 

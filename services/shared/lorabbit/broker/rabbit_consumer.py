@@ -153,6 +153,7 @@ class Consumer(Cancellable):
             sender=properties.user_id,
             redelivered=bool(method.redelivered),
             token=Token(self, generation, method.delivery_tag),
+            message_id=properties.message_id or "",
         )
         self._post(partial(self._hand_over, generation, delivery))
 

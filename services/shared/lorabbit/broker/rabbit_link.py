@@ -38,11 +38,12 @@ logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
 def parameters_of(url: str, name: str, trust: Trust) -> pika.URLParameters:
-    """What to connect with; settings in the URL's query give way to ours, except for its `ssl_options`."""
+    """What to connect with; settings in the URL's query give way to ours, except for `ssl_options` and `heartbeat`."""
     parameters = pika.URLParameters(url)
     if parameters.ssl_options is not None and "ssl_options=" not in url:
         parameters.ssl_options = pika.SSLOptions(trust.context(), parameters.host)
-    parameters.heartbeat = HEARTBEAT_SECONDS
+    if parameters.heartbeat is None:
+        parameters.heartbeat = HEARTBEAT_SECONDS
     parameters.blocked_connection_timeout = BLOCKED_SECONDS
     parameters.socket_timeout = CONNECT_SECONDS
     parameters.stack_timeout = CONNECT_SECONDS

@@ -20,7 +20,7 @@ from pika.exceptions import ChannelClosedByBroker
 
 from lorabbit.broker.base import OnDone, Outgoing
 from lorabbit.broker.rabbit_link import Link
-from lorabbit.errors import BrokerBusy, LoRAbbitError
+from lorabbit.errors import BrokerBusy, BrokerRefused, LoRAbbitError
 
 WINDOW_MESSAGES = 64
 WINDOW_BYTES = 8 * 2**20
@@ -35,6 +35,7 @@ class _Item:
     message: Outgoing
     on_done: OnDone | None
     returned: str | None = None
+    tries: int = 0
 
 
 class Publisher:
@@ -95,7 +96,7 @@ class Publisher:
         if len(suspects) == 1:
             self._waiting.popleft()
             self._suspects = max(0, self._suspects - 1)
-            self._answer(suspects[0], LoRAbbitError(f"RabbitMQ refuses the message: {reason.reply_text}"))
+            self._answer(suspects[0], BrokerRefused(f"RabbitMQ refuses the message: {reason.reply_text}"))
         else:
             self._suspects = max(self._suspects, len(suspects))
         self.up()
@@ -117,9 +118,10 @@ class Publisher:
     def _publish(self, channel: Channel, item: _Item) -> None:
         message, tag = item.message, self._next_tag
         item.returned = None
+        item.tries += 1
         properties = pika.BasicProperties(
             type=message.type,
-            message_id=message.message_id or None,
+            message_id=_id_of(item),
             # Confirmations name the tag but returned messages do not; this is how they are told apart.
             correlation_id=str(tag),
             headers=dict(message.headers),
@@ -158,6 +160,12 @@ class Publisher:
             self._post(partial(item.on_done, error))
         elif error is not None:
             log.warning("message-refused", type=item.message.type, to=item.message.routing_key, why=str(error))
+
+
+def _id_of(item: _Item) -> str | None:
+    """The message's id; another one each time it is sent again, because the receiver may get both."""
+    id_ = item.message.message_id
+    return f"{id_}+{item.tries - 1}" if id_ and item.tries > 1 else id_ or None
 
 
 def _verdict(item: _Item, *, refused: bool) -> LoRAbbitError | None:

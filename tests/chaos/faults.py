@@ -1,0 +1,264 @@
+"""What happens to a scene, one function per fault; each starts everything, hands the job in and disturbs it.
+
+Most of them strike half-way through the upload of one client, the victim, whose link is slow until then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pika
+
+from chaos.scene import Act, Scene
+from lorabbit.broker import topology
+
+HALF_BYTES = 30_000
+SLOW_BYTES_PER_SECOND = 40_000.0
+BARE_BYTES_PER_SECOND = 100_000.0
+DISK = "16m"
+
+
+class NotHere(Exception):
+    """This machine cannot do what the row needs; the text says what."""
+
+
+# ---- crash points ----
+def server_dies_at(point: str) -> Act:
+    """Let the server come to a crash point, and start it again."""
+
+    def act(scene: Scene) -> None:
+        scene.start(server={"LORABBIT_CRASH_AT": point})
+        scene.submit()
+        scene.await_death(scene.server)
+        scene.server.start()
+
+    return act
+
+
+def client_dies_at(point: str) -> Act:
+    """Let a client come to a crash point, and start it again."""
+
+    def act(scene: Scene) -> None:
+        scene.start(victim={"LORABBIT_CRASH_AT": point})
+        scene.submit()
+        scene.await_death(scene.victim)
+        scene.victim.start()
+
+    return act
+
+
+# ---- half-way through an upload ----
+@contextlib.contextmanager
+def midway(scene: Scene) -> Iterator[None]:
+    """Come half-way through the victim's upload, let the body disturb it, and give the victim its full speed."""
+    link = scene.proxy()
+    link.bytes_per_second = SLOW_BYTES_PER_SECOND
+    scene.start(victim={"LORABBIT_BROKER_URL": link.url})
+    come_midway(scene)
+    scene.disturb()
+    yield
+    link.bytes_per_second = None
+
+
+def come_midway(scene: Scene) -> None:
+    """Hand the job in, and wait for the middle of an upload."""
+    scene.submit()
+    arrived = scene.witness.settle(lambda: scene.witness.bytes_from("client-2") > HALF_BYTES, 60.0)
+    assert arrived, f"no upload began\n{scene.federation.tails()}"
+
+
+def broker_dies(scene: Scene) -> None:
+    """Kill RabbitMQ and start it again."""
+    with midway(scene):
+        scene.ground.broker.kill()
+        scene.ground.broker.start()
+
+
+def store_dies(scene: Scene) -> None:
+    """Kill Redis and start it again."""
+    with midway(scene):
+        scene.ground.store.kill()
+        scene.ground.store.start()
+
+
+def both_die(scene: Scene) -> None:
+    """Kill RabbitMQ and Redis, and start them again."""
+    with midway(scene):
+        scene.ground.broker.kill()
+        scene.ground.store.kill()
+        scene.ground.store.start()
+        scene.ground.broker.start()
+
+
+def spool_is_lost(scene: Scene) -> None:
+    """Kill the server and lose what it has of uploads under way."""
+    with midway(scene):
+        scene.server.kill()
+        spool = scene.folder / "server" / "payloads"
+        lost = [path for pattern in ("*.part", "*.have") for path in spool.glob(pattern)]
+        assert lost, "there was no upload under way"
+        for path in lost:
+            path.unlink()
+        scene.server.start()
+
+
+def link_is_cut(scene: Scene) -> None:
+    """Reset the victim's connections."""
+    with midway(scene):
+        scene.proxies[0].cut()
+
+
+def link_is_half_open(scene: Scene) -> None:
+    """Let the victim's connections fall silent for good; only heartbeats can tell."""
+    with midway(scene):
+        scene.proxies[0].half_open()
+
+
+def link_stalls(scene: Scene) -> None:
+    """Let nothing pass for a while."""
+    with midway(scene):
+        scene.proxies[0].stall()
+        scene.witness.settle(lambda: False, 3.0)
+        scene.proxies[0].flow()
+
+
+def server_drains(scene: Scene) -> None:
+    """Ask the server to end, and start it again."""
+    with midway(scene):
+        code = scene.server.stop()
+        assert code == 0, scene.server.tail()
+        scene.server.start()
+
+
+def client_drains(scene: Scene) -> None:
+    """Ask the victim to end, and start it again."""
+    with midway(scene):
+        scene.proxies[0].bytes_per_second = None
+        code = scene.victim.stop()
+        assert code == 0, scene.victim.tail()
+        scene.victim.start()
+
+
+def memory_alarm(scene: Scene) -> None:
+    """Let the broker believe that it is out of memory for a while: it takes nothing from anybody who publishes."""
+    with midway(scene):
+        scene.ground.broker.control("set_vm_memory_high_watermark", "0.00001")
+        scene.proxies[0].bytes_per_second = None
+        scene.await_log(scene.victim, "broker-blocked")
+        scene.ground.broker.control("set_vm_memory_high_watermark", "0.6")
+
+
+# ---- the network, all the time ----
+def link_is_slow(scene: Scene) -> None:
+    """Give one client a slow and distant link."""
+    link = scene.proxy()
+    link.latency_seconds, link.bytes_per_second = 0.04, BARE_BYTES_PER_SECOND
+    scene.start(victim={"LORABBIT_BROKER_URL": link.url})
+    scene.submit()
+
+
+def server_link_is_half_open(scene: Scene) -> None:
+    """Let the server's connections fall silent for good."""
+    link, server = scene.proxy(), scene.proxy()
+    link.bytes_per_second = SLOW_BYTES_PER_SECOND
+    scene.start(server={"LORABBIT_BROKER_URL": server.url}, victim={"LORABBIT_BROKER_URL": link.url})
+    come_midway(scene)
+    scene.disturb()
+    server.half_open()
+    link.bytes_per_second = None
+
+
+# ---- what gets lost ----
+def inbox_is_lost(scene: Scene) -> None:
+    """Lose a task that waits in the inbox of a dead client."""
+    scene.start()
+    scene.await_clients()
+    scene.victim.kill()
+    scene.submit()
+    scene.await_event("update-accepted", 1, client="client-1")
+    with pika.BlockingConnection(pika.URLParameters(scene.broker_url)) as connection:
+        lost = connection.channel().queue_purge(topology.inbox("site-1").name)
+    assert lost.method.message_count > 0, "no task waited"
+    scene.disturb("client-2")
+    scene.victim.start()
+
+
+def disk_is_full(scene: Scene) -> None:
+    """Fill the server's disk while updates arrive, and make room again."""
+    volume = scene.folder / "server"
+    mount = f'mount -t tmpfs -o size={DISK} tmpfs "{volume}" && exec "$@"'
+    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:  # noqa: S603
+        raise NotHere("nobody may mount a small disk here")
+    scene.replace_server(alone)
+    link = scene.proxy()
+    link.bytes_per_second = SLOW_BYTES_PER_SECOND
+    scene.start(victim={"LORABBIT_BROKER_URL": link.url})
+    come_midway(scene)
+    filler = Path(f"/proc/{scene.server.child.pid}/root{volume}/filler")
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    link.bytes_per_second = None
+    scene.await_log(scene.server, "No space left on device")
+    scene.disturb()
+    filler.unlink()
+
+
+def client_is_out_of_memory(scene: Scene) -> None:
+    """Let the victim have no further memory, until it has said so; its link is slow, so that this is in time."""
+    link = scene.proxy()
+    link.latency_seconds = 0.5
+    scene.start(victim={"LORABBIT_BROKER_URL": link.url})
+    scene.await_clients()
+    limit_memory(scene.victim.child.pid, str(scene.victim.memory.vms))
+    scene.submit()
+    scene.await_log(scene.victim, "task-failed")
+    scene.disturb("client-2")
+    limit_memory(scene.victim.child.pid, "unlimited")
+
+
+def limit_memory(pid: int, most: str) -> None:
+    """Set how much memory a process may map."""
+    subprocess.run(["prlimit", f"--pid={pid}", f"--as={most}:"], check=True)  # noqa: S603, S607
+
+
+# ---- two servers ----
+def leader_dies(scene: Scene) -> None:
+    """Kill the server while another one stands by."""
+    standby = scene.add_standby()
+    with midway(scene):
+        scene.server.kill()
+        scene.await_log(standby, '"leading"')
+        scene.ask_standby()
+
+
+def leader_freezes(scene: Scene) -> None:
+    """Put the server to sleep until another one leads, then wake it: it must change nothing more."""
+    standby = scene.add_standby()
+    with midway(scene):
+        scene.server.signal(signal.SIGSTOP)
+        scene.await_log(standby, '"leading"')
+        scene.ask_standby()
+        scene.server.signal(signal.SIGCONT)
+        scene.await_log(scene.server, "stepping-down")
+        scene.await_log(scene.server, "standing-by")
+
+
+# ---- a client moves ----
+def client_moves(scene: Scene) -> None:
+    """Kill a client and let it go on from its folder, in another place and under another address."""
+    scene.start()
+    scene.submit()
+    scene.await_event("update-accepted", 1, client="client-2")
+    scene.victim.kill()
+    scene.disturb("client-2")
+    elsewhere = scene.federation.add_client("elsewhere")
+    shutil.rmtree(elsewhere.folder)
+    (scene.folder / "site-1").rename(elsewhere.folder)
+    elsewhere.start()

@@ -1,0 +1,68 @@
+"""Plays rows: each against the undisturbed run of its job, which is played once."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from chaos.rows import JOBS, Row
+from chaos.scene import Ground, Played, Scene
+
+UNDISTURBED = "undisturbed"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a row came to."""
+
+    row: Row
+    recovery_seconds: float | None
+    same_adapter: bool
+    sent_twice: int
+    """Bytes of updates that went up more than an undisturbed run sends."""
+    differences: list[str] = field(default_factory=list)
+    """What is not as it must be; empty for a row that passed."""
+
+
+class Theatre:
+    """Plays one row after the other on one ground; `close` it at the end."""
+
+    def __init__(self, rows: int) -> None:
+        """Start the services for so many rows."""
+        self._ground = Ground(rows + len(JOBS))
+        self._references: dict[str, Played] = {}
+
+    def play(self, row: Row) -> Verdict:
+        """Play a row; raises AssertionError where the run does not come to its end, NotHere where it cannot begin."""
+        if row.job not in self._references:
+            self._references[row.job] = self._play(row.job, Row(UNDISTURBED, "", _undisturbed))
+        expected, played = self._references[row.job], self._play(row.job, row)
+        differences = played.outcome.differences(expected.outcome)
+        if played.accounted != played.sent:
+            differences.append(f"{played.accounted} bytes are accounted for, {played.sent} were sent")
+        return Verdict(
+            row,
+            played.recovery_seconds,
+            played.outcome.adapter == expected.outcome.adapter,
+            played.sent - expected.sent,
+            differences,
+        )
+
+    def close(self) -> None:
+        """Stop the services."""
+        self._ground.close()
+
+    def _play(self, job: str, row: Row) -> Played:
+        with tempfile.TemporaryDirectory(prefix="lorabbit-chaos-") as folder:
+            scene = Scene(Path(folder), self._ground, JOBS[job])
+            try:
+                row.act(scene)
+                return scene.play_on()
+            finally:
+                scene.close()
+
+
+def _undisturbed(scene: Scene) -> None:
+    scene.start()
+    scene.submit()

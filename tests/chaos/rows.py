@@ -1,0 +1,110 @@
+"""The rows of the failure matrix: a name, where it strikes, and what happens to the scene."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from chaos import faults
+from chaos.scene import Act, Scene
+from lorabbit.crash import Point
+
+CLIENTS = 2
+JOB: dict[str, Any] = {
+    "name": "chaos",
+    "model": {"name": "null:100KB"},
+    "rounds": 3,
+    "clients": CLIENTS,
+    "seed": 7,
+    "output": {"keep_checkpoints": 0, "keep_updates": True},
+}
+OWN: dict[str, Any] = {
+    "name": "own",
+    "model": {"variants": ["cnn:5", "cnn:4"], "name": "cnn:5", "task": "image-classification", "trainable": "full"},
+    "method": {"name": "pfedlora", "mu": 0.3, "align": "linear"},
+    "data": {"source": "digits", "limit": 120},
+    "local": {"steps": 2, "batch_size": 8, "optimizer": "sgd", "learning_rate": 0.05},
+    "rounds": 2,
+    "clients": CLIENTS,
+    "seed": 7,
+}
+"""A job whose clients keep state of their own."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row."""
+
+    name: str
+    strikes: str
+    """The crash point, or the moment."""
+    act: Act
+    job: str = "chaos"
+
+    def __str__(self) -> str:
+        """The name, for test ids."""
+        return self.name
+
+
+PASSAGES = {
+    Point.TASK_DECIDED: 4,
+    Point.STEP_COMMITTED: 4,
+    Point.MESSAGE_SENT: 5,
+    Point.MESSAGES_CONFIRMED: 3,
+    Point.STREAM_CHUNK_CONFIRMED: 10,
+    Point.VERSION_COMMITTED: 2,
+    Point.OFFER_RECEIVED: 4,
+    Point.CHUNK_WRITTEN: 10,
+    Point.UPLOAD_CHECKED: 3,
+    Point.RESULT_COUNTED: 3,
+    Point.AGGREGATING: 2,
+    Point.VERSION_WRITTEN: 2,
+    Point.RUN_WRITTEN: 1,
+    Point.PAYLOAD_CHUNK_READ: 10,
+    Point.UPLOAD_CHUNK_CONFIRMED: 3,
+    Point.PRIVATE_WRITTEN: 1,
+    Point.PRIVATE_COMMITTED: 1,
+}
+"""Where a point is passed often: which passage is the last. Enough to be in the second round, or in the middle."""
+PRIVATE = {Point.PRIVATE_WRITTEN, Point.PRIVATE_COMMITTED}
+
+
+def crash_rows() -> list[Row]:
+    """One row per crash point."""
+    rows = []
+    for point in Point:
+        at = f"{point.title}:{PASSAGES.get(point, 2)}"
+        act = faults.server_dies_at(at) if point.side == "server" else faults.client_dies_at(at)
+        rows.append(Row(point.title, f"{point.side}: {point.place}", act, "own" if point in PRIVATE else "chaos"))
+    return rows
+
+
+def fault_rows() -> list[Row]:
+    """One row per fault of what is around the processes."""
+    told: list[tuple[str, str, Callable[[Scene], None]]] = [
+        ("broker-killed", "an update of round 2 counts", faults.broker_dies),
+        ("store-killed", "an update of round 2 counts", faults.store_dies),
+        ("broker-and-store-killed", "an update of round 2 counts", faults.both_die),
+        ("inbox-lost", "the client is dead, its inbox is emptied", faults.inbox_is_lost),
+        ("spool-lost", "the server is dead, half an upload on its disk is lost", faults.spool_is_lost),
+        ("link-cut", "half-way through an upload", faults.link_is_cut),
+        ("link-half-open", "half-way through an upload", faults.link_is_half_open),
+        ("link-stalled", "half-way through an upload, for 3 s", faults.link_stalls),
+        ("link-slow", "40 ms and 100 KB/s, all the time", faults.link_is_slow),
+        ("server-link-half-open", "round 2 begins", faults.server_link_is_half_open),
+        ("disk-full", "the server's, while round 2 begins", faults.disk_is_full),
+        ("client-out-of-memory", "while it trains in round 2", faults.client_is_out_of_memory),
+        ("memory-alarm", "the broker's, while round 2 begins", faults.memory_alarm),
+        ("leader-killed", "a standby takes over, round 2", faults.leader_dies),
+        ("leader-frozen", "a standby takes over, the old leader wakes", faults.leader_freezes),
+        ("server-drained", "SIGTERM in round 2", faults.server_drains),
+        ("client-drained", "SIGTERM in round 2", faults.client_drains),
+    ]
+    rows = [Row(*each) for each in told]
+    rows.append(Row("client-moved", "killed, its folder is moved to another host", faults.client_moves, "own"))
+    return rows
+
+
+ROWS = [*crash_rows(), *fault_rows()]
+JOBS = {"chaos": JOB, "own": OWN}

@@ -1,0 +1,31 @@
+"""Every row of the failure matrix: killed, cut, frozen or full, and the run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from chaos.faults import NotHere
+from chaos.play import Theatre
+from chaos.rows import ROWS, Row
+
+pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.chaos]
+
+
+@pytest.fixture(scope="module")
+def theatre() -> Iterator[Theatre]:
+    made = Theatre(len(ROWS))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_a_run_ends_as_if_nothing_had_happened(theatre: Theatre, row: Row) -> None:
+    try:
+        verdict = theatre.play(row)
+    except NotHere as why:
+        pytest.skip(str(why))
+
+    assert verdict.differences == []
+    assert verdict.same_adapter
