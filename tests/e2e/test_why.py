@@ -22,7 +22,7 @@ JOB: dict[str, Any] = {
     "clients": 2,
     "local": {"steps": 100_000, "batch_size": 8},
 }
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 180.0
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 Said = dict[str, Any]
 

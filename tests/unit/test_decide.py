@@ -15,7 +15,7 @@ from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Metrics, PayloadRef
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId
 from lorabbit_server import steps
-from lorabbit_server.cohort import population, sample
+from lorabbit_server.cohort import Draw, population
 from lorabbit_server.coordinator import decide, resume
 from lorabbit_server.jobstate import JobState, Offered, Version, dump_header, dump_task, load_state
 from lorabbit_server.results import MAX_TRIES
@@ -479,12 +479,12 @@ def test_every_state_comes_back_from_the_store_as_it_was():
 
 
 def test_a_cohort_hangs_on_seed_and_round_alone_and_is_ascending():
-    drawn = [sample(7, r, population_size=100, size=10) for r in range(1, 50)]
+    drawn = [Draw(7, r).choose(range(100), 10) for r in range(1, 50)]
 
-    assert drawn == [sample(7, r, population_size=100, size=10) for r in range(1, 50)]
+    assert drawn == [Draw(7, r).choose(range(100), 10) for r in range(1, 50)]
     assert all(list(indices) == sorted(set(indices)) and len(indices) == 10 for indices in drawn)
     assert len(set(drawn)) == 49
-    assert sample(7, 1, population_size=4, size=4) == (0, 1, 2, 3)
+    assert Draw(7, 1).choose(range(4), 4) == (0, 1, 2, 3)
 
 
 # ---- whole jobs ----

@@ -126,6 +126,10 @@ def _job_part(model: type[BaseModel], prefix: str, title: str) -> list[str]:
     lines = [f"## {title}", "", doc(model), "", table(("key", *FIELDS[1:]), rows), ""]
     for name, part in inner.items():
         lines += _job_part(part, f"{prefix}{name}.", f"`{prefix}{name}`")
+    for name, field in model.model_fields.items():
+        for part in get_args(field.annotation):
+            if type(None) in get_args(field.annotation) and isinstance(part, type) and issubclass(part, BaseModel):
+                lines += _job_part(part, f"{prefix}{name}.", f"`{prefix}{name}`, where it is given")
     return lines
 
 

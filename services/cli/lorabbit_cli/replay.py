@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorabbit import codec, jobfile
+from lorabbit import codec, jobfile, work
 from lorabbit import events as ev
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
@@ -59,7 +59,7 @@ def _log(folder: Path) -> list[ev.AnyEvent]:
 
 def _versions(spec: JobSpec, log: list[ev.AnyEvent], payloads: PayloadStore) -> Iterator[Replayed]:
     method = build(spec)
-    clients = next((event.clients for event in log if isinstance(event, ev.JobStarted)), ())
+    clients = _population(log)
     accepted = [event for event in log if isinstance(event, ev.UpdateAccepted)]
     states: dict[int, ServerState] = {}
     for event in accepted:
@@ -72,18 +72,25 @@ def _versions(spec: JobSpec, log: list[ev.AnyEvent], payloads: PayloadStore) -> 
             each for each in accepted if each.phase == TRAIN and each.started + 1 + each.staleness == closed.round
         ]
         tasks = [_task(each, clients.index(each.client), payloads) for each in made_of]
+        scales = work.factors(spec, [e.metrics.num_examples for e in made_of], [e.share for e in made_of])
         carries = {}
-        for each, task in zip(made_of, tasks, strict=True):
-            if each.staleness:
+        for each, task, scale in zip(made_of, tasks, scales, strict=True):
+            if each.staleness or scale != 1.0:
                 profile = ClientProfile(task.client, task.index)
                 old, new = method.uploads(states[each.started], profile), method.uploads(states[newest], profile)
-                carries[task.id] = Carry(old, new, worth(spec.schedule, each.staleness))
+                carries[task.id] = Carry(old, new, scale * worth(spec.schedule, each.staleness))
         states[closed.round] = aggregate(method, states[newest], tasks, payloads=payloads, carries=carries)
         newest = closed.round
         needed = {each.started for each in accepted if each.started + 1 + each.staleness > newest}
         states = {number: state for number, state in states.items() if number in needed or number == newest}
         sha256 = codec.tensors_sha256(method.export(states[newest]).tensors)
         yield Replayed(closed.round, len(tasks), sha256, closed.sha256)
+
+
+def _population(log: list[ev.AnyEvent]) -> tuple[str, ...]:
+    """The clients by index, those that joined later included."""
+    started = next((event.clients for event in log if isinstance(event, ev.JobStarted)), ())
+    return (*started, *(e.client for e in log if isinstance(e, ev.ClientJoined) and e.index is not None))
 
 
 def _task(event: ev.UpdateAccepted, index: int, payloads: PayloadStore) -> TaskState:

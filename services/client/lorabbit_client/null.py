@@ -22,6 +22,7 @@ from lorabbit.methods.base import GradientTerm, LocalResult
 from lorabbit.methods.session import Difficulty, Part
 from lorabbit.seeds import derive_seed
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
+from lorabbit.work import shortened
 from lorabbit_client.execution import OnProgress
 from lorabbit_client.private import PrivateState
 from lorabbit_client.workspace import Counted, Initial
@@ -100,7 +101,7 @@ class NullSession:
         self.private_tensors: MutableMapping[str, Tensors] = private.tensors
         self.round = task.round
         self.seed = task.seed
-        self.local = task.spec.local
+        self.local = shortened(task.spec.local, task.share)
         self.scaling = task.spec.model.lora.alpha / task.spec.model.lora.rank
         self.num_examples = FIRST_EXAMPLES + task.index
         self.steps = 0

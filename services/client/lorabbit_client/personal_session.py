@@ -22,6 +22,7 @@ from lorabbit.methods.base import GradientTerm, LocalResult
 from lorabbit.methods.session import Forward, Objective, Place
 from lorabbit.seeds import derive_seed
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
+from lorabbit.work import shortened
 from lorabbit_client.arrays import to_torch
 from lorabbit_client.data import ClientData
 from lorabbit_client.execution import OnProgress
@@ -59,7 +60,7 @@ class TorchPersonalSession:
         self.round = task.round
         self.seed = task.seed
         self.num_examples = data.train.num_examples
-        self.local = task.spec.local
+        self.local = shortened(task.spec.local, task.share)
         self.label_counts: Facts = dict(data.label_counts)
         self.classes = len(data.labels)
         self.steps = 0

@@ -21,6 +21,7 @@ from lorabbit.methods.base import GradientTerm, LocalResult
 from lorabbit.methods.session import Difficulty, Direction, Part, Sensitivity
 from lorabbit.seeds import derive_seed
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
+from lorabbit.work import shortened
 from lorabbit_client.arrays import dtype_name, to_numpy, to_torch
 from lorabbit_client.base import REPLACED, Base
 from lorabbit_client.batching import rows_of
@@ -58,7 +59,7 @@ class TorchSession:
         self.round = task.round
         self.seed = task.seed
         self.num_examples = data.train.num_examples
-        self.local = task.spec.local
+        self.local = shortened(task.spec.local, task.share)
         self.label_counts: Facts = dict(data.label_counts)
         self.steps = 0
         self._task = task

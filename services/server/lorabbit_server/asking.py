@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from lorabbit import events as ev
 from lorabbit.schedules import Buffered
 from lorabbit.types import TRAIN
+from lorabbit_server import pace
 from lorabbit_server.jobstate import JobState, TaskState
 from lorabbit_server.steps import Command, Decision, Record, SendTask
 
@@ -19,10 +21,20 @@ def ask(state: JobState, phase: str, indices: Iterable[int], *, round_number: in
     for index in indices:
         state = replace(state, turns=state.turns + counts)
         turn = state.turns if counts else 0
-        task = TaskState("", phase, round_number, state.clients[index], index, turn=turn, since_ms=at_ms)
+        share = pace.share_of(state, index, at_ms) if phase == TRAIN and round_number != pace.PREPARATION else 1.0
+        task = TaskState("", phase, round_number, state.clients[index], index, turn=turn, since_ms=at_ms, share=share)
         opened.append(named(state.job, task))
+    if phase == TRAIN and state.spec.selection is not None and state.spec.selection.order == "fair":
+        state = replace(state, asked=_counted(state.asked, opened))
     state = replace(state, tasks={**state.tasks, **{task.id: task for task in opened}})
     return state, tuple(command for task in opened for command in send(task, at_ms))
+
+
+def _counted(asked: Mapping[int, int], opened: Iterable[TaskState]) -> Mapping[int, int]:
+    """Count these tasks, too."""
+    more = Counter(asked)
+    more.update(task.index for task in opened)
+    return dict(more)
 
 
 def named(job: str, task: TaskState) -> TaskState:

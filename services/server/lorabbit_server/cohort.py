@@ -1,12 +1,22 @@
-"""Who is asked: the order of the population and the sample of a round, from the job's seed alone."""
+"""Who is asked: which clients suit a job, their order, and the choice of a round.
+
+Pure: the same seed and the same facts (what clients declared, how often each was asked, how fast each was) give the
+same choice.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from lorabbit.participation import SelectionSpec
 from lorabbit.seeds import generator
 from lorabbit.types import ClientId
+from lorabbit.work import Speed
+from lorabbit_server.jobstate import Declared
+
+GIB = 2**30
 
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -19,8 +29,54 @@ def population(present: Iterable[ClientId], size: int) -> tuple[ClientId, ...]:
     return tuple(sorted(present, key=natural)[:size])
 
 
-def sample(seed: int, round_number: int, *, population_size: int, size: int) -> tuple[int, ...]:
-    """Draw the client indices of a round without replacement, ascending."""
-    if size >= population_size:
-        return tuple(range(population_size))
-    return tuple(sorted(generator(seed, "cohort", round_number).sample(range(population_size), size)))
+def suits(selection: SelectionSpec | None, declared: Declared) -> bool:
+    """Tell whether a client is one of those that a job takes in."""
+    if selection is None:
+        return True
+    return (
+        set(selection.tags) <= set(declared.tags)
+        and (not selection.pools or declared.pool in selection.pools)
+        and (not selection.devices or declared.device.partition(":")[0] in selection.devices)
+        and (selection.memory_gib is None or declared.memory_bytes >= selection.memory_gib * GIB)
+    )
+
+
+def wanted(selection: SelectionSpec | None) -> str:
+    """Say in words which clients a job takes in; empty where it takes any."""
+    if selection is None:
+        return ""
+    parts = [f"tags {', '.join(selection.tags)}"] if selection.tags else []
+    parts += [f"pool {' or '.join(selection.pools)}"] if selection.pools else []
+    parts += [f"device {' or '.join(selection.devices)}"] if selection.devices else []
+    parts += [f"{selection.memory_gib:g} GiB of memory"] if selection.memory_gib is not None else []
+    return " and ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One choice among clients, by index."""
+
+    seed: int
+    number: int
+    """Of the round, or of the task where clients never wait: what makes one draw unlike the next."""
+    order: str = "random"
+    asked: Mapping[int, int] = field(default_factory=dict)
+    speeds: Mapping[int, Speed] = field(default_factory=dict)
+
+    def choose(self, candidates: Sequence[int], size: int) -> tuple[int, ...]:
+        """Choose without replacement, ascending; the first in the draw's order, ties by chance.
+
+        In the order `fast` a client that was never measured comes first, so that it will be.
+        """
+        if size >= len(candidates):
+            return tuple(candidates)
+        dice = generator(self.seed, "cohort", self.number)
+        if self.order == "random":
+            return tuple(sorted(dice.sample(candidates, max(0, size))))
+        shuffled = dice.sample(candidates, len(candidates))
+        return tuple(sorted(sorted(shuffled, key=self._rank)[: max(0, size)]))
+
+    def _rank(self, index: int) -> float:
+        if self.order == "fair":
+            return self.asked.get(index, 0)
+        return self.speeds[index].whole_ms if index in self.speeds else -1.0

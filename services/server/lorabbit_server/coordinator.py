@@ -8,15 +8,17 @@ but a refusal count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lorabbit import events as ev
-from lorabbit.types import INITIALISE
+from lorabbit import joining
+from lorabbit.methods import METHODS
+from lorabbit.types import INITIALISE, ClientId
 from lorabbit_server import cohort, pace, results, rounds
 from lorabbit_server.asking import ask, in_order, send
-from lorabbit_server.jobstate import JobState
+from lorabbit_server.jobstate import Declared, JobState
 from lorabbit_server.steps import (
     CancelRequested,
     CancelTask,
@@ -86,6 +88,8 @@ def _presence(state: JobState, event: JobOpened | ClientArrived | ClientLeft) ->
     match event:
         case ClientArrived() if event.client in state.clients:
             return _welcome_back(state, event)
+        case ClientArrived() if _joins(state, event):
+            return _join(state, event)
         case ClientLeft() if event.client in state.clients and event.client not in state.lost:
             lost = tuple(sorted((*state.lost, event.client), key=cohort.natural))
             state, commands = rounds.ask_on(replace(state, lost=lost), event.at_ms)
@@ -96,17 +100,49 @@ def _presence(state: JobState, event: JobOpened | ClientArrived | ClientLeft) ->
 
 def _gather(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> Decision:
     """Wait for the population; when it is there, let its first client build the model."""
-    state = replace(state, present=len(event.present), since_ms=state.since_ms or event.at_ms)
+    state, suited = _suited(state, event)
+    state = replace(state, present=len(suited), since_ms=state.since_ms or event.at_ms)
     joined: tuple[Command, ...] = ()
     if isinstance(event, ClientArrived) and event.is_new:
         joined = (Record(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device)),)
-    if len(event.present) < state.spec.clients:
+    if len(suited) < state.spec.clients:
         return state, joined
-    clients = cohort.population(event.present, state.spec.clients)
-    state = replace(state, stage="initialising", clients=clients, since_ms=event.at_ms)
+    clients = cohort.population(suited, state.spec.clients)
+    state = replace(
+        state, stage="initialising", clients=clients, since_ms=event.at_ms, declared={}, present=0, unsuited=0
+    )
     started = Record(ev.JobStarted(at_ms=event.at_ms, clients=clients))
     state, commands = ask(state, INITIALISE, [0], round_number=0, at_ms=event.at_ms)
     return state, (*joined, started, *commands)
+
+
+def _suited(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> tuple[JobState, Sequence[ClientId]]:
+    """Those of the clients who are here that the job takes in; what they declared is kept while it gathers."""
+    selection = state.spec.selection
+    if selection is None:
+        return state, event.present
+    declared = dict(state.declared)
+    if isinstance(event, JobOpened):
+        declared.update(event.declared)
+    elif isinstance(event, ClientArrived):
+        declared[event.client] = event.declared
+    suited = [c for c in event.present if cohort.suits(selection, declared.get(c, Declared()))]
+    return replace(state, declared=declared, unsuited=len(event.present) - len(suited)), suited
+
+
+def _join(state: JobState, event: ClientArrived) -> Decision:
+    """Give a client that comes later the next index of a job whose clients hold data of their own."""
+    index = len(state.clients)
+    told = Record(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device, index=index))
+    state, commands = rounds.ask_on(replace(state, clients=(*state.clients, event.client)), event.at_ms)
+    return state, (told, *commands)
+
+
+def _joins(state: JobState, event: ClientArrived) -> bool:
+    """Tell whether a client that is not of the population becomes so."""
+    spec = state.spec
+    prepares = METHODS[spec.method.name].prepares
+    return joining.takes_in(spec, prepares=prepares) and cohort.suits(spec.selection, event.declared)
 
 
 def _welcome_back(state: JobState, event: ClientArrived) -> Decision:

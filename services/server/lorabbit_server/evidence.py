@@ -64,4 +64,6 @@ def _matters(event: ev.AnyEvent) -> bool:
     """Tell whether an event says what a version is made of."""
     if isinstance(event, ev.UpdateAccepted):
         return event.phase != EVALUATE
+    if isinstance(event, ev.ClientJoined):
+        return event.index is not None
     return isinstance(event, ev.JobStarted | ev.AdapterInitialised | ev.RoundClosed)

@@ -77,7 +77,7 @@ class JobRun:
         elif entry.cancel_requested:
             self.apply(steps.CancelRequested(self._now()))
         else:
-            self.apply(steps.JobOpened(self._tools.registry.present, self._now()))
+            self.apply(steps.JobOpened(tuple(here := self._tools.registry.declared), self._now(), here))
 
     def _recover(self) -> None:
         """Make again what a stopped server may have left undone: files, streams, messages, heavy steps."""

@@ -15,6 +15,7 @@ from pydantic import JsonValue, TypeAdapter
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Metrics, Offer, PayloadRef
 from lorabbit.types import ClientId
+from lorabbit.work import Speed
 
 Stage = Literal["gathering", "initialising", "starting", "training", "aggregating", "scoring", "ended"]
 Ending = Literal["done", "failed", "cancelled"]
@@ -56,6 +57,18 @@ class TaskState:
     status: TaskStatus = "open"
     offered: Offered | None = None
     since_ms: int = 0
+    share: float = 1.0
+    """Of the job's local steps, that it asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What a client said of itself when it came, as far as jobs choose by it."""
+
+    device: str = "cpu"
+    memory_bytes: int = 0
+    tags: tuple[str, ...] = ()
+    pool: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +110,11 @@ class JobState:
     since_ms: int = 0
     """When this stage began."""
     present: int = 0
-    """Clients there while the population gathers."""
+    """Clients there that suit the job, while the population gathers."""
+    unsuited: int = 0
+    """Clients there that the job's selection leaves out, while the population gathers."""
+    declared: Mapping[ClientId, Declared] = field(default_factory=dict)
+    """What clients declared, where the job selects by it and still gathers."""
     clients: tuple[ClientId, ...] = ()
     """The population, in partition order."""
     lost: tuple[ClientId, ...] = ()
@@ -120,6 +137,10 @@ class JobState:
     """When the round closes with what there is."""
     took_ms: Mapping[int, int] = field(default_factory=dict)
     """Milliseconds from asking to counting, of the last training of each client index."""
+    speeds: Mapping[int, Speed] = field(default_factory=dict)
+    """How fast each client index was in its last training, where the job's work or selection hangs on it."""
+    asked: Mapping[int, int] = field(default_factory=dict)
+    """How often each client index was asked to train, where the job's selection is fair."""
     turns: int = 0
     """Trainings asked for so far, in a job whose clients never wait."""
     missed: int = 0

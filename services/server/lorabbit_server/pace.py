@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lorabbit import work
 from lorabbit.methods import build
 from lorabbit.schedules import ROUNDING, Buffered, Quorum
-from lorabbit.seeds import generator
 from lorabbit.types import TRAIN
 from lorabbit_server import cohort
 from lorabbit_server.jobstate import JobState, TaskState
@@ -30,7 +30,7 @@ def to_ask(state: JobState) -> Sequence[int]:
     if state.round == PREPARATION:
         return range(len(state.clients))
     if isinstance(schedule, str):
-        return cohort.sample(spec.seed, state.round, population_size=len(state.clients), size=spec.cohort_size)
+        return _draw(state, _in_order_of_presence(state), spec.cohort_of(len(state.clients)), number=state.round)
     busy = {t.index for t in _trainings(state) if t.status != "accepted"}
     idle = [index for index in range(len(state.clients)) if index not in busy]
     here = [index for index in idle if state.clients[index] not in state.lost]
@@ -39,14 +39,33 @@ def to_ask(state: JobState) -> Sequence[int]:
         wanted = (schedule.concurrency or len(state.clients)) - training
         return _draw(state, here, wanted, number=state.turns)
     enough = len(here) + len(_trainings(state)) >= needed(state)
-    return _draw(state, here if enough else idle, spec.asked_in_a_round, number=state.round)
+    return _draw(state, here if enough else idle, spec.asked_of(len(state.clients)), number=state.round)
+
+
+def _in_order_of_presence(state: JobState) -> Sequence[int]:
+    """Everybody; without those who are lost where the job selects by facts and the others are enough."""
+    everybody = range(len(state.clients))
+    if state.spec.selection is None or state.spec.selection.order == "random":
+        return everybody
+    here = [index for index in everybody if state.clients[index] not in state.lost]
+    return here if len(here) >= state.spec.cohort_of(len(state.clients)) else everybody
 
 
 def _draw(state: JobState, candidates: Sequence[int], size: int, *, number: int) -> tuple[int, ...]:
-    """Draw from the candidates without replacement, ascending."""
-    if size >= len(candidates):
-        return tuple(candidates)
-    return tuple(sorted(generator(state.spec.seed, "cohort", number).sample(candidates, max(0, size))))
+    """Choose among the candidates without replacement, ascending."""
+    order = "random" if state.spec.selection is None else state.spec.selection.order
+    return cohort.Draw(state.spec.seed, number, order, state.asked, state.speeds).choose(candidates, size)
+
+
+def share_of(state: JobState, index: int, at_ms: int) -> float:
+    """Share of the local steps that a client is asked for, so that it answers in the time that the job gives it."""
+    if state.spec.work is None:
+        return 1.0
+    within = state.spec.work.within_seconds
+    if isinstance(within, float | int):
+        return work.share(state.spec, state.speeds.get(index), 1000.0 * within)
+    ends_ms = _deadline_of(state, at_ms)
+    return work.share(state.spec, state.speeds.get(index), None if ends_ms is None else float(ends_ms - at_ms))
 
 
 def needed(state: JobState) -> int:
@@ -60,7 +79,7 @@ def needed(state: JobState) -> int:
     if isinstance(schedule, Buffered):
         return schedule.buffer
     if isinstance(schedule, Quorum):
-        return max(1, math.ceil(schedule.quorum * state.spec.cohort_size - ROUNDING))
+        return max(1, math.ceil(schedule.quorum * state.spec.cohort_of(len(state.clients)) - ROUNDING))
     return len(_trainings(state))
 
 
@@ -91,12 +110,18 @@ def is_too_stale(state: JobState, task: TaskState) -> bool:
 
 def deadline_ms(state: JobState, at_ms: int) -> int | None:
     """When a round that waits from now on has waited long enough; None where nobody was measured yet."""
+    return _deadline_of(state, at_ms, [t.index for t in _trainings(state)])
+
+
+def _deadline_of(state: JobState, at_ms: int, asked: Sequence[int] | None = None) -> int | None:
+    """The deadline of a round that asks these clients, or of one that might ask any."""
     schedule = state.spec.schedule
     if not isinstance(schedule, Quorum) or state.round == PREPARATION:
         return None
     if schedule.deadline_seconds is not None:
         return at_ms + round(schedule.deadline_seconds * 1000)
-    took = sorted(state.took_ms[t.index] for t in _trainings(state) if t.index in state.took_ms)
+    asked = range(len(state.clients)) if asked is None else asked
+    took = sorted(state.took_ms[index] for index in asked if index in state.took_ms)
     if not took:
         return None
     share = math.ceil(schedule.quorum * len(took) - ROUNDING)

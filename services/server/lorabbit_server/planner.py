@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lorabbit import work
 from lorabbit.errors import RunFailed
 from lorabbit.messages import PayloadRef, Task
 from lorabbit.methods import Method
@@ -58,6 +59,7 @@ class Planner:
             epoch=self._epoch,
             phase=asked.phase,
             seed=derive_seed(state.spec.seed, task.phase, task.round, task.index, *([task.turn] if task.turn else [])),
+            share=task.share,
             payloads=asked.payloads,
             settings=dict(asked.settings),
             spec=state.spec,
@@ -89,15 +91,18 @@ class Planner:
         return template is None or not template.is_empty
 
     def carries(self, state: JobState, tasks: Iterable[TaskState]) -> dict[str, Carry]:
-        """How the updates of tasks that started from older versions come to the newest, by task."""
+        """How updates from older versions, or of unlike shares of work, come to the newest version, by task."""
+        listed = list(tasks)
+        examples = [0 if task.offered is None else task.offered.metrics.num_examples for task in listed]
+        scales = work.factors(state.spec, examples, [task.share for task in listed])
         carries: dict[str, Carry] = {}
-        for task in tasks:
+        for task, scale in zip(listed, scales, strict=True):
             start, head, staleness = state.version_for(task), state.head, pace.staleness(state, task)
-            if staleness > 0 and start is not None and head is not None:
+            if (staleness > 0 or scale != 1.0) and start is not None and head is not None:
                 profile = self._profile(task)
                 old = self._method.uploads(self._versions.load(start), profile)
                 new = self._method.uploads(self._versions.load(head), profile)
-                carries[task.id] = Carry(old, new, worth(state.spec.schedule, staleness))
+                carries[task.id] = Carry(old, new, scale * worth(state.spec.schedule, staleness))
         return carries
 
     def _asked(self, state: JobState, task: TaskState) -> Asked:

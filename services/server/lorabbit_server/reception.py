@@ -132,11 +132,7 @@ class Reception:
         log.info("client-arrived", client=client, address=message.address, device=message.device)
         welcome = Welcome(client=client, heartbeat_seconds=self._tools.settings.heartbeat_seconds)
         self._reply(message.address, welcome, f"welcome.{uuid.uuid4().hex}", delivery)
-        self._apply(
-            steps.ClientArrived(
-                client, self._registry.present, message.device, frozenset(message.outbox), not was_here, self._now()
-            )
-        )
+        self._apply(self._arrived(client, frozenset(message.outbox), is_new=not was_here))
 
     def _on_alive(self, message: Alive, delivery: Delivery) -> None:
         """Renew a lease; a client that this server does not know is as good as one that says hello."""
@@ -161,7 +157,14 @@ class Reception:
         if run is None or entry is None:
             return
         own = frozenset(task.id for task in run.state.tasks.values() if task.client == client)
-        self._apply(steps.ClientArrived(client, self._registry.present, entry.device, own, at_ms=self._now()))
+        self._apply(self._arrived(client, own))
+
+    def _arrived(self, client: ClientId, outbox: frozenset[str], *, is_new: bool = True) -> steps.ClientArrived:
+        """Tell of a client that is here, for the first time or again."""
+        declared = self._registry.declared[client]
+        return steps.ClientArrived(
+            client, self._registry.present, declared.device, outbox, is_new, self._now(), declared
+        )
 
     def _on_goodbye(self, message: Goodbye, delivery: Delivery) -> None:
         client = self._registry.leave(message.address)

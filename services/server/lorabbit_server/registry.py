@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lorabbit.messages import Hello
 from lorabbit.state.base import StateStore
 from lorabbit.types import ClientId
+from lorabbit_server.jobstate import Declared
 
 DECLARED = {"device", "memory_bytes", "tags", "pool", "max_rank", "max_batch", "dtype", "version"}
 """What a client says of itself; the store keeps it beside the identity."""
@@ -129,6 +130,12 @@ class Registry:
     def heard_ms(self) -> dict[str, int]:
         """When each client was heard of last, where it ever was; for any thread."""
         return {entry.client: entry.heard_ms for entry in list(self._clients.values()) if entry.heard_ms}
+
+    @property
+    def declared(self) -> dict[ClientId, Declared]:
+        """What those who are here said of themselves, as far as jobs choose by it."""
+        here = (entry for entry in self._clients.values() if entry.present)
+        return {each.client: Declared(each.device, each.memory_bytes, each.tags, each.pool) for each in here}
 
     def get(self, client: ClientId) -> Client | None:
         """A client by its identity."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from lorabbit import events as ev
 from lorabbit.schedules import Quorum
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN
+from lorabbit.work import Speed
 from lorabbit_server import pace
 from lorabbit_server.asking import name_of, named, send
 from lorabbit_server.jobstate import JobState, Offered, TaskState
@@ -94,10 +95,16 @@ def arrived(state: JobState, event: ResultArrived) -> Decision:
 
 
 def _measured(state: JobState, task: TaskState, at_ms: int) -> JobState:
-    """Note how long a training took, where a deadline may follow from it."""
-    if not isinstance(state.spec.schedule, Quorum):
+    """Note how long a training took, where a deadline, a share of work or the choice of clients follows from it."""
+    took_ms = max(0, at_ms - task.since_ms)
+    if isinstance(state.spec.schedule, Quorum):
+        state = replace(state, took_ms={**state.took_ms, task.index: took_ms})
+    selects = state.spec.selection is not None and state.spec.selection.order == "fast"
+    if (state.spec.work is None and not selects) or task.offered is None:
         return state
-    return replace(state, took_ms={**state.took_ms, task.index: max(0, at_ms - task.since_ms)})
+    metrics = task.offered.metrics
+    speed = Speed.measured(took_ms=took_ms, training_seconds=metrics.seconds, steps=metrics.steps, share=task.share)
+    return state if speed is None else replace(state, speeds={**state.speeds, task.index: speed})
 
 
 def _too_stale(state: JobState, task: TaskState, answer: Command, at_ms: int) -> Decision:
@@ -129,6 +136,7 @@ def _accepted(state: JobState, task: TaskState, offered: Offered, event: ResultA
         started=task.round - 1 if trains else 0,
         staleness=pace.staleness(state, task) if trains else 0,
         turn=task.turn,
+        share=task.share,
     )
     verdict = SendVerdict(task.id, task.client, accepted=True)
     return CountResult(task.id, sha256 or "-"), Record(told), verdict
@@ -176,8 +184,9 @@ def _again(state: JobState, task: TaskState, event: ResultRefused) -> Decision:
         return state, (told, *commands)
     number = state.round if task.phase == TRAIN else task.round
     fresh = TaskState(
-        "", task.phase, number, task.client, task.index, tries=task.tries + 1, turn=task.turn, since_ms=event.at_ms
-    )
+        "", task.phase, number, task.client, task.index, tries=task.tries + 1, turn=task.turn, since_ms=event.at_ms,
+        share=task.share,
+    )  # fmt: skip
     fresh = named(state.job, fresh)
     tasks = {id_: other for id_, other in state.tasks.items() if id_ != task.id}
     return replace(state, tasks={**tasks, fresh.id: fresh}), (told, *send(fresh, event.at_ms))

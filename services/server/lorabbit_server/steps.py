@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from lorabbit.events import AnyEvent
 from lorabbit.types import ClientId
-from lorabbit_server.jobstate import JobState, Offered, TaskState, Version
+from lorabbit_server.jobstate import Declared, JobState, Offered, TaskState, Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,8 @@ class JobOpened:
 
     present: tuple[ClientId, ...]
     at_ms: int = 0
+    declared: Mapping[ClientId, Declared] = field(default_factory=dict)
+    """What those who are here say of themselves; nothing is known of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class ClientArrived:
     is_new: bool = True
     """Whether it was not here before."""
     at_ms: int = 0
+    declared: Declared = field(default_factory=Declared)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lorabbit.schedules import Buffered
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN
+from lorabbit_server import cohort
 from lorabbit_server.jobstate import JobState, TaskState
 from lorabbit_server.results import MAX_TRIES
 
@@ -78,9 +79,13 @@ def _population(state: JobState) -> Wait:
     wanted, here = state.spec.clients, state.present
     lacking = max(0, wanted - here)
     more = "client" if lacking == 1 else "clients"
+    asked = cohort.wanted(state.spec.selection)
+    which = f" with {asked}" if asked else ""
+    others = f"; {state.unsuited} others are here, but not such" if state.unsuited else ""
     return Wait(
         owner="operator",
-        reason=f"job {state.job} waits for {lacking} more {more}: {here} of {wanted} needed are connected",
+        reason=f"job {state.job} waits for {lacking} more {more}{which}: {here} of {wanted} needed are connected"
+        + others,
         since_ms=state.since_ms,
         ends="no deadline; start clients with `lorabbit client`, or cancel the job",
     )

@@ -109,6 +109,8 @@ class UpdateAccepted(Event):
     """Versions made since then, once it is folded."""
     turn: int = 0
     """Number of the training in a job whose clients never wait."""
+    share: float = 1.0
+    """Of the job's local steps, that the client was asked for."""
 
 
 class UpdateRejected(Event):
@@ -157,6 +159,8 @@ class ClientJoined(Event):
     kind: Literal["client-joined"] = "client-joined"
     client: str
     device: str
+    index: int | None = None
+    """Its place in the population, where it joins a job that runs."""
 
 
 class ClientLost(Event):

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from lorabbit.participation import SelectionSpec, WorkSpec
 from lorabbit.schedules import ROUNDING, Buffered, Quorum, Schedule
 
 Task = Literal[
@@ -209,8 +210,16 @@ class JobSpec(Strict):
     )
     robust: RobustSpec | None = Field(default=None, description="bounds what hostile clients can do; off when absent")
     privacy: PrivacySpec | None = Field(default=None, description="differential privacy; off when absent")
+    selection: SelectionSpec | None = Field(default=None, description="which clients; any, drawn anew, when absent")
+    work: WorkSpec | None = Field(
+        default=None, description="how much each client does by its speed; all of it when absent"
+    )
     rounds: int = Field(default=5, ge=1, description="how often the clients' work is averaged")
     clients: int = Field(default=4, ge=1, description="population: the job starts once so many clients are there")
+    join: bool | None = Field(
+        default=None,
+        description="clients that come later join the running job; where data.partition is own when absent",
+    )
     cohort: int | float = Field(default=1.0, gt=0, description="asked in a round: 1.0 is all, 0.1 a tenth, 10 ten")
     local: LocalSpec = LocalSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -252,20 +261,36 @@ class JobSpec(Strict):
             )
         return self
 
-    @property
-    def cohort_size(self) -> int:
-        """Clients asked in a round, at least one."""
+    @model_validator(mode="after")
+    def _deadline_is_there(self) -> JobSpec:
+        if self.work is not None and self.work.within_seconds == "deadline" and not isinstance(self.schedule, Quorum):
+            raise ValueError(
+                "work.within_seconds: only a quorum has a deadline; give a number of seconds, or choose schedule quorum"
+            )
+        return self
+
+    def cohort_of(self, population: int) -> int:
+        """Clients of a round where so many belong to the job, at least one."""
         if isinstance(self.cohort, float):
-            return max(1, round(self.cohort * self.clients))
+            return max(1, round(self.cohort * population))
         return self.cohort
 
-    @property
-    def asked_in_a_round(self) -> int:
-        """Clients asked for a version, or where they never wait the updates that make one."""
+    def asked_of(self, population: int) -> int:
+        """Clients asked for a version of so many, or where they never wait the updates that make one."""
         if isinstance(self.schedule, Buffered):
             return self.schedule.buffer
         more = self.schedule.over_select if isinstance(self.schedule, Quorum) else 1.0
-        return min(self.clients, math.ceil(more * self.cohort_size - ROUNDING))
+        return min(population, math.ceil(more * self.cohort_of(population) - ROUNDING))
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients of a round before any client has joined later."""
+        return self.cohort_of(self.clients)
+
+    @property
+    def asked_in_a_round(self) -> int:
+        """Clients asked for a version before any client has joined later."""
+        return self.asked_of(self.clients)
 
     def evaluates(self, round_number: int) -> bool:
         """Tell whether the adapter of a 1-based round is scored."""

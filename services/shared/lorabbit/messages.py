@@ -193,6 +193,8 @@ class Task(Message):
     """Fencing epoch of the server that sent it; an older one is ignored."""
     phase: Identifier
     seed: int = Field(ge=0)
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Of the job's local steps, that this client does: less than 1 where it would be late otherwise."""
     payloads: dict[Identifier, PayloadRef]
     settings: dict[str, JsonValue]
     spec: JobSpec

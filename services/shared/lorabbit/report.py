@@ -162,8 +162,9 @@ def report_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "report.json"}
 
 
-def _job_started(report: Report, event: ev.JobStarted) -> None:
-    report.clients = list(event.clients)
+def _clients(report: Report, event: ev.JobStarted | ev.ClientJoined) -> None:
+    later = [] if isinstance(event, ev.JobStarted) or event.index is None else [event.client]
+    report.clients += event.clients if isinstance(event, ev.JobStarted) else later
 
 
 def _adapter_initialised(report: Report, event: ev.AdapterInitialised) -> None:
@@ -237,8 +238,7 @@ def _scores(metrics: Metrics) -> dict[str, float]:
 
 
 def _update_rejected(report: Report, event: ev.UpdateRejected) -> None:
-    round_ = report.round_of(event.round)
-    if round_ is not None:
+    if (round_ := report.round_of(event.round)) is not None:
         round_.rejected[event.reason] = round_.rejected.get(event.reason, 0) + 1
 
 
@@ -283,12 +283,12 @@ def _is_better(report: Report, metrics: Mapping[str, float]) -> bool:
 
 
 def _job_ended(report: Report, event: ev.JobEnded) -> None:
-    report.status = event.status
-    report.reason = event.reason
+    report.status, report.reason = event.status, event.reason
 
 
 _STEPS: dict[type[ev.Event], Callable[[Report, Any], None]] = {
-    ev.JobStarted: _job_started,
+    ev.JobStarted: _clients,
+    ev.ClientJoined: _clients,
     ev.AdapterInitialised: _adapter_initialised,
     ev.RoundStarted: _round_started,
     ev.UpdateAccepted: _update_accepted,

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from pydantic import ValidationError
 
-from lorabbit import privacy, robust, schedules
+from lorabbit import joining, privacy, robust, schedules, work
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.adalora import AdaLora
@@ -72,6 +72,8 @@ def build(job: JobSpec) -> Method:
         )
     _check_schedule(job, METHODS[name])
     method.check(job)
+    work.check(job, kinds=method.schedules, because=method.because)
+    joining.check(job, prepares=method.prepares)
     robust.check(job, personal=method.personal, needs_each=method.needs_each)
     privacy.check(job, personal=method.personal, prepares=method.prepares, needs_each=method.needs_each)
     return method.with_job(job)
