@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lorabbit import codec
 from lorabbit.errors import Refused
 from lorabbit.messages import PayloadRef
-from lorabbit_server.admission import HEADER_BYTES, Template, check_offer, check_update
+from lorabbit_server.admission import HEADER_BYTES, Expected, Template, check_offer, check_update
 
 RIGHT = {"a": np.ones((2, 3), np.float32), "b": np.ones((4,), ml_dtypes.bfloat16), "n": np.ones((), np.int64)}
 TEMPLATE = Template.of(RIGHT)
@@ -29,12 +29,12 @@ def write(tmp_path):
 
 def refused(path, template=TEMPLATE):
     with pytest.raises(Refused) as caught:
-        check_update(path, template)
+        check_update(path, Expected(template))
     return caught.value.reason
 
 
 def test_an_update_like_the_template_is_admitted(write):
-    check_update(write(RIGHT), TEMPLATE)
+    check_update(write(RIGHT), Expected(TEMPLATE))
 
 
 def test_a_template_is_the_same_from_values_and_from_a_file(write):
@@ -70,14 +70,14 @@ def test_a_file_that_is_no_safetensors_file_is_corrupt(tmp_path):
 
 
 def test_the_first_adapter_may_be_anything_finite_but_nothing(write):
-    check_update(write(RIGHT), None)
+    check_update(write(RIGHT), Expected())
 
     assert refused(write({"a": np.array([np.inf], np.float32)}), None) == "not-finite"
     assert refused(write({}), None) == "names"
 
 
 def test_where_clients_keep_models_of_their_own_the_first_adapter_may_hold_no_tensor(write):
-    check_update(write({}), None, may_be_empty=True)
+    check_update(write({}), Expected(may_be_empty=True))
 
     assert Template.of({}).is_empty
     assert not TEMPLATE.is_empty

@@ -12,7 +12,7 @@ from lorabbit.messages import Metrics
 from lorabbit.methods.fedavg import FedAvg
 from lorabbit.payloads import PayloadStore
 from lorabbit.types import ClientId, ServerState
-from lorabbit_server.aggregator import Carried, Carry, Updates, aggregate
+from lorabbit_server.aggregator import Background, Carried, Carry, Updates, aggregate
 from lorabbit_server.jobstate import Offered, TaskState
 from lorabbit_server.versions import Versions
 
@@ -45,7 +45,7 @@ def test_an_update_from_an_older_version_brings_its_change_discounted_to_the_new
     fresh, stale = task(payloads, 0, 12.0, examples=1), task(payloads, 1, 5.0, examples=3)
     carries = {stale.id: Carry(whole(1.0), whole(10.0), 0.5)}
 
-    state = aggregate(FedAvg(), ServerState({}), [fresh, stale], payloads=payloads, carries=carries)
+    state = aggregate(FedAvg(), ServerState({}), [fresh, stale], payloads=payloads, background=Background(carries))
 
     # FedBuff: w + mean over n_k of s(tau_k) (w_k - w^(t - tau_k)) = 10 + (1 * 2 + 3 * 0.5 * 4) / 4
     assert np.array_equal(state.tensors["b"], np.full(SHAPE, 12.0, np.float32))
@@ -56,9 +56,8 @@ def test_one_update_alone_is_discounted_too(payloads):
     start = {name: np.full(SHAPE, 1.0, np.float32) for name in head}
     stale = task(payloads, 0, 5.0)
 
-    state = aggregate(
-        FedAvg(), ServerState({}), [stale], payloads=payloads, carries={stale.id: Carry(start, head, 0.25)}
-    )
+    background = Background({stale.id: Carry(start, head, 0.25)})
+    state = aggregate(FedAvg(), ServerState({}), [stale], payloads=payloads, background=background)
 
     assert np.array_equal(state.tensors["a"], np.full(SHAPE, 11.0, np.float32))
 

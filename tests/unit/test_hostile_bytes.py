@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lorabbit import codec
 from lorabbit.errors import CorruptPayload, Refused
 from lorabbit.messages import FROM_CLIENT, Hello, Offer, PayloadRef
-from lorabbit_server.admission import MAX_CHUNKS, Template, check_offer, check_update
+from lorabbit_server.admission import MAX_CHUNKS, Expected, Template, check_offer, check_update
 
 SHA = "ab" * 32
 OFFER = {"job": "j", "task": "t", "client": "c", "payload": None, "metrics": {"num_examples": 1, "facts": {"x": 0}}}
@@ -54,7 +54,7 @@ def judged(content, template=None):
         path = Path(folder) / "u"
         path.write_bytes(content)
         try:
-            check_update(path, template)
+            check_update(path, Expected(template))
         except Refused as why:
             return why.reason
     return None
@@ -105,9 +105,9 @@ def test_a_refusal_repeats_little_of_a_name_a_million_letters_long():
         path.write_bytes(written(header, struct.pack("<f", np.inf)))
 
         with pytest.raises(Refused) as caught:
-            check_update(path, TEMPLATE)
+            check_update(path, Expected(TEMPLATE))
         with pytest.raises(Refused) as without_template:
-            check_update(path, None)
+            check_update(path, Expected())
 
     assert max(len(caught.value.detail), len(without_template.value.detail)) < 1000
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,11 @@ from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Task
 from lorabbit.methods import Method, build
 from lorabbit.tensors import count, is_floating
-from lorabbit.types import INITIALISE, Array, ClientId, ClientProfile, ClientUpdate, Plan, Tensors
+from lorabbit.transport import PLAIN
+from lorabbit.types import ADAPTER, INITIALISE, Array, ClientId, ClientProfile, ClientUpdate, Tensors
 from lorabbit_cli.local import Means
 from lorabbit_cli.units import bytes_text, count_text
+from lorabbit_cli.wire import Wire
 from lorabbit_client.execution import Outcome, Work
 from lorabbit_client.executor import Executor
 from lorabbit_client.null import is_null
@@ -81,6 +83,9 @@ class Forecast(BaseModel):
     tensors: int
     labels: tuple[str, ...]
     shares: tuple[Share, ...] | None
+    up: str
+    down: str
+    """Codings of updates and of the adapter; with zstd, no size is larger than told."""
     payload: Payload
     round_bytes_up: int
     round_bytes_down: int
@@ -113,6 +118,8 @@ def forecast(spec: JobSpec, means: Means) -> Forecast:
             tensors=len(adapter),
             labels=labels,
             shares=shares,
+            up=spec.transport.uploads.word,
+            down=spec.transport.downloads.word,
             payload=payload,
             round_bytes_up=up,
             round_bytes_down=down,
@@ -129,6 +136,9 @@ def lines(found: Forecast) -> Iterator[tuple[str, str]]:
     yield travels, f"{found.trainable_parameters:,} parameters in {count_text(found.tensors, 'tensor')}"
     if found.shares is not None:
         yield "data", _data(found.shares, found.labels)
+    if {found.up, found.down} != {PLAIN}:
+        most = "; what is compressed is smaller than told below" if "zstd" in found.up + found.down else ""
+        yield "wire", f"updates in {found.up}, the adapter in {found.down}{most}"
     payload = found.payload
     first = f" ({bytes_text(payload.down_first)} the first time)" if payload.down_first != payload.down else ""
     yield "a client", f"{bytes_text(payload.up)} up, {bytes_text(payload.down)} down{first} to train in a round"
@@ -206,16 +216,17 @@ def _initialise(spec: JobSpec, means: Means, scratch: Path, *, index: int = 0) -
 def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> Payload:
     """Ask the method what travels in the first round, and after an update in which everything has changed."""
     client = ClientProfile(ClientId("client-1"), 0)
+    wire = Wire(spec.transport, scratch, keeps_up=spec.cohort_size == spec.clients)
     first = method.start(adapter)
     if method.prepares:  # as if nobody had found anything out: what is chosen is alike in size, whichever it is
         told = dict(method.plan(first, client).settings)
         first = method.aggregate(first, [ClientUpdate(client.client, client.index, {}, 1, math.nan, told)])
     template = method.uploads(first, client)
-    up = _file(template, scratch)[1] if template else 0
     plan = method.plan(first, client)
-    before = _travelling(plan, scratch)
+    up = wire.up(template, plan) if template else 0
+    before = wire.down(plan)
     if method.personal:  # what later rounds send hangs on what clients answer, and is no more than at first
-        size, scored = sum(before.values()), _travelling(method.scoring(first, client), scratch)
+        size, scored = sum(before.values()), wire.down(method.scoring(first, client))
         again = sum(size for sha256, size in scored.items() if sha256 in before)
         return Payload(up=up, down_first=size, down=size, down_evaluation=sum(scored.values()), shared=again)
     moved = {name: _moved(value) for name, value in template.items()}
@@ -223,8 +234,8 @@ def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> 
     answering = range(min(2, spec.clients, spec.asked_in_a_round))
     updates = [ClientUpdate(ClientId(f"client-{k + 1}"), k, moved, 1, 0.0, told) for k in answering]
     later = method.aggregate(first, updates)
-    fresh = _travelling(method.plan(later, client), scratch, held=before)
-    scored = _travelling(method.scoring(later, client), scratch, held=before)
+    fresh = wire.down(method.plan(later, client), held=before, origin=plan.payloads.get(ADAPTER))
+    scored = wire.down(method.scoring(later, client), held=before, origin=plan.payloads.get(ADAPTER))
     return Payload(
         up=up,
         down_first=sum(before.values()),
@@ -237,19 +248,6 @@ def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> 
 def _moved(value: Array) -> Array:
     """Another tensor of the same kind."""
     return np.add(value, value.dtype.type(1)) if is_floating(value) else value
-
-
-def _travelling(plan: Plan, scratch: Path, *, held: Container[str] = ()) -> dict[str, int]:
-    """Hash and size of every payload of a plan that a client does not hold."""
-    files = dict(_file(tensors, scratch) for tensors in plan.payloads.values())
-    return {sha256: size for sha256, size in files.items() if sha256 not in held}
-
-
-def _file(tensors: Tensors, scratch: Path) -> tuple[str, int]:
-    """Hash and size of the file that tensors travel as."""
-    path = scratch / "payload.safetensors"
-    sha256 = codec.write_tensors(path, tensors)
-    return sha256, path.stat().st_size
 
 
 def _evaluating(spec: JobSpec) -> int:

@@ -6,20 +6,22 @@ asynchronous run, whose order of arrival no second run repeats, can be checked t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorabbit import codec, jobfile, work
+from lorabbit import codec, coding, jobfile, work
 from lorabbit import events as ev
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import PayloadRef
-from lorabbit.methods import build
+from lorabbit.methods import Method, build
 from lorabbit.payloads import CHUNK_BYTES, PayloadStore
 from lorabbit.schedules import worth
-from lorabbit.types import INITIALISE, TRAIN, ClientId, ClientProfile, ServerState, Tensors
-from lorabbit_server.aggregator import Carry, aggregate
+from lorabbit.transport import Coding
+from lorabbit.types import ADAPTER, INITIALISE, TRAIN, ClientId, ClientProfile, ServerState, Tensors
+from lorabbit_server.aggregator import Background, Carry, aggregate
 from lorabbit_server.evidence import FOLDER, LOG
 from lorabbit_server.jobstate import Offered, TaskState
 
@@ -72,14 +74,8 @@ def _versions(spec: JobSpec, log: list[ev.AnyEvent], payloads: PayloadStore) -> 
             each for each in accepted if each.phase == TRAIN and each.started + 1 + each.staleness == closed.round
         ]
         tasks = [_task(each, clients.index(each.client), payloads) for each in made_of]
-        scales = work.factors(spec, [e.metrics.num_examples for e in made_of], [e.share for e in made_of])
-        carries = {}
-        for each, task, scale in zip(made_of, tasks, scales, strict=True):
-            if each.staleness or scale != 1.0:
-                profile = ClientProfile(task.client, task.index)
-                old, new = method.uploads(states[each.started], profile), method.uploads(states[newest], profile)
-                carries[task.id] = Carry(old, new, scale * worth(spec.schedule, each.staleness))
-        states[closed.round] = aggregate(method, states[newest], tasks, payloads=payloads, carries=carries)
+        background = _background(method, states, list(zip(made_of, tasks, strict=True)), newest=newest)
+        states[closed.round] = aggregate(method, states[newest], tasks, payloads=payloads, background=background)
         newest = closed.round
         needed = {each.started for each in accepted if each.started + 1 + each.staleness > newest}
         states = {number: state for number, state in states.items() if number in needed or number == newest}
@@ -91,6 +87,38 @@ def _population(log: list[ev.AnyEvent]) -> tuple[str, ...]:
     """The clients by index, those that joined later included."""
     started = next((event.clients for event in log if isinstance(event, ev.JobStarted)), ())
     return (*started, *(e.client for e in log if isinstance(e, ev.ClientJoined) and e.index is not None))
+
+
+def _background(
+    method: Method,
+    states: Mapping[int, ServerState],
+    made_of: Sequence[tuple[ev.UpdateAccepted, TaskState]],
+    *,
+    newest: int,
+) -> Background:
+    """What the updates of a version are differences to, and how late ones came to it."""
+    job = method.job
+    accepted = [event for event, _ in made_of]
+    scales = work.factors(job, [e.metrics.num_examples for e in accepted], [e.share for e in accepted])
+    carries, origins = {}, {}
+    for (event, task), scale in zip(made_of, scales, strict=True):
+        profile = ClientProfile(task.client, task.index)
+        adapter = method.plan(states[event.started], profile).payloads.get(ADAPTER)
+        if adapter is not None and job.transport.uploads.delta:
+            origins[task.id] = _origin(adapter, job.transport.downloads)
+        if event.staleness or scale != 1.0:
+            old, new = method.uploads(states[event.started], profile), method.uploads(states[newest], profile)
+            carries[task.id] = Carry(old, new, scale * worth(job.schedule, event.staleness))
+    return Background(carries, origins)
+
+
+def _origin(adapter: Tensors, downloads: Coding) -> coding.Origin:
+    """An adapter as its clients had it."""
+    if downloads.is_lossy:
+        with tempfile.TemporaryDirectory() as scratch:
+            coding.write_coded(Path(scratch) / "adapter", adapter, downloads)
+            adapter = coding.open_tensors(Path(scratch) / "adapter")
+    return coding.Origin(codec.tensors_sha256(adapter), adapter)
 
 
 def _task(event: ev.UpdateAccepted, index: int, payloads: PayloadStore) -> TaskState:

@@ -22,9 +22,11 @@ from lorabbit.errors import LoRAbbitError, Refused
 from lorabbit.messages import Alive, CancelTask, Deny, ForTask, Goodbye, Grant, Hello, Message, Task, Verdict, Welcome
 from lorabbit.payloads import PayloadStore
 from lorabbit.settings import ClientSettings
+from lorabbit.transport import KNOWN
 from lorabbit.types import EVALUATE
 from lorabbit_client import machine
-from lorabbit_client.assignment import Assignment, Desk
+from lorabbit_client.assignment import Assignment
+from lorabbit_client.desk import Desk
 from lorabbit_client.execution import Runner
 from lorabbit_client.holdings import Holdings
 from lorabbit_client.journal import Journal
@@ -64,15 +66,13 @@ class Agent:
         self._shelf = shelf or Shelf(broker, PayloadStore(settings.folder / "payloads", durable=durable))
         self.client = settings.client or self._journal.identity()
         """The identity; None until the server gives one."""
-        self._holdings = Holdings(self._journal, self._shelf)
         self._assignments: dict[str, Assignment] = {}
         self._finished: dict[tuple[str, int, int], None] = {}
         self._epochs: dict[str, int] = {}
+        holdings = Holdings(self._journal, self._shelf)
         self._desk = Desk(
-            broker, runner, self._journal, self._shelf, self._address, self._send, self._holdings.take,
-            self._forget,
-            self._advance,
-        )  # fmt: skip
+            broker, runner, self._journal, self._shelf, holdings, self._address, self._send, self._forget, self._advance
+        )
         self._welcomed = False
         self._hello_seconds = FIRST_HELLO_SECONDS
         self._hello_is_out = False
@@ -87,7 +87,7 @@ class Agent:
     # ---- being there ----
     def start(self) -> None:
         """Take up what the journal holds, listen, and say hello."""
-        self._shelf.tidy(self._holdings.hashes)
+        self._desk.holdings.tidy()
         for offer in self._journal.results():
             assignment = self._assign(offer)
             assignment.resume(offer)
@@ -139,6 +139,7 @@ class Agent:
             max_batch=self._settings.max_batch,
             dtype=self._settings.dtype,
             version=lorabbit.__version__,
+            codings=KNOWN,
             outbox=outbox,
         )
 
@@ -257,7 +258,7 @@ class Agent:
     def _forget(self, task: str) -> None:
         """Forget an assignment, but remember for a while that it was done, should its order come a second time."""
         assignment = self._assignments.pop(task)
-        self._holdings.forget(task)
+        self._desk.holdings.forget(task)
         if assignment.order is not None:
             self._finished[_order_id(assignment.order)] = None
             if len(self._finished) > FINISHED_KEPT:

@@ -10,20 +10,17 @@ An assignment ends with a verdict, a denial, a cancellation, or a failure that t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import structlog
 
 from lorabbit import crash
 from lorabbit.backoff import Backoff
-from lorabbit.broker.base import Broker, Cancellable, OnDone
+from lorabbit.broker.base import Cancellable
 from lorabbit.errors import LoRAbbitError
 from lorabbit.messages import (
     Commit,
     Grant,
-    Message,
     Offer,
     PayloadRef,
     Task,
@@ -32,9 +29,9 @@ from lorabbit.messages import (
     TaskProgress,
 )
 from lorabbit.transfer import ChunkSender
-from lorabbit_client.execution import Outcome, Runner, Work
-from lorabbit_client.journal import Journal
-from lorabbit_client.shelf import Shelf
+from lorabbit_client.desk import Desk
+from lorabbit_client.execution import Outcome, Work
+from lorabbit_client.holdings import Reads
 
 log = structlog.get_logger()
 
@@ -44,24 +41,6 @@ ASK_AGAIN_MAX_SECONDS = 60.0
 CHUNK_BYTES = 2**20
 """How a result is cut when the task brought no payload to take it from."""
 MAX_REASON = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class Desk:
-    """What the assignments of one client share."""
-
-    broker: Broker
-    runner: Runner
-    journal: Journal
-    shelf: Shelf
-    address: str
-    send: Callable[[Message, OnDone | None], None]
-    count_read: Callable[[Task], dict[str, int]]
-    """Bytes that the payloads of a task cost this client, by role; notes that it holds them from now on."""
-    done: Callable[[str], None]
-    """The task is over: forget the assignment."""
-    advance: Callable[[], None]
-    """An assignment is ready, or no longer at work: `run` those whose turn it is."""
 
 
 class Assignment:
@@ -76,9 +55,8 @@ class Assignment:
         self.client = client
         self.stage = "new"
         self.order: Task | None = None
-        self._taken: list[PayloadRef] = []
         self._awaited = 0
-        self._read: dict[str, int] = {}
+        self._reads: Reads | None = None
         self._offer: Offer | None = None
         self._timer: Cancellable | None = None
         self._sender: ChunkSender | None = None
@@ -96,13 +74,10 @@ class Assignment:
         self.order = order
         self.stage = "fetching"
         self.acknowledge()
-        self._read = self._desk.count_read(order)
-        refs = list(order.payloads.values())
-        self._awaited = len(refs)
-        for ref in refs:
-            self._taken.append(ref)
-            self._desk.shelf.take(ref, self._fetched)
-        if not refs:
+        self._reads = self._desk.holdings.read(order)
+        self._awaited = len(self._reads.files)
+        self._desk.holdings.take(self._reads, self._fetched)
+        if not self._reads.files:
             self._is_ready()
 
     def acknowledge(self) -> None:
@@ -136,6 +111,7 @@ class Assignment:
             {role: self._desk.shelf.path(ref.sha256) for role, ref in order.payloads.items()},
             self._desk.journal.output(self.task),
             self._desk.journal.private(order.job, order.client),
+            () if self._reads is None else self._reads.recipes,
         )
         due = time.monotonic() + PROGRESS_SECONDS
 
@@ -165,13 +141,14 @@ class Assignment:
             self._log.warning("task-failed", why=outcome.error, **outcome.details)
             self._fail(outcome.error, bad_input=outcome.bad_input)
             return
+        counted = {} if self._reads is None else dict(self._reads.counted)
         offer = Offer(
             **self._ids,
             payload=self._payload(order, outcome),
             metrics=outcome.metrics,
             base_sha256=outcome.base_sha256,
-            bytes_down=sum(self._read.values()),
-            bytes_by_role=self._read,
+            bytes_down=sum(counted.values()),
+            bytes_by_role=counted,
         )
         self._desk.journal.finish(offer)
         self._give_payloads()
@@ -289,9 +266,9 @@ class Assignment:
         self._desk.advance()
 
     def _give_payloads(self) -> None:
-        taken, self._taken = self._taken, []
-        for ref in taken:
-            self._desk.shelf.give(ref)
+        reads, self._reads = self._reads, None
+        if reads is not None:
+            self._desk.holdings.give(reads)
 
     def _stop_timer(self) -> None:
         timer, self._timer = self._timer, None

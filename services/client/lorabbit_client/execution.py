@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from lorabbit.coding import Recipe
 from lorabbit.messages import Metrics, Task
 
 OnProgress: TypeAlias = Callable[[float, float | None], None]
@@ -33,6 +34,8 @@ class Work:
     """Where to write the result's tensors; not written when nothing but metrics returns."""
     private: Path
     """Folder of the client's private state for this job."""
+    recipes: tuple[Recipe, ...] = ()
+    """How to make the input files that came coded."""
 
 
 @dataclass(frozen=True, slots=True)

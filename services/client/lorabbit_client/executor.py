@@ -15,15 +15,18 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from lorabbit import codec, methods, personal
+from lorabbit import codec, coding, methods, personal
 from lorabbit.errors import BadInput, LoRAbbitError, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Metrics
-from lorabbit.types import EVALUATE, INITIALISE, ClientUpdate, Json, Plan, Tensors
+from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, ClientUpdate, Json, Plan, Tensors
 from lorabbit_client.execution import Cancelled, OnProgress, Outcome, Work
 from lorabbit_client.null import NullWorkspace, is_null
-from lorabbit_client.private import read_private, write_private
+from lorabbit_client.private import PrivateState, read_private, write_private
 from lorabbit_client.workspace import TaskSession, Workspace
+
+UNSENT = "unsent"
+"""Group of a client's private tensors: what the coding of its updates has left out so far."""
 
 
 class Executor:
@@ -62,6 +65,8 @@ class Executor:
         Private state is committed after a result's tensors are written; a score leaves it as it was.
         """
         task = work.task
+        for recipe in work.recipes:
+            coding.restore(recipe)
         method = methods.build(task.spec)
         private = read_private(work.private, task.task)
         session = workspace.session(task, private, on_progress)
@@ -81,8 +86,7 @@ class Executor:
         personal.check_outgoing(update.tensors)
         sent = 0
         if update.tensors:
-            codec.write_tensors(work.output, update.tensors)
-            sent = codec.read_tensors(work.output).scalars
+            sent = _write_update(work, update.tensors, private)
         write_private(work.private, task.task, private)
         metrics = _metrics(update, session).model_copy(update={"flops": float(counted.flops), "parameters": sent})
         return _without_examples(metrics, task.spec, private.values), bool(update.tensors)
@@ -114,6 +118,24 @@ def _personal() -> Callable[..., Workspace]:
     from lorabbit_client.personal_workspace import open_personal_workspace  # noqa: PLC0415
 
     return open_personal_workspace
+
+
+def _write_update(work: Work, tensors: Tensors, private: PrivateState) -> int:
+    """Write a result as the task asks for it; returns how many numbers it has.
+
+    What stays unsent is kept with the client's private state.
+    """
+    wanted = work.task.coding
+    if wanted.is_plain:
+        codec.write_tensors(work.output, tensors)
+        return codec.read_tensors(work.output).scalars
+    held = work.task.payloads.get(ADAPTER)
+    origin = None if held is None else coding.Origin.of(held.sha256, work.inputs[ADAPTER])
+    before = private.tensors[UNSENT] if wanted.feedback and UNSENT in private.tensors else None
+    unsent = coding.write_coded(work.output, tensors, wanted, origin=origin, unsent=before)
+    if wanted.feedback:
+        private.tensors[UNSENT] = unsent
+    return coding.open_tensors(work.output, origin).scalars
 
 
 class _Payloads(dict[str, Tensors]):

@@ -54,6 +54,10 @@ class Shelf:
         """Tell whether a payload is here, or on its way."""
         return sha256 in self._reading or self._store.has(sha256)
 
+    def is_here(self, sha256: str) -> bool:
+        """Tell whether a payload is here, whole."""
+        return self._store.has(sha256)
+
     def path(self, sha256: str) -> Path:
         """Where a payload lies."""
         return self._store.path(sha256)
@@ -72,9 +76,13 @@ class Shelf:
             reader = AdapterReader(self._broker, self._store, ref, partial(self._read, sha256))
             self._reading[sha256] = _Reading(reader, [on_taken])
 
-    def give(self, ref: PayloadRef) -> None:
+    def expect(self, sha256: str) -> None:
+        """Keep a payload until `give` that is here, or that a task is going to make here."""
+        self._users[sha256] += 1
+        self._unwanted.discard(sha256)
+
+    def give(self, sha256: str) -> None:
         """Say that one task no longer needs a payload."""
-        sha256 = ref.sha256
         self._users[sha256] -= 1
         if self._users[sha256] > 0:
             return

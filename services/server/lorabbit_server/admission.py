@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from lorabbit import codec
+from lorabbit import codec, coding
 from lorabbit.errors import CorruptPayload, Refused
 from lorabbit.messages import PayloadRef
 from lorabbit.tensors import is_floating
+from lorabbit.transport import Coding
 from lorabbit.types import Tensors
 
 HEADER_BYTES = 2**20
@@ -46,19 +47,25 @@ class Template:
         shapes = {}
         size = parameters = 0
         for name in tensors:
-            dtype, shape = _describe(tensors, name)
+            dtype, shape = codec.describe(tensors, name)
             shapes[name] = (shape, dtype.name)
             parameters += math.prod(shape)
             size += math.prod(shape) * dtype.itemsize
         return cls(shapes, size, parameters)
 
 
-def _describe(tensors: Tensors, name: str) -> tuple[np.dtype[np.generic], tuple[int, ...]]:
-    """Element type and shape, read from the header where the tensors are a file."""
-    if isinstance(tensors, codec.FileTensors):
-        return tensors.describe(name)
-    value = tensors[name]
-    return value.dtype, value.shape
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a result must be."""
+
+    template: Template | None = None
+    """None: anything finite, and only as it is."""
+    coding: Coding = field(default_factory=Coding)
+    """How the job asks for it; a client may send it as it is all the same."""
+    origin: tuple[str, Path] | None = None
+    """What a difference may be to: a payload that the task named."""
+    may_be_empty: bool = False
+    """A file without a tensor passes, as the first adapter of clients with models of their own."""
 
 
 def check_offer(payload: PayloadRef, template: Template | None, *, max_bytes: int) -> None:
@@ -72,21 +79,35 @@ def check_offer(payload: PayloadRef, template: Template | None, *, max_bytes: in
         raise Refused("too-large", f"{payload.chunks} chunks are more than {MAX_CHUNKS}; cut it into larger ones")
 
 
-def check_update(path: Path, template: Template | None, *, may_be_empty: bool = False) -> None:
-    """Refuse a file whose tensors are not those that the template names, or not all finite.
+def check_update(path: Path, expected: Expected) -> Coding:
+    """Refuse a file whose tensors are not those that are expected, or not all finite; returns how it is coded.
 
-    `may_be_empty`: a file without a tensor passes, as the first adapter of clients with models of their own.
+    Names, types and shapes are compared before a coded tensor is decoded, so none becomes larger than expected.
     """
+    template = expected.template
     try:
-        tensors = codec.read_tensors(path)
+        origin = None if expected.origin is None else coding.Origin.of(*expected.origin)
+        tensors = coding.open_tensors(path, origin)
+        found = coding.coding_of(tensors)
+        _check_coding(found, expected)
         if template is not None:
             _check_names(tensors, template)
         for name in tensors:
             _check_tensor(name, tensors, template)
     except CorruptPayload as error:
         raise Refused("corrupt", str(error)) from error
-    if not tensors and not may_be_empty:
+    if not tensors and not expected.may_be_empty:
         raise Refused("names", "it holds no tensor")
+    return found
+
+
+def _check_coding(found: Coding, expected: Expected) -> None:
+    """Refuse a coding that the job did not ask for; as they are, tensors may always come."""
+    if found.is_plain:
+        return
+    asked = expected.coding
+    if expected.template is None or found != asked.model_copy(update={"feedback": None}):
+        raise Refused("coding", f"it is written in {found.word}, where {asked.word} was asked for")
 
 
 def _check_names(tensors: Tensors, template: Template) -> None:
@@ -100,7 +121,7 @@ def _check_names(tensors: Tensors, template: Template) -> None:
 
 def _check_tensor(name: str, tensors: Tensors, template: Template | None) -> None:
     """Refuse one tensor of the wrong shape or dtype, or with a value that is not finite."""
-    dtype, shape = _describe(tensors, name)
+    dtype, shape = codec.describe(tensors, name)
     if template is not None:
         right_shape, right_dtype = template.shapes[name]
         if shape != right_shape:

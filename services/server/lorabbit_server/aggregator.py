@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lorabbit import codec, crash, privacy, robust
+from lorabbit import codec, coding, crash, privacy, robust
 from lorabbit.methods import Method
 from lorabbit.payloads import PayloadStore
 from lorabbit.tensors import is_floating
@@ -63,13 +63,22 @@ class Carried(Mapping[str, Array]):
 
 
 @dataclass(frozen=True, slots=True)
+class Background:
+    """What beside an update's own file says what it means; by task."""
+
+    carries: Mapping[str, Carry] = field(default_factory=dict)
+    """Where an update started from an older version."""
+    origins: Mapping[str, coding.Origin] = field(default_factory=dict)
+    """To what an update tells the difference, if it does."""
+
+
+@dataclass(frozen=True, slots=True)
 class Updates(Iterable[ClientUpdate]):
     """The updates of accepted tasks, to be walked as often as a method likes."""
 
     tasks: Sequence[TaskState]
     payloads: PayloadStore
-    carries: Mapping[str, Carry] = field(default_factory=dict)
-    """By task, where an update started from an older version."""
+    background: Background = Background()
 
     def __iter__(self) -> Iterator[ClientUpdate]:
         """Stream the updates; each one's tensors are read when asked for, none where it brought none."""
@@ -77,9 +86,12 @@ class Updates(Iterable[ClientUpdate]):
             if task.offered is None:
                 continue
             metrics, payload = task.offered.metrics, task.offered.payload
-            tensors: Tensors = {} if payload is None else codec.read_tensors(self.payloads.path(payload.sha256))
-            if task.id in self.carries:
-                tensors = Carried(tensors, self.carries[task.id])
+            tensors: Tensors = {}
+            if payload is not None:
+                path = self.payloads.path(payload.sha256)
+                tensors = coding.open_tensors(path, self.background.origins.get(task.id))
+            if task.id in self.background.carries:
+                tensors = Carried(tensors, self.background.carries[task.id])
             yield ClientUpdate(
                 task.client,
                 task.index,
@@ -96,14 +108,14 @@ def aggregate(
     tasks: Sequence[TaskState],
     *,
     payloads: PayloadStore,
-    carries: Mapping[str, Carry] | None = None,
+    background: Background | None = None,
 ) -> ServerState:
     """Let the method fold the round's updates behind the job's defence.
 
     They come in ascending client index, then in the order they were asked for.
     """
     ordered = sorted(tasks, key=lambda task: (task.index, task.round, task.turn))
-    received = Updates(ordered, payloads, carries or {})
+    received = Updates(ordered, payloads, background or Background())
     job = method.job
     guarded, defended = robust.defend(job, state, received)
     folded = method.aggregate(state, privacy.protect(job, state, guarded))
@@ -123,12 +135,12 @@ def first_version(versions: Versions, offered: Offered) -> tuple[Version, int]:
 
 
 def next_version(
-    versions: Versions, state: ServerState, tasks: Sequence[TaskState], *, carries: Mapping[str, Carry]
+    versions: Versions, state: ServerState, tasks: Sequence[TaskState], *, background: Background
 ) -> tuple[Version, float]:
     """Save the state that a round's updates give; returns it and the seconds that it took."""
     crash.reached(crash.Point.AGGREGATING)
     began = time.monotonic()
-    folded = aggregate(versions.method, state, tasks, payloads=versions.payloads, carries=carries)
+    folded = aggregate(versions.method, state, tasks, payloads=versions.payloads, background=background)
     version = versions.save(folded)
     crash.reached(crash.Point.VERSION_WRITTEN)
     return version, time.monotonic() - began

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from lorabbit import crash
@@ -31,10 +31,10 @@ class Downloads:
         self._announced |= self._left
         self.sweep(frozenset())
 
-    def announce(self, refs: Mapping[str, PayloadRef]) -> dict[str, PayloadRef]:
-        """Return the payloads that were not announced before: what gets a stream is in the log first."""
-        new = {role: ref for role, ref in refs.items() if ref.sha256 not in self._announced}
-        self._announced |= {ref.sha256 for ref in new.values()}
+    def announce(self, refs: Iterable[tuple[str, PayloadRef]]) -> list[tuple[str, PayloadRef]]:
+        """Return those, with their roles, that were not announced before: what gets a stream is in the log first."""
+        new = [(role, ref) for role, ref in refs if ref.sha256 not in self._announced]
+        self._announced |= {ref.sha256 for _, ref in new}
         return new
 
     def publish(self, refs: Iterable[PayloadRef]) -> None:

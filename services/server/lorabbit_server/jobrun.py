@@ -20,6 +20,7 @@ from lorabbit.jobspec import JobSpec
 from lorabbit.messages import CancelTask, Deny, ForTask, Offer, Task, TaskFailed, Verdict
 from lorabbit.methods import build
 from lorabbit.state.base import JobEntry, JobRecord
+from lorabbit.transport import Coding
 from lorabbit.types import INITIALISE, ClientId
 from lorabbit_server import aggregator, steps
 from lorabbit_server.coordinator import decide, resume
@@ -50,9 +51,9 @@ class JobRun:
         self._is_new = record.header is None
         self._tools, self._meter = tools, Meter(tools.traffic_of(job))
         self._method = build(spec)
-        self._versions = Versions(self._method, tools.payloads, tools.settings.chunk_bytes)
+        self._versions = Versions(self._method, tools.payloads, tools.settings.chunk_bytes, spec.transport.downloads)
         self._planner = Planner(self._method, self._versions, tools.registry, epoch=tools.epoch)
-        self._uploads = Uploads(tools, job, self._meter, self._checked, may_start_empty=self._method.personal)
+        self._uploads = Uploads(tools, job, self._meter, self._checked)
         self._downloads = Downloads(tools, self._needs, self._step_failed)
         self._deadline = Deadline(tools, self.apply)
         folder = tools.settings.folder / "runs" / job
@@ -87,7 +88,7 @@ class JobRun:
         self._uploads.inherit()
         for task in self.state.tasks.values():
             if task.status != "accepted":
-                self._downloads.publish(self._planner.message(self.state, task).payloads.values())
+                self._downloads.publish(ref for _, ref in self._planner.message(self.state, task).published)
         self._ledger.relay_all()
         for command in resume(self.state):
             self._heavy(command)()  # at once: behind the next commit, chunks that wait would find nobody
@@ -111,8 +112,7 @@ class JobRun:
         if self.state.head is before.head and before.tasks.keys() <= self.state.tasks.keys():
             return  # the common case, once a message: nothing has become superfluous
         self._meter.keep(self.state.tasks.keys())
-        self._versions.keep(self.state.versions)
-        gone = before.payloads - self.state.payloads
+        gone = self._versions.keep(self.state.versions) | (before.payloads - self.state.payloads)
         if gone:
             self._ledger.afterwards(lambda: self._downloads.sweep(gone))
 
@@ -195,8 +195,8 @@ class JobRun:
     def _send_task(self, task: TaskState) -> None:
         """Put a task into the outbox, and its payloads into streams."""
         message = self._planner.message(self.state, task)
-        refs = message.payloads.values()
-        for role, ref in self._downloads.announce(message.payloads).items():
+        refs = [ref for _, ref in message.published]
+        for role, ref in self._downloads.announce(message.published):
             told = ev.PayloadPublished(at_ms=self._now(), round=self.state.round, role=role, **ref.model_dump())
             self._ledger.record(told)
         self._ledger.before_sending(lambda: self._downloads.publish(refs))
@@ -212,19 +212,19 @@ class JobRun:
     def _expect(self, task: TaskState) -> None:
         current = self.state.tasks.get(task.id)
         if current is not None and current.status == "offered":
-            self._uploads.expect(current, self._planner.template(self.state, current))
+            self._uploads.expect(current, self._planner.expected(self.state, current))
 
-    def _checked(self, task: TaskState, error: Exception | None) -> None:
+    def _checked(self, task: TaskState, found: Coding | Exception) -> None:
         """Count a payload that passed admission, unless its offer is no longer the one that counts."""
         current = self.state.tasks.get(task.id)
         if current is None or current.status != "offered" or current.offered != task.offered:
             return
-        if error is None:
-            self.apply(steps.ResultArrived(task.id, self._meter.read(task.id), self._now()))
+        if not isinstance(found, Exception):
+            self.apply(steps.ResultArrived(task.id, self._meter.read(task.id), self._now(), found.word))
             return
-        why = refusal(error)
+        why = refusal(found)
         if why is None:
-            self._step_failed(f"checking the {task.phase} result of {task.client}", error)
+            self._step_failed(f"checking the {task.phase} result of {task.client}", found)
         else:
             self.apply(steps.ResultRefused(task.id, why.reason, why.detail, at_ms=self._now()))
 
@@ -253,14 +253,14 @@ class JobRun:
         """Fold the round's updates into the next server state."""
         if self.state.head is None:
             return
-        carries = self._planner.carries(self.state, command.tasks)
+        background = self._planner.background(self.state, command.tasks)
         state = self._versions.load(self.state.head)
 
         def done(result: tuple[Version, float]) -> None:
             self.apply(steps.RoundAggregated(command.round, result[0], result[1], self._now()))
             self._versions.unclaimed.clear()
 
-        work = partial(aggregator.next_version, self._versions, state, command.tasks, carries=carries)
+        work = partial(aggregator.next_version, self._versions, state, command.tasks, background=background)
         self._tools.loop.work(work, done, lambda error: self._step_failed(f"aggregating round {command.round}", error))
 
     def _step_failed(self, what: str, error: Exception) -> None:

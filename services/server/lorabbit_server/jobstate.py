@@ -124,6 +124,8 @@ class JobState:
     round_started_ms: int = 0
     head: Version | None = None
     """The server state that the round under way starts from."""
+    previous: Version | None = None
+    """The one before, where adapters are told as differences to it."""
     scored: Mapping[int, Version] = field(default_factory=dict)
     """Versions under evaluation, by round."""
     base_sha256: str | None = None
@@ -164,7 +166,7 @@ class JobState:
     @property
     def versions(self) -> tuple[Version, ...]:
         """The versions in use: the head, those under evaluation, and those that late tasks started from."""
-        used = (self.head, *self.scored.values(), *self.bases.values())
+        used = (self.head, self.previous, *self.scored.values(), *self.bases.values())
         return tuple(version for version in used if version is not None)
 
 

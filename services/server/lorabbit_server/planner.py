@@ -6,23 +6,27 @@ name needs to be stored: a restarted server makes the same message again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lorabbit import work
+import structlog
+
+from lorabbit import coding, work
 from lorabbit.errors import RunFailed
-from lorabbit.messages import PayloadRef, Task
+from lorabbit.messages import PayloadRef, Task, Way
 from lorabbit.methods import Method
 from lorabbit.schedules import worth
 from lorabbit.seeds import derive_seed
-from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientProfile, Facts, Tensors
+from lorabbit.transport import Coding
+from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, TRAIN, ClientProfile, Facts, Tensors
 from lorabbit_server import pace
-from lorabbit_server.admission import Template, check_offer
-from lorabbit_server.aggregator import Carry
+from lorabbit_server.admission import Expected, Template, check_offer
+from lorabbit_server.aggregator import Background, Carry
 from lorabbit_server.jobstate import JobState, TaskState, Version
 from lorabbit_server.registry import Registry
 from lorabbit_server.versions import Versions
 
+log = structlog.get_logger()
 KEPT_TEMPLATES = 64
 """Descriptions of uploads that are kept, for methods that want another one of every client."""
 
@@ -48,6 +52,11 @@ class Planner:
     def message(self, state: JobState, task: TaskState) -> Task:
         """Make the message for a task; writes payloads that are not files yet."""
         asked = self._asked(state, task)
+        codings = self._codings(task)
+        uploads = state.spec.transport.uploads
+        unknown = (uploads.needs | state.spec.transport.downloads.needs) - codings
+        if unknown and task.phase == TRAIN:
+            log.warning("client-served-without", client=task.client, task=task.id, unknown=sorted(unknown))
         return Task(
             job=state.job,
             task=task.id,
@@ -61,6 +70,8 @@ class Planner:
             seed=derive_seed(state.spec.seed, task.phase, task.round, task.index, *([task.turn] if task.turn else [])),
             share=task.share,
             payloads=asked.payloads,
+            ways=self._ways(state, task, asked.payloads) if state.spec.transport.downloads.needs <= codings else {},
+            coding=uploads if task.phase == TRAIN and uploads.needs <= codings else Coding(),
             settings=dict(asked.settings),
             spec=state.spec,
         )
@@ -81,6 +92,15 @@ class Planner:
             known = self._templates[id(tensors)] = (tensors, Template.of(tensors))
         return known[1]
 
+    def expected(self, state: JobState, task: TaskState) -> Expected:
+        """What admission holds a task's result to."""
+        template = self.template(state, task)
+        if template is None:
+            return Expected(may_be_empty=task.phase == INITIALISE and self._method.personal)
+        origin = self._asked(state, task).payloads.get(ADAPTER)
+        held = None if origin is None else (origin.sha256, self._versions.payloads.path(origin.sha256))
+        return Expected(template, state.spec.transport.uploads, held)
+
     def weigh(self, state: JobState, task: TaskState, payload: PayloadRef | None, *, max_bytes: int) -> bool | None:
         """Tell whether a task's result must have tensors, None where it may; raises Refused for a size too large."""
         template = self.template(state, task)
@@ -90,13 +110,25 @@ class Planner:
             return None
         return template is None or not template.is_empty
 
-    def carries(self, state: JobState, tasks: Iterable[TaskState]) -> dict[str, Carry]:
+    def background(self, state: JobState, tasks: Sequence[TaskState]) -> Background:
+        """What the updates of tasks are differences to, and how those come to the newest version that are late."""
+        origins: dict[str, coding.Origin] = {}
+        if state.spec.transport.uploads.delta:
+            known: dict[str, coding.Origin] = {}
+            for task in tasks:
+                ref = self._asked(state, task).payloads.get(ADAPTER)
+                if ref is not None:
+                    path = self._versions.payloads.path(ref.sha256)
+                    known.setdefault(ref.sha256, coding.Origin.of(ref.sha256, path))
+                    origins[task.id] = known[ref.sha256]
+        return Background(self._carries(state, tasks), origins)
+
+    def _carries(self, state: JobState, tasks: Sequence[TaskState]) -> dict[str, Carry]:
         """How updates from older versions, or of unlike shares of work, come to the newest version, by task."""
-        listed = list(tasks)
-        examples = [0 if task.offered is None else task.offered.metrics.num_examples for task in listed]
-        scales = work.factors(state.spec, examples, [task.share for task in listed])
+        examples = [0 if task.offered is None else task.offered.metrics.num_examples for task in tasks]
+        scales = work.factors(state.spec, examples, [task.share for task in tasks])
         carries: dict[str, Carry] = {}
-        for task, scale in zip(listed, scales, strict=True):
+        for task, scale in zip(tasks, scales, strict=True):
             start, head, staleness = state.version_for(task), state.head, pace.staleness(state, task)
             if (staleness > 0 or scale != 1.0) and start is not None and head is not None:
                 profile = self._profile(task)
@@ -118,6 +150,23 @@ class Planner:
             raise RunFailed(f"job {state.job} trains without a server state")
         plan = self._method.plan(self._versions.load(start), self._profile(task))
         return Asked(plan.phase, self._versions.refs(plan.payloads), plan.settings)
+
+    def _ways(self, state: JobState, task: TaskState, payloads: Mapping[str, PayloadRef]) -> dict[str, Way]:
+        """The shorter way to a task's adapter, in the coding that the job asks for."""
+        whole = payloads.get(ADAPTER)
+        if state.spec.transport.downloads.is_plain or whole is None:
+            return {}
+        origin = None
+        if state.previous is not None and state.head is not None:
+            plan = self._method.plan(self._versions.load(state.previous), self._profile(task))
+            origin = self._versions.refs(plan.payloads).get(ADAPTER)
+            self._versions.load(state.head)
+        return {whole.sha256: self._versions.way(whole, origin)}
+
+    def _codings(self, task: TaskState) -> frozenset[str]:
+        """What a task's client can write and read."""
+        entry = self._registry.get(task.client)
+        return frozenset() if entry is None else frozenset(entry.codings)
 
     def _profile(self, task: TaskState) -> ClientProfile:
         """What the client declared about itself."""

@@ -15,7 +15,7 @@ from lorabbit.state.base import StateStore
 from lorabbit.types import ClientId
 from lorabbit_server.jobstate import Declared
 
-DECLARED = {"device", "memory_bytes", "tags", "pool", "max_rank", "max_batch", "dtype", "version"}
+DECLARED = {"device", "memory_bytes", "tags", "pool", "max_rank", "max_batch", "dtype", "version", "codings"}
 """What a client says of itself; the store keeps it beside the identity."""
 
 
@@ -33,6 +33,7 @@ class Client:
     max_batch: int | None = None
     dtype: str = "float32"
     version: str = ""
+    codings: tuple[str, ...] = ()
     expires_ms: int = 0
     heard_ms: int = 0
     """When it was heard of last."""
@@ -57,7 +58,7 @@ class Registry:
             recent = entry.expires_ms > now_ms - self._lease_ms
             expires = now_ms + self._lease_ms if recent else entry.expires_ms
             declared = json.loads(entry.record)
-            declared["tags"] = tuple(declared.get("tags", ()))
+            declared |= {key: tuple(declared.get(key, ())) for key in ("tags", "codings")}
             heard = max(0, entry.expires_ms - self._lease_ms)
             self._clients[client] = Client(client, entry.address, expires_ms=expires, heard_ms=heard, **declared)
             if recent:

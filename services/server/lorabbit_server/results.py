@@ -137,6 +137,7 @@ def _accepted(state: JobState, task: TaskState, offered: Offered, event: ResultA
         staleness=pace.staleness(state, task) if trains else 0,
         turn=task.turn,
         share=task.share,
+        coding=event.coding,
     )
     verdict = SendVerdict(task.id, task.client, accepted=True)
     return CountResult(task.id, sha256 or "-"), Record(told), verdict

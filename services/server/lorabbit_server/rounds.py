@@ -135,6 +135,7 @@ def round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
         stage="scoring",
         since_ms=event.at_ms,
         head=event.version,
+        previous=state.head if state.spec.transport.downloads.delta else None,
         tasks=left,
         bases=_bases(state, left),
         batch=(),
@@ -264,4 +265,5 @@ def end(state: JobState, outcome: Ending, at_ms: int, *, reason: str = "", exit_
     off = tuple(CancelTask(task.id, task.client) for task in in_order(state.tasks) if task.status != "accepted")
     told = Record(ev.JobEnded(at_ms=at_ms, status=outcome, reason=reason, exit_code=exit_code))
     state = replace(state, stage="ended", outcome=outcome, reason=reason, exit_code=exit_code, since_ms=at_ms)
-    return replace(state, head=None, scored={}, tasks={}, bases={}, batch=(), deadline_ms=None), (*off, told, EndJob())
+    state = replace(state, head=None, previous=None, scored={}, tasks={}, bases={}, batch=(), deadline_ms=None)
+    return state, (*off, told, EndJob())

@@ -13,6 +13,7 @@ from typing import TypeAlias
 from pydantic import JsonValue
 
 from lorabbit.events import AnyEvent
+from lorabbit.transport import PLAIN
 from lorabbit.types import ClientId
 from lorabbit_server.jobstate import Declared, JobState, Offered, TaskState, Version
 
@@ -83,6 +84,8 @@ class ResultArrived:
     task: str
     traffic: Traffic = Traffic()
     at_ms: int = 0
+    coding: str = PLAIN
+    """How its tensors were written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from lorabbit.broker import topology
 from lorabbit.broker.base import Delivery, Outgoing
 from lorabbit.errors import CorruptPayload, LoRAbbitError, Refused
 from lorabbit.messages import Grant, PayloadRef
-from lorabbit_server import admission
+from lorabbit.transport import Coding
+from lorabbit_server.admission import Expected, check_update
 from lorabbit_server.jobstate import TaskState
 from lorabbit_server.meter import Meter, header_bytes
 from lorabbit_server.tools import Tools
@@ -30,7 +31,7 @@ STALLED_MS = 5_000
 """An upload on which nothing moved for so long is granted again."""
 INHERITED_MS = 1_000
 """So long must nothing have moved on an upload that an earlier server granted."""
-OnChecked = Callable[[TaskState, Exception | None], None]
+OnChecked = Callable[[TaskState, Coding | Exception], None]
 
 
 @dataclass(slots=True)
@@ -40,21 +41,15 @@ class Upload:
     ref: PayloadRef
     missing: set[int]
     moved_ms: int
-    waiting: dict[str, tuple[TaskState, admission.Template | None]] = field(default_factory=dict)
+    waiting: dict[str, tuple[TaskState, Expected]] = field(default_factory=dict)
     patience_ms: int = STALLED_MS
 
 
 class Uploads:
     """See the module's docstring; for the loop thread."""
 
-    def __init__(
-        self, tools: Tools, job: str, meter: Meter, on_checked: OnChecked, *, may_start_empty: bool = False
-    ) -> None:
-        """Report each task's payload, or why it is refused, to `on_checked`.
-
-        `may_start_empty`: the first adapter may hold no tensor.
-        """
-        self._may_start_empty = may_start_empty
+    def __init__(self, tools: Tools, job: str, meter: Meter, on_checked: OnChecked) -> None:
+        """Report how each task's payload is coded, or why it is refused, to `on_checked`."""
         self._tools, self._job, self._meter, self._on_checked = tools, job, meter, on_checked
         self._open: dict[str, Upload] = {}
         self._inherited_until_ms = 0
@@ -63,7 +58,7 @@ class Uploads:
         """Expect that chunks are on their way which an earlier server asked for."""
         self._inherited_until_ms = self._tools.now_ms() + INHERITED_MS
 
-    def expect(self, task: TaskState, template: admission.Template | None) -> None:
+    def expect(self, task: TaskState, expected: Expected) -> None:
         """Await the payload that a task's client offered, and grant what is missing of it."""
         if task.offered is None or task.offered.payload is None:
             return
@@ -72,7 +67,7 @@ class Uploads:
         if upload is None:
             missing = set(self._tools.payloads.missing(ref))
             upload = self._open[ref.sha256] = Upload(ref, missing, self._tools.now_ms())
-        upload.waiting[task.id] = (task, template)
+        upload.waiting[task.id] = (task, expected)
         upload.moved_ms = self._tools.now_ms()
         if upload.missing and upload.moved_ms < self._inherited_until_ms:
             upload.patience_ms = INHERITED_MS
@@ -139,21 +134,20 @@ class Uploads:
     def _check(self, upload: Upload) -> None:
         """Check a whole payload beside the loop, for everybody who waits for it."""
         waiting, upload.waiting = upload.waiting, {}
-        for task, template in waiting.values():
-            self._check_for(upload, task, template)
+        for task, expected in waiting.values():
+            self._check_for(upload, task, expected)
 
-    def _check_for(self, upload: Upload, task: TaskState, template: admission.Template | None) -> None:
+    def _check_for(self, upload: Upload, task: TaskState, expected: Expected) -> None:
         payloads, sha256 = self._tools.payloads, upload.ref.sha256
 
-        def work() -> None:
-            may_be_empty = template is None and self._may_start_empty
-            admission.check_update(payloads.finish(upload.ref), template, may_be_empty=may_be_empty)
+        def work() -> Coding:
+            return check_update(payloads.finish(upload.ref), expected)
 
-        def done(error: Exception | None) -> None:
+        def done(found: Coding | Exception) -> None:
             if not upload.waiting:
                 self._open.pop(sha256, None)
             crash.reached(crash.Point.UPLOAD_CHECKED)
-            self._on_checked(task, error)
+            self._on_checked(task, found)
 
         self._tools.loop.work(work, done, done)
 

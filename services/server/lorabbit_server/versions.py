@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lorabbit import codec
-from lorabbit.messages import PayloadRef
+from lorabbit.coding import Origin, open_tensors, write_coded
+from lorabbit.messages import PayloadRef, Way
 from lorabbit.methods import Method
 from lorabbit.payloads import PayloadStore
-from lorabbit.types import Facts, ServerState, Tensors
+from lorabbit.transport import Coding
+from lorabbit.types import ADAPTER, Facts, ServerState, Tensors
 from lorabbit_server.jobstate import Version
 
 REPORT = "report"
@@ -39,6 +41,14 @@ class _Loaded:
     """Files that were written for plans."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """An adapter as it travels, and as it is afterwards."""
+
+    file: PayloadRef
+    whole: PayloadRef
+
+
 @dataclass(slots=True)
 class Versions:
     """Saves and loads the server states of one job."""
@@ -46,10 +56,16 @@ class Versions:
     method: Method
     payloads: PayloadStore
     chunk_bytes: int
+    coding: Coding = field(default_factory=Coding)
+    """How adapters travel."""
     unclaimed: set[str] = field(default_factory=set)
     """Files written for a server state that the job does not name yet."""
     _loaded: list[_Loaded] = field(default_factory=list)
     """Versions in use, the one asked for last at the end."""
+    _coded: dict[tuple[str, str | None], _Coded] = field(default_factory=dict)
+    """By the sha256 of the adapter that a plan names, and of what the coded file tells the difference to."""
+    _newest: PayloadRef | None = None
+    """The adapter that plans on the newest version most likely name."""
 
     def save(self, state: ServerState) -> Version:
         """Write a server state, and what a user gets of it, durably; all are files when this returns."""
@@ -73,6 +89,7 @@ class Versions:
             direct=export.tensors is state.tensors,
         )
         self.unclaimed |= version.hashes
+        self._code_ahead(saved if not facts else version.adapter if version.direct else None)
         return version
 
     def load(self, version: Version) -> ServerState:
@@ -85,20 +102,40 @@ class Versions:
         self._loaded.append(entry)
         return entry.state
 
-    def keep(self, versions: Iterable[Version]) -> None:
-        """Forget the versions that are no longer in use, and the files that were written for their plans."""
+    def keep(self, versions: Iterable[Version]) -> frozenset[str]:
+        """Forget the versions that are no longer in use; returns the files that were written for their plans."""
+        before = self.current
         in_use = list(versions)
         self._loaded = [entry for entry in self._loaded if entry.version in in_use]
+        known = frozenset().union(*(entry.hashes for entry in self._loaded), *(version.hashes for version in in_use))
+        known |= self.unclaimed
+        self._coded = {key: coded for key, coded in list(self._coded.items()) if key[0] in known}
+        return before - self.current
 
     def refs(self, payloads: Mapping[str, Tensors]) -> dict[str, PayloadRef]:
-        """Write what is no file yet of a plan on the state loaded last; the same object is written once."""
-        return {role: self._ref(tensors) for role, tensors in payloads.items()}
+        """Write what is no file yet of a plan on the state loaded last; the same object is written once.
+
+        Where adapters are rounded on their way, the adapter is the one that clients will have.
+        """
+        refs = {role: self._ref(tensors) for role, tensors in payloads.items()}
+        if self.coding.is_lossy and ADAPTER in refs:
+            refs[ADAPTER] = self._code(refs[ADAPTER], None).whole
+        return refs
+
+    def way(self, whole: PayloadRef, origin: PayloadRef | None) -> Way:
+        """The coded file from which a client makes a payload that `refs` named; written where it is not yet."""
+        for coded in list(self._coded.values()):
+            if self.coding.is_lossy and coded.whole == whole:
+                return Way(coded=coded.file)
+        told = None if origin is None or origin == whole else origin
+        return Way(coded=self._code(whole, told).file, origin=None if told is None else told.sha256)
 
     @property
     def current(self) -> frozenset[str]:
         """The files that plans on the versions in use refer to; for any thread."""
         entries = list(self._loaded)
-        return frozenset().union(*(set(entry.hashes) | entry.version.hashes for entry in entries))
+        coded = {ref.sha256 for each in list(self._coded.values()) for ref in (each.file, each.whole)}
+        return frozenset(coded).union(*(set(entry.hashes) | entry.version.hashes for entry in entries))
 
     def _open(self, version: Version) -> _Loaded:
         path = self.payloads.path(version.state.sha256)
@@ -139,6 +176,29 @@ class Versions:
                 entry.made.popitem(last=False)
         entry.hashes.add(ref.sha256)
         return ref
+
+    def _code_ahead(self, adapter: PayloadRef | None) -> None:
+        """Write an adapter for the wire, beside the loop that will ask for it."""
+        origin, self._newest = self._newest, adapter
+        if adapter is not None and not self.coding.is_plain:
+            told = origin if self.coding.delta and origin != adapter else None
+            self._code(adapter, told)
+
+    def _code(self, adapter: PayloadRef, origin: PayloadRef | None) -> _Coded:
+        """Write an adapter for the wire, once."""
+        key = (adapter.sha256, None if origin is None else origin.sha256)
+        if key not in self._coded:
+            tensors = codec.read_tensors(self.payloads.path(adapter.sha256))
+            held = None if origin is None else Origin.of(origin.sha256, self.payloads.path(origin.sha256))
+            file = self.payloads.add_written(
+                lambda path: write_coded(path, tensors, self.coding, origin=held), chunk_bytes=self.chunk_bytes
+            )
+            whole = adapter
+            if self.coding.is_lossy:
+                whole = self._write(open_tensors(self.payloads.path(file.sha256)), {})
+            self.unclaimed.add(file.sha256)
+            self._coded[key] = _Coded(file, whole)
+        return self._coded[key]
 
     def _write(self, tensors: Tensors, facts: Facts) -> PayloadRef:
         ref = self.payloads.add_tensors(tensors, facts, chunk_bytes=self.chunk_bytes)

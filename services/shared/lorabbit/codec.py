@@ -16,6 +16,7 @@ import json
 import math
 import os
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import numpy as np
 from pydantic import JsonValue, ValidationError
 
 from lorabbit.errors import BadInput, CorruptPayload, Refused
-from lorabbit.header import DTYPES, METADATA, SHOWN, Entry, parse
+from lorabbit.header import DTYPES, METADATA, NAMES, SHOWN, Entry, parse
 from lorabbit.messages import BY_TYPE, Message, Offer
 from lorabbit.types import Array, Facts, Json, Tensors
 
@@ -42,7 +43,9 @@ __all__ = [
     "METADATA",
     "SHOWN",
     "FileTensors",
+    "StoredTensors",
     "decode",
+    "describe",
     "encode",
     "read_facts",
     "read_tensors",
@@ -50,8 +53,6 @@ __all__ = [
     "tensors_sha256",
     "write_tensors",
 ]
-
-_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 
 
 def encode(message: Message) -> bytes:
@@ -89,7 +90,20 @@ def _check_facts(facts: JsonValue) -> None:
         raise Refused("malformed", "a fact is no number of a size that a float holds")
 
 
-class FileTensors(Mapping[str, Array]):
+class StoredTensors(Mapping[str, Array]):
+    """Tensors on a disk, each read when it is asked for, as a writable array of its own."""
+
+    @abstractmethod
+    def describe(self, name: str) -> tuple[np.dtype[np.generic], tuple[int, ...]]:
+        """Element type and shape of a tensor, without reading it."""
+
+    @property
+    def scalars(self) -> int:
+        """Numbers in all tensors, without reading one."""
+        return sum(math.prod(self.describe(name)[1]) for name in self)
+
+
+class FileTensors(StoredTensors):
     """Tensors of a safetensors file, each read when it is asked for, as a writable array of its own.
 
     The file stays readable as long as this object lives, even when its name is deleted.
@@ -98,6 +112,7 @@ class FileTensors(Mapping[str, Array]):
     def __init__(self, path: Path) -> None:
         """Read and check the header; raises CorruptPayload where it does not describe the file."""
         self._path = path
+        self.name = path.name
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._file)
         self._entries, self.metadata, self._data_start = _read_header(self._file, path)
@@ -129,10 +144,14 @@ class FileTensors(Mapping[str, Array]):
         entry = self._entries[name]
         return DTYPES[entry.dtype], entry.shape
 
-    @property
-    def scalars(self) -> int:
-        """Numbers in all tensors, without reading one."""
-        return sum(math.prod(entry.shape) for entry in self._entries.values())
+    def read_bytes(self, name: str, start: int, length: int) -> bytearray:
+        """Read a part of a tensor's bytes; raises CorruptPayload where it has not so many."""
+        first, end = self._entries[name].data_offsets
+        if min(start, length) < 0 or start + length > end - first:
+            raise CorruptPayload(f"{self.name}: tensor {name[:SHOWN]!r} has no {length} bytes from byte {start} on")
+        body = bytearray(length)
+        _read_into(self._file, memoryview(body), self._data_start + first + start, self._path)
+        return body
 
 
 def read_tensors(path: Path) -> FileTensors:
@@ -201,7 +220,7 @@ def _serialise(tensors: Tensors, facts: Facts, put: Callable[[bytes | memoryview
     The widest types come first, then names in order: every tensor is aligned to its element size, as readers that
     map the file need it.
     """
-    described = {name: _describe(tensors, name) for name in tensors}
+    described = {name: describe(tensors, name) for name in tensors}
     names = sorted(described, key=lambda name: (-described[name][0].itemsize, name))
     metadata = {"format": "pt"}  # transformers reads no file without it
     if facts:
@@ -211,7 +230,7 @@ def _serialise(tensors: Tensors, facts: Facts, put: Callable[[bytes | memoryview
     for name in names:
         dtype, shape = described[name]
         end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype.name], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": NAMES[dtype.name], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
@@ -223,16 +242,19 @@ def _serialise(tensors: Tensors, facts: Facts, put: Callable[[bytes | memoryview
             put(value.reshape(-1).view(np.uint8).data)
 
 
-def _describe(tensors: Tensors, name: str) -> tuple[np.dtype[np.generic], tuple[int, ...]]:
-    """Element type on the wire and shape of a tensor."""
+def describe(tensors: Tensors, name: str) -> tuple[np.dtype[np.generic], tuple[int, ...]]:
+    """Element type on the wire and shape of a tensor, without reading it where it is stored.
+
+    Raises BadInput for a type that cannot travel.
+    """
     if name == METADATA:
         raise BadInput(f"a tensor cannot be called {METADATA}")
-    if isinstance(tensors, FileTensors):
+    if isinstance(tensors, StoredTensors):
         return tensors.describe(name)
     value = tensors[name]
-    wire = _NAMES.get(value.dtype.name)
+    wire = NAMES.get(value.dtype.name)
     if wire is None:
-        raise BadInput(f"tensor {name!r} is {value.dtype}, which cannot travel; use one of {', '.join(_NAMES)}")
+        raise BadInput(f"tensor {name!r} is {value.dtype}, which cannot travel; use one of {', '.join(NAMES)}")
     return DTYPES[wire], value.shape
 
 

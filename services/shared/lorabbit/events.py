@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from lorabbit.messages import Metrics
+from lorabbit.transport import PLAIN
 
 
 class Event(BaseModel):
@@ -111,6 +112,8 @@ class UpdateAccepted(Event):
     """Number of the training in a job whose clients never wait."""
     share: float = 1.0
     """Of the job's local steps, that the client was asked for."""
+    coding: str = PLAIN
+    """How its tensors were written for the wire."""
 
 
 class UpdateRejected(Event):

@@ -37,6 +37,8 @@ DTYPES: Mapping[str, np.dtype[np.generic]] = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 """safetensors' names of the element types that travel."""
+NAMES: Mapping[str, str] = {dtype.name: name for name, dtype in DTYPES.items()}
+"""The same by NumPy's names."""
 
 
 class Entry(BaseModel):
@@ -82,14 +84,22 @@ def _check_offsets(entries: Mapping[str, Entry], data_bytes: int, file: str) -> 
 
 def _check_entry(what: str, entry: Entry) -> None:
     """Refuse an unknown type, a shape that no array has, and a size that does not follow from it."""
-    dtype = DTYPES.get(entry.dtype)
-    if dtype is None:
-        raise CorruptPayload(f"{what} has the unknown type {entry.dtype[:SHOWN]!r}")
-    if len(entry.shape) > MAX_DIMENSIONS or math.prod(max(1, side) for side in entry.shape) > MAX_ELEMENTS:
-        raise CorruptPayload(f"{what} has a shape that no array has")
+    dtype = check_shape(what, entry.dtype, entry.shape)
     start, end = entry.data_offsets
-    if min(entry.shape, default=0) < 0 or end - start != math.prod(entry.shape) * dtype.itemsize:
+    if end - start != math.prod(entry.shape) * dtype.itemsize:
         raise CorruptPayload(f"{what} does not have the size that its shape asks for")
+
+
+def check_shape(what: str, kind: str, shape: tuple[int, ...]) -> np.dtype[np.generic]:
+    """The element type of a name; raises CorruptPayload where it has none, or no array has the shape."""
+    dtype = DTYPES.get(kind)
+    if dtype is None:
+        raise CorruptPayload(f"{what} has the unknown type {kind[:SHOWN]!r}")
+    if len(shape) > MAX_DIMENSIONS or math.prod(max(1, side) for side in shape) > MAX_ELEMENTS:
+        raise CorruptPayload(f"{what} has a shape that no array has")
+    if min(shape, default=0) < 0:
+        raise CorruptPayload(f"{what} has a shape with a negative side")
+    return dtype
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

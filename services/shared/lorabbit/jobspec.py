@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from lorabbit.participation import SelectionSpec, WorkSpec
 from lorabbit.schedules import ROUNDING, Buffered, Quorum, Schedule
+from lorabbit.transport import Transport
 
 Task = Literal[
     "text-classification",
@@ -214,6 +215,7 @@ class JobSpec(Strict):
     work: WorkSpec | None = Field(
         default=None, description="how much each client does by its speed; all of it when absent"
     )
+    transport: Transport = Field(default=Transport(), description="how tensors travel; see docs/explanation/codecs.md")
     rounds: int = Field(default=5, ge=1, description="how often the clients' work is averaged")
     clients: int = Field(default=4, ge=1, description="population: the job starts once so many clients are there")
     join: bool | None = Field(

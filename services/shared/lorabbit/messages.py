@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from lorabbit.jobspec import JobSpec
+from lorabbit.transport import Coding
 
 VERSION = 1
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
@@ -49,6 +50,16 @@ class PayloadRef(BaseModel):
     def chunks(self) -> int:
         """Number of chunks; an empty payload has one empty chunk."""
         return max(1, -(-self.size_bytes // self.chunk_bytes))
+
+
+class Way(BaseModel):
+    """A shorter way to a payload: a coded file, and the payload to which that tells the difference."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    coded: PayloadRef
+    origin: Sha256 | None = None
+    """A client that does not hold it reads the payload whole."""
 
 
 class Metrics(BaseModel):
@@ -89,6 +100,8 @@ class Hello(Message):
     dtype: Word = "float32"
     """Numbers that its models compute with."""
     version: Word = ""
+    codings: Annotated[tuple[Word, ...], Field(max_length=100)] = ()
+    """What it can write and read beside tensors as they are: bf16, int8, int4, top-k, delta, zstd."""
     outbox: Annotated[tuple[Identifier, ...], Field(max_length=10_000)] = ()
     """Tasks whose result waits for a verdict."""
 
@@ -196,8 +209,24 @@ class Task(Message):
     share: float = Field(default=1.0, gt=0, le=1)
     """Of the job's local steps, that this client does: less than 1 where it would be late otherwise."""
     payloads: dict[Identifier, PayloadRef]
+    ways: dict[Sha256, Way] = Field(default_factory=dict)
+    """Shorter ways to payloads, by their sha256."""
+    coding: Coding = Coding()
+    """How to write the result: what the job asks for, or less where this client declared less."""
     settings: dict[str, JsonValue]
     spec: JobSpec
+
+    @property
+    def published(self) -> tuple[tuple[str, PayloadRef], ...]:
+        """What its client may read, each with its role: coded files, and whole ones where it may have to fall back."""
+        found = []
+        for role, ref in self.payloads.items():
+            way = self.ways.get(ref.sha256)
+            if way is not None:
+                found.append((role, way.coded))
+            if way is None or way.origin is not None:
+                found.append((role, ref))
+        return tuple(found)
 
 
 class CancelTask(ForTask):

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -74,11 +74,15 @@ class PayloadStore:
 
     def add_file(self, path: Path, *, chunk_bytes: int = CHUNK_BYTES) -> PayloadRef:
         """Copy a file into the store."""
-        with self._temporary() as copy:
-            shutil.copyfile(path, copy)
-            with copy.open("rb") as file:
+        return self.add_written(lambda copy: shutil.copyfile(path, copy), chunk_bytes=chunk_bytes)
+
+    def add_written(self, write: Callable[[Path], object], *, chunk_bytes: int = CHUNK_BYTES) -> PayloadRef:
+        """Let `write` make a file, and take it into the store."""
+        with self._temporary() as path:
+            write(path)
+            with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return self._keep(copy, sha256, chunk_bytes)
+            return self._keep(path, sha256, chunk_bytes)
 
     def missing(self, ref: PayloadRef) -> tuple[int, ...]:
         """Indices of the chunks that are not here yet; none when the payload is here, whole."""

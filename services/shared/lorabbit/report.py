@@ -42,6 +42,7 @@ class ClientRound(Part):
     bytes_down: int = 0
     overhead_up: int = 0
     overhead_down: int = 0
+    coding: str = Field(default="fp32", description="how its update was written for the wire")
 
 
 class Round(Part):
@@ -223,7 +224,7 @@ def _update_accepted(report: Report, event: ev.UpdateAccepted) -> None:
         return
     told = event.metrics
     entry.num_examples, entry.loss, entry.seconds, entry.steps = told.num_examples, told.loss, told.seconds, told.steps
-    entry.flops, entry.parameters_up = told.flops, told.parameters
+    entry.flops, entry.parameters_up, entry.coding = told.flops, told.parameters, event.coding
 
 
 def _in_partition_order(report: Report, round_: Round) -> None:

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from pydantic import ValidationError
 
-from lorabbit import joining, privacy, robust, schedules, work
+from lorabbit import coding, joining, privacy, robust, schedules, work
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.adalora import AdaLora
@@ -76,6 +76,9 @@ def build(job: JobSpec) -> Method:
     joining.check(job, prepares=method.prepares)
     robust.check(job, personal=method.personal, needs_each=method.needs_each)
     privacy.check(job, personal=method.personal, prepares=method.prepares, needs_each=method.needs_each)
+    coding.check(
+        job, personal=method.personal, keeps_coordinates="buffered" in method.schedules, absolute=method.absolute
+    )
     return method.with_job(job)
 
 

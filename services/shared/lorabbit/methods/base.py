@@ -57,6 +57,8 @@ class Method(BaseModel):
 
     needs_each: ClassVar[str] = ""
     """Why each client's own update must reach `aggregate`, so that no robust or noisy mean may stand in for it."""
+    absolute: ClassVar[str] = ""
+    """Why its factors must not be rounded as they are, but only the change of them; empty where they may be."""
     schedules: ClassVar[frozenset[str]] = frozenset({"sync"})
     """Kinds of schedule under which the method's rule holds. `buffered` says more than that: an upload is a value
     of the tensors that `uploads` names at the version it started from, all versions stand on one base and one

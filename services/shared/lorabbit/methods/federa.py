@@ -40,6 +40,9 @@ class FeDeRA(Averaging):
     name: ClassVar[str] = "federa"
     summary: ClassVar[str] = "LoRA that starts from the principal components of the weights, averaged as in FedAvg"
     paper: ClassVar[str] = "Yan et al., FeDeRA: Efficient Fine-tuning of Language Models, 2024, arXiv 2404.18848"
+    absolute: ClassVar[str] = (
+        "federa's factors hold the main part of the weights, and to round them as they are would move the base"
+    )
     schedules: ClassVar[frozenset[str]] = frozenset({"sync", "quorum", "buffered"})
 
     components: Literal["principal", "minor", "random"] = Field(
