@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lorabbit import lora
+from lorabbit.codec import tensors_sha256
 from lorabbit.errors import Refused
 from lorabbit.jobspec import LocalSpec
 from lorabbit.methods.base import GradientTerm, LocalResult
@@ -117,6 +118,11 @@ class QuadraticSession:
 
     def base_weights(self) -> Tensors:
         return {name: value.copy() for name, value in self.base.items()}
+
+    def stand_on(self, base: Tensors, sha256: str) -> None:
+        if tensors_sha256(base) != sha256:
+            raise Refused("base", "the base that came is not the one that the plan names")
+        self._values["whole"] = {name: np.array(base[name]) for name in base}
 
     def shift_base(self, factors: Tensors) -> None:
         unknown = set(lora.modules(factors)) - self.base.keys()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from learning import data_of, job, score, silent, task_of, write_reviews
 
-from lorabbit import lora
+from lorabbit import codec, lora
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.types import Tensors
@@ -301,6 +301,87 @@ def test_a_loaded_whole_model_is_what_the_adapter_then_stands_on(tmp_path: Path)
 
     torch.testing.assert_close(answers(other), expected, rtol=1e-4, atol=1e-5)
     assert same(other.base_weights(), weights)
+
+
+class Unread(dict[str, Any]):
+    """Tensors that nobody may look at."""
+
+    def __getitem__(self, name: str) -> Any:
+        raise AssertionError(f"{name} was read")
+
+    __iter__ = items = values = keys = __getitem__  # type: ignore[assignment]
+
+
+def merged(one: Any, factors: Tensors) -> tuple[dict[str, Any], str]:
+    """The whole model with factors merged into it, and its hash."""
+    weights = one.base_weights()
+    one.select("whole")
+    whole = dict(one.tensors())
+    one.select("adapter")
+    for path, weight in weights.items():
+        name = path.removeprefix("base_model.model.") + ".weight"
+        whole[name] = weight + lora.read(factors, path, one.scaling).product().astype(np.float32)
+    return whole, codec.tensors_sha256(whole)
+
+
+def test_a_base_to_stand_on_answers_as_its_factors_did_and_a_shift_goes_on_top_of_it(tmp_path: Path):
+    spec = spec_of(tmp_path)
+    space = workspace(spec)
+    one = session(space, spec)
+    below, above = drawn(one, 4, seed=1), drawn(one, 3, seed=2)
+    whole, name = merged(one, below)
+    one.shift_base(below)
+    expected = answers(one)
+    other = session(space, spec)
+
+    other.stand_on(whole, name)
+    standing = answers(other)
+    other.shift_base(above)
+    shifted = answers(other)
+    other.shift_base({})
+
+    torch.testing.assert_close(standing, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(answers(other), standing)
+    both = {
+        n: np.concatenate([below[n], above[n]], axis=0 if ".lora_A." in n else 1) for n in below if lora.is_factor(n)
+    }
+    third = session(workspace(spec), spec)
+    third.shift_base(both)
+    torch.testing.assert_close(shifted, answers(third), rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_to_stand_on_stays_for_the_next_client_that_asks_for_it_and_for_no_other(tmp_path: Path):
+    spec = spec_of(tmp_path)
+    space = workspace(spec)
+    one = session(space, spec)
+    plain = answers(one)
+    whole, name = merged(one, drawn(one, 4))
+    one.stand_on(whole, name)
+    standing = answers(one)
+
+    asking = session(space, spec, 1)
+    asking.stand_on(Unread(), name)
+    again = answers_on(asking, one)
+    other = session(space, spec, 1)
+
+    assert torch.equal(again, standing)
+    assert torch.equal(answers_on(other, one), plain)
+
+
+def test_a_base_of_another_hash_or_shape_is_refused_and_nothing_moves(tmp_path: Path):
+    spec = spec_of(tmp_path)
+    one = session(workspace(spec), spec)
+    plain = answers(one)
+    whole, _ = merged(one, drawn(one, 4))
+    first = next(iter(whole))
+    cut = whole | {first: whole[first][:1]}
+
+    with pytest.raises(Refused, match="not the one that the plan names"):
+        one.stand_on(whole, "0" * 64)
+    with pytest.raises(Refused, match="shape"):
+        one.stand_on(cut, codec.tensors_sha256(cut))
+
+    assert torch.equal(answers(one), plain)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,7 +13,7 @@ from lorabbit.methods import build
 from lorabbit.methods.fedavg import FedAvg
 from lorabbit.methods.sa_fedlora import SaFedLora
 from lorabbit.tensors import size_bytes
-from lorabbit.types import ADAPTER, BASE, ClientUpdate, ServerState
+from lorabbit.types import ADAPTER, BASE, SHIFT, ClientUpdate, ServerState
 
 SHAPES = {"base_model.model.q": (7, 9), "base_model.model.v": (12, 6)}
 HEAD = "base_model.model.classifier.weight"
@@ -52,6 +52,7 @@ def client(index, *, eta=0.1, num_examples=None, steps=3):
         client=profile(index),
         scaling=2.0,
         whole={name: drawn(shape, (index, 2)) for name, shape in WHOLE.items()},
+        base={module: drawn(shape, 6) for module, shape in SHAPES.items()},
     )
 
 
@@ -108,7 +109,7 @@ def test_U2_the_first_stage_trains_every_parameter_and_the_second_one_none_of_th
     method, session = build(job()), client(0)
     state = method.start(first_payload())
     first = method.local_update(method.plan(state, session.client), session)
-    later = after(method, 3)
+    later, session = after(method, 3), client(0)
 
     method.local_update(method.plan(later, session.client), session)
 
@@ -273,6 +274,52 @@ def test_dropping_the_least_components_loses_at_least_as_much_as_the_svd():
     by_svd, by_norm = (two_stage.change_rank(adapter, 3, setting, by=by)[1]["lost"] for by in ("svd", "importance"))
 
     assert 0 < by_svd < by_norm < 1
+
+
+@pytest.mark.parametrize("initiating", ["full", "lora"])
+def test_U6_merging_before_a_lower_rank_loses_nothing_and_begins_anew(initiating):
+    method = build(job(shrink="merge-reinit", initiating=initiating, schedule="explicit", ranks=[8, 8, 4]))
+    before = after(method, 3)
+    sessions = [client(k) for k in range(3)]
+    updates = [method.local_update(method.plan(before, s.client), s) for s in sessions]
+    plain = build(job(shrink="svd", initiating=initiating, schedule="constant")).aggregate(before, updates)
+
+    merged = method.aggregate(before, updates)
+
+    assert rank_in(merged) == 4
+    assert not np.any(product(merged.tensors))
+    for module in SHAPES:
+        np.testing.assert_allclose(product(merged.shared[SHIFT], module), product(plain.tensors, module), atol=1e-5)
+    exported = method.export(merged)
+    for module in SHAPES:
+        whole = lora.read(exported.tensors, module, exported.config["lora_alpha"] / exported.config["r"]).product()
+        np.testing.assert_allclose(whole, product(plain.tensors, module), atol=1e-5)
+    assert (exported.base is not None) == (initiating == "full")
+
+
+def test_U6_merges_add_up_and_travel_as_a_shift_of_the_base():
+    method = build(job(shrink="merge-reinit", schedule="explicit", ranks=[8, 8, 4, 4, 2]))
+    state = after(method, 5)
+    first = state.shared[SHIFT]
+    state = one_round(method, state)
+    later = one_round(method, state)
+
+    assert first["base_model.model.q.lora_B.weight"].shape[1] == 7  # of eight components, all that a 7 x 9 weight holds
+    assert SHIFT in method.plan(state, profile(0)).payloads
+    assert later.facts["merged"] == 2
+    assert not np.allclose(product(later.shared[SHIFT]), product(first))
+
+
+def test_an_update_that_stands_on_fewer_merges_is_refused():
+    method = build(job(shrink="merge-reinit", schedule="reverse"))
+    old = after(method, 5)
+    late = method.local_update(method.plan(old, profile(0)), client(0))
+    new = old
+    while new.facts.get("merged") == old.facts.get("merged"):
+        new = one_round(method, new)
+
+    with pytest.raises(Refused, match="another base"):
+        method.aggregate(new, [late])
 
 
 def test_U7_products_of_mixed_ranks_are_the_truncation_of_the_dense_mean():

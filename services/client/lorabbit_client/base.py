@@ -2,13 +2,14 @@
 
 Every client of a process uses one base model, so whatever a task does to it is undone before another
 task sees it. A tensor is copied before it is changed for the first time, and only then: a job that never
-touches its base keeps no second one. A shift is left in place between tasks until one comes that wants
-another, since the next client of a round wants the same.
+touches its base keeps no second one. A base to stand on and a shift are left in place between tasks until
+one comes that wants others, since the next client of a round wants the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,6 +35,23 @@ class LoraWeight:
         return value.t() if self._transposed else value
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a base is, by the hashes of the tensors that made it so."""
+
+    whole: str | None = None
+    """Of a whole model in place of the pristine one."""
+    shift: str | None = None
+    """Of the factors that are added to it."""
+
+    def __str__(self) -> str:
+        """Tell it from every other one."""
+        return f"{self.whole or ''}+{self.shift or ''}"
+
+
+PRISTINE = Standing()
+
+
 class Base:
     """The base model of a process under its own names, and what is done to it."""
 
@@ -55,34 +73,45 @@ class Base:
         self._own = frozenset(own)
         self._copies: dict[str, torch.Tensor] = {}
         self._changed: set[str] = set()
-        self._installed: str | None = None
-        self._wanted: str | None = None
-        self._shift: dict[str, torch.Tensor] = {}
+        self._installed = self._wanted = PRISTINE
+        self._whole: Tensors = {}
+        self._shift: Tensors = {}
         self._replaced = False
 
     # ---- between tasks ----
     def release(self) -> None:
-        """End a task: the next one starts from the pristine base, though a shift may stay until it says so."""
+        """End a task: the next one starts from the pristine base, though what it stands on may stay until then."""
         if self._replaced:
             self._restore()
-        self._wanted, self._replaced = None, False
+        self._wanted, self._replaced, self._whole, self._shift = PRISTINE, False, {}, {}
 
     def settle(self) -> str | None:
         """Make the base what this task asked for; returns what tells it from another one, None when pristine."""
         if self._wanted != self._installed:
             self._restore()
-            if self._wanted is not None:
-                self._install()
-        return REPLACED if self._replaced else self._installed
+            self._install()
+        if self._replaced:
+            return REPLACED
+        return None if self._installed == PRISTINE else str(self._installed)
 
     # ---- a whole model ----
     def replace(self) -> None:
         """Say that the task is about to overwrite tensors of the base."""
-        self._wanted = None
+        self._wanted = PRISTINE
         self.settle()
         self._keep(name for name in self.tensors if name not in self._own)
         self._changed.update(self._copies)
         self._replaced = True
+
+    def stands_on(self, sha256: str) -> bool:
+        """Tell whether the model of this hash is in place already."""
+        return not self._replaced and self._installed.whole == sha256
+
+    def stand_on(self, whole: Tensors, sha256: str) -> None:
+        """Ask for these tensors, which have this hash, in place of the pristine ones; `own` ones are passed over."""
+        if self._replaced:
+            raise LoRAbbitError("internal: a base that was loaded whole cannot stand on another too")
+        self._wanted, self._whole = replace(self._wanted, whole=sha256), whole
 
     # ---- a shift ----
     def pristine_weights(self) -> Tensors:
@@ -93,16 +122,12 @@ class Base:
         }
 
     def shift(self, factors: Tensors) -> None:
-        """Ask for W = W_pristine + s B A; raises Refused for factors of modules that have no LoRA or another shape."""
+        """Ask for W + s B A over what the task stands on; raises Refused for factors that do not fit a module."""
         if self._replaced:
             raise LoRAbbitError("internal: a base that was loaded whole cannot be shifted too")
-        if not factors:
-            self._wanted = None
-            return
         self._check(factors)
-        self._wanted = codec.tensors_sha256(factors)
-        if self._wanted != self._installed:
-            self._shift = {name: to_torch(factors[name]).float() for name in factors}
+        sha256 = codec.tensors_sha256(factors) if factors else None
+        self._wanted, self._shift = replace(self._wanted, shift=sha256), factors
 
     def _check(self, factors: Tensors) -> None:
         paths = lora.modules(factors)
@@ -119,18 +144,25 @@ class Base:
                 raise Refused("shapes", f"{path} is {d_out} x {d_in}, which {b.shape} times {a.shape} does not fit")
 
     def _install(self) -> None:
-        """Write the shifted weights, computed in float32 and rounded once."""
-        paths = lora.modules(self._shift)
-        self._keep(self.under_lora[path].name for path in paths)
+        """Write what the task stands on, and then the shifted weights, computed in float32 and rounded once."""
         with torch.no_grad():
-            for path in paths:
+            if self._wanted.whole is not None:
+                for name in self._whole.keys() - self._own:
+                    self._change(name).copy_(to_torch(self._whole[name]))
+            for path in lora.modules(self._shift) if self._wanted.shift is not None else ():
                 weight = self.under_lora[path]
-                live = self.tensors[weight.name]
-                a, b = (self._shift[f"{path}.lora_{factor}.weight"].to(live.device) for factor in "AB")
-                moved = weight.oriented(self._copies[weight.name]).float() + self.scaling * (b @ a)
-                live.copy_(weight.oriented(moved))
-                self._changed.add(weight.name)
-        self._installed, self._shift = self._wanted, {}
+                live = self._change(weight.name)
+                a, b = (
+                    to_torch(self._shift[f"{path}.lora_{factor}.weight"]).float().to(live.device) for factor in "AB"
+                )
+                live.copy_(weight.oriented(weight.oriented(live).float() + self.scaling * (b @ a)))
+        self._installed = self._wanted
+
+    def _change(self, name: str) -> torch.Tensor:
+        """Return a tensor that is about to be overwritten, kept as it was."""
+        self._keep([name])
+        self._changed.add(name)
+        return self.tensors[name]
 
     # ---- copies ----
     def _pristine(self, name: str) -> torch.Tensor:
@@ -148,4 +180,4 @@ class Base:
             for name in self._changed:
                 self.tensors[name].copy_(self._copies[name])
         self._changed.clear()
-        self._installed = None
+        self._installed = PRISTINE

@@ -135,6 +135,10 @@ class NullSession:
         """Return nothing: there is no base model."""
         return {}
 
+    def stand_on(self, base: Tensors, sha256: str) -> None:  # noqa: ARG002
+        """Refuse: there is no base model."""
+        raise _without("a base model")
+
     def shift_base(self, factors: Tensors) -> None:
         """Take no shift but none."""
         if factors:

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from lorabbit.codec import tensors_sha256
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import LocalSpec
 from lorabbit.messages import Task
@@ -102,8 +103,16 @@ class TorchSession:
         _ = self._lora
         return self._base.pristine_weights()
 
+    def stand_on(self, base: Tensors, sha256: str) -> None:
+        """Make these tensors the base of this task; raises Refused where they have another hash or do not fit."""
+        if not self._base.stands_on(sha256):
+            if tensors_sha256(base) != sha256:
+                raise Refused("base", "the base that came is not the one that the plan names")
+            fitting(self._adapter.whole(), base)
+        self._base.stand_on(base, sha256)
+
     def shift_base(self, factors: Tensors) -> None:
-        """Make the base W = W_pristine + s B A for this task; it replaces an earlier shift."""
+        """Make the base W = W_below + s B A for this task; it replaces an earlier shift."""
         if factors:
             _ = self._lora
         self._base.shift(factors)
@@ -251,15 +260,21 @@ def read_tensors(model: TrainableModel) -> Tensors:
 
 def write_tensors(model: TrainableModel, tensors: Tensors) -> None:
     """Copy arrays into a model's trainable tensors; raises Refused before anything is overwritten."""
+    given = fitting(model, tensors)
+    with torch.no_grad():
+        for name, value in given.items():
+            model.tensors[name].copy_(value)
+
+
+def fitting(model: TrainableModel, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Return arrays as torch's, each of the name, shape and dtype of one of the model's; raises Refused."""
     for name in tensors:
         if name not in model.tensors:
             raise Refused("names", f"the model has no trainable tensor {name!r}")
     given = {name: to_torch(tensors[name]) for name in tensors}
     for name, value in given.items():
         _check(name, model.tensors[name], value, model.dtype)
-    with torch.no_grad():
-        for name, value in given.items():
-            model.tensors[name].copy_(value)
+    return given
 
 
 def _check(name: str, own: torch.Tensor, given: torch.Tensor, dtype: torch.dtype) -> None:

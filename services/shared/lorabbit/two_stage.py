@@ -13,9 +13,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 from lorabbit import lora
-from lorabbit.aggregation import Aggregation, Target, fresh, rank_of, revived
+from lorabbit.aggregation import Aggregation, Target, fresh, rank_of, revived, shift
 from lorabbit.codec import tensors_sha256
-from lorabbit.errors import Refused
 from lorabbit.lora import Factors
 from lorabbit.seeds import derive_seed
 from lorabbit.types import BASE, Array, Facts, Plan, Tensors
@@ -36,8 +35,12 @@ class Selecting(Protocol):
     def tensors(self) -> Tensors:
         """The selected tensors."""
 
-    def load(self, tensors: Tensors) -> None:
-        """Overwrite them."""
+
+class Standing(Protocol):
+    """What is asked of a session that has a base."""
+
+    def stand_on(self, base: Tensors, sha256: str) -> None:
+        """Make a whole model the base."""
 
 
 def with_whole(session: Selecting) -> dict[str, Array]:
@@ -65,14 +68,9 @@ def digest(base: Tensors) -> str:
     return tensors_sha256(base)
 
 
-def install_base(plan: Plan, session: Selecting) -> None:
+def install_base(plan: Plan, session: Standing) -> None:
     """Make the base that a plan brings a client's base; raises Refused where it is not the one that it names."""
-    base = plan.payloads[BASE]
-    if digest(base) != plan.settings.get("base_hash"):
-        raise Refused("base", "the base that came is not the one that the plan names")
-    session.select("whole")
-    session.load(base)
-    session.select("adapter")
+    session.stand_on(plan.payloads[BASE], str(plan.settings.get("base_hash")))
 
 
 def first_factors(adapter: Tensors, model: Tensors, setting: Aggregation) -> dict[str, Array]:
@@ -84,6 +82,20 @@ def first_factors(adapter: Tensors, model: Tensors, setting: Aggregation) -> dic
     for module in lora.modules(adapter):
         tensors |= lora.write(module, _drawn(lora.read(adapter, module), module, setting, 0))
     return {name: tensors[name] for name in adapter}
+
+
+def merge(adapter: Tensors, merged: Tensors, coming: Aggregation, stage: int) -> tuple[Tensors, Tensors]:
+    """Begin with fresh factors, as the setting draws them at a stage, and add the present ones to a shift of the base.
+
+    Nothing is lost: what the shift and the factors add up to is the same before and after. Returns both.
+    """
+    tensors, moved = dict(adapter), dict(merged)
+    for module in lora.modules(adapter):
+        factors = lora.read(adapter, module, coming.scaling)
+        moved |= shift.add(merged, module, factors)
+        seed = derive_seed(coming.seed, "factors", "merged", stage, module)
+        tensors |= lora.write(module, fresh(factors, Target(coming.rank, coming.scaling, seed)))
+    return tensors, moved
 
 
 def change_rank(

@@ -26,15 +26,29 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from lorabbit import aggregation, rank_schedule, two_stage
-from lorabbit.aggregation import COMPONENTS, RULES, Aggregation, Received
+from lorabbit.aggregation import COMPONENTS, RULES, Aggregation, Received, shift
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.base import Export, GradientTerm, Method, Session
 from lorabbit.rank_schedule import RankSchedule
 from lorabbit.tensors import weighted_mean
-from lorabbit.types import ADAPTER, BASE, EVALUATE, ClientProfile, ClientUpdate, Facts, Json, Plan, ServerState, Tensors
+from lorabbit.types import (
+    ADAPTER,
+    BASE,
+    EVALUATE,
+    SHIFT,
+    ClientProfile,
+    ClientUpdate,
+    Facts,
+    Json,
+    Plan,
+    ServerState,
+    Tensors,
+)
 
 INITIATING, ANNEALING = "initiating", "annealing"
+STANDING = ("base_hash", "merged")
+"""What tells the base of one round from that of another: its hash, and how often factors were merged into it."""
 
 
 class SaFedLora(Method):
@@ -67,8 +81,9 @@ class SaFedLora(Method):
     t_cool: int | None = Field(default=None, ge=0, description="rounds held at r_min; a fifth when absent")
     ladder: tuple[int, ...] = Field(default=(), description="ranks to round up to; every rank when empty")
     ranks: tuple[int, ...] = Field(default=(), description="explicit: one rank for each round after the first stage")
-    shrink: Literal["svd", "importance"] = Field(
-        default="svd", description="(3), or drop the components of least ||B_i|| ||A_i||"
+    shrink: Literal["svd", "importance", "merge-reinit"] = Field(
+        default="svd",
+        description="(3), drop the components of least ||B_i|| ||A_i||, or move all into the base and begin anew",
     )
     initiating_learning_rate: float | None = Field(default=None, gt=0, description="local.learning_rate when absent")
     annealing_learning_rate: float | None = Field(default=None, gt=0, description="local.learning_rate when absent")
@@ -141,7 +156,7 @@ class SaFedLora(Method):
             local = local.model_copy(update={"learning_rate": rate})
         term = self._penalty(session) if stage == INITIATING or self.prox_in_annealing else None
         result = session.train(gradient_term=term, local=local if local != session.local else None)
-        facts = {name: fact for name, fact in plan.settings.items() if name in {"stage", "base_hash"}}
+        facts = {name: fact for name, fact in plan.settings.items() if name in {"stage", *STANDING}}
         return aggregation.answer(plan, session, result, scaling=self.scaling, facts=facts)
 
     def restore(self, plan: Plan, session: Session) -> None:
@@ -175,15 +190,15 @@ class SaFedLora(Method):
     # ---- server ----
     def _settings(self, state: ServerState) -> dict[str, Json]:
         """All that a client must know of the round, but its own cap."""
-        t = _t(state)
+        t = _count(state, "t")
         stage = INITIATING if t < self.stage_rounds else ANNEALING
         if stage == INITIATING and self._whole:
             return {"stage": stage, "part": "whole"}
-        known = {"base_hash": state.facts["base_hash"]} if "base_hash" in state.facts else {}
+        known = {name: state.facts[name] for name in STANDING if name in state.facts}
         return {"stage": stage, "part": "adapter", "rank": self._rank(t), "scaling": self.scaling, **known}
 
     def _folding(self, state: ServerState) -> Aggregation:
-        return self.aggregation(self._rank(_t(state)))
+        return self.aggregation(self._rank(_count(state, "t")))
 
     def _fresh(self, first: Tensors, model: Tensors, t: int) -> Tensors:
         return two_stage.first_factors(first, model, self.aggregation(self._rank(t)))
@@ -215,7 +230,7 @@ class SaFedLora(Method):
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """Fold a round; at the end of the first stage freeze W*, and before a lower rank shrink (3)."""
-        settings, t = self._settings(state), _t(state) + 1
+        settings, t = self._settings(state), _count(state, "t") + 1
         checked = Received(updates, lambda update: _check(update, settings))
         facts: dict[str, Json] = {**state.facts, "t": t}
         if settings["part"] == "whole":
@@ -226,15 +241,22 @@ class SaFedLora(Method):
             facts["base_hash"] = two_stage.digest(mean)
             return ServerState(self._fresh(state.shared[two_stage.FIRST], mean, t), facts, {BASE: mean})
         folded = self._folding(state).fold(state, checked)
-        coming = self._rank(t)
-        tensors, lost = two_stage.change_rank(folded.tensors, coming, self.aggregation(coming), by=self.shrink)
+        coming, shared = self._rank(t), state.shared
+        lost: Facts = {"lost": 0.0}
+        if self.shrink != "merge-reinit":
+            tensors, lost = two_stage.change_rank(folded.tensors, coming, self.aggregation(coming), by=self.shrink)
+        elif coming != aggregation.rank_of(folded.tensors):
+            tensors, merged = two_stage.merge(folded.tensors, shared.get(SHIFT, {}), self.aggregation(coming), t)
+            shared, facts["merged"] = {**shared, SHIFT: merged}, _count(state, "merged") + 1
+        else:
+            tensors = folded.tensors
         told = {"stage": settings["stage"], "rank": settings["rank"], "next_rank": coming}
         facts["report"] = {**folded.report, **told, **lost}
-        return ServerState(tensors, facts, state.shared)
+        return ServerState(tensors, facts, shared)
 
     def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - one plan for all
         """The model of the stage, at the server's rank."""
-        base = {BASE: state.shared[BASE]} if BASE in state.shared else {}
+        base = {role: state.shared[role] for role in (BASE, SHIFT) if role in state.shared}
         return Plan(EVALUATE, {**base, ADAPTER: state.tensors}, self._settings(state))
 
     def adapter(self, state: ServerState) -> Tensors:
@@ -244,25 +266,27 @@ class SaFedLora(Method):
         return state.tensors
 
     def export(self, state: ServerState) -> Export:
-        """The adapter at its rank, and the base that the first stage made."""
+        """The adapter at its rank, with what was merged beside it, and the base that the first stage made."""
         tensors = self.adapter(state)
+        if SHIFT in state.shared:
+            return Export(*shift.combined(tensors, state.shared[SHIFT], self.scaling), state.shared.get(BASE))
         config = aggregation.config_of(aggregation.rank_of(tensors), self.scaling)
         if self._settings(state)["part"] == "whole":
             return Export(tensors, config, state.tensors)
         return Export(tensors, config, state.shared.get(BASE))
 
 
-def _t(state: ServerState) -> int:
-    """Rounds that are folded into a state."""
-    t = state.facts["t"]
-    if not isinstance(t, int):
-        raise Refused("malformed", "a server state of sa-fedlora counts its rounds")
-    return t
+def _count(state: ServerState, name: str) -> int:
+    """What a state counts: `t`, the rounds that are folded into it, or `merged`, how often factors were merged."""
+    count = state.facts.get(name, 0)
+    if not isinstance(count, int):
+        raise Refused("malformed", f"a server state of sa-fedlora counts {name}")
+    return count
 
 
 def _check(update: ClientUpdate, settings: Facts) -> None:
     """Refuse an update that was trained on another base, or at a rank that the round does not have."""
-    if update.facts.get("base_hash") != settings.get("base_hash"):
+    if any(update.facts.get(name) != settings.get(name) for name in STANDING):
         raise Refused("base", f"{update.client} trained on another base than the one of this round")
     if settings["part"] == "adapter" and aggregation.rank_of(update.tensors) > _rank_of(settings):
         raise Refused("rank", f"{update.client} trained at a higher rank than the one of this round")
