@@ -16,8 +16,8 @@ from lorabbit.broker.memory import MemoryBroker
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Hello, Message, Metrics, PayloadRef, Task, Welcome
 from lorabbit.payloads import PayloadStore
+from lorabbit.publishing import AdapterPublisher
 from lorabbit.settings import ClientSettings
-from lorabbit.transfer import AdapterPublisher
 from lorabbit.types import ADAPTER, TRAIN, Tensors
 from lorabbit_client.agent import Agent
 from lorabbit_client.execution import OnProgress, Outcome, Work

@@ -31,6 +31,8 @@ START_SECONDS = 240.0
 MAX_MESSAGE_BYTES = 16 * 2**20
 RABBITMQ_IMAGE = "rabbitmq:4-management"
 REDIS_IMAGE = "redis:8"
+NARROW = "narrow"
+"""A user, and its password, who may write to exchanges and queues of LoRAbbit by name, and not straight to queues."""
 DEBIAN_RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 
 
@@ -294,10 +296,14 @@ def redis_tls(certificates: Path, port: int) -> list[str]:
 def definitions(vhosts: Sequence[str]) -> str:
     """Users and virtual hosts as the JSON that RabbitMQ loads at boot."""
     everything = {"user": "guest", "configure": ".*", "write": ".*", "read": ".*"}
+    narrow = {"user": NARROW, "configure": ".*", "write": "^lorabbit\\..*", "read": ".*"}
     return json.dumps(
         {
-            "users": [{"name": "guest", "password": "guest", "tags": "administrator"}],
+            "users": [
+                {"name": "guest", "password": "guest", "tags": "administrator"},
+                {"name": NARROW, "password": NARROW, "tags": ""},
+            ],
             "vhosts": [{"name": name} for name in vhosts],
-            "permissions": [{**everything, "vhost": name} for name in vhosts],
+            "permissions": [{**who, "vhost": name} for name in vhosts for who in (everything, narrow)],
         }
     )

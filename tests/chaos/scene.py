@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from services import RabbitMQ, Redis
 
 from chaos.witness import Witness
 
-DEATH_SECONDS = 60.0
+DEATH_SECONDS = 120.0
 """How long a process that is to die may take to come to its point."""
 KILLED = 137
 PROGRESS = {"update-accepted", "round-closed", "round-evaluated", "job-ended"}
@@ -155,7 +157,10 @@ class Scene:
 
     def await_death(self, process: Process) -> None:
         """Wait until a process has died at its crash point."""
-        code = process.wait(DEATH_SECONDS)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.child.wait(DEATH_SECONDS)
+        assert process.has_ended, f"it did not come to its crash point\n{self.federation.tails()}"
+        code = process.wait(0)
         assert code == KILLED, f"it ended with {code}\n{process.tail()}"
         self.disturb("client-2" if process is self.victim else "")
 

@@ -19,7 +19,8 @@ from lorabbit.chunks import CHUNK
 from lorabbit.errors import BrokerUnavailable, CorruptPayload, LoRAbbitError
 from lorabbit.messages import PayloadRef
 from lorabbit.payloads import PayloadStore
-from lorabbit.transfer import AdapterPublisher, AdapterReader, ChunkSender
+from lorabbit.publishing import AdapterPublisher
+from lorabbit.transfer import AdapterReader, ChunkSender
 
 pytestmark = pytest.mark.services
 MIB = 2**20

@@ -9,7 +9,8 @@ from lorabbit.broker.memory import MemoryBroker
 from lorabbit.chunks import CHUNK, WINDOW
 from lorabbit.errors import BrokerUnavailable, CorruptPayload, LoRAbbitError
 from lorabbit.payloads import PayloadStore
-from lorabbit.transfer import AdapterPublisher, AdapterReader, ChunkSender
+from lorabbit.publishing import AdapterPublisher
+from lorabbit.transfer import AdapterReader, ChunkSender
 
 
 class Clock:

@@ -214,6 +214,8 @@ class Agent:
         known = self._assignments.get(task.task)
         if known is not None:
             known.acknowledge()
+            for _, ref in task.published:
+                self._shelf.redirect(ref)
             return
         if _order_id(task) in self._finished:
             return

@@ -76,6 +76,14 @@ class Shelf:
             reader = AdapterReader(self._broker, self._store, ref, partial(self._read, sha256))
             self._reading[sha256] = _Reading(reader, [on_taken])
 
+    def redirect(self, ref: PayloadRef) -> None:
+        """Read a payload that is on its way from the stream that `ref` names, if it is another one."""
+        reading = self._reading.get(ref.sha256)
+        if reading is not None and reading.reader.stream != ref.stream:
+            reading.reader.cancel()
+            reader = AdapterReader(self._broker, self._store, ref, partial(self._read, ref.sha256))
+            self._reading[ref.sha256] = _Reading(reader, reading.waiting)
+
     def expect(self, sha256: str) -> None:
         """Keep a payload until `give` that is here, or that a task is going to make here."""
         self._users[sha256] += 1

@@ -197,7 +197,7 @@ class JobRun:
         message = self._planner.message(self.state, task)
         refs = [ref for _, ref in message.published]
         for role, ref in self._downloads.announce(message.published):
-            told = ev.PayloadPublished(at_ms=self._now(), round=self.state.round, role=role, **ref.model_dump())
+            told = ev.PayloadPublished(at_ms=self._now(), round=self.state.round, role=role, **ref.content)
             self._ledger.record(told)
         self._ledger.before_sending(lambda: self._downloads.publish(refs))
         self._post(task.client, message, f"{task.id}.{message.attempt}.{self._tools.epoch}")

@@ -79,7 +79,7 @@ class Ledger:
         entry["task"] = message.task
         if isinstance(message, Task):
             crash.reached(crash.Point.TASK_DECIDED)
-            entry["payloads"] = " ".join(ref.sha256 for ref in message.payloads.values())
+            entry["payloads"] = " ".join(ref.sha256 for _, ref in message.published)
         self._outbox.append(entry)
         self._schedule()
 

@@ -13,10 +13,11 @@ from typing import TypeAlias
 
 import structlog
 
-from lorabbit import crash
+from lorabbit import codec, crash
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing
 from lorabbit.errors import BrokerBusy, BrokerRefused, LoRAbbitError
+from lorabbit.messages import Task
 from lorabbit_server.meter import Meter
 from lorabbit_server.tools import Tools
 
@@ -98,19 +99,27 @@ class Relay:
             if isinstance(error, BrokerRefused):
                 self._on_failed(f"sending {message['type']} to {message['address']}", error)
 
-        self._meter.down(message["task"], len(message["body"].encode()))
+        body = self._named(message).encode()
+        self._meter.down(message["task"], len(body))
         self._broker.send(
             Outgoing(
                 topology.CONTROL,
                 topology.control_key(message["address"]),
                 message["type"],
-                message["body"].encode(),
+                body,
                 {"epoch": self._epoch},
                 message["message_id"],
             ),
             done,
         )
         crash.reached(crash.Point.MESSAGE_SENT)
+
+    def _named(self, message: Entry) -> str:
+        """The body of a message, with the streams of its payloads where they are not the usual ones."""
+        numbers = {sha256: self._publisher.number(sha256) for sha256 in message.get("payloads", "").split()}
+        if not any(numbers.values()):
+            return message["body"]
+        return codec.encode(Task.model_validate_json(message["body"]).on_streams(numbers)).decode()
 
     def _confirmed(self, step: str) -> None:
         self._unconfirmed[step] -= 1

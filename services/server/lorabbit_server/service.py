@@ -20,9 +20,9 @@ from lorabbit.events import AnyEvent
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods import build
 from lorabbit.payloads import PayloadStore
+from lorabbit.publishing import AdapterPublisher
 from lorabbit.settings import ServerSettings
 from lorabbit.state.base import JobEntry, StateStore
-from lorabbit.transfer import AdapterPublisher
 from lorabbit_server import steps
 from lorabbit_server.access import Access
 from lorabbit_server.door import Door

@@ -16,9 +16,9 @@ from pydantic import JsonValue
 from lorabbit import __version__
 from lorabbit.broker.base import Broker
 from lorabbit.payloads import PayloadStore
+from lorabbit.publishing import AdapterPublisher
 from lorabbit.settings import ServerSettings
 from lorabbit.state.base import StateStore
-from lorabbit.transfer import AdapterPublisher
 from lorabbit_server.access import Access
 from lorabbit_server.guarded import GuardedLoop
 from lorabbit_server.registry import Registry

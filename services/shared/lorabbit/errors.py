@@ -60,6 +60,10 @@ class BrokerUnavailable(Retryable):
     """The broker cannot be reached, or the connection broke."""
 
 
+class BrokerFault(BrokerUnavailable):
+    """The broker cannot use one of its queues: it has only just started, or lost that queue for good."""
+
+
 class BrokerBusy(Retryable):
     """The broker refused a message because a queue is full or an alarm is raised."""
 

@@ -10,6 +10,7 @@ The life of a task: `Task` -> `TaskAccepted` -> `TaskProgress`* -> `Offer` -> `G
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -45,6 +46,13 @@ class PayloadRef(BaseModel):
     sha256: Sha256
     size_bytes: int = Field(ge=0, le=2**40)
     chunk_bytes: int = Field(ge=1024, le=128 * 2**20)
+    stream: int = Field(default=0, ge=0, le=100)
+    """Which stream of this content to read: another one where the broker lost the first for good."""
+
+    @property
+    def content(self) -> dict[str, str | int]:
+        """What does not depend on the stream."""
+        return self.model_dump(exclude={"stream"})
 
     @property
     def chunks(self) -> int:
@@ -227,6 +235,16 @@ class Task(Message):
             if way is None or way.origin is not None:
                 found.append((role, ref))
         return tuple(found)
+
+    def on_streams(self, numbers: Mapping[str, int]) -> Task:
+        """The same task with the numbers of its payloads' streams, by sha256; 0 for those that are not named."""
+
+        def numbered(ref: PayloadRef) -> PayloadRef:
+            return ref.model_copy(update={"stream": numbers.get(ref.sha256, 0)})
+
+        payloads = {role: numbered(ref) for role, ref in self.payloads.items()}
+        ways = {sha: way.model_copy(update={"coded": numbered(way.coded)}) for sha, way in self.ways.items()}
+        return self.model_copy(update={"payloads": payloads, "ways": ways})
 
 
 class CancelTask(ForTask):

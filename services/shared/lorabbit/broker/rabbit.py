@@ -22,14 +22,14 @@ from lorabbit.broker.loop import Loop
 from lorabbit.broker.rabbit_consumer import Consumer, Token
 from lorabbit.broker.rabbit_link import Link
 from lorabbit.broker.rabbit_publisher import Publisher
-from lorabbit.errors import BrokerRefused, BrokerUnavailable, LoRAbbitError
+from lorabbit.errors import BrokerFault, BrokerRefused, BrokerUnavailable, LoRAbbitError
 from lorabbit.tls import Trust
 
 PATIENCE_SECONDS = 10.0
 """How long a blocking call waits for a connection."""
 CLOSE_SECONDS = 5.0
 _STARTING = "is down or inaccessible"
-"""Part of the words in which a node that has just started says that a queue is not ready yet (404, of all codes)."""
+"""Part of the words in which a node says that a queue is not ready yet, or lost for good (404, of all codes)."""
 
 Step = Callable[[Channel, Callable[[object], None]], object]
 """One request on a channel; calls back with the broker's answer."""
@@ -200,10 +200,12 @@ def _perform(link: Link, steps: Iterable[Step], answer: Future[None]) -> None:
         resolve(None)
 
     def closed(_channel: Channel, reason: Exception) -> None:
-        if isinstance(reason, ChannelClosedByBroker) and _STARTING not in reason.reply_text:
-            resolve(BrokerRefused(f"RabbitMQ refuses: {reason.reply_text}"))
-        else:
+        if not isinstance(reason, ChannelClosedByBroker):
             resolve(BrokerUnavailable(f"RabbitMQ cannot answer yet: {reason}"))
+        elif _STARTING in reason.reply_text:
+            resolve(BrokerFault(f"RabbitMQ cannot use the queue: {reason.reply_text}"))
+        else:
+            resolve(BrokerRefused(f"RabbitMQ refuses: {reason.reply_text}"))
 
     def resolve(error: LoRAbbitError | None) -> None:
         # Whoever asked may have lost patience in this very moment.

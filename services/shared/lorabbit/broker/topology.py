@@ -52,6 +52,6 @@ def address_of(routing_key: str) -> str:
     return routing_key.partition(".")[2].rsplit(".", 1)[0]
 
 
-def adapter_stream(sha256: str) -> Queue:
-    """The stream that holds one payload's chunks for the whole cohort."""
-    return Queue(f"{ADAPTERS}.{sha256[:32]}", "stream")
+def adapter_stream(sha256: str, number: int = 0) -> Queue:
+    """The stream that holds one payload's chunks for the whole cohort; a numbered one in the place of a lost one."""
+    return Queue(f"{ADAPTERS}.{sha256[:32]}" + (f".{number}" if number else ""), "stream")
