@@ -8,6 +8,7 @@ but a refusal count.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -91,8 +92,9 @@ def _presence(state: JobState, event: JobOpened | ClientArrived | ClientLeft) ->
         case ClientArrived() if _joins(state, event):
             return _join(state, event)
         case ClientLeft() if event.client in state.clients and event.client not in state.lost:
-            lost = tuple(sorted((*state.lost, event.client), key=cohort.natural))
-            state, commands = rounds.ask_on(replace(state, lost=lost), event.at_ms)
+            lost = [*state.lost]
+            insort(lost, event.client, key=cohort.natural)
+            state, commands = rounds.ask_on(replace(state, lost=tuple(lost)), event.at_ms)
             return state, (Record(ev.ClientLost(at_ms=event.at_ms, client=event.client)), *commands)
         case _:
             return state, ()

@@ -5,7 +5,8 @@ bytes that are here already move no second time. Chunks are acknowledged once wr
 checked beside the loop before anybody believes it. An upload on which nothing arrives for a while
 is granted again: the broker, or an earlier disk of this server, may have lost a chunk, and a grant
 itself needs no outbox for the same reason. A server that takes over first takes what the broker
-holds for its predecessor, and then asks for the rest.
+holds for its predecessor, and then asks for the rest. Of many uploads a window of them is granted
+at a time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lorabbit_server.admission import Expected, check_update
 from lorabbit_server.jobstate import TaskState
 from lorabbit_server.meter import Meter, header_bytes
 from lorabbit_server.tools import Tools
+from lorabbit_server.window import Window
 
 log = structlog.get_logger()
 STALLED_MS = 5_000
@@ -41,6 +43,7 @@ class Upload:
     ref: PayloadRef
     missing: set[int]
     moved_ms: int
+    granted: bool = False
     waiting: dict[str, tuple[TaskState, Expected]] = field(default_factory=dict)
     patience_ms: int = STALLED_MS
 
@@ -52,6 +55,7 @@ class Uploads:
         """Report how each task's payload is coded, or why it is refused, to `on_checked`."""
         self._tools, self._job, self._meter, self._on_checked = tools, job, meter, on_checked
         self._open: dict[str, Upload] = {}
+        self._window = Window()
         self._inherited_until_ms = 0
 
     def inherit(self) -> None:
@@ -59,7 +63,7 @@ class Uploads:
         self._inherited_until_ms = self._tools.now_ms() + INHERITED_MS
 
     def expect(self, task: TaskState, expected: Expected) -> None:
-        """Await the payload that a task's client offered, and grant what is missing of it."""
+        """Await the payload that a task's client offered, and grant what is missing of it, now or in its turn."""
         if task.offered is None or task.offered.payload is None:
             return
         ref = task.offered.payload
@@ -69,28 +73,39 @@ class Uploads:
             upload = self._open[ref.sha256] = Upload(ref, missing, self._tools.now_ms())
         upload.waiting[task.id] = (task, expected)
         upload.moved_ms = self._tools.now_ms()
-        if upload.missing and upload.moved_ms < self._inherited_until_ms:
-            upload.patience_ms = INHERITED_MS
-        elif upload.missing:
-            self._grant(task, upload)
-        else:
+        if not upload.missing:
             self._check(upload)
+        elif upload.moved_ms < self._inherited_until_ms:
+            upload.patience_ms = INHERITED_MS
+        elif self._window.enter(ref.sha256, ref.size_bytes, upload.moved_ms):
+            self._grant(task, upload)
 
     def forget(self, task: str) -> None:
         """Await nothing for a task any more."""
         for sha256, upload in list(self._open.items()):
             if upload.waiting.pop(task, None) is not None and upload.missing and not upload.waiting:
                 del self._open[sha256]
+                self._window.leave(sha256)
 
     def again(self, absent: frozenset[str]) -> None:
-        """Grant again what has stalled, to the clients that are not absent."""
+        """Grant what has its turn, and again what has stalled, to the clients that are not absent."""
+        self._advance()
         now = self._tools.now_ms()
         for upload in self._open.values():
-            if upload.missing and now - upload.moved_ms >= upload.patience_ms:
-                upload.moved_ms, upload.patience_ms = now, STALLED_MS
-                for task, _ in upload.waiting.values():
-                    if task.client not in absent:
-                        self._grant(task, upload)
+            stalled = upload.missing and now - upload.moved_ms >= upload.patience_ms
+            if stalled and (upload.granted or self._window.enter(upload.ref.sha256, upload.ref.size_bytes, now)):
+                self._grant_to_all(upload, absent)
+
+    def _advance(self) -> None:
+        """Grant the uploads that the window has room for by now."""
+        for sha256 in self._window.advance(self._tools.now_ms()):
+            self._grant_to_all(self._open[sha256], frozenset())
+
+    def _grant_to_all(self, upload: Upload, absent: frozenset[str]) -> None:
+        upload.moved_ms, upload.patience_ms = self._tools.now_ms(), STALLED_MS
+        for task, _ in upload.waiting.values():
+            if task.client not in absent:
+                self._grant(task, upload)
 
     def on_chunk(self, delivery: Delivery) -> None:
         """Write a chunk; one that is here already, or that nobody asked for, is dropped."""
@@ -116,6 +131,8 @@ class Uploads:
             upload.missing.discard(index)
             if last:
                 self._check(upload)
+                self._window.leave(upload.ref.sha256)
+                self._advance()
         self._tools.broker.ack(delivery)
 
     def _grant(self, task: TaskState, upload: Upload) -> None:
@@ -123,6 +140,7 @@ class Uploads:
         entry = self._tools.registry.get(task.client)
         if entry is None:
             return
+        upload.granted = True
         missing = tuple(sorted(upload.missing))
         grant = Grant(job=self._job, task=task.id, client=task.client, sha256=upload.ref.sha256, missing=missing)
         body = codec.encode(grant)
