@@ -24,6 +24,8 @@ from lorabbit_client.executor import Executor
 from lorabbit_client.runners import ThreadRunner
 
 STOP_SECONDS = 10.0
+CLIENTS_PER_SECOND = 50
+"""So many begin to connect: a fleet that is scaled up, not one that was cut off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,8 @@ def _be_clients(hosting: Hosting, first: int, lifeline: int) -> None:
             broker_url=hosting.broker_url, address=address, folder=Path(hosting.folder) / address, durable=False
         )
         clients.append(LightClient(number, settings, runner, trace))
-    for client in clients:
-        client.start()
+    for number, client in enumerate(clients, start=first):
+        client.start(number / CLIENTS_PER_SECOND)
     waits = threading.Thread(target=os.read, args=(lifeline, 1), daemon=True)
     waits.start()
     waits.join()

@@ -69,12 +69,14 @@ class LightClient:
         """Prepare client `number`, counted from 0; `start` begins."""
         self._number, self._settings, self._runner, self._trace = number, settings, runner, trace
         self._left: set[int] = set()
+        self._delay = 0.0
         self._stopping = threading.Event()
         self._broker: Broker | None = None
         self._thread = threading.Thread(target=self._live, name=settings.address, daemon=True)
 
-    def start(self) -> None:
-        """Connect and work, in the background."""
+    def start(self, after_seconds: float) -> None:
+        """Connect and work in the background, in a moment: not all clients of the world are switched on at once."""
+        self._delay = after_seconds
         self._thread.start()
 
     def stop(self) -> None:
@@ -88,6 +90,7 @@ class LightClient:
         self._thread.join(seconds)
 
     def _live(self) -> None:
+        self._stopping.wait(self._delay)
         while not self._stopping.is_set():
             away = self._serve()
             self._stopping.wait(away)
