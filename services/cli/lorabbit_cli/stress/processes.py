@@ -35,6 +35,8 @@ class ProcessFederation:
         self._folder = Path(tempfile.mkdtemp(prefix="lorabbit-stress-"))
         self._tiers: dict[str, list[Child]] = {}
         self._broker_url = self._redis_url = ""
+        self.server_settings: dict[str, str] = {}
+        """LORABBIT_* variables of the server in place of their defaults."""
         self._port = free_port()
         per_process = plan.clients_per_process(clients)
         processes = -(-clients // per_process)
@@ -63,6 +65,7 @@ class ProcessFederation:
             "LORABBIT_HTTP_PORT": str(self._port),
             "LORABBIT_LOG_LEVEL": "WARNING",
             "LORABBIT_LOG_FORMAT": "json",
+            **self.server_settings,
         }
         self._tiers["server"] = [self._child("server", "lorabbit_server", environment)]
         self._await_server()
