@@ -4,8 +4,9 @@
 
 Starts a private broker and store, a server and the clients as processes of their own, and runs one
 null job after the other. The first runs undisturbed. During all others a part that the seed picks is
-killed with SIGKILL every few seconds and started again at once. A job that ends in another adapter,
-counts an update twice, skips one or fails ends the soak with exit code 1.
+killed with SIGKILL every few seconds and started again at once; a part that is not back yet is left
+alone. A job that ends in another adapter, counts an update twice, skips one or fails ends the soak
+with exit code 1.
 
 Recovery is the time from SIGKILL until the part is back and, after that, the next update counts; of
 that very client, where a client was killed.
@@ -110,6 +111,8 @@ class Soak:
         """When an update counted, and whose."""
         self.ended_alone = 0
         self.identities: dict[str, str] = {}
+        self._seen: dict[str, int] = {}
+        """Length of a victim's log when it was killed."""
         self.job = {
             "name": "soak",
             "model": {"name": "null:200KB"},
@@ -134,8 +137,9 @@ class Soak:
         return Outcome.of(report, events)
 
     def kill_one(self) -> None:
-        """Kill what the dice pick, and start it again."""
+        """Kill what the dice pick, unless it is not back yet, and start it again."""
         kind = self.dice.choices(list(KINDS), list(KINDS.values()))[0]
+        number = self.dice.randrange(self.clients)
         if kind in {"broker", "store"}:
             service = self.broker if kind == "broker" else self.store
             kill = Kill(kind, kind, time.time())
@@ -143,10 +147,14 @@ class Soak:
             service.start()
             kill.up = time.time()
         else:
-            victim = "server" if kind == "server" else f"site-{self.dice.randrange(self.clients)}"
+            victim = "server" if kind == "server" else f"site-{number}"
+            process = self._process(victim)
+            if BACK[kind] not in log_of(process)[self._seen.get(victim, 0) :]:
+                return
             kill = Kill(kind, victim, time.time(), client=self.identities.get(victim, ""))
-            self._process(victim).kill()
-            self._process(victim).start()
+            process.kill()
+            self._seen[victim] = len(log_of(process))
+            process.start()
         self.kills.append(kill)
 
     def revive(self) -> None:
@@ -185,10 +193,15 @@ class Soak:
         return self.federation.server if name == "server" else self.federation.clients[name]
 
 
+def log_of(process: Process) -> str:
+    """What a process wrote so far."""
+    return process.log.read_text(encoding="utf-8", errors="replace")
+
+
 def marks_of(process: Process) -> list[tuple[float, str]]:
     """When a process came back, by its log."""
     marks = []
-    for line in process.log.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in log_of(process).splitlines():
         if any(f'"{event}"' in line for event in BACK.values()):
             entry = json.loads(line)
             marks.append((datetime.fromisoformat(entry["timestamp"]).timestamp(), entry["event"]))
