@@ -19,7 +19,7 @@ from services import RabbitMQ, Redis
 
 from chaos.witness import Witness
 
-DEATH_SECONDS = 120.0
+DEATH_SECONDS = 240.0
 """How long a process that is to die may take to come to its point."""
 KILLED = 137
 PROGRESS = {"update-accepted", "round-closed", "round-evaluated", "job-ended"}
