@@ -83,8 +83,8 @@ def until_trouble(broker, text):
     return found
 
 
-def test_messages_cross_a_tls_connection_to_rabbitmq(tls_rabbitmq, trust):
-    broker = RabbitBroker(tls_rabbitmq.tls_url, name="tls", trust=trust)
+def sent_to_itself(broker, queue):
+    """Send one message to a queue of one's own; returns what arrived."""
     received = []
 
     def take(delivery):
@@ -92,13 +92,18 @@ def test_messages_cross_a_tls_connection_to_rabbitmq(tls_rabbitmq, trust):
         broker.ack(delivery)
         broker.stop()
 
-    broker.declare_queue(Queue("tls", "classic"))
-    broker.subscribe("tls", take)
-    broker.send(Outgoing("", "tls", "x", b"over tls"))
+    broker.declare_queue(Queue(queue, "classic"))
+    broker.subscribe(queue, take)
+    broker.send(Outgoing("", queue, "x", b"over tls"))
     broker.run()
     broker.close()
+    return received
 
-    assert received == [b"over tls"]
+
+def test_messages_cross_a_tls_connection_to_rabbitmq(tls_rabbitmq, trust):
+    broker = RabbitBroker(tls_rabbitmq.tls_url, name="tls", trust=trust)
+
+    assert sent_to_itself(broker, "tls") == [b"over tls"]
 
 
 def test_a_rabbitmq_of_another_authority_is_refused_in_one_sentence(tls_rabbitmq, another_authority):
@@ -115,8 +120,8 @@ def test_a_rabbitmq_of_another_authority_is_refused_in_one_sentence(tls_rabbitmq
 
 def test_without_verification_any_certificate_will_do(tls_rabbitmq):
     broker = RabbitBroker(tls_rabbitmq.tls_url, name="tls", trust=Trust(verify=False))
-    broker.declare_queue(Queue("unverified", "classic"))
-    broker.close()
+
+    assert sent_to_itself(broker, "unverified") == [b"over tls"]
 
 
 def test_the_store_speaks_tls_to_redis(tls_redis, trust):

@@ -64,5 +64,8 @@ def test_a_process_dies_on_the_passage_it_was_told_and_prints_nothing_more():
 
 
 def test_nothing_happens_where_nobody_asked():
-    for point in crash.Point:
-        crash.reached(point)
+    program = "from lorabbit import crash\nfor point in crash.Point: crash.reached(point)\nprint('alive')"
+
+    lived = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603
+
+    assert (lived.returncode, lived.stdout) == (0, "alive\n")

@@ -12,7 +12,7 @@ from lorabbit import events as ev
 from lorabbit.errors import BadInput
 from lorabbit.messages import Metrics
 from lorabbit_cli.__main__ import app
-from lorabbit_cli.stress import limits, private
+from lorabbit_cli.stress import private
 from lorabbit_cli.stress.growth import growth
 from lorabbit_cli.stress.limits import Demand, LimitReached, check
 from lorabbit_cli.stress.measure import Measured, Row, Tally, percentile, row_of
@@ -150,8 +150,17 @@ def test_what_the_machine_does_not_bear_is_named(
     assert str(reached.value).startswith(sentence)
 
 
-def test_what_the_machine_bears_is_let_through(tmp_path: Path) -> None:
-    check(Demand(1, 0.001), tmp_path, descriptors=limits.raise_descriptors())
+@pytest.mark.parametrize(("descriptors", "is_enough"), [(104, False), (10**6, True)])
+def test_a_measurement_is_let_through_where_the_machine_bears_it(
+    tmp_path: Path, descriptors: int, *, is_enough: bool
+) -> None:
+    try:
+        check(Demand(1, 0.001), tmp_path, descriptors=descriptors)
+        was_enough = True
+    except LimitReached:
+        was_enough = False
+
+    assert was_enough is is_enough
 
 
 def told(*, rounds: int = 2, clients: int = 3) -> Tally:
