@@ -3,8 +3,9 @@
     python benchmarks/papers/results.py comparisons/sa-fedlora [comparisons/sa-fedlora-tuning ...]
 
 Each comparison fills the part of RESULTS.md between `<!-- NAME -->` and `<!-- end of NAME -->`, NAME being the sweep's,
-with what `lorabbit compare` left in its `comparison.json`; wall times come from its cache. Words around the marks are
-people's and stay. A comparison without marks there is an error.
+with what `lorabbit compare` left in its `comparison.json`; wall times come from its cache. A page of docs/methods with
+the same marks gets the scores alone. Words around the marks are people's and stay. A comparison without marks in
+RESULTS.md is an error.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lorabbit_cli.units import bytes_text, duration_text, number_text, score_tex
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PLOTS = HERE / "RESULTS.md", HERE / "results"
+PAGES = HERE.parents[1] / "docs/methods"
 DRAWN = ("rounds", "bytes", "modelled seconds")
 """What scores are drawn against, of all that `lorabbit compare` draws."""
 COLOURS = 48
@@ -43,12 +45,21 @@ def main() -> None:
     for folder in options.folders:
         comparison = Comparison.model_validate_json((folder / "comparison.json").read_bytes())
         text = replaced(text, comparison.name, section(comparison, options.cache or folder.parent / "cache"))
+        for page in sorted(PAGES.glob("*.md")):
+            words = page.read_text(encoding="utf-8")
+            if marks(comparison.name)[0] in words:
+                page.write_text(replaced(words, comparison.name, scores(comparison)), encoding="utf-8")
     RESULTS.write_text(text, encoding="utf-8")
+
+
+def marks(name: str) -> tuple[str, str]:
+    """What stands before and after the part that is made."""
+    return f"<!-- {name} -->", f"<!-- end of {name} -->"
 
 
 def replaced(text: str, name: str, made: str) -> str:
     """Put a section between its marks."""
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    begin, end = marks(name)
     if text.count(begin) != 1 or text.count(end) != 1:
         sys.exit(f"{RESULTS}: wants the lines {begin} and {end}, once each")
     before, rest = text.split(begin)
@@ -70,6 +81,30 @@ def section(comparison: Comparison, cache: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def scores(comparison: Comparison) -> str:
+    """Final scores and differences of all cases that have a finished run."""
+    parts = []
+    for case in comparison.cases:
+        rows = [row for row in case.rows if row.seeds]
+        columns = _score_columns(case, comparison.reference)
+        columns += [("rounds to the target", lambda row: _reached(row, "rounds", lambda number: f"{number:.1f}"))]
+        parts += [f"**{case_title(case)}**" if case_title(case) else "", _markdown(columns, rows)] if rows else []
+    return "\n\n".join(part for part in parts if part)
+
+
+def _score_columns(case: CaseResult, reference: str) -> list[Column]:
+    """What every table of scores begins with."""
+    return [
+        ("run", lambda row: row.label),
+        ("seeds", lambda row: str(len(row.seeds))),
+        (f"final {case.metric}", lambda row: score_spread(row.final)),
+        (
+            f"less {reference}",
+            lambda row: "reference" if row.label == reference else difference_text(row.difference),
+        ),
+    ]
+
+
 def _how_made(comparison: Comparison, cache: Path) -> str:
     """Seeds, rounds, versions and wall time, from the runs themselves."""
     keys = {run.key for run in comparison.runs}
@@ -86,13 +121,7 @@ def _tables(comparison: Comparison, case: CaseResult) -> Iterable[str]:
     """Scores with what was sent for them, and what the target took."""
     reference = comparison.reference
     first: list[Column] = [
-        ("run", lambda row: row.label),
-        ("seeds", lambda row: str(len(row.seeds))),
-        (f"final {case.metric}", lambda row: score_spread(row.final)),
-        (
-            f"less {reference}",
-            lambda row: "reference" if row.label == reference else difference_text(row.difference),
-        ),
+        *_score_columns(case, reference),
         ("numbers sent", lambda row: of(row.parameters_up, number_text)),
         (f"of {reference}'s", lambda row: _share_of(row, case, reference)),
         ("payload, both ways", _payload),
