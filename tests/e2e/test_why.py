@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import services
 from processes import Federation
@@ -22,7 +22,7 @@ JOB: dict[str, Any] = {
     "clients": 2,
     "local": {"steps": 100_000, "batch_size": 8},
 }
-PATIENCE_SECONDS = 180.0
+PATIENCE_SECONDS = 240.0
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 Said = dict[str, Any]
 
@@ -38,7 +38,7 @@ def federation(tmp_path: Path, rabbitmq: services.RabbitMQ, redis_server: servic
 
 def lorabbit(url: str, *arguments: str) -> str:
     command = [sys.executable, "-m", "lorabbit_cli", *arguments, "--server", url]
-    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)  # noqa: S603 - of this run
+    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)  # noqa: S603 - of this run
     return run.stdout + run.stderr
 
 
@@ -46,10 +46,12 @@ def why(url: str, until: Callable[[Said], bool]) -> Said:
     """Ask until the answer holds what is expected."""
     deadline, told = time.monotonic() + PATIENCE_SECONDS, ""
     while time.monotonic() < deadline:
-        told = lorabbit(url, "why", "wait", "--format", "json")
-        if told.startswith("{") and until(json.loads(told)):
-            found: Said = json.loads(told)
+        answer = httpx.get(f"{url}/jobs/wait", timeout=30)
+        told = answer.text
+        found: Said = answer.json()
+        if answer.is_success and until(found):
             return found
+        time.sleep(0.2)
     raise AssertionError(f"never told what was expected; at last: {told}")
 
 

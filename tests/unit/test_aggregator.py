@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from lorabbit import codec
+from lorabbit.aggregation import Carried, Carry
 from lorabbit.messages import Metrics
 from lorabbit.methods.fedavg import FedAvg
 from lorabbit.payloads import PayloadStore
 from lorabbit.types import ClientId, ServerState
-from lorabbit_server.aggregator import Background, Carried, Carry, Updates, aggregate
+from lorabbit_server.aggregator import Background, Updates, aggregate
 from lorabbit_server.jobstate import Offered, TaskState
 from lorabbit_server.versions import Versions
 
@@ -81,7 +82,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(payloads):
 
 
 def test_a_loss_that_a_client_did_not_measure_is_not_a_number(payloads):
-    (update,) = Updates([task(payloads, 0, 1.0)], payloads)
+    (update,) = Updates(FedAvg(), [task(payloads, 0, 1.0)], payloads)
 
     assert np.isnan(update.loss)
 

@@ -250,7 +250,7 @@ def test_a_method_scales_updates_or_refuses_it_in_the_terms_of_its_paper(method)
     ("text", "said"),
     [
         ("work: {}", "work.within_seconds: only a quorum has a deadline"),
-        ("work: {within_seconds: 9}\naggregation: svd", "work.weighting: an update of fedavg cannot be scaled"),
+        ("work: {within_seconds: 9}\naggregation: exact", "work.weighting: an update of fedavg cannot be scaled"),
         ("work: {within_seconds: 9}\nrobust: {kind: median}", "robust compares the updates as they came"),
         ("work: {within_seconds: 9}\nprivacy: {noise: 1.0}", "privacy bounds every update as it came"),
         ("work: {within_seconds: 0}", "work.within_seconds"),

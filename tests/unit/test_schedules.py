@@ -146,7 +146,7 @@ def test_a_method_whose_late_updates_have_an_older_rank_may_not_keep_them():
         build(JobSpec(schedule=sc.Quorum(late="keep"), method={"name": "sa-fedlora"}))
 
 
-@pytest.mark.parametrize("rule", ["zero-padded", "svd", "stack", "exact"])
+@pytest.mark.parametrize("rule", ["zero-padded", "exact"])
 def test_an_aggregation_whose_coordinates_or_base_change_folds_no_late_updates(rule):
     build(JobSpec(schedule=sc.Quorum(), aggregation=rule))
     for late in (sc.Buffered(), sc.Quorum(late="keep")):

@@ -18,6 +18,7 @@ from lorabbit import errors, events, jobspec, messages, schedules, settings
 from lorabbit.methods import METHODS
 from lorabbit.report import report_schema
 from lorabbit_cli.reference_cli import cli_page
+from lorabbit_cli.reference_schedules import schedules_page
 from lorabbit_cli.schema_text import IDENTIFIER, doc, field_rows, table
 from lorabbit_client.tasks import TASKS
 
@@ -56,6 +57,7 @@ def pages() -> dict[str, str]:
         "job-file.md": _page("Job file", _job_file()),
         "tasks.md": _page("Tasks", _tasks()),
         "methods.md": _page("Methods", _methods()),
+        "schedules.md": _page("Schedules and methods", schedules_page()),
         "settings.md": _page("Settings", _settings()),
         "cli.md": _page("Command line", cli_page(_exit_codes())),
         "report.schema.json": _json(report_schema()),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorabbit import codec, coding, jobfile, work
 from lorabbit import events as ev
+from lorabbit.aggregation import Carry
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import PayloadRef
@@ -21,7 +22,7 @@ from lorabbit.payloads import CHUNK_BYTES, PayloadStore
 from lorabbit.schedules import worth
 from lorabbit.transport import Coding
 from lorabbit.types import ADAPTER, INITIALISE, TRAIN, ClientId, ClientProfile, ServerState, Tensors
-from lorabbit_server.aggregator import Background, Carry, aggregate
+from lorabbit_server.aggregator import Background, aggregate
 from lorabbit_server.evidence import FOLDER, LOG
 from lorabbit_server.jobstate import Offered, TaskState
 

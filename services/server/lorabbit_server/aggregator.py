@@ -13,53 +13,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from lorabbit import codec, coding, crash, privacy, robust
+from lorabbit.aggregation import Carry
 from lorabbit.methods import Method
 from lorabbit.payloads import PayloadStore
-from lorabbit.tensors import is_floating
-from lorabbit.types import Array, ClientUpdate, Json, ServerState, Tensors
+from lorabbit.types import ClientUpdate, Json, ServerState, Tensors
 from lorabbit_server.admission import Template
 from lorabbit_server.jobstate import Offered, TaskState, Version
 from lorabbit_server.versions import Versions
-
-
-@dataclass(frozen=True, slots=True)
-class Carry:
-    """How an update that started from an older version comes to the newest: its change, discounted, on top of it."""
-
-    start: Tensors
-    """What the client started from."""
-    head: Tensors
-    """The same tensors of the newest version."""
-    worth: float
-    """Share of the change that counts."""
-
-
-class Carried(Mapping[str, Array]):
-    """head + worth (update - start), tensor by tensor, in float64; what has no real numbers stays as it came."""
-
-    def __init__(self, update: Tensors, carry: Carry) -> None:
-        """Compute nothing yet."""
-        self._update, self._carry = update, carry
-
-    def __getitem__(self, name: str) -> Array:
-        """Compute one tensor, of the type in which it came."""
-        value = self._update[name]
-        if not is_floating(value):
-            return value
-        carry = self._carry
-        change = value.astype(np.float64) - carry.start[name].astype(np.float64)
-        return (carry.head[name].astype(np.float64) + carry.worth * change).astype(value.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        """Names of the update."""
-        return iter(self._update)
-
-    def __len__(self) -> int:
-        """Number of tensors."""
-        return len(self._update)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +37,7 @@ class Background:
 class Updates(Iterable[ClientUpdate]):
     """The updates of accepted tasks, to be walked as often as a method likes."""
 
+    method: Method
     tasks: Sequence[TaskState]
     payloads: PayloadStore
     background: Background = Background()
@@ -91,7 +53,7 @@ class Updates(Iterable[ClientUpdate]):
                 path = self.payloads.path(payload.sha256)
                 tensors = coding.open_tensors(path, self.background.origins.get(task.id))
             if task.id in self.background.carries:
-                tensors = Carried(tensors, self.background.carries[task.id])
+                tensors = self.method.carried(tensors, self.background.carries[task.id])
             yield ClientUpdate(
                 task.client,
                 task.index,
@@ -115,7 +77,7 @@ def aggregate(
     They come in ascending client index, then in the order they were asked for.
     """
     ordered = sorted(tasks, key=lambda task: (task.index, task.round, task.turn))
-    received = Updates(ordered, payloads, background or Background())
+    received = Updates(method, ordered, payloads, background or Background())
     job = method.job
     guarded, defended = robust.defend(job, state, received)
     folded = method.aggregate(state, privacy.protect(job, state, guarded))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import structlog
 
 from lorabbit import coding, work
+from lorabbit.aggregation import Carry
 from lorabbit.errors import RunFailed
 from lorabbit.messages import PayloadRef, Task, Way
 from lorabbit.methods import Method
@@ -21,7 +22,7 @@ from lorabbit.transport import Coding
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, TRAIN, ClientProfile, Facts, Tensors
 from lorabbit_server import pace
 from lorabbit_server.admission import Expected, Template, check_offer
-from lorabbit_server.aggregator import Background, Carry
+from lorabbit_server.aggregator import Background
 from lorabbit_server.jobstate import JobState, TaskState, Version
 from lorabbit_server.registry import Registry
 from lorabbit_server.versions import Versions

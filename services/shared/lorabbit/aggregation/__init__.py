@@ -8,6 +8,7 @@ every rule pays for the difference in its own coin: error, a frozen factor, an S
 
 from lorabbit.aggregation.exchange import FROZEN, answer, config_of, frozen, install, is_a, prefix, rank_of, scaling_of
 from lorabbit.aggregation.folding import Aggregation, check, of, refuse_choice, refuse_pruning
+from lorabbit.aggregation.late import Carried, CarriedProducts, Carry
 from lorabbit.aggregation.pruning import PRUNED_TO, pruning
 from lorabbit.aggregation.received import Received
 from lorabbit.aggregation.rules import COMPONENTS, RULES, Rule, Target, fresh, revived
@@ -18,6 +19,9 @@ __all__ = [
     "PRUNED_TO",
     "RULES",
     "Aggregation",
+    "Carried",
+    "CarriedProducts",
+    "Carry",
     "Received",
     "Rule",
     "Target",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from lorabbit import lora, schedules
 from lorabbit.aggregation import exchange, shift
+from lorabbit.aggregation.late import Carried, CarriedProducts, Carry
 from lorabbit.aggregation.pruning import PRUNED_TO
 from lorabbit.aggregation.received import Received
 from lorabbit.aggregation.rules import RULES, Folded, Rule, Target, Weighted, normalised
@@ -184,6 +185,10 @@ class Aggregation:
             facts |= _pruned(facts, received)
         shared = {**state.shared, SHIFT: moved} if moved else state.shared
         return ServerState({name: tensors[name] for name in received.names}, facts, shared)
+
+    def carried(self, update: Tensors, carry: Carry) -> Tensors:
+        """A late update as it comes to the newest version, by its values or by its products."""
+        return CarriedProducts(update, carry) if self.rule.late_by_products else Carried(update, carry)
 
     def at_rank(self, rank: int) -> Aggregation:
         """The same for another rank of the server."""

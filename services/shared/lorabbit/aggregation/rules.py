@@ -69,6 +69,8 @@ class Rule:
     """Why clients of unlike ranks are refused; empty where they are not."""
     late: str = ""
     """Why updates that started from an older version are refused; empty where they are not."""
+    late_by_products: bool = False
+    """Such updates are carried over by their products, since factors of two versions do not compare."""
     shifts_base: bool = False
     freezes_a: bool = False
     by_norm: bool = False
@@ -182,8 +184,7 @@ def revived(factors: Factors, drawn: Factors) -> Factors:
 
 _SAME_A = "the mean of factors compares them entry by entry, and entries of unlike ranks do not meet"
 _ZEROS = "zeros in the place of the components that a client lacks would wipe them out in a small buffer"
-_TURNED = "every version has singular vectors of its own, so factors of an older one have other coordinates"
-_MOVED = "every version stands on a base of its own, so factors of an older one stand on another base"
+_MOVED = "it averages factors entry by entry, and those of an older version stand on another base"
 
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
@@ -192,8 +193,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             Rule("factors", mean_of_factors, unequal=_SAME_A),
             Rule("freeze-a", mean_of_factors, unequal="all clients share one frozen A", freezes_a=True),
             Rule("zero-padded", mean_of_padded, late=_ZEROS, by_norm=True),
-            Rule("svd", truncated_mean, late=_TURNED),
-            Rule("stack", into_the_base, late=_MOVED, shifts_base=True),
+            Rule("svd", truncated_mean, late_by_products=True),
+            Rule("stack", into_the_base, late_by_products=True, shifts_base=True),
             Rule("exact", mean_and_residual, unequal=_SAME_A, late=_MOVED, shifts_base=True),
         )
     }

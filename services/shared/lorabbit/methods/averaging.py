@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from lorabbit import aggregation
-from lorabbit.aggregation import Aggregation
+from lorabbit.aggregation import Aggregation, Carry
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.base import Export, GradientTerm, Method, Session
 from lorabbit.types import ADAPTER, ClientProfile, ClientUpdate, Facts, Plan, ServerState, Tensors
@@ -66,6 +66,10 @@ class Averaging(Method):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """The mean weighted by n_k, of LoRA factors as the aggregation says."""
         return self.aggregation.fold(state, updates)
+
+    def carried(self, update: Tensors, carry: Carry) -> Tensors:
+        """As the aggregation carries: by values, or by products where factors of two versions do not compare."""
+        return self.aggregation.carried(update, carry)
 
     def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - one plan for all
         """The server's whole model, whatever part of it a client trains."""
