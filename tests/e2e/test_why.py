@@ -146,3 +146,24 @@ def test_a_server_that_stands_by_says_for_whom_and_tells_of_the_job_all_the_same
     assert said["server"].startswith("this server stands by: the lease is held by ")
     assert {wait["owner"] for wait in said["waits"]} == {"client-1", "client-2"}
     assert leads["waits"]
+
+
+def test_an_alarm_of_the_broker_is_named_although_the_server_has_nothing_to_say(
+    tmp_path: Path, redis_server: services.Redis
+) -> None:
+    broker = services.RabbitMQ("vm_memory_high_watermark.absolute = 10MB\n")
+    federation = Federation(tmp_path, broker.url, redis_server.url)
+    try:
+        broker.start()
+        federation.start(1)
+        federation.submit(JOB)
+
+        said = why(federation.url, lambda said: bool(owned(said, "broker")))
+    finally:
+        federation.close()
+        broker.close()
+
+    (wait,) = owned(said, "broker")
+    assert "takes no messages: low on memory alarm" in wait["reason"]
+    assert 0 < wait["since_ms"] <= said["now_ms"]
+    assert owned(said, "operator"), "the clients that cannot come for it are lacking as well"

@@ -1,7 +1,8 @@
 """Surroundings: what a server depends on and does not control, with the time at which each trouble began.
 
 Asked by the HTTP interface, so it answers within a few seconds whatever hangs: the store is probed over a
-connection of its own that does not try again.
+connection of its own that does not try again. RabbitMQ tells of an alarm only to a connection that publishes, so a
+server that has nothing to say sends a message to nobody now and then.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lorabbit.broker.base import Broker
+from lorabbit.broker.base import Broker, Outgoing
 from lorabbit.errors import StoreUnavailable
 from lorabbit.state.base import StateStore
 from lorabbit_server.waits import Wait
 
 BROKER, STORE, LEASE = "broker", "store", "lease"
 PROBE_SECONDS = 1.0
+NOBODY = "-"
+"""No queue has this name, so the broker returns what is sent to it."""
 _ENDS = {
     BROKER: "no deadline; the server tries for ever, and goes on once the broker takes messages again",
     STORE: "no deadline; the server tries for ever, and goes on once the store answers again",
@@ -47,13 +50,18 @@ class Surroundings:
         self._broker, self._probe, self._now = broker, probe, now_ms
         self._since: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._stop, self._answered = threading.Event(), threading.Event()
+        self._answered.set()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Look again and again, so that the begin of a trouble is known before anybody asks."""
         self._thread = threading.Thread(target=self._watch, name="surroundings", daemon=True)
         self._thread.start()
+
+    def _ask_broker(self) -> None:
+        """Send a message that the broker returns, one at a time; for the loop thread."""
+        self._broker.send(Outgoing("", NOBODY, "lorabbit.probe", b""), lambda _: self._answered.set())
 
     def close(self) -> None:
         """Look no more."""
@@ -90,3 +98,6 @@ class Surroundings:
     def _watch(self) -> None:
         while not self._stop.wait(PROBE_SECONDS):
             self.look()
+            if self._answered.is_set():
+                self._answered.clear()
+                self._broker.post(self._ask_broker)
