@@ -1,0 +1,1 @@
+"""Scaling: how many clients a pool has, whatever runs them: processes, containers, compose, Kubernetes."""
