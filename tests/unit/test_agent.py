@@ -94,6 +94,36 @@ def test_a_client_of_a_finite_run_leaves_some_time_after_its_last_task(rig: Rig)
     assert (early, training, soon, left) == ([], [], [], ["left"])
 
 
+def test_a_client_that_is_to_leave_hands_its_result_in_and_takes_no_other_task(rig: Rig) -> None:
+    runner, left = ScriptedRunner(), list[str]()
+    agent = rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+
+    agent.drain(lambda: left.append("left"))
+    rig.tell(rig.task("t-2", rig.publish(2.0)))
+    runner.finish("t-1", RESULT)
+    rig.run()
+    rig.tell(all_chunks(offered(rig)))
+    rig.run()
+    before_the_verdict = list(left)
+    rig.tell(Verdict(**IDS, accepted=True))
+    rig.run()
+
+    assert (before_the_verdict, left) == ([], ["left"])
+    assert rig.heard(Commit) == [Commit(**IDS, sha256=payload_of(offered(rig)))]
+    assert [each.task for each in rig.heard(TaskAccepted)] == ["t-1"]
+    assert files(rig.folder / "somewhere") == []
+
+
+def test_a_client_without_work_leaves_at_once(rig: Rig) -> None:
+    left = list[str]()
+
+    rig.agent(ScriptedRunner()).drain(lambda: left.append("left"))
+
+    assert left == ["left"]
+
+
 def test_a_client_keeps_its_identity_over_a_restart(rig: Rig) -> None:
     rig.agent(ScriptedRunner()).close()
     rig.run()

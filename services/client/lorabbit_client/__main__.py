@@ -70,7 +70,7 @@ def _work(settings: ClientSettings) -> int:
         log.warning("variable-not-read", why=said)
     log.info("client-started", version=__version__, address=settings.address, folder=str(settings.folder))
     try:
-        with _signals(broker):
+        with _signals(broker, agent, settings.drain_seconds):
             broker.post(agent.start)
             broker.run()
         agent.close()
@@ -82,12 +82,21 @@ def _work(settings: ClientSettings) -> int:
 
 
 @contextmanager
-def _signals(broker: Broker) -> Iterator[None]:
-    """End the loop on SIGTERM and SIGINT."""
+def _signals(broker: Broker, agent: Agent, drain_seconds: float) -> Iterator[None]:
+    """Let SIGTERM finish what is under way, if that takes no longer; a second one, or SIGINT, ends the loop at once."""
+    told: list[int] = []
+
+    def drain() -> None:
+        agent.drain(broker.stop)
+        broker.after(drain_seconds, broker.stop)
 
     def stop(number: int, _: FrameType | None) -> None:
         log.info("stopping", signal=signal.Signals(number).name)
-        broker.stop()
+        if number == signal.SIGINT or told or drain_seconds == 0:
+            broker.stop()
+        else:
+            broker.post(drain)
+        told.append(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

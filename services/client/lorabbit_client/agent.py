@@ -14,7 +14,6 @@ from functools import partial
 
 import structlog
 
-import lorabbit
 from lorabbit import codec, crash
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery, OnDone, Outgoing
@@ -22,7 +21,6 @@ from lorabbit.errors import LoRAbbitError, Refused
 from lorabbit.messages import Alive, CancelTask, Deny, ForTask, Goodbye, Grant, Hello, Message, Task, Verdict, Welcome
 from lorabbit.payloads import PayloadStore
 from lorabbit.settings import ClientSettings
-from lorabbit.transport import KNOWN
 from lorabbit.types import EVALUATE
 from lorabbit_client import machine
 from lorabbit_client.assignment import Assignment
@@ -78,6 +76,7 @@ class Agent:
         self._hello_is_out = False
         self._heartbeats = 0
         self._idle_seconds: float | None = None
+        self._on_drained: Callable[[], None] | None = None
         self.on_idle: Callable[[], None] | None = None
         """Called once this client has had no task for `settings.idle_seconds` since its last one."""
         self._was_in_trouble = False
@@ -107,6 +106,12 @@ class Agent:
         if self._welcomed and self.client is not None:
             self._send(Goodbye(address=self._address, client=self.client), None)
 
+    def drain(self, then: Callable[[], None]) -> None:
+        """Take no further task, and call back once those under way are done and handed in."""
+        self._on_drained = then
+        if self.is_idle:
+            then()
+
     @property
     def is_idle(self) -> bool:
         """Tell whether there is nothing to do."""
@@ -128,20 +133,7 @@ class Agent:
 
     def _hello(self) -> Hello:
         outbox = tuple(task for task, assignment in self._assignments.items() if assignment.is_in_outbox)
-        return Hello(
-            address=self._address,
-            client=self.client,
-            device=machine.device(self._settings.device),
-            memory_bytes=machine.memory_bytes(),
-            tags=self._settings.tags,
-            pool=self._settings.pool,
-            max_rank=self._settings.max_rank,
-            max_batch=self._settings.max_batch,
-            dtype=self._settings.dtype,
-            version=lorabbit.__version__,
-            codings=KNOWN,
-            outbox=outbox,
-        )
+        return machine.introduction(self._settings, self.client, outbox)
 
     def _welcome(self, welcome: Welcome) -> None:
         """Take the identity; whoever welcomes us may have started its count of epochs anew.
@@ -217,8 +209,8 @@ class Agent:
             for _, ref in task.published:
                 self._shelf.redirect(ref)
             return
-        if _order_id(task) in self._finished:
-            return
+        if self._on_drained is not None or _order_id(task) in self._finished:
+            return  # whoever holds this identity next is sent what is open
         newest = self._epochs.get(task.job, task.epoch)
         if task.epoch < newest or (self.client is not None and task.client != self.client):
             log.info("task-ignored", task=task.task, epoch=task.epoch, newest=newest, client=task.client)
@@ -265,6 +257,8 @@ class Agent:
             self._finished[_order_id(assignment.order)] = None
             if len(self._finished) > FINISHED_KEPT:
                 del self._finished[next(iter(self._finished))]
+        if self._on_drained is not None and self.is_idle:
+            self._on_drained()
 
     def _advance(self) -> None:
         """Run what has its payloads, but nothing before an evaluation that was asked for first.

@@ -1,9 +1,14 @@
-"""What this machine, or the container, gives a client: found without torch, for the server's list of clients."""
+"""What a client says of itself: its settings, and what this machine or container gives it, found without torch."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+import lorabbit
+from lorabbit.messages import Hello
+from lorabbit.settings import ClientSettings
+from lorabbit.transport import KNOWN
 
 GPUS = Path("/proc/driver/nvidia/gpus")
 """One folder for each GPU that NVIDIA's driver holds."""
@@ -11,6 +16,24 @@ TEGRA = Path("/dev/nvhost-gpu")
 """The GPU of a Jetson board."""
 LIMIT = Path("/sys/fs/cgroup/memory.max")
 """Memory limit of a container (cgroup v2); ``max`` where there is none."""
+
+
+def introduction(settings: ClientSettings, client: str | None, outbox: tuple[str, ...]) -> Hello:
+    """Make a client's hello; `outbox` names the tasks whose results wait for a verdict."""
+    return Hello(
+        address=settings.address,
+        client=client,
+        device=device(settings.device),
+        memory_bytes=memory_bytes(),
+        tags=settings.tags,
+        pool=settings.pool,
+        max_rank=settings.max_rank,
+        max_batch=settings.max_batch,
+        dtype=settings.dtype,
+        version=lorabbit.__version__,
+        codings=KNOWN,
+        outbox=outbox,
+    )
 
 
 def device(setting: str) -> str:

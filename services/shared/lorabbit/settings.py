@@ -195,6 +195,9 @@ class ClientSettings(Settings):
     durable: bool = Field(
         default=True, description="journal tasks and fsync results; false is for simulated clients that nobody restarts"
     )
+    drain_seconds: float = Field(
+        default=20.0, ge=0, description="how long SIGTERM waits for the task under way; 0 hands it back at once"
+    )
     idle_seconds: float | None = Field(
         default=None, gt=0, description="leave after so long without a task since the last one; never when absent"
     )
