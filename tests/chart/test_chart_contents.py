@@ -246,17 +246,31 @@ def test_a_scaled_pool_leaves_its_number_to_the_scaler():
     docs = objects(POOLS)
     for scaled in of_kind(docs, "ScaledObject"):
         target = scaled["spec"]["scaleTargetRef"]
-        assert "replicas" not in named(docs, target["kind"], target["name"])["spec"]
+        workload = named(docs, target["kind"], target["name"])
+        assert "replicas" not in workload["spec"]
+        assert workload["metadata"]["annotations"] == {"lorabbit/autoscaled": "true"}
+    assert "annotations" not in named(docs, "StatefulSet", "fed-holder")["metadata"]
+
+
+def test_a_client_tells_its_pool_and_what_the_pool_can_do():
+    pools = [{"name": "small", "capability": {"maxRank": 4, "maxBatch": 2, "dtype": "bfloat16"}}, {"name": "large"}]
+    docs = render({"clientPools": pools})
+
+    told = {name: {key.removeprefix("LORABBIT_"): each.get("value") for key, each in
+                   environment(pod(named(docs, "StatefulSet", f"fed-{name}"))["spec"]["containers"][0]).items()}
+            for name in ("small", "large")}  # fmt: skip
+
+    asked = ("POOL", "MAX_RANK", "MAX_BATCH", "DTYPE", "DRAIN_SECONDS")
+    assert [told["small"].get(key) for key in asked] == ["small", "4", "2", "bfloat16", "20"]
+    assert [told["large"].get(key) for key in asked] == ["large", None, None, "float32", "20"]
 
 
 # ---- the rest ----
 def test_the_notes_name_what_is_there_and_scale_only_what_may_be_scaled():
     texts = Chart.load(CHART).render(values_of(POOLS), name=RELEASE, namespace=NAMESPACE)
     notes = texts["lorabbit/templates/NOTES.txt"]
-    docs = objects(POOLS)
 
-    assert re.findall(r"scale (\S+)", notes) == ["statefulset/fed-holder"]
-    assert named(docs, "StatefulSet", "fed-holder")
+    assert re.findall(r"lorabbit scale \d+ --pool (\S+)", notes) == ["holder", "finite"]
     assert re.findall(r"exec (?:-it )?(\S+)", notes) == ["fed-server-0"] * 2
     assert re.findall(r"svc/(\S+)", notes) == ["fed-server"]
     assert "(pool elastic follows the jobs: 1 to 5 clients)" in notes

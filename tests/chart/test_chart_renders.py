@@ -176,7 +176,7 @@ def test_a_release_whose_services_could_have_no_name_is_refused(name: str):
 
 
 def test_a_name_that_leaves_kubernetes_no_room_is_refused():
-    with pytest.raises(Exception, match="52 at most"):
+    with pytest.raises(Exception, match="48 at most"):
         render({"clientPools": [{"name": "p" * 40}]}, name="a-release-of-some-length")
 
 

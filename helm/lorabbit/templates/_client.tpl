@@ -13,6 +13,12 @@
 {{- toYaml $pool -}}
 {{- end -}}
 
+{{/* Name of an IndexedJob pool's Job. A Job's template cannot change: another template is another Job, and the clients keep
+their identities. */}}
+{{- define "lorabbit.jobName" -}}
+{{ include "lorabbit.name" (dict "root" .root "part" .pool.name) }}-{{ printf "%s %v %v" (include "lorabbit.clientPod" .) .pool.replicas .pool.retries | sha256sum | trunc 8 }}
+{{- end -}}
+
 {{/* Template of a pool's pods. Nothing in it depends on the chart's version: a Job's template is immutable. */}}
 {{- define "lorabbit.clientPod" -}}
 {{- $pool := .pool -}}
@@ -73,6 +79,15 @@ spec:
         - {name: LORABBIT_THREADS, value: {{ int $pool.threads | quote }}}
         - {name: LORABBIT_LOG_FORMAT, value: json}
         - {name: LORABBIT_LOG_LEVEL, value: {{ .root.Values.server.logLevel }}}
+        - {name: LORABBIT_POOL, value: {{ $pool.name }}}
+        - {name: LORABBIT_DRAIN_SECONDS, value: {{ max 0 (sub (int $pool.terminationGracePeriodSeconds) 10) | quote }}}
+        - {name: LORABBIT_DTYPE, value: {{ $pool.capability.dtype }}}
+{{- with int $pool.capability.maxRank }}
+        - {name: LORABBIT_MAX_RANK, value: {{ . | quote }}}
+{{- end }}
+{{- with int $pool.capability.maxBatch }}
+        - {name: LORABBIT_MAX_BATCH, value: {{ . | quote }}}
+{{- end }}
 {{- with $pool.tags }}
         - {name: LORABBIT_TAGS, value: {{ join "," . | quote }}}
 {{- end }}

@@ -5,8 +5,8 @@
 {{- if not (regexMatch "^[a-z][-a-z0-9]*[a-z0-9]$" .root.Release.Name) -}}
 {{- fail (printf "release name %q: small letters, digits and dashes, a letter first, because services and clients are named after it" .root.Release.Name) -}}
 {{- end -}}
-{{- if gt (len $name) 52 -}}
-{{- fail (printf "%q has %d characters; a name of 52 at most leaves room for what Kubernetes appends: shorten the release's or the pool's name" $name (len $name)) -}}
+{{- if gt (len $name) 48 -}}
+{{- fail (printf "%q has %d characters; a name of 48 at most leaves room for what Kubernetes appends: shorten the release's or the pool's name" $name (len $name)) -}}
 {{- end -}}
 {{- $name -}}
 {{- end -}}
