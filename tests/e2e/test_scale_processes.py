@@ -17,15 +17,8 @@ import pytest
 import services
 from processes import Event, Federation, run_embedded
 
-JOB: dict[str, Any] = {
-    "name": "tiny",
-    "model": {"name": "tiny:bert"},
-    "data": {"source": "stdlib-docs", "limit": 120, "max_length": 16},
-    "rounds": 3,
-    "clients": 3,
-    "local": {"steps": 40, "batch_size": 8, "learning_rate": 0.001},
-    "seed": 7,
-}
+# Nobody trains, so that the machine is free to start processes; the rounds outlast what is done to them.
+JOB: dict[str, Any] = {"name": "walk", "model": {"name": "null:40KB"}, "rounds": 200, "clients": 3, "seed": 7}
 SECONDS = 120.0
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 Scale = Callable[..., dict[str, Any]]
@@ -81,20 +74,19 @@ def test_a_job_loses_nothing_when_its_clients_are_taken_away_and_come_back(
 ):
     embedded = run_embedded(JOB, tmp_path / "embedded")
     assert scale(3)["clients"] == 3
-    seen: list[int] = []
+    seen: list[str] = []
 
     def take_away_and_bring_back(event: Event) -> None:
-        if seen or event["kind"] != "task-progressed" or event["round"] != 2:
-            return
-        assert (scale(1)["before"], scale(5)["before"]) == (3, 1)
-        seen.append(event["round"])
+        if event["kind"] == "client-lost":
+            seen.append(event["client"])
+        elif event["kind"] == "round-started" and event["round"] == 2:
+            assert (scale(1)["before"], scale(5)["before"]) == (3, 1)
 
     report = federation.run(JOB, take_away_and_bring_back)
 
-    assert seen == [2]
+    assert len(seen) == 2
     assert report["adapter"]["sha256"] == embedded["adapter"]["sha256"]
-    assert [entry["accepted"] for entry in report["rounds"]] == [3] * 3
-    assert [entry["metrics"] for entry in report["rounds"]] == [entry["metrics"] for entry in embedded["rounds"]]
+    assert [entry["accepted"] for entry in report["rounds"]] == [3] * 200
 
 
 def test_a_client_that_comes_back_is_who_it_was_and_its_pool_is_known(federation: Federation, scale: Scale):
