@@ -172,6 +172,50 @@ def test_what_a_job_waits_for_has_an_owner_a_reason_and_a_time(served):
     assert wait["since_ms"] > 0
 
 
+def test_a_job_that_no_server_leads_waits_for_the_lease_first(bare):
+    job = bare.web.post("/jobs", json=SPEC).json()["job"]
+
+    said = bare.web.get("/status").json()
+
+    assert (said["job"], said["status"]) == (job, "queued")
+    assert [wait["owner"] for wait in said["waits"]] == ["lease", "server"]
+    assert said["waits"][0]["reason"] == "no server leads: nobody holds the lease"
+    assert 0 < said["waits"][0]["since_ms"] <= said["now_ms"]
+    assert said["server"] == "this server stands by, and knows of no server that leads"
+
+
+def test_a_server_that_stands_by_names_the_one_that_leads(bare):
+    bare.store.acquire_lease("another", 60)
+    bare.web.post("/jobs", json=SPEC)
+
+    said = bare.web.get("/status").json()
+
+    assert said["server"] == "this server stands by: the lease is held by another"
+    assert [wait["owner"] for wait in said["waits"]] == ["server"]
+
+
+def test_how_far_clients_are_is_told_with_the_job(served):
+    def begin(client, task):
+        if task.phase == TRAIN:
+            client.progress(task, 0.41)
+        return task.phase == TRAIN
+
+    for client in served.clients:
+        client.work = begin
+    job = served.web.post("/jobs", json=SPEC).json()["job"]
+    served.start_clients()
+    told, after = 0, "0"
+    while told < 2:
+        page = served.web.get(f"/jobs/{job}/events", params={"after": after, "wait": 20}).json()
+        told += sum(each["event"]["kind"] == "task-progressed" for each in page)
+        after = page[-1]["id"] if page else after
+
+    waits = served.web.get(f"/jobs/{job}").json()["waits"]
+
+    assert [(wait["owner"], wait["fraction"]) for wait in waits] == [("client-1", 0.41), ("client-2", 0.41)]
+    assert all(wait["seen_ms"] and wait["deadline_ms"] > wait["seen_ms"] for wait in waits)
+
+
 def test_a_job_is_cancelled_once(served):
     job = served.web.post("/jobs", json=SPEC).json()["job"]
 
