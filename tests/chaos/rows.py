@@ -83,23 +83,27 @@ def crash_rows() -> list[Row]:
 def fault_rows() -> list[Row]:
     """One row per fault of what is around the processes."""
     told: list[tuple[str, str, Callable[[Scene], None]]] = [
-        ("broker-killed", "an update of round 2 counts", faults.broker_dies),
-        ("store-killed", "an update of round 2 counts", faults.store_dies),
-        ("broker-and-store-killed", "an update of round 2 counts", faults.both_die),
+        ("broker-killed", "half-way through an upload", faults.broker_dies),
+        ("store-killed", "half-way through an upload", faults.store_dies),
+        ("broker-and-store-killed", "half-way through an upload", faults.both_die),
         ("inbox-lost", "the client is dead, its inbox is emptied", faults.inbox_is_lost),
-        ("spool-lost", "the server is dead, half an upload on its disk is lost", faults.spool_is_lost),
+        ("spool-lost", "half-way through an upload, which is lost with the server", faults.spool_is_lost),
         ("link-cut", "half-way through an upload", faults.link_is_cut),
         ("link-half-open", "half-way through an upload", faults.link_is_half_open),
         ("link-stalled", "half-way through an upload, for 3 s", faults.link_stalls),
         ("link-slow", "40 ms and 100 KB/s, all the time", faults.link_is_slow),
-        ("server-link-half-open", "round 2 begins", faults.server_link_is_half_open),
-        ("disk-full", "the server's, while round 2 begins", faults.disk_is_full),
-        ("client-out-of-memory", "while it trains in round 2", faults.client_is_out_of_memory),
-        ("memory-alarm", "the broker's, while round 2 begins", faults.memory_alarm),
-        ("leader-killed", "a standby takes over, round 2", faults.leader_dies),
-        ("leader-frozen", "a standby takes over, the old leader wakes", faults.leader_freezes),
-        ("server-drained", "SIGTERM in round 2", faults.server_drains),
-        ("client-drained", "SIGTERM in round 2", faults.client_drains),
+        ("server-link-half-open", "half-way through an upload", faults.server_link_is_half_open),
+        ("disk-full", "the server's, half-way through an upload", faults.disk_is_full),
+        ("client-out-of-memory", "before it trains", faults.client_is_out_of_memory),
+        ("memory-alarm", "the broker's, half-way through an upload", faults.memory_alarm),
+        ("leader-killed", "half-way through an upload, a standby takes over", faults.leader_dies),
+        (
+            "leader-frozen",
+            "half-way through an upload, a standby takes over, the old leader wakes",
+            faults.leader_freezes,
+        ),
+        ("server-drained", "SIGTERM half-way through an upload", faults.server_drains),
+        ("client-drained", "SIGTERM half-way through an upload", faults.client_drains),
     ]
     rows = [Row(*each) for each in told]
     rows.append(Row("client-moved", "killed, its folder is moved to another host", faults.client_moves, "own"))
