@@ -96,10 +96,10 @@ def fault_rows() -> list[Row]:
         ("disk-full", "the server's, half-way through an upload", faults.disk_is_full),
         ("client-out-of-memory", "before it trains", faults.client_is_out_of_memory),
         ("memory-alarm", "the broker's, half-way through an upload", faults.memory_alarm),
-        ("leader-killed", "half-way through an upload, a standby takes over", faults.leader_dies),
+        ("leader-killed", "half-way, a standby takes over", faults.leader_dies),
         (
             "leader-frozen",
-            "half-way through an upload, a standby takes over, the old leader wakes",
+            "half-way, a standby takes over, the old leader wakes",
             faults.leader_freezes,
         ),
         ("server-drained", "SIGTERM half-way through an upload", faults.server_drains),
