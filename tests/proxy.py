@@ -13,7 +13,8 @@ import threading
 import time
 from urllib.parse import urlsplit
 
-READ_BYTES = 65536
+READ_BYTES = 8192
+"""Small, so that a slow link is slow for every part of a message."""
 
 
 class Proxy:
