@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 from services import free_port
 
 Event = dict[str, Any]
@@ -85,11 +84,6 @@ class Process:
         """The process that runs."""
         assert self._child is not None, "not started"
         return self._child
-
-    @property
-    def memory(self) -> Any:
-        """What memory it has mapped and uses, as psutil names it."""
-        return psutil.Process(self.child.pid).memory_info()
 
     def tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:]) if self.log.exists() else ""

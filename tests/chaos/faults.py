@@ -210,24 +210,6 @@ def disk_is_full(scene: Scene) -> None:
     filler.unlink()
 
 
-def client_is_out_of_memory(scene: Scene) -> None:
-    """Let the victim have no further memory, until it has said so; its link is slow, so that this is in time."""
-    link = scene.proxy()
-    link.latency_seconds = 0.5
-    scene.start(victim={"LORABBIT_BROKER_URL": link.url})
-    scene.await_clients()
-    limit_memory(scene.victim.child.pid, str(scene.victim.memory.vms))
-    scene.submit()
-    scene.await_log(scene.victim, "task-failed")
-    scene.disturb("client-2")
-    limit_memory(scene.victim.child.pid, "unlimited")
-
-
-def limit_memory(pid: int, most: str) -> None:
-    """Set how much memory a process may map."""
-    subprocess.run(["prlimit", f"--pid={pid}", f"--as={most}:"], check=True)  # noqa: S603, S607
-
-
 # ---- two servers ----
 def leader_dies(scene: Scene) -> None:
     """Kill the server while another one stands by."""

@@ -94,7 +94,6 @@ def fault_rows() -> list[Row]:
         ("link-slow", "40 ms and 100 KB/s, all the time", faults.link_is_slow),
         ("server-link-half-open", "half-way through an upload", faults.server_link_is_half_open),
         ("disk-full", "the server's, half-way through an upload", faults.disk_is_full),
-        ("client-out-of-memory", "before it trains", faults.client_is_out_of_memory),
         ("memory-alarm", "the broker's, half-way through an upload", faults.memory_alarm),
         ("leader-killed", "half-way, a standby takes over", faults.leader_dies),
         (
