@@ -31,7 +31,7 @@ CELLS: dict[str, dict[str, Any]] = {
         "method": {"name": "ffa-lora"},
     },
 }
-pytestmark = [pytest.mark.services, pytest.mark.slow]
+pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

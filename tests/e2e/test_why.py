@@ -23,7 +23,7 @@ JOB: dict[str, Any] = {
     "local": {"steps": 100_000, "batch_size": 8},
 }
 PATIENCE_SECONDS = 240.0
-pytestmark = [pytest.mark.services, pytest.mark.slow]
+pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(900)]
 Said = dict[str, Any]
 
 
