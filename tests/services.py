@@ -93,14 +93,21 @@ class RabbitMQ(Service):
     """
 
     def __init__(
-        self, settings: str = "", vhosts: int = 1, *, management: bool = False, certificates: Path | None = None
+        self,
+        settings: str = "",
+        vhosts: int = 1,
+        *,
+        management: bool = False,
+        certificates: Path | None = None,
+        password: str = "guest",  # noqa: S107 - of a server that lives as long as a test
     ) -> None:
         super().__init__("rabbitmq")
-        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/"
+        who = f"guest:{password}@127.0.0.1"
+        self.url = f"amqp://{who}:{self.port}/"
         self._plugins = "[rabbitmq_management].\n" if management else "[].\n"
         self._management_port, self._tls_port = free_port(), free_port()
-        self.management_url = f"http://guest:guest@127.0.0.1:{self._management_port}/" if management else ""
-        self.tls_url = f"amqps://guest:guest@127.0.0.1:{self._tls_port}/"
+        self.management_url = f"http://{who}:{self._management_port}/" if management else ""
+        self.tls_url = f"amqps://{who}:{self._tls_port}/"
         self._certificates = certificates
         if management:
             settings += f"management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {self._management_port}\n"
@@ -110,7 +117,7 @@ class RabbitMQ(Service):
         self._rabbitmqctl = "rabbitmqctl"
         image = os.environ.get("LORABBIT_TEST_RABBITMQ_IMAGE")
         binary = shutil.which("rabbitmq-server") or shutil.which(DEBIAN_RABBITMQ)
-        (self.folder / "definitions.json").write_text(definitions(["/", *self._vhosts]))
+        (self.folder / "definitions.json").write_text(definitions(["/", *self._vhosts], password))
         if binary and not image:
             self.host = self._process(binary, settings)
         elif has_image(image or RABBITMQ_IMAGE):
@@ -202,12 +209,14 @@ class Redis(Service):
     With `certificates`, a folder that `lorabbit certificates` made, a TLS listener beside the other, at `tls_url`.
     """
 
-    def __init__(self, *, certificates: Path | None = None) -> None:
+    def __init__(self, *, certificates: Path | None = None, password: str = "") -> None:
         super().__init__("redis")
-        self.url = f"redis://127.0.0.1:{self.port}/0"
+        who = f":{password}@127.0.0.1" if password else "127.0.0.1"
+        self.url = f"redis://{who}:{self.port}/0"
         tls_port = free_port()
-        self.tls_url = f"rediss://127.0.0.1:{tls_port}/0"
+        self.tls_url = f"rediss://{who}:{tls_port}/0"
         settings = ["--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", "--save", ""]
+        settings += ["--requirepass", password] if password else []
         binary = shutil.which("redis-server") or shutil.which("valkey-server")
         if binary:
             here = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
@@ -293,14 +302,14 @@ def redis_tls(certificates: Path, port: int) -> list[str]:
     return ["--tls-port", str(port), "--tls-auth-clients", "no", *named]
 
 
-def definitions(vhosts: Sequence[str]) -> str:
+def definitions(vhosts: Sequence[str], password: str) -> str:
     """Users and virtual hosts as the JSON that RabbitMQ loads at boot."""
     everything = {"user": "guest", "configure": ".*", "write": ".*", "read": ".*"}
     narrow = {"user": NARROW, "configure": ".*", "write": "^lorabbit\\..*", "read": ".*"}
     return json.dumps(
         {
             "users": [
-                {"name": "guest", "password": "guest", "tags": "administrator"},
+                {"name": "guest", "password": password, "tags": "administrator"},
                 {"name": NARROW, "password": NARROW, "tags": ""},
             ],
             "vhosts": [{"name": name} for name in vhosts],

@@ -206,29 +206,170 @@ def test_a_late_duplicate_of_a_refused_result_is_not_counted_against_the_client_
     assert offered(state, task)[1] == (steps.DenyUpload(task.id, task.client, "stale"),)
 
 
-def test_a_client_that_brings_nothing_usable_ends_the_job_after_a_bounded_number_of_tries():
-    state, (task, *_) = training()
-
+def fail(state, index, *, phase=TRAIN, reason="out of memory"):
+    """Let a client fail its task until nobody asks it any more."""
+    seen = []
     for _ in range(MAX_TRIES):
-        task = next(t for t in state.tasks.values() if t.index == 0)
+        task = next(t for t in state.tasks.values() if t.index == index and t.phase == phase)
+        state, commands = decide(state, steps.TaskFailed(task.id, task.client, reason, at_ms=9))
+        seen += commands
+    return state, seen
+
+
+def test_a_client_that_brings_nothing_usable_is_set_aside_and_the_others_go_on():
+    state, tasks = training()
+    state, commands = fail(state, 0)
+
+    assert told(commands)[-2:] == ["update-rejected", "client-set-aside"]
+    assert (state.stage, state.aside) == ("training", (A,))
+    for task in tasks[1:]:
+        state, commands = answered(state, task)
+    assert [task.client for task in of(commands, steps.Aggregate)[0].tasks] == [B, C]
+    state, commands = decide(state, steps.RoundAggregated(1, version("1")))
+    assert {task.client for task in sent(commands)} == {B, C}
+
+
+def test_the_last_client_that_a_round_waits_for_closes_it_by_being_set_aside():
+    state, tasks = training()
+    for task in tasks[1:]:
+        state, _ = answered(state, task)
+    state, commands = fail(state, 0)
+
+    assert state.stage == "aggregating"
+    assert [task.client for task in of(commands, steps.Aggregate)[0].tasks] == [B, C]
+
+
+@pytest.mark.parametrize(("fewest", "ends_with"), [(3, 0), (2, 1), (1, 2)])
+def test_a_job_ends_when_fewer_clients_are_left_than_it_wants(fewest, ends_with):
+    state, _ = training(spec(min_clients=fewest))
+    for index in range(ends_with):
+        state, _ = fail(state, index)
         assert state.stage == "training"
-        state, commands = decide(state, steps.TaskFailed(task.id, task.client, "out of memory", at_ms=9))
+    state, commands = fail(state, ends_with)
 
     assert (state.stage, state.outcome, state.exit_code) == ("ended", "failed", 1)
-    assert "client-1" in state.reason
+    assert f"client-{ends_with + 1} brought no usable result" in state.reason
     assert "out of memory" in state.reason
-    assert told(commands) == ["update-rejected", "job-ended"]
+    assert state.reason.endswith(f"; {fewest - 1} of 3 clients are left, and min_clients is {fewest}")
+    assert told(commands)[-3:] == ["update-rejected", "client-set-aside", "job-ended"]
 
 
-def test_bad_input_on_one_client_ends_the_job_at_once_with_its_sentence():
+def test_more_than_half_of_the_clients_must_stay_unless_the_job_says_otherwise():
+    assert [spec(clients=n).fewest_clients for n in (1, 2, 3, 4, 5)] == [1, 2, 2, 3, 3]
+
+
+def test_a_first_client_that_cannot_build_the_model_leaves_it_to_the_next():
+    state, _ = opened()
+    state, commands = fail(state, 0, phase=INITIALISE)
+
+    assert [(task.client, task.phase) for task in sent(commands)][-1] == (B, INITIALISE)
+    state, _ = answered(state, sent(commands)[-1])
+    state, commands = decide(state, steps.MethodStarted(version("0"), 7, {"rank": 2}))
+    assert {task.client for task in sent(commands)} == {B, C}
+
+
+def test_a_first_adapter_that_is_none_is_left_out_and_the_next_client_makes_one():
+    state, commands = opened()
+    state, _ = answered(state, sent(commands)[0])
+    state, commands = decide(state, steps.ResultsUseless(0, {next(iter(state.tasks)): "first-adapter: no factors"}))
+
+    assert told(commands) == ["update-rejected", "client-set-aside", "task-sent"]
+    assert [(task.client, task.phase) for task in sent(commands)] == [(B, INITIALISE)]
+    assert state.stage == "initialising"
+
+
+def test_a_result_that_cannot_be_folded_is_left_out_with_its_client_and_the_others_are_folded():
+    state = aggregating()
+    bad = next(task for task in state.tasks.values() if task.index == 1)
+    state, commands = decide(state, steps.ResultsUseless(1, {bad.id: "scaling: factors with scaling 9 have no mean"}))
+
+    rejected = next(c.event for c in of(commands, steps.Record))
+    assert (rejected.client, rejected.reason) == (B, "scaling")
+    assert state.aside == (B,)
+    assert [task.client for task in of(commands, steps.Aggregate)[0].tasks] == [A, C]
+
+
+def test_useless_results_of_another_round_change_nothing():
+    state = aggregating()
+
+    assert decide(state, steps.ResultsUseless(9, {next(iter(state.tasks)): "scaling: 9"})) == (state, ())
+
+
+def test_a_client_that_scores_nothing_is_set_aside_and_the_score_is_the_others():
+    state, commands = decide(aggregating(), steps.RoundAggregated(1, version("1")))
+    scores = [task for task in sent(commands) if task.phase == EVALUATE]
+    for task in scores[:2]:
+        state, _ = answered(state, task)
+    state, commands = fail(state, 2, phase=EVALUATE)
+
+    scored = next(c.event for c in of(commands, steps.Record) if isinstance(c.event, ev.RoundEvaluated))
+    assert scored.metrics["accuracy"] == pytest.approx(0.05)
+    assert {task.client for task in state.tasks.values()} == {A, B}
+
+
+def test_central_scores_pass_to_the_next_client():
+    state, tasks = training(spec(evaluation={"on": "central"}))
+    for task in tasks:
+        state, _ = answered(state, task)
+    state, _ = decide(state, steps.RoundAggregated(1, version("1")))
+    state, commands = fail(state, 0, phase=EVALUATE)
+
+    assert [(task.client, task.phase) for task in sent(commands)][-1] == (B, EVALUATE)
+
+
+def test_a_revoked_client_is_not_awaited():
+    state, tasks = training()
+    for task in tasks[1:]:
+        state, _ = answered(state, task)
+    state, commands = decide(state, steps.ClientRevoked(A, (B, C), at_ms=9))
+
+    assert told(commands) == ["client-lost", "client-set-aside"]
+    assert of(commands, steps.CancelTask) == [steps.CancelTask(tasks[0].id, A)]
+    assert [task.client for task in of(commands, steps.Aggregate)[0].tasks] == [B, C]
+
+
+def test_a_client_that_was_set_aside_is_asked_for_nothing_when_it_comes_back():
+    state, _ = fail(training()[0], 0)
+    state, _ = decide(state, steps.ClientLeft(A, (B, C)))
+
+    state, commands = decide(state, steps.ClientArrived(A, (A, B, C)))
+
+    assert sent(commands) == []
+    assert all(task.client != A for task in state.tasks.values())
+
+
+@pytest.mark.parametrize("schedule", [{"kind": "quorum", "quorum": 1.0}, {"kind": "buffered", "buffer": 2}])
+def test_other_schedules_go_on_without_a_client_too(schedule):
+    state, tasks = training(spec(schedule=schedule))
+    state, _ = fail(state, 0)
+    for task in tasks[1:]:
+        state, commands = answered(state, task)
+
+    assert state.stage == "aggregating"
+    assert [task.client for task in of(commands, steps.Aggregate)[0].tasks] == [B, C]
+    state, commands = decide(state, steps.RoundAggregated(1, version("1")))
+    assert A not in {task.client for task in sent(commands)}
+
+
+def test_one_client_that_calls_the_job_bad_does_not_end_it():
     state, tasks = training()
 
     state, commands = decide(
         state, steps.TaskFailed(tasks[1].id, B, "data file x has no field 'label'", bad_input=True)
     )
 
+    assert (state.stage, state.aside) == ("training", (B,))
+    assert told(commands) == ["client-set-aside"]
+
+
+def test_a_job_that_most_clients_call_bad_ends_with_the_sentence_and_the_code_of_bad_input():
+    state, tasks = training()
+    for task in tasks[:2]:
+        said = steps.TaskFailed(task.id, task.client, "data file x has no field 'label'", bad_input=True)
+        state, commands = decide(state, said)
+
     assert (state.outcome, state.exit_code, state.reason) == ("failed", 2, "data file x has no field 'label'")
-    assert {c.client for c in of(commands, steps.CancelTask)} == {A, B, C}
+    assert {c.client for c in of(commands, steps.CancelTask)} == {B, C}
     assert isinstance(commands[-1], steps.EndJob)
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from lorabbit import jobfile, lora
 from lorabbit.aggregation.exchange import FROZEN
+from lorabbit.defences import RobustSpec
 from lorabbit.errors import BadInput, RunFailed
-from lorabbit.jobspec import RobustSpec
 from lorabbit.lora import Factors
 from lorabbit.methods import METHODS, build
 from lorabbit.robust import defend

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel
 
-from lorabbit.report import LOWER_IS_BETTER, ClientRound, Report, Round
+from lorabbit.ranking import LOWER_IS_BETTER
+from lorabbit.report import ClientRound, Report, Round
 from lorabbit_cli.compare_cache import Outcome
 from lorabbit_cli.compare_sweep import Device, Link, Planned
 

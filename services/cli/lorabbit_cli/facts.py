@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lorabbit.report import LOWER_IS_BETTER, Report, Round
+from lorabbit.ranking import LOWER_IS_BETTER
+from lorabbit.report import Report, Round
 from lorabbit.types import BASE
 
 

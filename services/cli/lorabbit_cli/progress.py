@@ -139,6 +139,9 @@ class Progress:
             case ev.ClientLost():
                 self._client(event.client).lost = True
                 lines = [(f"{event.client} is lost: its lease ended", "warning")]
+            case ev.ClientSetAside():
+                self._client(event.client).lost = True
+                lines = [(f"{event.client} is set aside: {event.reason}", "warning")]
             case ev.JobEnded():
                 lines = self._ended(event)
         return lines

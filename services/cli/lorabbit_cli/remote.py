@@ -89,7 +89,7 @@ class Server:
 
     def make_token(self, wish: TokenWish) -> dict[str, Any]:
         """Make a join token; returns it with its id."""
-        made: dict[str, Any] = self._json("POST", "/tokens", content=wish.model_dump_json())
+        made: dict[str, Any] = self._json("POST", "/tokens", json=wish.model_dump())
         return made
 
     def tokens(self) -> list[dict[str, Any]]:

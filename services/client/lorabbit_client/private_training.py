@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lorabbit.defences import PrivacySpec
 from lorabbit.errors import BadInput, LoRAbbitError
-from lorabbit.jobspec import PrivacySpec
 from lorabbit.privacy import epsilon_of_steps, normal
 from lorabbit.seeds import derive_seed
 from lorabbit.types import Json

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field, replace
 
 from lorabbit import codec, coding, crash, privacy, robust
 from lorabbit.aggregation import Carry
+from lorabbit.errors import LoRAbbitError, Refused
 from lorabbit.methods import Method
 from lorabbit.payloads import PayloadStore
 from lorabbit.types import ClientUpdate, Json, ServerState, Tensors
 from lorabbit_server.admission import Template
 from lorabbit_server.jobstate import Offered, TaskState, Version
+from lorabbit_server.steps import Aggregate, MethodStarted, ResultsUseless, RoundAggregated
 from lorabbit_server.versions import Versions
 
 
@@ -106,3 +108,32 @@ def next_version(
     version = versions.save(folded)
     crash.reached(crash.Point.VERSION_WRITTEN)
     return version, time.monotonic() - began
+
+
+def start_method(versions: Versions, task: TaskState, facts: Mapping[str, Json]) -> MethodStarted | ResultsUseless:
+    """Make the first server state of what a client brought, or say why that is none."""
+    assert task.offered is not None  # noqa: S101 - an accepted task was offered
+    try:
+        version, parameters = first_version(versions, task.offered)
+    except (LoRAbbitError, KeyError, IndexError, TypeError, ValueError) as error:
+        return ResultsUseless(task.round, {task.id: f"first-adapter: {error or type(error).__name__}"})
+    return MethodStarted(version, parameters, facts)
+
+
+def fold_round(
+    versions: Versions, state: ServerState, folded: Aggregate, *, background: Background
+) -> RoundAggregated | ResultsUseless:
+    """Fold a round, or name the results that cannot be folded even alone."""
+    try:
+        version, seconds = next_version(versions, state, folded.tasks, background=background)
+    except Refused:
+        reasons = {}
+        for task in folded.tasks:
+            try:
+                aggregate(versions.method, state, [task], payloads=versions.payloads, background=background)
+            except Refused as why:
+                reasons[task.id] = str(why)
+        if not reasons:
+            raise
+        return ResultsUseless(folded.round, reasons)
+    return RoundAggregated(folded.round, version, seconds)

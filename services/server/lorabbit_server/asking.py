@@ -15,10 +15,10 @@ from lorabbit_server.steps import Command, Decision, Record, SendTask
 
 
 def ask(state: JobState, phase: str, indices: Iterable[int], *, round_number: int, at_ms: int) -> Decision:
-    """Open one task for each of these clients and send it."""
+    """Open one task for each of these clients that was not set aside, and send it."""
     opened: list[TaskState] = []
     counts = phase == TRAIN and isinstance(state.spec.schedule, Buffered)
-    for index in indices:
+    for index in (index for index in indices if state.clients[index] not in state.aside):
         state = replace(state, turns=state.turns + counts)
         turn = state.turns if counts else 0
         share = pace.share_of(state, index, at_ms) if phase == TRAIN and round_number != pace.PREPARATION else 1.0

@@ -22,13 +22,14 @@ def retire(state: JobState, report: Mapping[str, JsonValue]) -> JobState:
 
 def within(state: JobState, asked: Sequence[int]) -> tuple[int, ...]:
     """Those of the clients to be asked whose budget bears another round; somebody else where none of them has any."""
-    able = tuple(index for index in asked if state.clients[index] not in state.retired)
-    return able or tuple(index for index, name in enumerate(state.clients) if name not in state.retired)[: len(asked)]
+    gone = {*state.retired, *state.aside}
+    able = tuple(index for index in asked if state.clients[index] not in gone)
+    return able or tuple(index for index, name in enumerate(state.clients) if name not in gone)[: len(asked)]
 
 
 def is_spent(state: JobState) -> bool:
     """Tell whether no client may be asked any more."""
-    return bool(state.retired) and len(state.retired) == len(state.clients)
+    return bool(state.retired) and {*state.retired, *state.aside} == set(state.clients)
 
 
 def sentence(state: JobState) -> str:

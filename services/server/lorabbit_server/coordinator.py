@@ -18,6 +18,7 @@ from lorabbit import joining
 from lorabbit.methods import METHODS
 from lorabbit.types import INITIALISE, ClientId
 from lorabbit_server import cohort, pace, results, rounds
+from lorabbit_server.aside import set_aside
 from lorabbit_server.asking import ask, in_order, send
 from lorabbit_server.jobstate import Declared, JobState
 from lorabbit_server.steps import (
@@ -25,6 +26,7 @@ from lorabbit_server.steps import (
     CancelTask,
     ClientArrived,
     ClientLeft,
+    ClientRevoked,
     Command,
     DeadlinePassed,
     Decision,
@@ -38,6 +40,7 @@ from lorabbit_server.steps import (
     ResultArrived,
     ResultOffered,
     ResultRefused,
+    ResultsUseless,
     RoundAggregated,
     SendVerdict,
     SetDeadline,
@@ -53,6 +56,7 @@ _STEPS: Mapping[type[Event], Callable[[JobState, Any], Decision]] = {
     TaskFailed: results.task_failed,
     MethodStarted: rounds.method_started,
     RoundAggregated: rounds.round_aggregated,
+    ResultsUseless: results.useless,
     DeadlinePassed: rounds.deadline_passed,
 }
 
@@ -64,6 +68,8 @@ def decide(state: JobState, event: Event) -> Decision:
     match event:
         case JobOpened() | ClientArrived() | ClientLeft():
             return _presence(state, event)
+        case ClientRevoked():
+            return _revoked(state, event)
         case StepFailed():
             return rounds.end(state, "failed", event.at_ms, reason=event.reason, exit_code=event.exit_code)
         case CancelRequested():
@@ -98,6 +104,16 @@ def _presence(state: JobState, event: JobOpened | ClientArrived | ClientLeft) ->
             return state, (Record(ev.ClientLost(at_ms=event.at_ms, client=event.client)), *commands)
         case _:
             return state, ()
+
+
+def _revoked(state: JobState, event: ClientRevoked) -> Decision:
+    """Do without a client that was sent away; it is not awaited."""
+    left = ClientLeft(event.client, event.present, event.at_ms)
+    state, commands = _presence(state, left)
+    if state.stage in {"gathering", "ended"}:
+        return state, commands
+    state, more = set_aside(state, event.client, f"{event.client} was revoked", event.at_ms)
+    return state, (*commands, *more)
 
 
 def _gather(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> Decision:

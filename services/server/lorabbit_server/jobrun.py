@@ -8,6 +8,7 @@ an event. After a crash the same commands are given again from the state in the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -26,7 +27,7 @@ from lorabbit_server import aggregator, steps
 from lorabbit_server.coordinator import decide, resume
 from lorabbit_server.deadline import Deadline
 from lorabbit_server.downloads import Downloads
-from lorabbit_server.jobstate import JobState, Offered, TaskState, Version, load_state
+from lorabbit_server.jobstate import JobState, Offered, TaskState, load_state
 from lorabbit_server.ledger import Ledger
 from lorabbit_server.meter import Meter
 from lorabbit_server.planner import Planner
@@ -241,13 +242,9 @@ class JobRun:
         if task.phase != INITIALISE or offered is None:
             return
 
-        def done(result: tuple[Version, int]) -> None:
-            facts = self._tools.with_versions(offered.metrics.facts)
-            self.apply(steps.MethodStarted(result[0], result[1], facts, self._now()))
-            self._versions.unclaimed.clear()
-
-        work = partial(aggregator.first_version, self._versions, offered)
-        self._tools.loop.work(work, done, lambda error: self._step_failed("starting the method", error))
+        facts = self._tools.with_versions(offered.metrics.facts)
+        work = partial(aggregator.start_method, self._versions, task, facts)
+        self._tools.loop.work(work, self._stepped, lambda error: self._step_failed("starting the method", error))
 
     def _aggregate(self, command: steps.Aggregate) -> None:
         """Fold the round's updates into the next server state."""
@@ -256,12 +253,14 @@ class JobRun:
         background = self._planner.background(self.state, command.tasks)
         state = self._versions.load(self.state.head)
 
-        def done(result: tuple[Version, float]) -> None:
-            self.apply(steps.RoundAggregated(command.round, result[0], result[1], self._now()))
-            self._versions.unclaimed.clear()
+        work = partial(aggregator.fold_round, self._versions, state, command, background=background)
+        what = f"aggregating round {command.round}"
+        self._tools.loop.work(work, self._stepped, lambda error: self._step_failed(what, error))
 
-        work = partial(aggregator.next_version, self._versions, state, command.tasks, background=background)
-        self._tools.loop.work(work, done, lambda error: self._step_failed(f"aggregating round {command.round}", error))
+    def _stepped(self, event: steps.MethodStarted | steps.RoundAggregated | steps.ResultsUseless) -> None:
+        """Go on after heavy work; the files that it wrote are the state's now, or nobody's."""
+        self.apply(replace(event, at_ms=self._now()))
+        self._versions.unclaimed.clear()
 
     def _step_failed(self, what: str, error: Exception) -> None:
         """End the job on an error of the server's own work; it would come again."""

@@ -118,6 +118,8 @@ class JobState:
     clients: tuple[ClientId, ...] = ()
     """The population, in partition order."""
     lost: tuple[ClientId, ...] = ()
+    aside: tuple[ClientId, ...] = ()
+    """Clients that are asked no more: what they brought could not be used, or they were sent away."""
     retired: tuple[ClientId, ...] = ()
     """Clients whose privacy budget bears no further round."""
     round: int = 0

@@ -33,6 +33,7 @@ class Measures:
         )
         self._tasks = Counter("lorabbit_tasks_sent", "Tasks sent, by phase", ["phase"], registry=self.registry)
         self._lost = Counter("lorabbit_clients_lost", "Leases that ended", registry=self.registry)
+        self._aside = Counter("lorabbit_clients_set_aside", "Clients that jobs ask no more", registry=self.registry)
         self._clients = Gauge("lorabbit_clients_present", "Clients that are here", registry=self.registry)
         self._wanted = Gauge("lorabbit_clients_wanted", "Clients that the job asks for", registry=self.registry)
         self._refused = Gauge(
@@ -58,6 +59,8 @@ class Measures:
                 self._tasks.labels(event.phase).inc()
             case ev.ClientLost():
                 self._lost.inc()
+            case ev.ClientSetAside():
+                self._aside.inc()
             case ev.JobEnded():
                 self._jobs.labels(event.status).inc()
             case _:

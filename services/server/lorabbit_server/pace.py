@@ -32,7 +32,7 @@ def to_ask(state: JobState) -> Sequence[int]:
     if isinstance(schedule, str):
         return _draw(state, _in_order_of_presence(state), spec.cohort_of(len(state.clients)), number=state.round)
     busy = {t.index for t in _trainings(state) if t.status != "accepted"}
-    idle = [index for index in range(len(state.clients)) if index not in busy]
+    idle = [index for index, name in enumerate(state.clients) if index not in busy and name not in state.aside]
     here = [index for index in idle if state.clients[index] not in state.lost]
     if isinstance(schedule, Buffered):
         training = sum(1 for index in busy if state.clients[index] not in state.lost)
@@ -79,7 +79,8 @@ def needed(state: JobState) -> int:
     if isinstance(schedule, Buffered):
         return schedule.buffer
     if isinstance(schedule, Quorum):
-        return max(1, math.ceil(schedule.quorum * state.spec.cohort_of(len(state.clients)) - ROUNDING))
+        wanted = max(1, math.ceil(schedule.quorum * state.spec.cohort_of(len(state.clients)) - ROUNDING))
+        return min(wanted, len(state.clients) - len(state.aside))
     return len(_trainings(state))
 
 

@@ -99,7 +99,7 @@ class Reception:
             client = self._registry.leave(address)
             if client is not None:
                 log.info("client-sent-away", client=client)
-                self._apply(steps.ClientLeft(client, self._registry.present, self._now()))
+                self._apply(steps.ClientRevoked(client, self._registry.present, self._now()))
 
     def _refuse(self, delivery: Delivery, address: str, why: Refused) -> None:
         """Count a message that no honest client sends, and put it aside."""

@@ -9,9 +9,10 @@ from lorabbit.schedules import Quorum
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN
 from lorabbit.work import Speed
 from lorabbit_server import pace
-from lorabbit_server.asking import name_of, named, send
+from lorabbit_server.aside import set_aside
+from lorabbit_server.asking import in_order, name_of, named, send
 from lorabbit_server.jobstate import JobState, Offered, TaskState
-from lorabbit_server.rounds import ask_on, end, on_counted, scored
+from lorabbit_server.rounds import ask_on, fold_on, on_counted, scored
 from lorabbit_server.steps import (
     Command,
     CountResult,
@@ -22,6 +23,7 @@ from lorabbit_server.steps import (
     ResultArrived,
     ResultOffered,
     ResultRefused,
+    ResultsUseless,
     SendVerdict,
     StartMethod,
     TaskFailed,
@@ -30,7 +32,7 @@ from lorabbit_server.steps import (
 TOO_STALE = "too-stale"
 """Why a result is refused that started from a version older than the schedule allows."""
 MAX_TRIES = 3
-"""Results asked of one client for one task before the job gives up."""
+"""Results asked of one client for one task before it is set aside."""
 
 
 def offered(state: JobState, event: ResultOffered) -> Decision:
@@ -158,17 +160,40 @@ def refused(state: JobState, event: ResultRefused) -> Decision:
 
 
 def task_failed(state: JobState, event: TaskFailed) -> Decision:
-    """End the job on bad input, which no client can mend; otherwise ask again."""
+    """Set a client aside that says the job itself is wrong, which it cannot mend; otherwise ask again."""
     task = state.tasks.get(event.task)
     if task is None or task.client != event.client or task.status == "accepted":
         return state, ()
     if event.bad_input:
-        return end(state, "failed", event.at_ms, reason=event.reason, exit_code=2)
+        return set_aside(state, task.client, event.reason, event.at_ms, exit_code=2)
     return _again(state, task, ResultRefused(task.id, "task-failed", event.reason, at_ms=event.at_ms))
 
 
+def useless(state: JobState, event: ResultsUseless) -> Decision:
+    """Leave results out that cannot be used, set their clients aside, and go on with the others."""
+    if state.stage not in {"starting", "aggregating"} or event.round != state.round:
+        return state, ()
+    commands: tuple[Command, ...] = ()
+    found = [task for task in in_order(state.tasks) if task.id in event.reasons]
+    if state.stage == "starting":
+        state = replace(state, stage="initialising")
+    tasks = {id_: task for id_, task in state.tasks.items() if id_ not in event.reasons}
+    state = replace(state, tasks=tasks, batch=tuple(id_ for id_ in state.batch if id_ in tasks))
+    for task in found:
+        why = event.reasons[task.id]
+        reason = why.partition(":")[0]
+        told = ev.UpdateRejected(at_ms=event.at_ms, round=state.round, client=task.client, reason=reason, detail=why)
+        what = f"the {task.phase} result of {task.client} cannot be used: {why}"
+        state, more = set_aside(state, task.client, what, event.at_ms)
+        commands += (Record(told), *more)
+        if state.stage == "ended":
+            return state, commands
+    state, more = fold_on(state, event.at_ms) if state.stage == "aggregating" else (state, ())
+    return state, (*commands, *more)
+
+
 def _again(state: JobState, task: TaskState, event: ResultRefused) -> Decision:
-    """Put a task with a new id in the place of one that brought nothing, or give up."""
+    """Put a task with a new id in the place of one that brought nothing, or do without its client."""
     told = Record(
         ev.UpdateRejected(
             at_ms=event.at_ms,
@@ -181,7 +206,7 @@ def _again(state: JobState, task: TaskState, event: ResultRefused) -> Decision:
     if task.tries >= MAX_TRIES:
         what = f"{task.client} brought no usable result for {name_of(task)} in {MAX_TRIES} tries"
         reason = f"{what}; the last one: {event.reason}: {event.detail}"
-        state, commands = end(state, "failed", event.at_ms, reason=reason, exit_code=1)
+        state, commands = set_aside(state, task.client, reason, event.at_ms)
         return state, (told, *commands)
     number = state.round if task.phase == TRAIN else task.round
     fresh = TaskState(

@@ -123,6 +123,17 @@ def aggregation(state: JobState) -> Aggregate:
     return Aggregate(state.round, tuple(t for t in trained if not state.batch or t.id in state.batch))
 
 
+def fold_on(state: JobState, at_ms: int) -> Decision:
+    """Fold what is left of a round; where that is nothing, train again."""
+    if aggregation(state).tasks:
+        return state, (aggregation(state),)
+    state = replace(state, stage="training", since_ms=at_ms)
+    asked = budget.within(state, pace.to_ask(state))
+    state, commands = ask(state, TRAIN, asked, round_number=state.round, at_ms=at_ms)
+    state, deadline = _wait_until(state, pace.deadline_ms(state, at_ms))
+    return state, (*commands, *deadline)
+
+
 def round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
     """Close the round; begin the next and score this one's version at the same time."""
     if state.stage != "aggregating" or event.round != state.round:
@@ -204,8 +215,13 @@ def _begin_scoring(state: JobState, number: int, version: Version, *, at_ms: int
     if number == pace.PREPARATION or not (state.spec.evaluates(number) or budget.is_spent(state)):
         return state, ()
     state = replace(state, scored={**state.scored, number: version})
-    asked = range(len(state.clients)) if state.spec.evaluation.on == "clients" else [0]
-    return ask(state, EVALUATE, asked, round_number=number, at_ms=at_ms)
+    return ask(state, EVALUATE, evaluators(state), round_number=number, at_ms=at_ms)
+
+
+def evaluators(state: JobState) -> tuple[int, ...]:
+    """Indices of the clients that score a version."""
+    able = tuple(index for index, name in enumerate(state.clients) if name not in state.aside)
+    return able if state.spec.evaluation.on == "clients" else able[:1]
 
 
 def scored(state: JobState, number: int, at_ms: int) -> Decision:

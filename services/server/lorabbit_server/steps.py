@@ -64,6 +64,15 @@ class ClientLeft:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientRevoked:
+    """An operator sent a client away."""
+
+    client: ClientId
+    present: tuple[ClientId, ...]
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ResultOffered:
     """A client announced a result; `counted` says that a task no longer in the state was accepted once."""
 
@@ -131,6 +140,16 @@ class RoundAggregated:
 
 
 @dataclass(frozen=True, slots=True)
+class ResultsUseless:
+    """Results that count cannot be folded, each for a reason that it alone gives."""
+
+    round: int
+    reasons: Mapping[str, str]
+    """Why, by task."""
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class DeadlinePassed:
     """The time that a round may take is over."""
 
@@ -158,12 +177,14 @@ Event: TypeAlias = (
     JobOpened
     | ClientArrived
     | ClientLeft
+    | ClientRevoked
     | ResultOffered
     | ResultArrived
     | ResultRefused
     | TaskFailed
     | MethodStarted
     | RoundAggregated
+    | ResultsUseless
     | DeadlinePassed
     | StepFailed
     | CancelRequested

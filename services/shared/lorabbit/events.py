@@ -173,6 +173,14 @@ class ClientLost(Event):
     client: str
 
 
+class ClientSetAside(Event):
+    """A client is asked no more in this job: nothing that it brought could be used, or it was sent away."""
+
+    kind: Literal["client-set-aside"] = "client-set-aside"
+    client: str
+    reason: str
+
+
 class JobEnded(Event):
     """The job is over."""
 
@@ -196,6 +204,7 @@ AnyEvent = Annotated[
     | RoundEvaluated
     | ClientJoined
     | ClientLost
+    | ClientSetAside
     | JobEnded,
     Field(discriminator="kind"),
 ]

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from lorabbit.defences import PrivacySpec, RobustSpec
 from lorabbit.participation import SelectionSpec, WorkSpec
 from lorabbit.schedules import ROUNDING, Buffered, Quorum, Schedule
 from lorabbit.transport import Transport
@@ -158,39 +159,6 @@ class EvaluationSpec(Strict):
     metric: str | None = Field(default=None, description="metric that picks best/; the task's main metric when absent")
 
 
-class RobustSpec(Strict):
-    """How much a few broken or hostile clients may move the model; every client then counts once."""
-
-    kind: Literal["clip", "median", "trimmed-mean", "krum", "multi-krum"] = Field(
-        default="clip", description="what is done to the updates of a round; see docs/explanation/robustness.md"
-    )
-    norm: float | None = Field(
-        default=None, gt=0, description="clip: largest norm of an update; the median of the round when absent"
-    )
-    trim: float = Field(default=0.2, gt=0, lt=0.5, description="trimmed-mean: share of clients cut from each end")
-    attackers: int = Field(default=1, ge=1, description="krum, multi-krum: clients of a cohort that may be hostile")
-    keep: int | None = Field(
-        default=None, ge=1, description="multi-krum: clients that are averaged; cohort - attackers - 2 when absent"
-    )
-
-
-class PrivacySpec(Strict):
-    """Differential privacy by clipping and Gaussian noise; see docs/explanation/privacy.md."""
-
-    level: Literal["client", "example"] = Field(
-        default="client", description="client: noise on the server's mean; example: noise in each client's own steps"
-    )
-    noise: float = Field(default=1.0, gt=0, description="standard deviation of the noise, in units of clip")
-    clip: float = Field(default=1.0, gt=0, description="largest norm of one client's update, or one example's gradient")
-    delta: float = Field(default=1e-5, gt=0, lt=1, description="at which epsilon is told")
-    epsilon: float | None = Field(
-        default=None,
-        gt=0,
-        description="budget of a client: it is asked no more before it spends more; none when absent",
-    )
-    seeded: bool = Field(default=False, description="noise from the job's seed: for tests, GIVES NO PRIVACY")
-
-
 class OutputSpec(Strict):
     """What is kept of a run."""
 
@@ -218,6 +186,11 @@ class JobSpec(Strict):
     transport: Transport = Field(default=Transport(), description="how tensors travel; see docs/explanation/codecs.md")
     rounds: int = Field(default=5, ge=1, description="how often the clients' work is averaged")
     clients: int = Field(default=4, ge=1, description="population: the job starts once so many clients are there")
+    min_clients: int | None = Field(
+        default=None,
+        ge=1,
+        description="a client that fails for good is set aside while so many are left; more than half when absent",
+    )
     join: bool | None = Field(
         default=None,
         description="clients that come later join the running job; where data.partition is own when absent",
@@ -237,6 +210,12 @@ class JobSpec(Strict):
             raise ValueError(f"cohort is {self.cohort}: a fraction is at most 1.0; write a whole number for a count")
         if isinstance(self.cohort, int) and self.cohort > self.clients:
             raise ValueError(f"cohort is {self.cohort}, but there are only {self.clients} clients")
+        return self
+
+    @model_validator(mode="after")
+    def _fewest_fit(self) -> JobSpec:
+        if self.min_clients is not None and self.min_clients > self.clients:
+            raise ValueError(f"min_clients is {self.min_clients}, but there are only {self.clients} clients")
         return self
 
     @model_validator(mode="after")
@@ -262,6 +241,11 @@ class JobSpec(Strict):
                 "and write schedule.concurrency for the clients that train at a time"
             )
         return self
+
+    @property
+    def fewest_clients(self) -> int:
+        """Clients without which the job ends."""
+        return self.clients // 2 + 1 if self.min_clients is None else self.min_clients
 
     @model_validator(mode="after")
     def _deadline_is_there(self) -> JobSpec:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr
 from lorabbit import events as ev
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Metrics
+from lorabbit.ranking import is_better
 from lorabbit.robust import tally
 from lorabbit.types import EVALUATE
 
@@ -113,6 +114,8 @@ class Report(Part):
     """client -> label -> training examples, where the task has labels."""
     guarded: dict[str, dict[str, int]] = Field(default_factory=dict)
     """client -> `clipped` or `left_out` -> rounds in which the job's defence did that to its update."""
+    set_aside: dict[str, str] = Field(default_factory=dict)
+    """client -> why it was asked no more."""
     seconds: float = 0.0
     preparation: Round | None = None
     """Round 0, where the method has one; `rounds` are without it."""
@@ -130,9 +133,6 @@ class Report(Part):
         if number == 0:
             return self.preparation
         return self.rounds[number - 1] if 0 < number <= len(self.rounds) else None
-
-
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
 def begin(job: str, spec: JobSpec) -> Report:
@@ -268,19 +268,12 @@ def _round_evaluated(report: Report, event: ev.RoundEvaluated) -> None:
         _in_partition_order(report, round_)
     if all(not r.metrics for r in report.rounds if r.round > event.round):
         report.final = Final(metrics=dict(event.metrics))
-    if _is_better(report, event.metrics):
+    if is_better(event.metrics, report.best.metrics if report.best.round else None, metric=report.main_metric):
         report.best = Best(round=event.round, metrics=dict(event.metrics))
 
 
-def _is_better(report: Report, metrics: Mapping[str, float]) -> bool:
-    """Compare with the best so far on the main metric, or the loss where there is none."""
-    name = report.main_metric if report.main_metric in metrics else "loss"
-    if name not in metrics:
-        return report.best.round == 0
-    if report.best.round == 0 or name not in report.best.metrics:
-        return True
-    sign = -1.0 if name in LOWER_IS_BETTER else 1.0
-    return sign * metrics[name] > sign * report.best.metrics[name]
+def _client_set_aside(report: Report, event: ev.ClientSetAside) -> None:
+    report.set_aside[event.client] = event.reason
 
 
 def _job_ended(report: Report, event: ev.JobEnded) -> None:
@@ -296,5 +289,6 @@ _STEPS: dict[type[ev.Event], Callable[[Report, Any], None]] = {
     ev.UpdateRejected: _update_rejected,
     ev.RoundClosed: _round_closed,
     ev.RoundEvaluated: _round_evaluated,
+    ev.ClientSetAside: _client_set_aside,
     ev.JobEnded: _job_ended,
 }

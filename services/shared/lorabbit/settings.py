@@ -62,9 +62,9 @@ def _url_of(*schemes: str) -> Callable[[str], str]:
     return check
 
 
-def _optional(check: Callable[[str], str]) -> Callable[[str | None], str | None]:
-    """Check what is given; nothing is fine."""
-    return lambda text: None if text is None else check(text)
+def _or_none(value: object) -> object:
+    """Take an empty variable as one that is not set, as compose files pass what they were not given."""
+    return None if value == "" else value
 
 
 def _one_of(*names: str) -> Callable[[str], str]:
@@ -92,6 +92,11 @@ def _split(value: object) -> object:
     return json.loads(value) if value.startswith("[") else [part.strip() for part in value.split(",") if part.strip()]
 
 
+File = Annotated[Path | None, BeforeValidator(_or_none)]
+Secret = Annotated[Annotated[str, StringConstraints(min_length=16)] | None, BeforeValidator(_or_none)]
+"""A token that cannot be guessed; None where there is none."""
+
+
 class Settings(BaseSettings):
     """What server and client share."""
 
@@ -100,11 +105,11 @@ class Settings(BaseSettings):
     broker_url: Annotated[str, AfterValidator(_url_of("amqp", "amqps"))] = Field(
         default="amqp://guest:guest@127.0.0.1:5672/", description="AMQP URL of RabbitMQ", repr=False
     )
-    tls_ca: Path | None = Field(
+    tls_ca: File = Field(
         default=None, description="certificates of the authorities to believe, PEM; the system's when absent"
     )
-    tls_cert: Path | None = Field(default=None, description="own certificate, PEM, for services that ask for one")
-    tls_key: Path | None = Field(default=None, description="key of the own certificate, where another file holds it")
+    tls_cert: File = Field(default=None, description="own certificate, PEM, for services that ask for one")
+    tls_key: File = Field(default=None, description="key of the own certificate, where another file holds it")
     tls_verify: bool = Field(default=True, description="check the certificates of services; false protects from nobody")
     log_level: Annotated[str, AfterValidator(_one_of(*LEVELS))] = Field(
         default="INFO", description="DEBUG, INFO, WARNING or ERROR"
@@ -139,17 +144,16 @@ class ServerSettings(Settings):
     )
     http_host: str = Field(default="127.0.0.1", description="address of the HTTP interface")
     http_port: int = Field(default=8080, ge=0, lt=65536, description="port of the HTTP interface")
-    http_cert: Path | None = Field(
-        default=None, description="certificate of the HTTP interface, PEM; no TLS when absent"
-    )
-    http_key: Path | None = Field(default=None, description="its key, where another file holds it")
-    http_token: str | None = Field(
+    http_cert: File = Field(default=None, description="certificate of the HTTP interface, PEM; no TLS when absent")
+    http_key: File = Field(default=None, description="its key, where another file holds it")
+    http_token: Secret = Field(
         default=None,
-        min_length=16,
         description="what the operator's commands have to show; anybody may ask when absent",
         repr=False,
     )
-    management_url: Annotated[str | None, AfterValidator(_optional(_url_of("http", "https")))] = Field(
+    management_url: Annotated[
+        Annotated[str, AfterValidator(_url_of("http", "https"))] | None, BeforeValidator(_or_none)
+    ] = Field(
         default=None,
         description="URL of RabbitMQ's management interface with an administrator's name and password; "
         "every client then needs a user of its own",
@@ -169,7 +173,7 @@ class ClientSettings(Settings):
 
     folder: Path = Field(default=Path("client"), description="the client's volume: journal, outbox, private state")
     address: Address = Field(default_factory=default_address, description="name of this process's inbox")
-    join_token: str | None = Field(
+    join_token: Secret = Field(
         default=None, description="from lorabbit token: gets this client a user of its own, once", repr=False
     )
     server_url: str = Field(default="http://127.0.0.1:8080", description="URL of the server's HTTP interface, to join")
@@ -207,7 +211,7 @@ class OperatorSettings(Settings):
     """Settings of the operator's commands."""
 
     server_url: str = Field(default="http://127.0.0.1:8080", description="URL of the server's HTTP interface")
-    http_token: str | None = Field(default=None, description="what the server's HTTP interface asks for", repr=False)
+    http_token: Secret = Field(default=None, description="what the server's HTTP interface asks for", repr=False)
 
 
 def read_settings(kind: type[Kind]) -> Kind:

@@ -17,8 +17,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from lorabbit.defences import PrivacySpec
 from lorabbit.errors import Refused
-from lorabbit.jobspec import JobSpec, PrivacySpec
+from lorabbit.jobspec import JobSpec
 from lorabbit.lora import Matrix
 from lorabbit.privacy.accounting import epsilon_of_rounds
 from lorabbit.privacy.noise import normal

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from lorabbit.defences import RobustSpec
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec, RobustSpec
+from lorabbit.jobspec import JobSpec
 from lorabbit.robust.rules import ROUNDING, check_size
 from lorabbit.schedules import Quorum, takes_late
 

@@ -13,8 +13,9 @@ from dataclasses import replace
 import numpy as np
 
 from lorabbit import lora
+from lorabbit.defences import RobustSpec
 from lorabbit.errors import RunFailed
-from lorabbit.jobspec import JobSpec, RobustSpec
+from lorabbit.jobspec import JobSpec
 from lorabbit.lora import Factors, Matrix
 from lorabbit.robust.geometry import Cohort, Pair, Plain, Stacked, cast, cores, lora_names, norms
 from lorabbit.robust.rules import COORDINATES, Weighed, centre, needed, principal, weigh

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lorabbit.defences import RobustSpec
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import RobustSpec
 from lorabbit.lora import Matrix
 from lorabbit.robust.geometry import Stacked, norms, squared_distances
 
