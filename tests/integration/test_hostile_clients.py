@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,8 +14,8 @@ from lorabbit import codec
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing
 from lorabbit.jobspec import JobSpec
-from lorabbit.messages import FROM_CLIENT, Metrics, Offer, PayloadRef
-from lorabbit.types import EVALUATE, TRAIN
+from lorabbit.messages import FROM_CLIENT, Metrics, Offer, PayloadRef, TaskFailed
+from lorabbit.types import EVALUATE, INITIALISE, TRAIN
 from lorabbit_server.meter import MAX_TASKS, Meter
 
 HEADERS = st.dictionaries(
@@ -26,6 +27,8 @@ HEADERS = st.dictionaries(
     | st.floats(allow_subnormal=False)
     | st.binary(max_size=4),
 )
+
+FACTORS = {"m.lora_A.weight": np.ones((2, 3), np.float32), "m.lora_B.weight": np.ones((4, 2), np.float32)}
 
 
 @pytest.fixture
@@ -137,3 +140,99 @@ def test_what_a_task_tells_of_itself_is_what_the_codec_reads():
     offer = Offer(job="j", task="t", client="c", payload=None, metrics=Metrics(num_examples=2**53))
 
     assert codec.decode(offer.type_name(), codec.encode(offer)) == offer
+
+
+def three(folder):
+    made = Rig(folder, 3)
+    made.serve()
+    made.start_clients()
+    return made
+
+
+def test_one_client_of_three_that_sends_nonsense_is_set_aside_and_the_job_is_done(tmp_path):
+    rig = three(tmp_path)
+
+    def nonsense(client, task):
+        if task.phase == TRAIN:
+            client.offer(task, {name: value * np.nan for name, value in client.tensors_like(1.0).items()})
+        return task.phase == TRAIN
+
+    rig.clients[1].work = nonsense
+    report = rig.run(spec(clients=3))
+    rig.service.close()
+
+    assert report.status == "done"
+    assert [round_.accepted for round_ in report.rounds] == [2, 2]
+    assert report.rounds[0].rejected == {"not-finite": 3}
+    assert list(report.set_aside) == ["client-2"]
+    assert "client-2 brought no usable result" in report.set_aside["client-2"]
+
+
+def test_one_client_of_three_that_calls_the_job_bad_is_set_aside_and_the_job_is_done(tmp_path):
+    rig = three(tmp_path)
+
+    def refuse(client, task):
+        client.send(TaskFailed(**client.about(task), reason="I do not like it", bad_input=True))
+        return True
+
+    rig.clients[0].work = refuse  # it is the one that is asked for the first adapter
+    report = rig.run(spec(clients=3))
+    rig.service.close()
+
+    assert report.status == "done"
+    assert report.set_aside == {"client-1": "I do not like it"}
+
+
+def test_one_client_of_three_with_facts_that_do_not_fit_is_set_aside_and_its_update_left_out(tmp_path):
+    rig = three(tmp_path)
+
+    def another_scaling(client, task):
+        if task.phase != TRAIN:
+            return False
+        ref = client.store.add_tensors(FACTORS, chunk_bytes=1024)
+        told = Metrics(num_examples=10, loss=0.5, facts={"scaling": 9.0, "rank": 2})
+        client.offers[task.task] = Offer(**client.about(task), payload=ref, metrics=told)
+        client.send(client.offers[task.task])
+        return True
+
+    def with_factors(client, task):
+        if task.phase == INITIALISE:
+            client.offer(task, FACTORS)
+        elif task.phase == EVALUATE:
+            client.tell(task, accuracy=0.5)
+        return task.phase != TRAIN
+
+    def factors_of_another_scaling(client, task):
+        return with_factors(client, task) or another_scaling(client, task)
+
+    for client in rig.clients:
+        client.work = with_factors
+    rig.clients[2].work = factors_of_another_scaling
+    report = rig.run(spec(clients=3))
+    rig.service.close()
+
+    assert report.status == "done"
+    assert report.rounds[0].rejected == {"scaling": 1}
+    assert list(report.set_aside) == ["client-3"]
+    assert [round_.accepted for round_ in report.rounds] == [2, 2]
+
+
+def test_offers_that_nobody_asked_for_are_denied_and_counted_by_reason(tmp_path):
+    rig = three(tmp_path)
+
+    def more(client, task):
+        if task.phase == TRAIN and task.round == 1:
+            for job, task_id in (("no-such-job", "x"), (task.job, "no-such-task")):
+                about = {"job": job, "task": task_id, "client": client.client}
+                client.send(Offer(**about, payload=None, metrics=Metrics(num_examples=1)))
+            other = task.task.replace(f".k{task.index}", f".k{(task.index + 1) % 3}")
+            client.send(Offer(**{**client.about(task), "task": other}, payload=None, metrics=Metrics(num_examples=1)))
+        return False
+
+    rig.clients[0].work = more
+    report = rig.run(spec(clients=3))
+    refused = dict(rig.service.refused)
+    rig.service.close()
+
+    assert report.status == "done"
+    assert refused == {"job-ended": 1, "stale": 1, "not-yours": 1}

@@ -37,6 +37,12 @@ def test_an_update_like_the_template_is_admitted(write):
     check_update(write(RIGHT), Expected(TEMPLATE))
 
 
+def test_an_update_may_be_as_large_as_what_it_started_from(write):
+    start = {"a": np.full(3, 1e7, np.float32)}
+
+    check_update(write({"a": np.full(3, 2e9, np.float32)}), Template.of(start))
+
+
 def test_a_template_is_the_same_from_values_and_from_a_file(write):
     assert Template.of(codec.read_tensors(write(RIGHT))) == TEMPLATE
     assert TEMPLATE.size_bytes == 6 * 4 + 4 * 2 + 8
@@ -54,6 +60,8 @@ def test_a_template_is_the_same_from_values_and_from_a_file(write):
         ("dtype", {"b": np.ones((4,), np.float16)}),
         ("not-finite", {"a": np.full((2, 3), np.nan, np.float32)}),
         ("not-finite", {"b": np.full((4,), np.inf, ml_dtypes.bfloat16)}),
+        ("norm", {"a": np.full((2, 3), 1e30, np.float32)}),
+        ("norm", {"b": np.full((4,), -1e7, ml_dtypes.bfloat16)}),
     ],
 )
 def test_an_update_unlike_the_template_is_refused_by_name(write, reason, change):

@@ -60,7 +60,7 @@ def judged(content, template=None):
     return None
 
 
-REASONS = {None, "corrupt", "names", "shape", "dtype", "not-finite"}
+REASONS = {None, "corrupt", "names", "shape", "dtype", "not-finite", "norm"}
 
 
 @settings(max_examples=150, deadline=None)
@@ -153,6 +153,19 @@ def test_a_bomb_of_brackets_is_malformed(depth):
         codec.decode(Offer.type_name(), b"[" * depth)
 
     assert caught.value.reason == "malformed"
+
+
+def test_a_message_as_large_as_may_be_costs_a_bounded_multiple_of_its_size():
+    facts = json.dumps({f"{n}": [] for n in range(60_000)})
+    body = offer_with(facts)
+    assert len(body) < codec.MAX_MESSAGE_BYTES
+    tracemalloc.start()
+    with contextlib.suppress(Refused):
+        codec.decode(Offer.type_name(), body)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 100 * len(body)
 
 
 @pytest.mark.parametrize("number", ["9" * 30, "-1", "1e300"])

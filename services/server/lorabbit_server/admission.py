@@ -18,10 +18,12 @@ from lorabbit.errors import CorruptPayload, Refused
 from lorabbit.messages import PayloadRef
 from lorabbit.tensors import is_floating
 from lorabbit.transport import Coding
-from lorabbit.types import Tensors
+from lorabbit.types import Array, Tensors
 
 HEADER_BYTES = 2**20
 """Room for the header of a safetensors file."""
+FAR_OUT = 1e6
+"""An update whose largest value is so many times 1, and that of what it started from, was not trained."""
 MAX_CHUNKS = 2**16
 """Of a payload: their indices fit into one grant, and into memory."""
 MAX_CHUNK_BYTES = 15 * 2**20
@@ -35,6 +37,8 @@ class Template:
     shapes: Mapping[str, tuple[tuple[int, ...], str]]
     size_bytes: int
     parameters: int = 0
+    start: Tensors = field(default_factory=dict, repr=False, compare=False)
+    """What the shapes were taken from: the tensors that the update started from."""
 
     @property
     def is_empty(self) -> bool:
@@ -51,7 +55,7 @@ class Template:
             shapes[name] = (shape, dtype.name)
             parameters += math.prod(shape)
             size += math.prod(shape) * dtype.itemsize
-        return cls(shapes, size, parameters)
+        return cls(shapes, size, parameters, tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +96,9 @@ def check_update(path: Path, expected: Expected) -> Coding:
         _check_coding(found, expected)
         if template is not None:
             _check_names(tensors, template)
-        for name in tensors:
-            _check_tensor(name, tensors, template)
+        largest = max((_check_tensor(name, tensors, template) for name in tensors), default=0.0)
+        if template is not None:
+            _check_norm(largest, template)
     except CorruptPayload as error:
         raise Refused("corrupt", str(error)) from error
     if not tensors and not expected.may_be_empty:
@@ -119,8 +124,8 @@ def _check_names(tensors: Tensors, template: Template) -> None:
         raise Refused("names", f"it {first} ({len(missing)} missing, {len(unknown)} unknown)")
 
 
-def _check_tensor(name: str, tensors: Tensors, template: Template | None) -> None:
-    """Refuse one tensor of the wrong shape or dtype, or with a value that is not finite."""
+def _check_tensor(name: str, tensors: Tensors, template: Template | None) -> float:
+    """Refuse one tensor of the wrong shape or dtype, or with a value that is not finite; its largest value."""
     dtype, shape = codec.describe(tensors, name)
     if template is not None:
         right_shape, right_dtype = template.shapes[name]
@@ -131,3 +136,18 @@ def _check_tensor(name: str, tensors: Tensors, template: Template | None) -> Non
     value = tensors[name]
     if is_floating(value) and not bool(np.isfinite(value).all()):
         raise Refused("not-finite", f"{name[: codec.SHOWN]!r} holds NaN or infinity")
+    return _largest(value)
+
+
+def _largest(value: Array) -> float:
+    """The largest absolute value of a tensor of real numbers; 0 of any other."""
+    return float(np.max(np.abs(value))) if is_floating(value) and value.size else 0.0
+
+
+def _check_norm(norm: float, template: Template) -> None:
+    """Refuse an update that is larger than any training makes it; `norm` is its largest absolute value."""
+    if norm <= FAR_OUT:
+        return
+    start = max((_largest(template.start[name]) for name in template.start), default=0.0)
+    if norm > FAR_OUT * start:
+        raise Refused("norm", f"its largest value, {norm:.3g}, is far from the {start:.3g} of what it started from")

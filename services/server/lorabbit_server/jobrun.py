@@ -172,6 +172,7 @@ class JobRun:
                 self._uploads.forget(id_)
                 self._post(client, CancelTask(job=self.job, task=id_, client=client), f"{id_}.cancel")
             case steps.DenyUpload(id_, client, reason):
+                self._tools.refused[reason] += 1
                 self._post(client, Deny(job=self.job, task=id_, client=client, reason=reason), f"{id_}.deny")
             case steps.SendVerdict(id_, client, accepted, reason):
                 verdict = Verdict(job=self.job, task=id_, client=client, accepted=accepted, reason=reason)

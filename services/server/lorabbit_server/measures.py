@@ -37,7 +37,10 @@ class Measures:
         self._clients = Gauge("lorabbit_clients_present", "Clients that are here", registry=self.registry)
         self._wanted = Gauge("lorabbit_clients_wanted", "Clients that the job asks for", registry=self.registry)
         self._refused = Gauge(
-            "lorabbit_messages_refused", "Messages and chunks that no client sends", ["reason"], registry=self.registry
+            "lorabbit_messages_refused",
+            "Messages, chunks and offers that were refused",
+            ["reason"],
+            registry=self.registry,
         )
         self._leading = Gauge("lorabbit_leading", "1 while this server holds the lease", registry=self.registry)
 

@@ -208,6 +208,7 @@ class Reception:
             answer = Verdict(**about, accepted=True)
         else:
             answer = Deny(**about, reason="job-ended")
+            self._tools.refused["job-ended"] += 1
         self._reply(address, answer, f"{message.task}.late", delivery)
 
     def _reply(self, address: str, message: Message, message_id: str, delivery: Delivery) -> None:

@@ -56,7 +56,7 @@ class Tools:
     versions: Mapping[str, str]
     """Of what this server runs on, for the report."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Messages and chunks that were no such thing, by reason."""
+    """Messages and chunks that were no such thing, and offers that nobody wants, by reason."""
 
     def traffic_of(self, job: str) -> Path | None:
         """Where the bytes of a job's tasks are counted; nowhere when this server dies with its store."""
