@@ -49,6 +49,20 @@ def config(*profiles: str) -> Doc:
     return found
 
 
+SECRETS = {"RABBITMQ_PASSWORD": "broker-s3cret", "REDIS_PASSWORD": "store-s3cret", "LORABBIT_HTTP_TOKEN": "t" * 16}
+
+
+def secure(**environment: str) -> subprocess.CompletedProcess[str]:
+    """What compose makes of its file with the secure one over it."""
+    files = ["-f", "compose.yaml", "-f", "compose.secure.yaml", "--profile", "standby"]
+    return subprocess.run(
+        [program("docker-compose"), *files, "config", "--format", "json"],
+        check=False, capture_output=True, text=True, timeout=60, cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith(("LORABBIT_", "COMPOSE_"))}
+        | environment,
+    )  # fmt: skip
+
+
 # ---- images ----
 @dockerfile
 def test_the_linter_finds_nothing(path: Path):
@@ -180,3 +194,29 @@ def test_images_of_compose_have_a_version():
     images = {service["image"] for service in config(*PROFILES)["services"].values()}
 
     assert [image for image in images if ":" not in image or image.endswith(":latest")] == []
+
+
+# ---- the secure file ----
+def test_the_secure_file_speaks_tls_everywhere_and_gives_clients_no_password():
+    run = secure(**SECRETS)
+    assert run.returncode == 0, run.stderr
+    services = json.loads(run.stdout)["services"]
+
+    for name in ("server", "server-standby"):
+        environment = services[name]["environment"]
+        assert environment["LORABBIT_BROKER_URL"].startswith("amqps://")
+        assert environment["LORABBIT_MANAGEMENT_URL"].startswith("https://")
+        assert environment["LORABBIT_REDIS_URL"].startswith("rediss://")
+        assert environment["LORABBIT_HTTP_CERT"]
+    client = services["client"]
+    assert client["environment"]["LORABBIT_BROKER_URL"] == "amqps://rabbitmq:5671/"
+    assert not [secret for secret in SECRETS.values() if secret in json.dumps(client)]
+    assert [volume["target"] for volume in client["volumes"] if volume["type"] == "bind"] == ["/certificates/ca.pem"]
+
+
+def test_the_secure_file_has_no_default_for_a_secret():
+    for name in SECRETS:
+        run = secure(**{other: value for other, value in SECRETS.items() if other != name})
+
+        assert run.returncode != 0
+        assert f"set {name}" in run.stderr
