@@ -255,8 +255,7 @@ class JobRun:
         state = self._versions.load(self.state.head)
 
         work = partial(aggregator.fold_round, self._versions, state, command, background=background)
-        what = f"aggregating round {command.round}"
-        self._tools.loop.work(work, self._stepped, lambda error: self._step_failed(what, error))
+        self._tools.loop.work(work, self._stepped, partial(self._step_failed, f"aggregating round {command.round}"))
 
     def _stepped(self, event: steps.MethodStarted | steps.RoundAggregated | steps.ResultsUseless) -> None:
         """Go on after heavy work; the files that it wrote are the state's now, or nobody's."""
