@@ -18,7 +18,16 @@ import services
 from processes import Event, Federation, run_embedded
 
 # Nobody trains, so that the machine is free to start processes; the rounds outlast what is done to them.
-JOB: dict[str, Any] = {"name": "walk", "model": {"name": "null:40KB"}, "rounds": 200, "clients": 3, "seed": 7}
+ROUNDS = 60
+JOB: dict[str, Any] = {
+    "name": "walk",
+    "model": {"name": "null:40KB"},
+    "rounds": ROUNDS,
+    "clients": 3,
+    "evaluation": {"every": ROUNDS},
+    "output": {"checkpoint_every": ROUNDS},
+    "seed": 7,
+}
 SECONDS = 120.0
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 Scale = Callable[..., dict[str, Any]]
@@ -86,7 +95,7 @@ def test_a_job_loses_nothing_when_its_clients_are_taken_away_and_come_back(
 
     assert len(seen) == 2
     assert report["adapter"]["sha256"] == embedded["adapter"]["sha256"]
-    assert [entry["accepted"] for entry in report["rounds"]] == [3] * 200
+    assert [entry["accepted"] for entry in report["rounds"]] == [3] * ROUNDS
 
 
 def test_a_client_that_comes_back_is_who_it_was_and_its_pool_is_known(federation: Federation, scale: Scale):
