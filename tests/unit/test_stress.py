@@ -45,7 +45,9 @@ def plan(tmp_path: Path, **changes: object) -> Plan:
     [
         (["--clients", "ten"], "--clients: 'ten' is no list of whole numbers above 0 such as 10,50,100"),
         (["--clients", "0,5"], "--clients: '0,5' is no list of whole numbers above 0"),
-        (["--on", "moon"], "--on: 'moon' is none of processes, compose, docker, kubernetes"),
+        (["--on", "moon"], "--on: 'moon' is none of compose, docker, kubernetes, processes"),
+        (["--on", "docker", "--churn", "0.1"], "only --on processes simulates clients"),
+        (["--on", "docker", "--configured"], "--on docker uses the services of the deployment"),
         (["--payload", "four"], "--payload: 'four' is no list of sizes"),
         (["--payload", "0MB"], "--payload: 0MB is no size of an adapter"),
         (["--payload", "4MB", "--train", "real"], "--payload: with --train real the model decides the size"),

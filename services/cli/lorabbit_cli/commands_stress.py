@@ -5,21 +5,19 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorabbit_cli.options import Format, Output, print_json, quiet_logs
+from lorabbit_cli.scaling.places import Options, Place
 
 if TYPE_CHECKING:
     from lorabbit_cli.stress.plan import Plan
     from lorabbit_cli.stress.work import Launch
 
-PROCESSES = "processes"
-PLACES = (PROCESSES, "compose", "docker", "kubernetes")
-
+_DEFAULT = Options()
 Clients = Annotated[str, typer.Option(metavar="N,N,...", help="Sizes, smallest first.")]
 On = Annotated[str, typer.Option(metavar="PLACE", help="Where: processes, compose, docker or kubernetes.")]
 Payload = Annotated[
@@ -51,6 +49,13 @@ Configured = Annotated[
         help="Use the broker and store that LORABBIT_BROKER_URL and LORABBIT_REDIS_URL name, not private ones.",
     ),
 ]
+Pool = Annotated[str, typer.Option("--pool", metavar="POOL", help="compose, docker, kubernetes: the pool to scale.")]
+Image = Annotated[str, typer.Option(help="docker: the client's image.")]
+Network = Annotated[str, typer.Option(help="docker: the network on which the broker is.")]
+File = Annotated[Path, typer.Option(metavar="FILE", help="compose: the compose file.")]
+Project = Annotated[str | None, typer.Option(help="compose: the project; the file's name when absent.")]
+Namespace = Annotated[str | None, typer.Option(help="kubernetes: the kubeconfig's when absent.")]
+Release = Annotated[str | None, typer.Option(help="kubernetes: where several have such a pool.")]
 TraceSeed = Annotated[int, typer.Option(min=0, help="Of the traces and the jobs.")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Where stress.json, stress.md and stress.png go.")]
 
@@ -62,7 +67,7 @@ def register(app: typer.Typer) -> None:
 
 def stress(  # noqa: PLR0913, PLR0917 - options of the command line
     clients: Clients = "10,50,100",
-    on: On = PROCESSES,
+    on: On = Place.PROCESSES.value,
     payload: Payload = None,
     rounds: Rounds = 5,
     train: Train = "null",
@@ -72,37 +77,41 @@ def stress(  # noqa: PLR0913, PLR0917 - options of the command line
     time_limit: TimeLimit = 120.0,
     per_process: PerProcess = None,
     configured: Configured = False,  # noqa: FBT002 - a flag
+    pool: Pool = "client",
+    image: Image = _DEFAULT.image,
+    network: Network = _DEFAULT.network,
+    file: File = _DEFAULT.file,
+    project: Project = None,
+    namespace: Namespace = None,
+    release: Release = None,
     seed: TraceSeed = 0,
     out: Out = Path("stress"),
     output: Output = Format.TEXT,
 ) -> None:
     """Measure rounds of growing size, up to the machine's limits.
 
-    Starts a server with a private RabbitMQ and Redis, and clients that speak the whole protocol but need no model;
-    measures every payload at every size, and writes seconds, updates and megabytes per second, memory and processor
-    time of each tier as JSON, Markdown and PNG. A size that meets a limit of the machine (memory, descriptors,
-    threads, disk, processors, time) is the last one, and the limit is named. Whatever was started is stopped again,
-    after Ctrl-C too.
+    On processes, starts a server with a private RabbitMQ and Redis, and clients that speak the whole protocol but need
+    no model; elsewhere scales a pool of a deployment that runs. Measures every payload at every size, and writes
+    seconds, updates and megabytes per second, memory and processor time of each tier as JSON, Markdown and PNG. A
+    size that meets a limit (memory, descriptors, threads, disk, processors, time) is the last one, and the limit is
+    named. Whatever was started is stopped again, after Ctrl-C too.
 
     Example: lorabbit stress --clients 10,50,100 --payload 0.3,4MB --rounds 5
     """
-    from lorabbit_cli.stress.plan import read_plan  # noqa: PLC0415 - imports are lazy throughout
+    from lorabbit_cli.stress.places import launcher, place_of  # noqa: PLC0415 - imports are lazy throughout
+    from lorabbit_cli.stress.plan import read_plan  # noqa: PLC0415
 
     quiet_logs()
     plan = read_plan(
-        clients=clients,
-        payload=payload,
-        rounds=rounds,
-        train=train,
-        churn=churn,
-        slow=slow,
-        quorum=quorum,
-        time_limit=time_limit,
-        per_process=per_process,
-        seed=seed,
-        out=out,
-    )
-    _measure(plan, on, _launcher(on, configured=configured), output)
+        clients, payload, rounds=rounds, train=train, churn=churn, slow=slow, quorum=quorum, time_limit=time_limit,
+        per_process=per_process, seed=seed, out=out,
+    )  # fmt: skip
+    place = place_of(on)
+    options = Options(
+        image=image, network=network, file=file, project=project, namespace=namespace, release=release
+    )  # fmt: skip
+    with _stopped_cleanly(), launcher(plan, place, options, pool=pool, configured=configured) as launch:
+        _measure(plan, on, launch, output)
 
 
 def _measure(plan: Plan, on: str, launch: Launch, output: Format) -> None:
@@ -115,8 +124,7 @@ def _measure(plan: Plan, on: str, launch: Launch, output: Format) -> None:
     work = Work(plan, launch, Console(stderr=True))
     results = Results(work, on)
     work.on_row = results.write
-    with _stopped_cleanly():
-        work.run()
+    work.run()
     results.write()
     if output is Format.JSON:
         print_json(results.as_json())
@@ -124,25 +132,6 @@ def _measure(plan: Plan, on: str, launch: Launch, output: Format) -> None:
         typer.echo(results.text())
         typer.echo(f"written to {plan.out}", err=True)
     raise typer.Exit(0 if work.rows else 1)
-
-
-def _launcher(on: str, *, configured: bool) -> Launch:
-    """Say how a federation is made where the user wants it; raises BadInput and BrokerUnavailable."""
-    from lorabbit.errors import BadInput, BrokerUnavailable  # noqa: PLC0415 - as above
-    from lorabbit_cli.stress import private  # noqa: PLC0415
-    from lorabbit_cli.stress.processes import ProcessFederation  # noqa: PLC0415
-
-    if on not in PLACES:
-        raise BadInput(f"--on: {on!r} is none of {', '.join(PLACES)}")
-    if on != PROCESSES:
-        raise BadInput(f"--on: {on} is not there yet")
-    lacking = None if configured else private.missing()
-    if lacking is not None:
-        raise BrokerUnavailable(
-            f"there is {lacking} on this machine to start a private one; install it, or name running services with "
-            "LORABBIT_BROKER_URL and LORABBIT_REDIS_URL and add --configured"
-        )
-    return partial(ProcessFederation, configured=configured)
 
 
 @contextmanager

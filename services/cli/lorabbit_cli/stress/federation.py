@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from lorabbit_cli.remote import Server
 from lorabbit_cli.stress.usage import Reading
 
 
@@ -14,9 +15,8 @@ class Federation(Protocol):
     description: str
     """How the clients are spread, for the report: in so many processes, in so many containers."""
 
-    @property
-    def server_url(self) -> str:
-        """Address of the server's HTTP interface."""
+    def connect(self) -> Server:
+        """Open the server's HTTP interface; a context."""
 
     def start(self) -> None:
         """Start everything, and begin to start the clients; raises LoRAbbitError."""

@@ -130,7 +130,7 @@ def await_clients(federation: Federation, clients: int, progress: Progress) -> f
     """Wait until the server knows every client; returns the seconds it took. Raises LimitReached."""
     began = moved = time.monotonic()
     known = -1
-    with Server(federation.server_url) as server:
+    with federation.connect() as server:
         while True:
             federation.check()
             limits.watch()
@@ -170,7 +170,7 @@ class Measurement:
     def run(self) -> Measured:
         """Run the job to its end or to a limit."""
         tally, stopped = Tally(), ""
-        with Server(self.federation.server_url) as server, Sampler(self.federation.meter) as sampler:
+        with self.federation.connect() as server, Sampler(self.federation.meter) as sampler:
             job = server.submit(self.spec)
             try:
                 self._follow(server, job, tally)

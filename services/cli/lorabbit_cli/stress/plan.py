@@ -97,9 +97,9 @@ def read_payloads(text: str) -> tuple[float, ...]:
 
 
 def read_plan(  # noqa: PLR0913 - the options of the command
-    *,
     clients: str,
     payload: str | None,
+    *,
     rounds: int,
     train: str,
     churn: float,

@@ -44,10 +44,9 @@ class ProcessFederation:
         self.description = f"{processes} client processes, {each}"
         self._per_process = per_process
 
-    @property
-    def server_url(self) -> str:
-        """Address of the server's HTTP interface."""
-        return f"http://127.0.0.1:{self._port}"
+    def connect(self) -> Server:
+        """Open the server's HTTP interface."""
+        return Server(f"http://127.0.0.1:{self._port}")
 
     def start(self) -> None:
         """Start the services, the server, and the clients' host."""
@@ -113,7 +112,7 @@ class ProcessFederation:
 
     def _await_server(self) -> None:
         deadline = time.monotonic() + READY_SECONDS
-        with Server(self.server_url) as server:
+        with self.connect() as server:
             while True:
                 self.check()
                 try:
