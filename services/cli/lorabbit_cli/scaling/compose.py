@@ -36,18 +36,18 @@ class Compose(Scaler):
         named = ["--project-name", project] if project else []
         self._command = ["docker", "compose", "--file", str(file), *named, "--profile", "*"]
         self._services = self._run("config", "--services").split()
-        self._project = project or self._name()
+        self.project = project or self._name()
 
     def count(self, pool: str) -> int:
         """Count the service's containers; raises BadInput where it is not there or the project is not up."""
-        service = self._service(pool)
-        if not self._engine.containers([f"{PROJECT}={self._project}"]):
-            raise BadInput(f"compose project {self._project!r} is not up; start it first: docker compose up --detach")
+        service = self.service(pool)
+        if not self._engine.containers([f"{PROJECT}={self.project}"]):
+            raise BadInput(f"compose project {self.project!r} is not up; start it first: docker compose up --detach")
         return len(self._containers(service))
 
     def resize(self, pool: str, number: int) -> None:
         """Have compose start or end clients, and nothing else; it returns once those that leave are gone."""
-        service = self._service(pool)
+        service = self.service(pool)
         before = {str(each.id): _volumes(each.attrs) for each in self._containers(service)}
         self._run(
             "up", "--detach", "--no-deps", "--no-recreate", "--no-build", "--scale", f"{service}={number}", service
@@ -58,22 +58,23 @@ class Compose(Scaler):
 
     def standing(self, pool: str) -> Standing:
         """Look at the service's containers."""
-        return standing_of(self._containers(self._service(pool)))
+        return standing_of(self._containers(self.service(pool)))
 
     def close(self) -> None:
         """Close the connection to the engine."""
         self._engine.close()
 
-    def _service(self, pool: str) -> str:
+    def service(self, pool: str) -> str:
+        """Name the service of a pool; raises BadInput where the file has none."""
         name = FIRST if pool == FIRST else f"{FIRST}-{pool}"
         if name not in self._services:
             pools = [FIRST] if FIRST in self._services else []
             pools += [each.removeprefix(f"{FIRST}-") for each in self._services if each.startswith(f"{FIRST}-")]
-            raise no_such_pool(pool, pools, f"compose project {self._project!r}")
+            raise no_such_pool(pool, pools, f"compose project {self.project!r}")
         return name
 
     def _containers(self, service: str) -> list[Container]:
-        return self._engine.containers([f"{PROJECT}={self._project}", f"{SERVICE}={service}"], all_states=True)
+        return self._engine.containers([f"{PROJECT}={self.project}", f"{SERVICE}={service}"], all_states=True)
 
     def _name(self) -> str:
         """Return the project's name as compose understands the file."""

@@ -41,11 +41,13 @@ def launcher(plan: Plan, on: Place, options: Options, *, pool: str, configured: 
         raise BadInput("--churn, --slow and --per-process: only --on processes simulates clients; leave them out")
     if configured:
         raise BadInput(f"--configured: --on {on} uses the services of the deployment; leave it out")
-    from lorabbit_cli.stress.pools import Deployed, PoolFederation  # noqa: PLC0415 - what one place needs
+    from lorabbit_cli.stress.pools import PoolFederation, deployed  # noqa: PLC0415 - what one place needs
 
-    with closing(open_scaler(on, options)) as scaler:
-        deployed = Deployed(scaler, pool, _connect, _meter(on, scaler, pool))
-        yield lambda _, clients: PoolFederation(deployed, clients)
+    with (
+        closing(open_scaler(on, options)) as scaler,
+        deployed(scaler, pool, _connect, _meter(on, scaler, pool)) as found,
+    ):
+        yield lambda _, clients: PoolFederation(found, clients)
 
 
 def _processes(*, configured: bool) -> Launch:

@@ -6,17 +6,17 @@ what it was afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from lorabbit.errors import LoRAbbitError
+from lorabbit.errors import RunFailed
 from lorabbit_cli.remote import Server
-from lorabbit_cli.scaling.base import Pace, Scaler, scale
+from lorabbit_cli.scaling.base import OverQuota, Pace, Scaler, scale
 from lorabbit_cli.stress.limits import LimitReached
 from lorabbit_cli.stress.usage import Meter, Reading
 
-BATCH = 10
-PATIENCE_SECONDS = 240.0
+PACE = Pace(batch=10, patience_seconds=240.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,10 @@ class Deployed:
     meter: Meter
     """Reads what can be read of its tiers."""
 
+    def bring(self, clients: int) -> None:
+        """Bring the pool to so many clients; raises BadInput and RunFailed as `scale` does."""
+        scale(self.scaler, self.pool, clients, pace=PACE, tell=lambda _: None)
+
 
 class PoolFederation:
     """One size of a deployed pool; `Federation` says what each method does."""
@@ -37,7 +41,6 @@ class PoolFederation:
     def __init__(self, deployed: Deployed, clients: int) -> None:
         """Prepare to scale the pool to so many clients."""
         self._deployed, self._clients = deployed, clients
-        self._before: int | None = None
         self.description = f"{clients} containers, one client in each"
 
     def connect(self) -> Server:
@@ -48,11 +51,9 @@ class PoolFederation:
         """Scale the pool; raises LimitReached where the engine or the cluster has no room for more."""
         with self.connect() as server:
             server.jobs()
-        scaler, pool = self._deployed.scaler, self._deployed.pool
-        self._before = scaler.count(pool)
         try:
-            scale(scaler, pool, self._clients, pace=Pace(BATCH, PATIENCE_SECONDS), tell=lambda _: None)
-        except LoRAbbitError as error:
+            self._deployed.bring(self._clients)
+        except (OverQuota, RunFailed) as error:
             raise LimitReached(f"containers: {error}") from error
 
     def meter(self) -> Mapping[str, Reading]:
@@ -63,13 +64,15 @@ class PoolFederation:
         """Do nothing: a container that ends is started again by its engine, and the events tell."""
 
     def close(self) -> None:
-        """Bring the pool back to what it was."""
-        before, self._before = self._before, None
-        if before is not None:
-            scale(
-                self._deployed.scaler,
-                self._deployed.pool,
-                before,
-                pace=Pace(BATCH, PATIENCE_SECONDS),
-                tell=lambda _: None,
-            )
+        """Do nothing: the next size grows from here, and `deployed` brings the pool back after the last."""
+
+
+@contextmanager
+def deployed(scaler: Scaler, pool: str, connect: Callable[[], Server], meter: Meter) -> Iterator[Deployed]:
+    """A deployment whose pool is afterwards what it was before."""
+    before = scaler.count(pool)
+    found = Deployed(scaler, pool, connect, meter)
+    try:
+        yield found
+    finally:
+        found.bring(before)
