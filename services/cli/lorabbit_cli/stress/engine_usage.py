@@ -32,20 +32,19 @@ class EngineUsage:
         for tier, labels in self._tiers.items():
             containers = self._engine.containers(labels)
             if containers:
-                readings = [each for each in self._threads.map(_read, containers) if each is not None]
+                readings = [each for each in self._threads.map(self._read, containers) if each is not None]
                 found[tier] = Reading(
                     sum(each.memory_mb for each in readings), sum(each.cpu_seconds for each in readings)
                 )
         return found
 
-
-def _read(container: Container) -> Reading | None:
-    """Read one container; None where it is gone by now."""
-    try:
-        stats: dict[str, Any] = container.client.api.stats(container.id, stream=False, one_shot=True)
-        memory = stats["memory_stats"]
-        unused = memory.get("stats", {}).get("inactive_file", 0)  # pages that the kernel may drop
-        cpu = stats["cpu_stats"]["cpu_usage"]["total_usage"]
-        return Reading((memory["usage"] - unused) / MEGABYTE, cpu / NANO)
-    except (DockerException, RequestException, KeyError):
-        return None
+    def _read(self, container: Container) -> Reading | None:
+        """Read one container; None where it is gone by now."""
+        try:
+            stats: dict[str, Any] = self._engine.client.api.stats(str(container.id), stream=False, one_shot=True)
+            memory = stats["memory_stats"]
+            unused = memory.get("stats", {}).get("inactive_file", 0)  # pages that the kernel may drop
+            cpu = stats["cpu_stats"]["cpu_usage"]["total_usage"]
+            return Reading((memory["usage"] - unused) / MEGABYTE, cpu / NANO)
+        except (DockerException, RequestException, KeyError):
+            return None
