@@ -33,6 +33,7 @@ from lorabbit import jobfile
 from lorabbit.broker import topology
 from lorabbit.broker.rabbit_link import parameters_of
 from lorabbit.settings import ClientSettings, OperatorSettings, ServerSettings, read_settings
+from lorabbit.tls import Trust
 from lorabbit_server.measures import Measures
 
 case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -186,7 +187,7 @@ def test_passwords_come_through_a_url_whatever_they_hold():
     })  # fmt: skip
     secrets = {doc["metadata"]["name"]: doc["stringData"] for doc in of_kind(docs, "Secret")}
 
-    parameters = parameters_of(secrets["fed-rabbitmq"]["server-url"], "test")
+    parameters = parameters_of(secrets["fed-rabbitmq"]["server-url"], "test", Trust())
 
     assert (parameters.credentials.username, parameters.credentials.password) == ("lorabbit-server", password)
     assert (parameters.host, parameters.port) == ("fed-rabbitmq.federation.svc", 5672)
@@ -199,7 +200,7 @@ def test_over_tls_a_client_checks_the_broker_s_certificate_and_name():
     url = named(docs, "Secret", "fed-rabbitmq")["stringData"]["client-url"]
     (certificate,) = of_kind(docs, "Certificate")
 
-    parameters = parameters_of(url.replace("%2Frun%2Florabbit%2Fbroker-ca%2Fca.crt", certifi.where()), "test")
+    parameters = parameters_of(url.replace("%2Frun%2Florabbit%2Fbroker-ca%2Fca.crt", certifi.where()), "test", Trust())
 
     assert parameters.ssl_options is not None
     assert parameters.ssl_options.context.verify_mode is ssl.CERT_REQUIRED
