@@ -2,8 +2,9 @@
 
     python benchmarks/codecs.py [--job FILE] [--rounds N] [--seeds 0 ...] [--only NAME ...] [--out FILE]
 
-Every row is the same job with the same seed; only `transport` differs. Accuracy is that of the last round on the
-clients' held-out rows, bytes are payload bytes as the report counts them, over all rounds and clients.
+Every row is the same job with the same seeds; only `transport` differs. Accuracy is that of the last round on the
+clients' held-out rows, the mean over the seeds; bytes are payload bytes as the report counts them, over all rounds
+and clients, the mean over the seeds.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def main() -> None:
     for name in arguments.only:
         found = [run(arguments.job, arguments.rounds, seed, CODINGS[name]) for seed in arguments.seeds]
         mean = {key: statistics.fmean(each[key] for each in found) for key in found[0]}
-        row = {"transport": name, "accuracy": f"{mean['accuracy']:.4f}", "loss": f"{mean['loss']:.4f}"}
+        each_one = " ".join(f"{each['accuracy']:.3f}" for each in found)
+        row = {"transport": name, "accuracy": f"{mean['accuracy']:.4f}", "seed by seed": each_one}
+        row["loss"] = f"{mean['loss']:.4f}"
         rows.append({**row, "MB up": mean["up"], "MB down": mean["down"], "MB": mean["up"] + mean["down"]})
         print(rows[-1], flush=True)
         rounds = arguments.rounds or jobfile.load(arguments.job).rounds

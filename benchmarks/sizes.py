@@ -18,10 +18,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from measure import Sampler, Table, machine, yaml_file
 from transport import Federation
 
+TITLE = "Payload sizes through a broker whose messages have 16 MiB at most"
 SIZES = ["25KB", "300KB", "4MB", "16MB", "64MB", "200MB", "1GB", "2GB"]
 
 
@@ -42,8 +44,19 @@ def federation(clients: int, chunk_bytes: int) -> Iterator[Federation]:
                 os.environ["LORABBIT_CHUNK_BYTES"] = before
 
 
+def finished(running: Federation, name: str) -> dict[str, Any]:
+    """The report of a job that has ended, once its run folder is complete; `watch` ends a little earlier."""
+    for _ in range(600):
+        entry = next(each for each in json.loads(running.command("jobs", "--format", "json")) if each["job"] == name)
+        if entry["status"] not in {"queued", "running"}:
+            break
+        time.sleep(0.2)
+    report: dict[str, Any] = json.loads((running.folder / "runs" / name / "report.json").read_text())
+    return report
+
+
 def measure(running: Federation, size: str, chunk_bytes: int, clients: int) -> dict[str, object]:
-    """Run one job; raises SystemExit unless it ended and every byte arrived once."""
+    """Run one job; raises SystemExit unless it ended and every client's update counted."""
     name = f"size-{size.lower()}-{chunk_bytes // 1024}k"
     job = {
         "name": name,
@@ -60,21 +73,24 @@ def measure(running: Federation, size: str, chunk_bytes: int, clients: int) -> d
         running.command("submit", str(file))
         running.command("watch", name)
         seconds = time.perf_counter() - began
-    report = json.loads((running.folder / "runs" / name / "report.json").read_text())
+    report = finished(running, name)
     first = report["rounds"][0]
-    if report["status"] != "done" or first["accepted"] != clients or first["bytes_up"] % clients:
+    if report["status"] != "done" or first["accepted"] != clients:
         raise SystemExit(f"{name}: {report['status']} {report['reason']}: {first}")
+    file_bytes = min(each["bytes_up"] for each in first["per_client"])
     return {
         "payload": size,
         "clients": clients,
         "chunk, KiB": chunk_bytes // 1024,
-        "chunks": -(-first["bytes_up"] // clients // chunk_bytes),
+        "chunks": -(-file_bytes // chunk_bytes),
         "job, s": seconds,
         "round, s": first["seconds"],
-        "bytes up of a client": first["bytes_up"] // clients,
+        "file, bytes": file_bytes,
+        "sent again, %": 100 * (first["bytes_up"] / clients / file_bytes - 1),
         "server, MB": sampler.peaks_mb["server"],
         "a client, MB": sampler.largest_mb["client"],
         "broker, MB": sampler.peaks_mb["broker"],
+        "load": f"{os.getloadavg()[0]:.0f}",
     }
 
 
@@ -92,7 +108,7 @@ def main() -> None:
             for size in arguments.sizes:
                 rows.append(measure(running, size, chunk_bytes, arguments.clients))
                 print(rows[-1], flush=True)
-    Table("Payload sizes through a broker whose messages have 16 MiB at most", rows, machine()).show(arguments.out)
+                Table(TITLE, rows, machine()).show(arguments.out)
 
 
 if __name__ == "__main__":

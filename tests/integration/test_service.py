@@ -403,6 +403,30 @@ def test_a_client_that_dies_is_reported_lost_and_gets_its_task_again_when_it_com
     assert np.array_equal(adapter(rig.runs("job") / "adapter")["b"], np.full(3, 3.0, np.float32))
 
 
+def test_a_server_that_was_stopped_for_longer_than_a_lease_loses_no_client_that_spoke(rig):
+    rig.clients[1].work = lambda _, task: task.phase == TRAIN
+    started(rig)
+    rig.pass_seconds(2)
+    for _ in range(4):
+        rig.now += 15.0
+        for client in rig.clients:
+            client.alive()
+    rig.idle()
+
+    assert "client-lost" not in rig.kinds()
+    assert status_of(rig.store, "job").lost == ()
+
+
+def test_a_client_that_fell_silent_while_the_server_was_stopped_is_lost_a_lease_later(rig):
+    rig.clients[1].work = lambda _, task: task.phase == TRAIN
+    started(rig)
+    rig.clients[1].stop()
+    rig.now += 60.0
+    rig.pass_seconds(30)
+
+    assert status_of(rig.store, "job").lost == ("client-2",)
+
+
 def test_another_process_takes_the_place_of_a_lost_client(rig):
     def die(client, task):
         if task.phase == TRAIN:
@@ -461,6 +485,27 @@ def test_a_lost_chunk_is_asked_for_again_after_a_while(rig):
 
     assert report.status == "done"
     assert len([m for m in rig.clients[0].received if isinstance(m, Grant) and m.task == lost[0]]) == 2
+
+
+def test_an_update_that_is_offered_again_while_chunks_arrive_is_granted_once_it_is_quiet(rig):
+    grants = []
+
+    def late(client, grant):
+        if ".train." in grant.task:
+            grants.append(grant.task)
+        if grants == [grant.task]:  # the chunks are on their way, behind those of the other client
+            client.send(client.offers[grant.task])
+        return len(grants) == 1
+
+    rig.clients[0].on_grant = late
+    started(rig)
+    rig.idle()
+    before = len(grants)
+    rig.run_to_end("job")
+
+    assert before == 1
+    assert grants[0] == grants[1]
+    assert rig.report("job").rounds[0].accepted == 2
 
 
 # ---- cancelling ----

@@ -101,6 +101,12 @@ class Reception:
                 log.info("client-sent-away", client=client)
                 self._apply(steps.ClientRevoked(client, self._registry.present, self._now()))
 
+    def expire(self, now_ms: int, every_ms: int) -> None:
+        """Notice clients that have been silent for their lease; to be called every so often."""
+        for client in self._registry.expire(now_ms, every_ms):
+            log.warning("client-lost", client=client)
+            self._apply(steps.ClientLeft(client, self._registry.present, now_ms))
+
     def _refuse(self, delivery: Delivery, address: str, why: Refused) -> None:
         """Count a message that no honest client sends, and put it aside."""
         log.warning("message-refused", address=address, type=delivery.type, reason=why.reason, detail=why.detail)

@@ -50,9 +50,12 @@ class Registry:
         self._clients: dict[ClientId, Client] = {}
         self._by_address: dict[str, ClientId] = {}
         self._heard: set[ClientId] = set()
+        self._asked_ms = 0
+        """When it was asked last whose lease has ended."""
 
     def load(self, now_ms: int) -> None:
         """Read every known identity, with a lease of grace for those alive a moment ago."""
+        self._asked_ms = now_ms
         for name, entry in self._store.clients().items():
             client = ClientId(name)
             recent = entry.expires_ms > now_ms - self._lease_ms
@@ -109,8 +112,15 @@ class Registry:
         self._store.free_identity(client, address)
         return client
 
-    def expire(self, now_ms: int) -> list[ClientId]:
-        """Return the clients whose lease has just ended."""
+    def expire(self, now_ms: int, every_ms: int) -> list[ClientId]:
+        """Return the clients whose lease has just ended; to be asked every `every_ms`.
+
+        Where that is late this server was busy or stopped and heard nobody, whoever spoke: leases last as much longer.
+        """
+        deaf_ms = max(0, now_ms - self._asked_ms - every_ms)
+        self._asked_ms = now_ms
+        for entry in self._clients.values():
+            entry.expires_ms += deaf_ms if entry.expires_ms else 0
         gone = [c for c in self._clients.values() if c.expires_ms and c.expires_ms <= now_ms]
         for entry in gone:
             entry.present, entry.expires_ms = False, 0

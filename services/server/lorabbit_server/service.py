@@ -70,6 +70,7 @@ class Service:
         self._timers: list[Cancellable] = []
         self._tools: Tools | None = None
         self._renewed_ms = 0
+        self._expire: Callable[[int, int], None]
         self._stood_behind: str | None = None
         self.refused: Counter[str] = Counter()
 
@@ -196,6 +197,7 @@ class Service:
             self._subscribe(topology.SERVER_QUEUE.name, reception.on_control, CONTROL_PREFETCH),
             self._subscribe(topology.DATA_QUEUE.name, reception.on_data, DATA_PREFETCH),
         ]
+        self._expire = reception.expire
         for callback in self._on_leading:
             callback()
         self._next_job()
@@ -228,9 +230,7 @@ class Service:
             self._registry.renew()
             self._renewed_ms = now
             self._next_job()
-        for client in self._registry.expire(now):
-            log.warning("client-lost", client=client)
-            self._apply(steps.ClientLeft(client, self._registry.present, now))
+        self._loop.post(partial(self._expire, now, round(TICK_SECONDS * 1000)))  # behind what has arrived by now
         if self._run is not None:
             self._run.tick()
         self._timers = [self._loop.after(TICK_SECONDS, self._tick)]

@@ -4,9 +4,9 @@ A payload is known by its content, so two tasks that bring the same bytes share 
 bytes that are here already move no second time. Chunks are acknowledged once written; the whole is
 checked beside the loop before anybody believes it. An upload on which nothing arrives for a while
 is granted again: the broker, or an earlier disk of this server, may have lost a chunk, and a grant
-itself needs no outbox for the same reason. A server that takes over first takes what the broker
-holds for its predecessor, and then asks for the rest. Of many uploads a window of them is granted
-at a time.
+itself needs no outbox for the same reason. While other chunks arrive its own may be behind them in
+the queue, so it is given longer. A server that takes over first takes what the broker holds for
+its predecessor, and then asks for the rest. Of many uploads a window of them is granted at a time.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from lorabbit_server.window import Window
 log = structlog.get_logger()
 STALLED_MS = 5_000
 """An upload on which nothing moved for so long is granted again."""
+BEHIND_OTHERS_MS = 30_000
+"""So long where chunks of other uploads arrived meanwhile."""
 INHERITED_MS = 1_000
 """So long must nothing have moved on an upload that an earlier server granted."""
 OnChecked = Callable[[TaskState, Coding | Exception], None]
@@ -57,6 +59,8 @@ class Uploads:
         self._open: dict[str, Upload] = {}
         self._window = Window()
         self._inherited_until_ms = 0
+        self._arrived_ms = 0
+        """When the last chunk came, of whatever upload."""
 
     def inherit(self) -> None:
         """Expect that chunks are on their way which an earlier server asked for."""
@@ -75,7 +79,7 @@ class Uploads:
         upload.moved_ms = self._tools.now_ms()
         if not upload.missing:
             self._check(upload)
-        elif upload.moved_ms < self._inherited_until_ms:
+        elif upload.moved_ms < self._inherited_until_ms or (upload.granted and self._is_busy(INHERITED_MS)):
             upload.patience_ms = INHERITED_MS
         elif self._window.enter(ref.sha256, ref.size_bytes, upload.moved_ms):
             self._grant(task, upload)
@@ -92,9 +96,14 @@ class Uploads:
         self._advance()
         now = self._tools.now_ms()
         for upload in self._open.values():
-            stalled = upload.missing and now - upload.moved_ms >= upload.patience_ms
+            patience_ms = BEHIND_OTHERS_MS if self._is_busy(upload.patience_ms) else upload.patience_ms
+            stalled = upload.missing and now - upload.moved_ms >= patience_ms
             if stalled and (upload.granted or self._window.enter(upload.ref.sha256, upload.ref.size_bytes, now)):
                 self._grant_to_all(upload, absent)
+
+    def _is_busy(self, within_ms: int) -> bool:
+        """Tell whether a chunk arrived a moment ago."""
+        return self._tools.now_ms() - self._arrived_ms < within_ms
 
     def _advance(self) -> None:
         """Grant the uploads that the window has room for by now."""
@@ -110,6 +119,7 @@ class Uploads:
     def on_chunk(self, delivery: Delivery) -> None:
         """Write a chunk; one that is here already, or that nobody asked for, is dropped."""
         headers = delivery.headers
+        self._arrived_ms = self._tools.now_ms()
         task = str(headers.get("task", ""))
         size, overhead = len(delivery.body), header_bytes(delivery)
         self._meter.up(task, payload=size, overhead=overhead, message=delivery.message_id)

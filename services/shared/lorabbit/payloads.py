@@ -25,6 +25,8 @@ from lorabbit.types import Facts, Tensors
 
 CHUNK_BYTES = 2**20
 SUFFIX = ".safetensors"
+FLUSH_BYTES = 32 * 2**20
+"""A durable store forces what arrives to the disk in steps of this size: the last one is then as short as any."""
 _INDEX_BYTES = 4
 
 
@@ -37,6 +39,8 @@ class _Arriving:
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     hashed: int = 0
     """Leading chunks that are in the digest already: what arrives in order is read only once."""
+    unforced: int = 0
+    """Bytes written since the file was last forced to the disk."""
 
 
 class PayloadStore:
@@ -106,6 +110,10 @@ class PayloadStore:
             return
         with self._part(ref.sha256).open("r+b", buffering=0) as file:
             _write_all(file, body, start)
+            arriving.unforced += len(body)
+            if self.durable and arriving.unforced >= FLUSH_BYTES:
+                os.fdatasync(file.fileno())
+                arriving.unforced = 0
         with self._record(ref.sha256).open("ab", buffering=0) as file:
             file.write(index.to_bytes(_INDEX_BYTES, "little"))
         arriving.have.add(index)
