@@ -12,7 +12,7 @@ import typer
 
 from lorabbit.errors import BadInput
 from lorabbit_cli.commands_jobs import server_at
-from lorabbit_cli.options import Format, Output, ServerUrl, print_json, print_table, quiet_logs
+from lorabbit_cli.options import ComposeFiles, Format, Output, ServerUrl, print_json, print_table, quiet_logs
 from lorabbit_cli.scaling.places import Options, Place, open_scaler
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def scale(  # noqa: PLR0913, PLR0917 - each an option of the command
     image: Annotated[str, typer.Option(help="docker: the client's image.")] = _DEFAULT.image,
     network: Annotated[str, typer.Option(help="docker: the network on which the broker is.")] = _DEFAULT.network,
     memory: Annotated[str, typer.Option(help="docker: memory limit of a client.")] = _DEFAULT.memory,
-    file: Annotated[Path, typer.Option(metavar="FILE", help="compose: the compose file.")] = _DEFAULT.file,
+    file: ComposeFiles = list(_DEFAULT.files),  # noqa: B006 - typer's way to say "may be repeated"
     project: Annotated[str | None, typer.Option(help="compose: the project; the file's name when absent.")] = None,
     namespace: Annotated[str | None, typer.Option(help="kubernetes: the kubeconfig's when absent.")] = None,
     release: Annotated[str | None, typer.Option(help="kubernetes: where several have such a pool.")] = None,
@@ -82,7 +82,7 @@ def scale(  # noqa: PLR0913, PLR0917 - each an option of the command
     if not POOL_NAME.fullmatch(pool):
         raise BadInput(f"--pool: {pool!r} is no name; small letters, digits and dashes, a letter first")
     quiet_logs()
-    options = Options(folder, image, network, memory, file, project, namespace, release, context)
+    options = Options(folder, image, network, memory, tuple(file), project, namespace, release, context)
     with closing(open_scaler(on, options)) as scaler:
         done = bring(scaler, pool, number, pace=Pace(batch, patience), tell=lambda line: typer.echo(line, err=True))
     if output is Format.JSON:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorabbit_cli.options import Format, Output, print_json, quiet_logs
+from lorabbit_cli.options import ComposeFiles, Format, Output, print_json, quiet_logs
 from lorabbit_cli.scaling.places import Options, Place
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ Configured = Annotated[
 Pool = Annotated[str, typer.Option("--pool", metavar="POOL", help="compose, docker, kubernetes: the pool to scale.")]
 Image = Annotated[str, typer.Option(help="docker: the client's image.")]
 Network = Annotated[str, typer.Option(help="docker: the network on which the broker is.")]
-File = Annotated[Path, typer.Option(metavar="FILE", help="compose: the compose file.")]
 Project = Annotated[str | None, typer.Option(help="compose: the project; the file's name when absent.")]
 Namespace = Annotated[str | None, typer.Option(help="kubernetes: the kubeconfig's when absent.")]
 Release = Annotated[str | None, typer.Option(help="kubernetes: where several have such a pool.")]
@@ -80,7 +79,7 @@ def stress(  # noqa: PLR0913, PLR0917 - options of the command line
     pool: Pool = "client",
     image: Image = _DEFAULT.image,
     network: Network = _DEFAULT.network,
-    file: File = _DEFAULT.file,
+    file: ComposeFiles = list(_DEFAULT.files),  # noqa: B006 - typer's way to say "may be repeated"
     project: Project = None,
     namespace: Namespace = None,
     release: Release = None,
@@ -108,7 +107,7 @@ def stress(  # noqa: PLR0913, PLR0917 - options of the command line
     )  # fmt: skip
     place = place_of(on)
     options = Options(
-        image=image, network=network, file=file, project=project, namespace=namespace, release=release
+        image=image, network=network, files=tuple(file), project=project, namespace=namespace, release=release
     )  # fmt: skip
     with _stopped_cleanly(), launcher(plan, place, options, pool=pool, configured=configured) as launch:
         _measure(plan, on, launch, output)

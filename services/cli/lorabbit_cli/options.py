@@ -33,6 +33,10 @@ ServerUrl = Annotated[
     str | None,
     typer.Option("--server", metavar="URL", help="The server's address; LORABBIT_SERVER_URL when absent."),
 ]
+ComposeFiles = Annotated[
+    list[Path],
+    typer.Option("--file", metavar="FILE", help="compose: a compose file; may be repeated, later over earlier."),
+]
 Job = Annotated[str | None, typer.Argument(metavar="[JOB]", help="A job's name; the newest job when absent.")]
 
 

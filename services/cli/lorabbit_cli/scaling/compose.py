@@ -28,13 +28,14 @@ UNNAMED = 64
 class Compose(Scaler):
     """The client services of one compose project."""
 
-    def __init__(self, file: Path, project: str | None) -> None:
-        """Reach the engine and read the file; raises BadInput where either fails."""
-        if not file.is_file():
-            raise BadInput(f"--file: {file} is not there; name the compose file of the federation")
+    def __init__(self, files: tuple[Path, ...], project: str | None) -> None:
+        """Reach the engine and read the files, the later over the earlier; raises BadInput where either fails."""
+        for file in files:
+            if not file.is_file():
+                raise BadInput(f"--file: {file} is not there; name the compose file of the federation")
         self._engine = Engine()
         named = ["--project-name", project] if project else []
-        self._command = ["docker", "compose", "--file", str(file), *named, "--profile", "*"]
+        self._command = ["docker", "compose", *(f"--file={file}" for file in files), *named, "--profile", "*"]
         self._services = self._run("config", "--services").split()
         self.project = project or self._name()
 

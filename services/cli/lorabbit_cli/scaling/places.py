@@ -28,7 +28,8 @@ class Options:
     image: str = "lorabbit-client:dev"
     network: str = "bridge"
     memory: str = "2g"
-    file: Path = Path("compose.yaml")
+    files: tuple[Path, ...] = (Path("compose.yaml"),)
+    """Compose: the later over the earlier, as those that the federation was started with."""
     project: str | None = None
     namespace: str | None = None
     release: str | None = None
@@ -57,7 +58,7 @@ def _open(place: Place, options: Options) -> Scaler:
         case Place.COMPOSE:
             from lorabbit_cli.scaling.compose import Compose  # noqa: PLC0415 - as above
 
-            return Compose(options.file, options.project)
+            return Compose(options.files, options.project)
         case Place.KUBERNETES:
             from lorabbit_cli.scaling.cluster import Cluster  # noqa: PLC0415 - imports kubernetes
             from lorabbit_cli.scaling.cluster_access import find_access  # noqa: PLC0415 - as above
