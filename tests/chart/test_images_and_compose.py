@@ -49,18 +49,24 @@ def config(*profiles: str) -> Doc:
     return found
 
 
-SECRETS = {"RABBITMQ_PASSWORD": "broker-s3cret", "REDIS_PASSWORD": "store-s3cret", "LORABBIT_HTTP_TOKEN": "t" * 16}
-
-
-def secure(**environment: str) -> subprocess.CompletedProcess[str]:
+@cache
+def secure() -> Doc:
     """What compose makes of its file with the secure one over it."""
-    files = ["-f", "compose.yaml", "-f", "compose.secure.yaml", "--profile", "standby"]
-    return subprocess.run(
-        [program("docker-compose"), *files, "config", "--format", "json"],
+    files = ["-f", "compose.yaml", "-f", "compose.secure.yaml"]
+    run = subprocess.run(
+        [program("docker-compose"), *files, "--profile", "*", "config", "--format", "json"],
         check=False, capture_output=True, text=True, timeout=60, cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if not name.startswith(("LORABBIT_", "COMPOSE_"))}
-        | environment,
+        env={name: value for name, value in os.environ.items() if not name.startswith(("LORABBIT_", "COMPOSE_"))},
     )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found: Doc = json.loads(run.stdout)
+    return found
+
+
+def make_secrets(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run what makes the secure file's secrets."""
+    script = ROOT / "services" / "secrets" / "make.sh"
+    return subprocess.run(["/bin/sh", script, folder], check=False, capture_output=True, text=True, timeout=60)
 
 
 # ---- images ----
@@ -152,10 +158,18 @@ def test_services_keep_to_their_rights():
         assert service["security_opt"] == ["no-new-privileges:true"], name
 
 
-def test_what_a_profile_adds_has_a_memory_limit():
+def test_every_service_has_a_memory_limit():
     services = config(*PROFILES)["services"]
 
-    assert [name for name in services.keys() - ALWAYS if "limits" not in services[name]["deploy"]["resources"]] == []
+    assert [name for name in services if "memory" not in services[name]["deploy"]["resources"]["limits"]] == []
+
+
+def test_what_is_always_there_has_a_processor_limit():
+    services = config()["services"]
+
+    assert {name: services[name]["deploy"]["resources"]["limits"]["cpus"] for name in ALWAYS} == {
+        "rabbitmq": 2, "redis": 1, "server": 2, "client": 2,
+    }  # fmt: skip
 
 
 def test_clients_never_reach_redis():
@@ -197,26 +211,50 @@ def test_images_of_compose_have_a_version():
 
 
 # ---- the secure file ----
-def test_the_secure_file_speaks_tls_everywhere_and_gives_clients_no_password():
-    run = secure(**SECRETS)
-    assert run.returncode == 0, run.stderr
-    services = json.loads(run.stdout)["services"]
+def test_the_secure_file_holds_no_password_and_the_servers_take_theirs_from_files():
+    services = secure()["services"]
 
+    assert "lorabbit:lorabbit" not in json.dumps(services)
+    assert not [name for each in services.values() for name in each.get("environment", {}) if "PASS" in name]
     for name in ("server", "server-standby"):
-        environment = services[name]["environment"]
-        assert environment["LORABBIT_BROKER_URL"].startswith("amqps://")
-        assert environment["LORABBIT_MANAGEMENT_URL"].startswith("https://")
-        assert environment["LORABBIT_REDIS_URL"].startswith("rediss://")
-        assert environment["LORABBIT_HTTP_CERT"]
-    client = services["client"]
+        taken = {key: value for key, value in services[name]["environment"].items() if key.endswith("_FILE")}
+        assert taken.keys() == {
+            "LORABBIT_BROKER_URL_FILE", "LORABBIT_MANAGEMENT_URL_FILE", "LORABBIT_REDIS_URL_FILE",
+            "LORABBIT_HTTP_TOKEN_FILE",
+        }  # fmt: skip
+        assert {Path(value).name for value in taken.values()} == {each["source"] for each in services[name]["secrets"]}
+        assert not taken.keys() & {f"{key}_FILE" for key in services[name]["environment"]}
+
+
+@pytest.mark.parametrize("name", ["client", "client-gpu", "client-jetson"])
+def test_a_client_of_the_secure_file_has_nothing_but_a_token_to_join_with(name: str):
+    client = secure()["services"][name]
+
     assert client["environment"]["LORABBIT_BROKER_URL"] == "amqps://rabbitmq:5671/"
-    assert not [secret for secret in SECRETS.values() if secret in json.dumps(client)]
+    assert [secret["source"] for secret in client["secrets"]] == ["join-token"]
     assert [volume["target"] for volume in client["volumes"] if volume["type"] == "bind"] == ["/certificates/ca.pem"]
 
 
-def test_the_secure_file_has_no_default_for_a_secret():
-    for name in SECRETS:
-        run = secure(**{other: value for other, value in SECRETS.items() if other != name})
+def test_the_script_makes_the_secrets_that_the_secure_file_names_and_replaces_none(tmp_path: Path):
+    folder = tmp_path / "secrets"
+    assert make_secrets(folder).returncode == 0
+    made = {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+    again = make_secrets(folder)
 
-        assert run.returncode != 0
-        assert f"set {name}" in run.stderr
+    assert made.keys() == {Path(each["file"]).name for each in secure()["secrets"].values()}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert again.returncode != 0
+    assert made == {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+
+
+def test_the_secrets_agree_with_each_other_and_speak_tls_everywhere(tmp_path: Path):
+    assert make_secrets(tmp_path / "secrets").returncode == 0
+    said = {path.name: path.read_text(encoding="utf-8").strip() for path in (tmp_path / "secrets").iterdir()}
+    broker, store = said["rabbitmq.conf"].rpartition(" = ")[2], said["redis-password"]
+
+    assert said["broker-url"] == f"amqps://lorabbit:{broker}@rabbitmq:5671/"
+    assert said["management-url"] == f"https://lorabbit:{broker}@rabbitmq:15671/"
+    assert said["redis-url"] == f"rediss://:{store}@redis:6379/0"
+    assert said["redis.conf"] == f"requirepass {store}"
+    assert len({broker, store, said["http-token"]}) == 3
+    assert min(len(broker), len(store), len(said["http-token"])) == 48
