@@ -105,6 +105,31 @@ def test_a_job_gathers_clients_that_suit_it_and_says_which_are_lacking():
     assert state.declared == {}
 
 
+def test_a_client_below_the_one_rank_of_an_aggregation_is_left_out_with_the_reason():
+    spec, small = job(clients=2, model={"lora": {"rank": 8}}), Declared(max_rank=4)
+    state, _ = decide(JobState("job", spec), steps.JobOpened(NAMES[:2], 1, {NAMES[0]: small, NAMES[1]: GPU}))
+    (wait,) = waits_of(state)
+    state = load_state(dump_header(state), spec, {})
+    state, _ = decide(state, steps.ClientArrived(NAMES[2], NAMES[:3], declared=Declared(max_rank=8)))
+
+    assert wait.reason == (
+        "job job waits for 1 more client with a LORABBIT_MAX_RANK of at least 8, the one rank of this aggregation: "
+        "1 of 2 needed are connected; 1 others are here, but not such"
+    )
+    assert state.clients == (NAMES[1], NAMES[2])
+
+
+@pytest.mark.parametrize(
+    "what", [{"aggregation": "svd"}, {"model": {"trainable": "head"}}, {"model": {"lora": {"rank": 4}}}]
+)
+def test_a_small_rank_is_enough_where_ranks_may_differ_or_there_is_none(what):
+    declared = {NAMES[0]: Declared(max_rank=4), NAMES[1]: GPU}
+
+    state, _ = decide(JobState("job", job(clients=2, **what)), steps.JobOpened(NAMES[:2], 1, declared))
+
+    assert state.clients == NAMES[:2]
+
+
 # ---- who is asked ----
 
 

@@ -22,10 +22,12 @@ from lorabbit.errors import BadInput, LoRAbbitError, NotAllowed
 from lorabbit.settings import ClientSettings, read_settings, strangers
 from lorabbit.telemetry import configure
 from lorabbit_client.agent import Agent
+from lorabbit_client.capability import Capability
 from lorabbit_client.confined import ConfinedExecutor
 from lorabbit_client.credentials import FILE, settled
 from lorabbit_client.executor import Executor
 from lorabbit_client.folderlock import FolderLock
+from lorabbit_client.machine import device
 from lorabbit_client.runners import ThreadRunner
 
 log = structlog.get_logger()
@@ -41,6 +43,7 @@ def main(settings: ClientSettings | None = None) -> int:
         settings = settings or read_settings(ClientSettings)
         configure(settings.log_level, settings.log_format)
         crash.arm(settings.crash_at)
+        _capability(settings).check(device(settings.device))
     except BadInput as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
@@ -62,7 +65,12 @@ def _work(settings: ClientSettings) -> int:
     name = f"lorabbit-client {settings.address}"
     bears = REFUSED_SECONDS if (settings.folder / FILE).exists() else None
     broker: Broker = RabbitBroker(settings.broker_url, name=name, trust=settings.trust, refused_seconds=bears)
-    executor = Executor(threads=settings.threads, data_root=settings.data_root, device=settings.device)
+    executor = Executor(
+        threads=settings.threads,
+        data_root=settings.data_root,
+        device=settings.device,
+        capability=_capability(settings),
+    )
     runner = ThreadRunner(ConfinedExecutor(executor, settings.data_root), durable=settings.durable)
     agent = Agent(broker, runner, settings)
     agent.on_idle = broker.stop
@@ -79,6 +87,10 @@ def _work(settings: ClientSettings) -> int:
         broker.close()
     log.info("client-stopped")
     return 0
+
+
+def _capability(settings: ClientSettings) -> Capability:
+    return Capability(settings.max_batch, settings.dtype)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from lorabbit.errors import BadInput, LoRAbbitError, Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Metrics
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, ClientUpdate, Json, Plan, Tensors
+from lorabbit_client.capability import UNLIMITED, Capability
 from lorabbit_client.execution import Cancelled, OnProgress, Outcome, Work
 from lorabbit_client.null import NullWorkspace, is_null
 from lorabbit_client.private import PrivateState, read_private, write_private
@@ -32,8 +33,11 @@ UNSENT = "unsent"
 class Executor:
     """Executes tasks; keeps the workspace (base model, data) of the last job."""
 
-    def __init__(self, *, threads: int = 1, data_root: Path = Path(), device: str = "auto") -> None:
-        """Say how many torch threads to use, where relative data paths start, and on which device."""
+    def __init__(
+        self, *, threads: int = 1, data_root: Path = Path(), device: str = "auto", capability: Capability = UNLIMITED
+    ) -> None:
+        """Say how many torch threads to use, where relative data paths start, on which device, and what it holds."""
+        self._capability = capability
         self._threads = threads
         self._data_root = data_root
         self._device = device
@@ -101,7 +105,13 @@ class Executor:
         else:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             opens = _personal() if methods.build(spec).personal else _shared()
-            workspace = opens(spec, threads=self._threads, data_root=self._data_root, device=self._device)
+            workspace = opens(
+                spec,
+                threads=self._threads,
+                data_root=self._data_root,
+                device=self._device,
+                capability=self._capability,
+            )
         self._spec, self._workspace = spec, workspace
         return workspace
 

@@ -96,6 +96,10 @@ class Features(ABC):
     def scorer(self) -> Scorer:
         """Return a scorer for batches of these rows."""
 
+    def units(self, batch: Batch) -> int:
+        """Count what the model's mean loss of a batch is a mean over: its rows, or labelled tokens."""
+        return len(next(iter(batch.values())))
+
     def rows_of(self, examples: Codes) -> Codes:
         """Return the rows of some examples; the same numbers where every example has one row."""
         return examples

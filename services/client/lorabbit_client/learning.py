@@ -19,6 +19,7 @@ from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Metrics, Task
 from lorabbit.tensors import count
 from lorabbit.types import Json, Tensors
+from lorabbit_client.capability import UNLIMITED, Capability
 from lorabbit_client.data import ClientData, load_client, load_labels, load_test
 from lorabbit_client.evaluator import evaluate
 from lorabbit_client.execution import OnProgress
@@ -35,10 +36,14 @@ CENTRAL = "central"
 REPORTED = ("torch", "transformers", "peft", "numpy", "tokenizers")
 
 
-def open_workspace(spec: JobSpec, *, threads: int, data_root: Path, device: str) -> LearningWorkspace:
+def open_workspace(
+    spec: JobSpec, *, threads: int, data_root: Path, device: str, capability: Capability
+) -> LearningWorkspace:
     """Set torch up for this process and open a job's workspace; nothing is loaded yet."""
     torch.set_num_threads(threads)
-    return LearningWorkspace(spec, data_root=data_root, device=choose_device(device))
+    chosen = choose_device(device)
+    capability.check(chosen.type)
+    return LearningWorkspace(spec, data_root=data_root, device=chosen, capability=capability)
 
 
 def choose_device(name: str) -> torch.device:
@@ -57,8 +62,11 @@ def choose_device(name: str) -> torch.device:
 class LearningWorkspace:
     """One job's model and data in one process."""
 
-    def __init__(self, spec: JobSpec, *, data_root: Path, device: torch.device) -> None:
-        """Remember what to load when it is first needed."""
+    def __init__(
+        self, spec: JobSpec, *, data_root: Path, device: torch.device, capability: Capability = UNLIMITED
+    ) -> None:
+        """Remember what to load when it is first needed, and what this client can hold."""
+        self._capability = capability
         self._spec = spec
         self._data_root = data_root
         self._device = device
@@ -114,7 +122,15 @@ class LearningWorkspace:
         # Denormal numbers appear in converged gradients and cost a hundred times a normal one; per thread.
         torch.set_flush_denormal(True)
         data = self._data(task.index, task.population)
-        return TorchSession(task, self._model, data, private=private, on_progress=on_progress, prefixes=self._prefixes)
+        return TorchSession(
+            task,
+            self._model,
+            data,
+            private=private,
+            on_progress=on_progress,
+            prefixes=self._prefixes,
+            capability=self._capability,
+        )
 
     def counting(self) -> Operations:
         """Count operations on their way to torch."""

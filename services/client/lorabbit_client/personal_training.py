@@ -21,7 +21,6 @@ from lorabbit_client.data import Examples
 from lorabbit_client.features import Batch
 from lorabbit_client.personal_forward import TorchForward
 from lorabbit_client.personal_models import Split
-from lorabbit_client.tables import Codes
 from lorabbit_client.trainable import TrainableModel
 from lorabbit_client.trainer import Clock, Trainer
 
@@ -124,8 +123,7 @@ class PersonalTrainer(Trainer):
                 still.add(role)
         self._ensemble.still = frozenset(still)
 
-    def _loss(self, positions: Codes) -> torch.Tensor:
+    def _loss(self, batch: Batch) -> torch.Tensor:
         """Return the objective of one batch."""
-        batch = {name: value.to(self._device) for name, value in self.examples.batch(positions).items()}
         loss: torch.Tensor = self._objective(self._ensemble.look(batch))
         return loss

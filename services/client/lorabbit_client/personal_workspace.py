@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 
 from lorabbit.errors import BadInput
@@ -22,6 +23,7 @@ from lorabbit.methods.session import Place
 from lorabbit.seeds import derive_seed
 from lorabbit.tensors import count
 from lorabbit.types import Json, Tensors
+from lorabbit_client.capability import UNLIMITED, Capability
 from lorabbit_client.data import ClientData, load_client, load_labels
 from lorabbit_client.evaluator import evaluate
 from lorabbit_client.execution import OnProgress
@@ -37,9 +39,18 @@ from lorabbit_client.tasks.images import ImageFormat
 from lorabbit_client.trainable import TrainableModel
 from lorabbit_client.workspace import Initial
 
+log = structlog.get_logger()
 
-def open_personal_workspace(spec: JobSpec, *, threads: int, data_root: Path, device: str) -> PersonalWorkspace:
-    """Set torch up for this process and open a job's workspace; nothing is loaded yet."""
+
+def open_personal_workspace(
+    spec: JobSpec, *, threads: int, data_root: Path, device: str, capability: Capability
+) -> PersonalWorkspace:
+    """Set torch up for this process and open a job's workspace; nothing is loaded yet.
+
+    A method's own objective need not be a mean over rows, so its batches stay whole, and in float32.
+    """
+    if capability != UNLIMITED:
+        log.warning("capability-not-used", why="methods with own models learn whole batches, in float32")
     torch.set_num_threads(threads)
     return PersonalWorkspace(spec, data_root=data_root, device=choose_device(device))
 

@@ -79,7 +79,7 @@ class Usage:
 class Prefix:
     """The frozen prefix of one training."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: TrainableModel,
         blocks: Sequence[nn.Module],
@@ -87,19 +87,21 @@ class Prefix:
         *,
         cache: PrefixCache,
         owner: object,
+        group: int = GROUP,
     ) -> None:
-        """Skip `blocks`, the lowest of the model, for one client's examples."""
+        """Skip `blocks`, the lowest of the model, for one client's examples, `group` of them put through together."""
         self._model = model
         self._blocks = blocks
         self._examples = examples
         self._cache = cache
         self._owner = owner
-        self._groups = canonical_groups(examples.lengths)
+        self._groups = canonical_groups(examples.lengths, group)
         self._group_of = np.empty(len(examples), dtype=np.int64)
         self._place_in = np.empty(len(examples), dtype=np.int64)
-        for number, group in enumerate(self._groups):
-            self._group_of[group], self._place_in[group] = number, np.arange(len(group))
+        for number, places in enumerate(self._groups):
+            self._group_of[places], self._place_in[places] = number, np.arange(len(places))
         self._at_hand: dict[int, torch.Tensor] = {}
+        self._whole: torch.Tensor | None = None
         self._current: torch.Tensor | None = None
         self.computed = 0
         """Examples put through the prefix in this training."""
@@ -126,7 +128,11 @@ class Prefix:
         """Hand the activations of a batch to the next forward pass, padded with zeros where attention is masked."""
         rows = [self._at_hand[int(self._group_of[p])][int(self._place_in[p])] for p in positions]
         self.taken += len(rows)
-        self._current = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        self._whole = self._current = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    def narrow(self, place: slice) -> None:
+        """Hand the activations of a piece of that batch alone to the next forward pass, padded as before."""
+        self._current = None if self._whole is None else self._whole[place]
 
     @contextmanager
     def skipped(self) -> Iterator[None]:
@@ -140,7 +146,7 @@ class Prefix:
         finally:
             for block in self._blocks:
                 del block.forward
-            self._current = None
+            self._whole = self._current = None
 
     def _answer(self, _hidden: torch.Tensor, *_args: Any, **_named: Any) -> torch.Tensor:  # noqa: ANN401
         if self._current is None:
@@ -181,12 +187,12 @@ def _pass_on(hidden: torch.Tensor, *_args: Any, **_named: Any) -> torch.Tensor: 
     return hidden
 
 
-def canonical_groups(lengths: Codes) -> list[Codes]:
+def canonical_groups(lengths: Codes, size: int = GROUP) -> list[Codes]:
     """Cut rows into groups of one length each, in the order of the rows: the same for every batch and history."""
     groups: list[Codes] = []
     for length in np.unique(lengths):
         rows = np.flatnonzero(lengths == length)
-        groups.extend(rows[i : i + GROUP] for i in range(0, len(rows), GROUP))
+        groups.extend(rows[i : i + size] for i in range(0, len(rows), size))
     return groups
 
 
@@ -199,6 +205,7 @@ def find_prefix(  # noqa: PLR0913
     cache: PrefixCache,
     base: object,
     owner: object,
+    group: int = GROUP,
 ) -> Prefix | None:
     """Return the prefix that a training can skip; None where there is none, or where keeping it does not pay."""
     config: Any = getattr(model.model, "config", None)
@@ -212,7 +219,7 @@ def find_prefix(  # noqa: PLR0913
     below = {id(value) for block in frozen for value in block.parameters()}
     below |= {id(value) for name, value in model.model.named_parameters() if "embeddings" in name}
     travelling = {name: value for name, value in model.tensors.items() if id(value) in below}
-    prefix = Prefix(model, frozen, examples, cache=cache, owner=owner)
+    prefix = Prefix(model, frozen, examples, cache=cache, owner=owner, group=group)
     if prefix.moves():
         return None
     cache.use((base, len(frozen), hash_tensors(travelling)))

@@ -28,6 +28,7 @@ from lorabbit.seeds import derive_seed
 from lorabbit.types import Json
 from lorabbit_client.batching import steps_of
 from lorabbit_client.features import Batch
+from lorabbit_client.pieces import cut
 from lorabbit_client.probing import losses
 from lorabbit_client.tables import Codes
 from lorabbit_client.trainer import Trainer
@@ -120,8 +121,9 @@ class PrivateTrainer(Trainer):
         sums = {name: torch.zeros_like(value) for name, value in moving.items()}
         if len(positions):
             batch = {name: value.to(self._device) for name, value in self.examples.batch(positions).items()}
-            for gradients in _per_example(self._model.model, moving, batch):
-                _add_clipped(sums, gradients, self.privacy.clip)
+            for _, piece, _ in cut(self.examples.features, batch, self._capability.max_batch or len(positions)):
+                for gradients in _per_example(self._model.model, moving, piece):
+                    _add_clipped(sums, gradients, self.privacy.clip)
         scale = min(self.local.batch_size, len(self.examples))
         for name, value in moving.items():
             seed = derive_seed(self._seed, "noise", step, name) if self.privacy.seeded else None

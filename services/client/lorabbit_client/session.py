@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -26,10 +27,11 @@ from lorabbit.work import shortened
 from lorabbit_client.arrays import dtype_name, to_numpy, to_torch
 from lorabbit_client.base import REPLACED, Base
 from lorabbit_client.batching import rows_of
+from lorabbit_client.capability import UNLIMITED, Capability
 from lorabbit_client.data import ClientData
 from lorabbit_client.execution import OnProgress
 from lorabbit_client.lora_layers import LoraLayers
-from lorabbit_client.prefix import Prefix, PrefixCache, Usage, find_prefix
+from lorabbit_client.prefix import GROUP, Prefix, PrefixCache, Usage, find_prefix
 from lorabbit_client.private import PrivateState
 from lorabbit_client.trainable import TrainableModel
 from lorabbit_client.trainer import Clock, Trainer
@@ -52,6 +54,7 @@ class TorchSession:
         private: PrivateState,
         on_progress: OnProgress,
         prefixes: PrefixCache | None = None,
+        capability: Capability = UNLIMITED,
     ) -> None:
         """Start from the job's initial tensors."""
         self.client = ClientProfile(ClientId(task.client), task.index)
@@ -70,6 +73,7 @@ class TorchSession:
         self._tell = on_progress
         self._fraction = 0.0
         self._prefixes = prefixes
+        self._capability = capability
         model.reset()
 
     # ---- tensors ----
@@ -156,10 +160,13 @@ class TorchSession:
         """Make what trains; one that adds noise writes down beforehand what that spends."""
         spec, data = self._task.spec.privacy, self._data.train
         if spec is None or spec.level != "example":
-            return Trainer(model, data, local, clock=clock, seed=seed, find_prefix=self._find_prefix)
+            return Trainer(
+                model, data, local, clock=clock, seed=seed, find_prefix=self._find_prefix, capability=self._capability
+            )
         from lorabbit_client.private_training import LEDGER, PrivateTrainer, planned  # noqa: PLC0415
 
-        trainer = PrivateTrainer(model, data, local, clock=clock, seed=seed)
+        limit = replace(self._capability, dtype="float32")
+        trainer = PrivateTrainer(model, data, local, clock=clock, seed=seed, capability=limit)
         trainer.privacy = spec
         plan = planned(spec, trainer, self.private.get(LEDGER))
         plan.check()
@@ -174,7 +181,10 @@ class TorchSession:
         spec = self._task.spec
         usage = Usage(rows, spec.rounds, self._task.population)
         owner = (self._task.index, self._task.population)
-        return find_prefix(self._adapter, self._data.train, moving, usage, cache=self._prefixes, base=base, owner=owner)
+        group = min(GROUP, self._capability.max_batch or GROUP)
+        return find_prefix(
+            self._adapter, self._data.train, moving, usage, cache=self._prefixes, base=base, owner=owner, group=group
+        )
 
     # ---- looking ----
     def labels(self) -> Array:

@@ -24,10 +24,14 @@ from lorabbit.seeds import derive_seed
 from lorabbit.types import Tensors
 from lorabbit_client.batching import batches as cut_batches
 from lorabbit_client.batching import repeated, rows_of, steps_of, steps_over
+from lorabbit_client.capability import UNLIMITED, Capability
 from lorabbit_client.data import Examples
 from lorabbit_client.execution import OnProgress
+from lorabbit_client.features import Batch
 from lorabbit_client.masking import Held, make_masks
+from lorabbit_client.masters import hand_gradients, hand_values, make_masters
 from lorabbit_client.models import seeded
+from lorabbit_client.pieces import computing, cut, scaler_of
 from lorabbit_client.prefix import Prefix
 from lorabbit_client.tables import Codes
 from lorabbit_client.trainable import TrainableModel
@@ -35,7 +39,6 @@ from lorabbit_client.trainable import TrainableModel
 PROGRESS_SECONDS = 0.25
 FindPrefix: TypeAlias = Callable[[Sequence[torch.Tensor], int], Prefix | None]
 """(what moves, rows trained on) -> what of the model need not be computed in every step."""
-HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,10 @@ class Trainer:
         clock: Clock,
         seed: int,
         find_prefix: FindPrefix = lambda _moving, _rows: None,
+        capability: Capability = UNLIMITED,
     ) -> None:
-        """Take what to train, on what, how, when in the job, and from which seed."""
+        """Take what to train, on what, how, when in the job, from which seed, and what this client can hold."""
+        self._capability = capability
         self._find_prefix = find_prefix
         self._prefix: Prefix | None = None
         self._model = model
@@ -104,6 +109,7 @@ class Trainer:
         self._clock = clock
         self._seed = seed
         self._device = next(model.model.parameters()).device
+        self._scaler = scaler_of(capability, self._device)
 
     def run(
         self,
@@ -134,7 +140,8 @@ class Trainer:
         if self._prefix is None:
             yield
             return
-        self._prefix.prepare(rows)
+        with computing(self._capability, self._device):
+            self._prefix.prepare(rows)
         with self._prefix.skipped():
             yield
 
@@ -181,16 +188,18 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = self._learn(positions, moving, step)
-            _hand_gradients(moving, masters)
+            hand_gradients(moving, masters)
+            self._scaler.unscale_(optimizer)
             if gradient_term is not None:
                 _add_gradient(masters, start, gradient_term)
             held.clear_gradients()
             if local.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, local.max_grad_norm)
-            optimizer.step()
+            self._scaler.step(optimizer)
+            self._scaler.update()
             optimizer.zero_grad(set_to_none=True)
             held.put_back()
-            _hand_values(masters, moving)
+            hand_values(masters, moving)
             total += loss.detach()
             if time.monotonic() >= due:
                 on_progress((step + 1) / steps, self._finite(total, step + 1))
@@ -200,18 +209,36 @@ class Trainer:
         return Trained(mean, steps, 0 if self._prefix is None else self._prefix.saved)
 
     def _learn(self, positions: Codes, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:  # noqa: ARG002
-        """Leave the gradient of one batch in `grad`, and return its loss."""
-        loss = self._loss(positions)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        """Leave the gradient of one batch, which may come in pieces, in `grad`, and return its loss."""
+        batch, most = self._batch(positions), self._capability.max_batch
+        if most is None or len(positions) <= most:
+            return self._backward(batch)
+        total = torch.zeros((), device=self._device)
+        for place, piece, share in cut(self.examples.features, batch, most):
+            if self._prefix is not None:
+                self._prefix.narrow(place)
+            total += self._backward(piece, share)
+        return total
 
-    def _loss(self, positions: Codes) -> torch.Tensor:
-        """Return the mean loss of one batch."""
+    def _backward(self, batch: Batch, share: float = 1.0) -> torch.Tensor:
+        """Add the gradient of a share of the loss to what is in `grad`; returns that share."""
+        with computing(self._capability, self._device):
+            loss = self._loss(batch)
+        loss = loss if share == 1.0 else loss * share
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _batch(self, positions: Codes) -> Batch:
+        """Return the tensors of some rows where the model is."""
         batch = self.examples.batch(positions)
         if self._prefix is not None:
             self._prefix.step(positions)
         if self._device.type != "cpu":
             batch = {name: value.to(self._device, non_blocking=True) for name, value in batch.items()}
+        return batch
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """Return the mean loss of a batch."""
         loss: torch.Tensor = self._model.model(**batch).loss
         return loss
 
@@ -246,33 +273,6 @@ def _only(moving: dict[str, nn.Parameter], held: dict[str, torch.Tensor], model:
         with torch.no_grad():
             for name, kept in buffers.items():
                 held[name].copy_(kept)
-
-
-def make_masters(moving: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return what the optimiser moves: float32 copies of half-precision parameters, others themselves.
-
-    In float16 Adam's epsilon is zero and its first step is 0 / 0; in bfloat16 a step below a 256th
-    of a weight is rounded away.
-    """
-    return {
-        name: nn.Parameter(value.detach().float()) if value.dtype in HALF else value for name, value in moving.items()
-    }
-
-
-def _hand_gradients(moving: dict[str, nn.Parameter], masters: dict[str, nn.Parameter]) -> None:
-    """Move the gradients of half-precision parameters to their float32 copies."""
-    for name, value in moving.items():
-        if masters[name] is not value and value.grad is not None:
-            masters[name].grad = value.grad.float()
-            value.grad = None
-
-
-def _hand_values(masters: dict[str, nn.Parameter], moving: dict[str, nn.Parameter]) -> None:
-    """Round the float32 copies back into the model."""
-    with torch.no_grad():
-        for name, value in moving.items():
-            if masters[name] is not value:
-                value.copy_(masters[name])
 
 
 def _add_gradient(masters: dict[str, nn.Parameter], start: dict[str, torch.Tensor], term: GradientTerm) -> None:

@@ -10,6 +10,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lorabbit.aggregation import one_rank
+from lorabbit.jobspec import JobSpec
+from lorabbit.methods import METHODS
 from lorabbit.participation import SelectionSpec
 from lorabbit.seeds import generator
 from lorabbit.types import ClientId
@@ -29,8 +32,15 @@ def population(present: Iterable[ClientId], size: int) -> tuple[ClientId, ...]:
     return tuple(sorted(present, key=natural)[:size])
 
 
-def suits(selection: SelectionSpec | None, declared: Declared) -> bool:
-    """Tell whether a client is one of those that a job takes in."""
+def rank_needed(job: JobSpec) -> int | None:
+    """The rank that every client of a job must train; None where ranks may differ, or there is none."""
+    return None if METHODS[job.method.name].personal else one_rank(job)
+
+
+def suits(selection: SelectionSpec | None, declared: Declared, rank: int | None = None) -> bool:
+    """Tell whether a client is one of those that a job takes in; `rank` is what everyone must train, if anything."""
+    if rank is not None and declared.max_rank is not None and declared.max_rank < rank:
+        return False
     if selection is None:
         return True
     return (
@@ -41,15 +51,23 @@ def suits(selection: SelectionSpec | None, declared: Declared) -> bool:
     )
 
 
-def wanted(selection: SelectionSpec | None) -> str:
-    """Say in words which clients a job takes in; empty where it takes any."""
+def wanted(selection: SelectionSpec | None, rank: int | None = None) -> str:
+    """Say in words which clients a job takes in; empty where it takes any.
+
+    `rank` is what everyone must train, where somebody here cannot.
+    """
+    limits = [f"a LORABBIT_MAX_RANK of at least {rank}, the one rank of this aggregation"] if rank is not None else []
+    return " and ".join([*_selected(selection), *limits])
+
+
+def _selected(selection: SelectionSpec | None) -> list[str]:
     if selection is None:
-        return ""
+        return []
     parts = [f"tags {', '.join(selection.tags)}"] if selection.tags else []
     parts += [f"pool {' or '.join(selection.pools)}"] if selection.pools else []
     parts += [f"device {' or '.join(selection.devices)}"] if selection.devices else []
     parts += [f"{selection.memory_gib:g} GiB of memory"] if selection.memory_gib is not None else []
-    return " and ".join(parts)
+    return parts
 
 
 @dataclass(frozen=True, slots=True)

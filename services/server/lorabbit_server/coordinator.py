@@ -136,15 +136,15 @@ def _gather(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> D
 
 def _suited(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> tuple[JobState, Sequence[ClientId]]:
     """Those of the clients who are here that the job takes in; what they declared is kept while it gathers."""
-    selection = state.spec.selection
-    if selection is None:
+    selection, rank = state.spec.selection, cohort.rank_needed(state.spec)
+    if selection is None and rank is None:
         return state, event.present
     declared = dict(state.declared)
     if isinstance(event, JobOpened):
         declared.update(event.declared)
     elif isinstance(event, ClientArrived):
         declared[event.client] = event.declared
-    suited = [c for c in event.present if cohort.suits(selection, declared.get(c, Declared()))]
+    suited = [c for c in event.present if cohort.suits(selection, declared.get(c, Declared()), rank)]
     return replace(state, declared=declared, unsuited=len(event.present) - len(suited)), suited
 
 
@@ -160,7 +160,8 @@ def _joins(state: JobState, event: ClientArrived) -> bool:
     """Tell whether a client that is not of the population becomes so."""
     spec = state.spec
     prepares = METHODS[spec.method.name].prepares
-    return joining.takes_in(spec, prepares=prepares) and cohort.suits(spec.selection, event.declared)
+    suits = cohort.suits(spec.selection, event.declared, cohort.rank_needed(spec))
+    return suits and joining.takes_in(spec, prepares=prepares)
 
 
 def _welcome_back(state: JobState, event: ClientArrived) -> Decision:

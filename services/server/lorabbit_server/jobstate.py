@@ -69,6 +69,7 @@ class Declared:
     memory_bytes: int = 0
     tags: tuple[str, ...] = ()
     pool: str = ""
+    max_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

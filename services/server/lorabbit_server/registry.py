@@ -146,7 +146,9 @@ class Registry:
     def declared(self) -> dict[ClientId, Declared]:
         """What those who are here said of themselves, as far as jobs choose by it."""
         here = (entry for entry in self._clients.values() if entry.present)
-        return {each.client: Declared(each.device, each.memory_bytes, each.tags, each.pool) for each in here}
+        return {
+            each.client: Declared(each.device, each.memory_bytes, each.tags, each.pool, each.max_rank) for each in here
+        }
 
     def get(self, client: ClientId) -> Client | None:
         """A client by its identity."""

@@ -79,7 +79,9 @@ def _population(state: JobState) -> Wait:
     wanted, here = state.spec.clients, state.present
     lacking = max(0, wanted - here)
     more = "client" if lacking == 1 else "clients"
-    asked = cohort.wanted(state.spec.selection)
+    rank = cohort.rank_needed(state.spec)
+    short = any(rank is not None and (each.max_rank or rank) < rank for each in state.declared.values())
+    asked = cohort.wanted(state.spec.selection, rank if short else None)
     which = f" with {asked}" if asked else ""
     others = f"; {state.unsuited} others are here, but not such" if state.unsuited else ""
     return Wait(

@@ -104,9 +104,9 @@ class Hello(Message):
     max_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Largest LoRA rank that it can train; None: whatever a job asks."""
     max_batch: Annotated[int, Field(ge=1, le=2**20)] | None = None
-    """Examples that its memory holds at once; larger batches are learnt in pieces."""
+    """Rows of which it computes gradients at once; larger batches are learnt in pieces."""
     dtype: Word = "float32"
-    """Numbers that its models compute with."""
+    """Numbers that its models compute with while they train."""
     version: Word = ""
     codings: Annotated[tuple[Word, ...], Field(max_length=100)] = ()
     """What it can write and read beside tensors as they are: bf16, int8, int4, top-k, delta, zstd."""

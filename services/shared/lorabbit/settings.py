@@ -188,13 +188,22 @@ class ClientSettings(Settings):
         default="", description="group of like clients that this one belongs to; deployments set it"
     )
     max_rank: int | None = Field(
-        default=None, ge=1, le=1024, description="largest LoRA rank that this client trains; any when absent"
+        default=None,
+        ge=1,
+        le=1024,
+        description="largest LoRA rank that this client trains, any when absent; "
+        "jobs with one larger rank for all go without it",
     )
     max_batch: int | None = Field(
-        default=None, ge=1, le=2**20, description="examples learnt at once; larger batches in pieces; any when absent"
+        default=None,
+        ge=1,
+        le=2**20,
+        description="rows learnt at once, any when absent; larger batches in pieces, except by methods with own models",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="numbers that a model computes with while it trains; weights stay as they are"
+        default="float32",
+        description="numbers that a model computes with while it trains; weights stay as they are; float16 needs a "
+        "GPU; methods with own models, and private examples, compute in float32",
     )
     durable: bool = Field(
         default=True, description="journal tasks and fsync results; false is for simulated clients that nobody restarts"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from docker.models.containers import Container
 from docker.types import DeviceRequest
 
 from lorabbit.errors import BadInput
-from lorabbit.settings import file_secrets
+from lorabbit.settings import child_environment, file_secrets
 from lorabbit_cli.scaling.base import Scaler, Standing
 from lorabbit_cli.scaling.engine import Engine, answers, standing_of
 
@@ -129,7 +128,8 @@ class Containers(Scaler):
 
 def settings_of(pool: str) -> dict[str, str]:
     """Return the caller's settings of a client, with the content of files that only this machine has."""
-    given = {name: value for name, value in os.environ.items() if name.startswith("LORABBIT_")}
+    inherited = child_environment({}, keeps_settings=True)
+    given = {name: value for name, value in inherited.items() if name.startswith("LORABBIT_")}
     file_secrets(given)
     passed = {name: value for name, value in given.items() if name not in OWN and not name.endswith("_FILE")}
     if "LORABBIT_BROKER_URL" not in passed:

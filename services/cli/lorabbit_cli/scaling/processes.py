@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from lorabbit.errors import BadInput
-from lorabbit.settings import default_address
+from lorabbit.settings import child_environment, default_address
 from lorabbit_cli.scaling.base import Scaler, Standing
 
 PID = "process.pid"
@@ -72,8 +71,8 @@ class Processes(Scaler):
 
     def _start(self, place: Path, pool: str) -> None:
         """Start a client that outlives this command."""
-        settings = {name: value for name, value in os.environ.items() if name not in OWN}
-        settings |= {
+        inherited = child_environment({}, keeps_settings=True)
+        settings = {name: value for name, value in inherited.items() if name not in OWN} | {
             "LORABBIT_FOLDER": str(place.resolve()),
             "LORABBIT_ADDRESS": f"{default_address()[:40]}-{pool}-{place.name}",
             "LORABBIT_POOL": pool,

@@ -181,6 +181,10 @@ class Continuations(Features):
         said = torch.from_numpy(self._said.padded(rows, 0))
         return {**batch, "labels": torch.where(said == 1, batch["input_ids"], IGNORED)}
 
+    def units(self, batch: Batch) -> int:
+        """Count the tokens that the model is to say; nothing says the first one."""
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
     def scorer(self) -> Scorer:
         """Return perplexity and token accuracy."""
         return ContinuationScorer()

@@ -119,6 +119,10 @@ class TaggedTokens(Features):
 
         return {**self._tokens.batch(rows), "labels": torch.from_numpy(self._tags.padded(rows, IGNORED))}
 
+    def units(self, batch: Batch) -> int:
+        """Count the tokens with a label."""
+        return int((batch["labels"] != IGNORED).sum())
+
     def scorer(self) -> Scorer:
         """Return entity F1 and token accuracy."""
         return TagScorer(self._labels)

@@ -7,7 +7,7 @@ every rule pays for the difference in its own coin: error, a frozen factor, an S
 """
 
 from lorabbit.aggregation.exchange import FROZEN, answer, config_of, frozen, install, is_a, prefix, rank_of, scaling_of
-from lorabbit.aggregation.folding import Aggregation, check, of, refuse_choice, refuse_pruning
+from lorabbit.aggregation.folding import Aggregation, check, of, one_rank, refuse_choice, refuse_pruning
 from lorabbit.aggregation.late import Carried, CarriedProducts, Carry
 from lorabbit.aggregation.pruning import PRUNED_TO, pruning
 from lorabbit.aggregation.received import Received
@@ -33,6 +33,7 @@ __all__ = [
     "install",
     "is_a",
     "of",
+    "one_rank",
     "prefix",
     "pruning",
     "rank_of",

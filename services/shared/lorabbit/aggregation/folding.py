@@ -72,6 +72,11 @@ def check(job: JobSpec) -> None:
         )
 
 
+def one_rank(job: JobSpec) -> int | None:
+    """The rank that every client of a job must train; None where ranks may differ, or there is none."""
+    return job.model.lora.rank if job.model.trainable == "lora" and RULES[job.aggregation].unequal else None
+
+
 def refuse_choice(job: JobSpec, method: str, because: str) -> None:
     """Raise BadInput where a job chooses an aggregation or ranks, for a method that has its own."""
     if job.aggregation != "factors":
