@@ -268,7 +268,7 @@ def test_clients_are_listed_with_their_address(served):
 def test_a_client_is_listed_with_what_it_declared_and_what_it_does(served):
     first, second = served.clients
     first.work = lambda _client, task: task.phase == TRAIN
-    first.declared = {"pool": "eu", "device": "cuda", "tags": ("fast",), "max_rank": 4}
+    first.declared = {"pool": "eu", "device": "cuda", "tags": ("fast",), "max_rank": 64}
     served.web.post("/jobs", json=SPEC)
     served.start_clients()
 
@@ -277,7 +277,7 @@ def test_a_client_is_listed_with_what_it_declared_and_what_it_does(served):
     )
 
     shown = {name: listed["client-1"][name] for name in ("pool", "device", "tags", "max_rank", "present")}
-    assert shown == {"pool": "eu", "device": "cuda", "tags": ["fast"], "max_rank": 4, "present": True}
+    assert shown == {"pool": "eu", "device": "cuda", "tags": ["fast"], "max_rank": 64, "present": True}
     assert listed["client-1"]["seen_ms"] <= served.service.now_ms()
 
     served.broker.post(second.leave)
