@@ -1,11 +1,16 @@
 import hashlib
 import queue
+import subprocess
+import sys
 import threading
 from pathlib import Path
+
+import pytest
 
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Metrics, Task
 from lorabbit_client.execution import OnProgress, Outcome, Work
+from lorabbit_client.failures import OUT_OF_MEMORY
 from lorabbit_client.runners import InlineRunner, ThreadRunner
 
 PATIENCE = 20.0
@@ -38,6 +43,42 @@ class Endless:
         while True:
             self.started.set()
             on_progress(0.5, 1.0)
+
+
+class Failing:
+    """An executor that raises in one task, writes in another, and in a third says so without having written."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:  # noqa: ARG002 - it makes no progress
+        if work.task.task == "raises":
+            raise self.error
+        if work.task.task == "writes":
+            work.output.write_bytes(b"tensors")
+        return Outcome(Metrics(num_examples=1), has_tensors=True)
+
+
+WITHOUT_MEMORY = """
+import resource, sys, threading
+from pathlib import Path
+from unit.test_runners import Gated, work_of
+from lorabbit_client.runners import ThreadRunner
+
+threading.stack_size(256 * 2**20)
+mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+executor, outcomes, folder = Gated(), [], Path(sys.argv[1])
+executor.gate.set()
+runner = ThreadRunner(executor)
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 64 * 2**20, resource.RLIM_INFINITY))
+runner.submit(work_of(folder, "short"), lambda *_: None, outcomes.append)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+done = threading.Event()
+runner.submit(work_of(folder, "again"), lambda *_: None, lambda outcome: (outcomes.append(outcome), done.set()))
+assert done.wait(20)
+for outcome in outcomes:
+    print(outcome.error)
+"""
 
 
 def work_of(folder: Path, task: str) -> Work:
@@ -114,3 +155,54 @@ def test_closing_stops_what_runs_and_ends_the_thread(tmp_path: Path) -> None:
 
     assert finished.empty()
     assert "training" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_runs_out_fails_the_task_in_one_sentence_and_the_next_one_runs(
+    tmp_path: Path, error: Exception
+) -> None:
+    runner = ThreadRunner(Failing(error))
+    finished: queue.Queue[Outcome] = queue.Queue()
+
+    for task in ("raises", "writes"):
+        runner.submit(work_of(tmp_path, task), lambda *_: None, finished.put)
+    first, second = (finished.get(timeout=PATIENCE) for _ in range(2))
+    runner.close()
+
+    assert first.error == f"{OUT_OF_MEMORY} ({type(error).__name__} in phase 'train')"
+    assert second.error is None
+
+
+def test_a_result_that_cannot_be_sealed_fails_its_task_and_the_next_one_runs(tmp_path: Path) -> None:
+    runner = ThreadRunner(Failing(MemoryError()))
+    finished: queue.Queue[Outcome] = queue.Queue()
+
+    for task in ("writes-nothing", "writes"):
+        runner.submit(work_of(tmp_path, task), lambda *_: None, finished.put)
+    first, second = (finished.get(timeout=PATIENCE) for _ in range(2))
+    runner.close()
+
+    assert "FileNotFoundError in phase 'train'" in str(first.error)
+    assert second.error is None
+
+
+def test_a_task_whose_thread_cannot_be_started_fails_and_the_next_one_starts_it(tmp_path: Path) -> None:
+    done = subprocess.run(  # noqa: S603 - the interpreter of the test run, by path
+        [sys.executable, "-c", WITHOUT_MEMORY, str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [f"{OUT_OF_MEMORY} (RuntimeError in phase 'train')", "None"]

@@ -11,17 +11,17 @@ from __future__ import annotations
 import math
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from lorabbit import codec, coding, methods, personal
-from lorabbit.errors import BadInput, LoRAbbitError, Refused
+from lorabbit.errors import Refused
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Metrics
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, ClientUpdate, Json, Plan, Tensors
 from lorabbit_client.capability import UNLIMITED, Capability
 from lorabbit_client.execution import Cancelled, OnProgress, Outcome, Work
+from lorabbit_client.failures import failed
 from lorabbit_client.null import NullWorkspace, is_null
 from lorabbit_client.private import PrivateState, read_private, write_private
 from lorabbit_client.workspace import TaskSession, Workspace
@@ -56,10 +56,8 @@ class Executor:
             metrics, has_tensors = self._do(workspace, work, on_progress)
         except Cancelled:
             raise
-        except LoRAbbitError as error:
-            return _failed(work, error, bad_input=isinstance(error, BadInput))
         except Exception as error:  # noqa: BLE001 - a defect must fail the task, not the client
-            return _failed(work, error, bad_input=False)
+            return failed(work, error)
         seconds = time.perf_counter() - start
         return Outcome(metrics.model_copy(update={"seconds": seconds}), has_tensors, workspace.base_sha256)
 
@@ -179,13 +177,3 @@ def _without_examples(metrics: Metrics, spec: JobSpec, private: Mapping[str, Jso
     facts = {name: fact for name, fact in metrics.facts.items() if name != "label_counts"}
     spent = {"privacy": private["privacy"]} if "privacy" in private else {}
     return metrics.model_copy(update={"loss": None, "facts": {**facts, **spent}})
-
-
-def _failed(work: Work, error: Exception, *, bad_input: bool) -> Outcome:
-    """Describe a failed task; a defect keeps its traceback among the details."""
-    details: dict[str, str] = {}
-    sentence = str(error)
-    if not isinstance(error, LoRAbbitError):
-        sentence = f"{type(error).__name__} in phase {work.task.phase!r}: {error}"
-        details["traceback"] = "".join(traceback.format_exception(error))
-    return Outcome(Metrics(num_examples=0), has_tensors=False, error=sentence, bad_input=bad_input, details=details)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lorabbit_client.execution import Cancelled, OnProgress, Outcome, Work
+from lorabbit_client.failures import failed
 
 CLOSE_SECONDS = 10.0
 """How long `close` waits for a training step to notice that it is no longer wanted."""
@@ -32,8 +33,17 @@ class Executes(Protocol):
 
 
 def execute_and_seal(executor: Executes, work: Work, on_progress: OnProgress, *, durable: bool) -> Outcome:
-    """Execute work and take its result's sha256; raises Cancelled."""
-    outcome = executor.execute(work, on_progress)
+    """Execute work and take its result's sha256; whatever fails fails the task. Raises Cancelled and nothing else."""
+    try:
+        return _sealed(executor.execute(work, on_progress), work, durable=durable)
+    except Cancelled:
+        raise
+    except Exception as error:  # noqa: BLE001 - a full disk or memory must fail the task, not the thread
+        return failed(work, error)
+
+
+def _sealed(outcome: Outcome, work: Work, *, durable: bool) -> Outcome:
+    """Force a result to disk and take its sha256; raises OSError."""
     if outcome.error is not None or not outcome.has_tensors:
         return outcome
     if durable:
@@ -96,13 +106,14 @@ class ThreadRunner:
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Work, on_progress: OnProgress, on_done: Callable[[Outcome], None]) -> None:
-        """Queue work."""
-        with self._changed:
-            self._queue.append(_Queued(work, on_progress, on_done, threading.Event()))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name="training", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+        """Queue work; it fails at once where no thread can be started, and the next work tries again."""
+        try:
+            with self._changed:
+                self._start()
+                self._queue.append(_Queued(work, on_progress, on_done, threading.Event()))
+                self._changed.notify()
+        except (RuntimeError, MemoryError) as error:
+            on_done(failed(work, error))
 
     def cancel(self, task: str) -> None:
         """Take a task from the queue, or stop it at its next progress report."""
@@ -120,6 +131,13 @@ class ThreadRunner:
             self._changed.notify()
         if self._thread is not None:
             self._thread.join(CLOSE_SECONDS)
+
+    def _start(self) -> None:
+        """Start the thread with the first work; raises RuntimeError where the system has none to give."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._loop, name="training", daemon=True)
+            thread.start()
+            self._thread = thread
 
     def _loop(self) -> None:
         while True:
