@@ -110,4 +110,12 @@ def fault_rows() -> list[Row]:
 
 
 ROWS = [*crash_rows(), *fault_rows()]
+ALWAYS = {
+    *(Point.TASK_DECIDED.title, Point.MESSAGES_CONFIRMED.title, Point.CHUNK_WRITTEN.title),
+    *(Point.RESULT_COUNTED.title, Point.VERSION_WRITTEN.title, Point.VERSION_COMMITTED.title),
+    *(Point.TASK_JOURNALED.title, Point.TRAINING.title, Point.RESULT_IN_OUTBOX.title),
+    *(Point.UPLOAD_CHUNK_CONFIRMED.title, Point.VERDICT_RECEIVED.title),
+    *("broker-killed", "store-killed", "link-cut", "leader-frozen", "server-drained", "client-drained"),
+}
+"""Rows that every change is tested with; the others are played by `make chaos` only."""
 JOBS = {"chaos": JOB, "own": OWN}

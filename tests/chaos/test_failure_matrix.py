@@ -1,4 +1,4 @@
-"""Every row of the failure matrix: killed, cut, frozen or full, and the run ends as if nothing had happened."""
+"""The rows of the failure matrix: killed, cut, frozen or full, and the run ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from chaos.faults import NotHere
 from chaos.play import Theatre
-from chaos.rows import ROWS, Row
+from chaos.rows import ALWAYS, ROWS, Row
 
 pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.chaos]
 
@@ -20,7 +20,11 @@ def theatre() -> Iterator[Theatre]:
     made.close()
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+def marked(row: Row) -> object:
+    return pytest.param(row, id=row.name, marks=() if row.name in ALWAYS else pytest.mark.thorough)
+
+
+@pytest.mark.parametrize("row", [marked(row) for row in ROWS])
 def test_a_run_ends_as_if_nothing_had_happened(theatre: Theatre, row: Row) -> None:
     try:
         verdict = theatre.play(row)
