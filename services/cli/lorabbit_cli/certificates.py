@@ -18,14 +18,18 @@ def make(folder: Path, hosts: Iterable[str] = ()) -> list[Path]:
     """Write an authority's certificate, and a certificate with its key for each service and for clients.
 
     The authority's own key is not kept: whoever needs another certificate makes all of them again. Raises
-    BadInput when the folder holds something already.
+    BadInput when the folder holds something already or cannot be made.
     """
     try:
         import trustme  # noqa: PLC0415 - an extra that nothing else needs
     except ImportError as error:
         raise BadInput("making certificates needs the package trustme: pip install 'lorabbit[cli]'") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(folder.iterdir())
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be made: {error.strerror}; name another folder") from error
+    if not is_empty:
         raise BadInput(f"{folder} is not empty; name another folder, or remove what is in it")
     authority = trustme.CA(organization_name="LoRAbbit development")
     written = [folder / "ca.pem"]
