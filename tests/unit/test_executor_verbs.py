@@ -90,12 +90,12 @@ def test_a_score_is_of_what_the_method_restores(spec: JobSpec, tmp_path: Path):
 
 def test_private_tensors_are_kept_between_tasks_and_a_repeat_counts_once(spec: JobSpec, tmp_path: Path):
     executor = Executor()
-    roles = {ADAPTER: adapter_of(executor, spec, tmp_path)}
+    roles = {ADAPTER: adapter_of(executor, spec, tmp_path), SHIFT: {}}
 
     counts = [
         int(do(executor, spec, tmp_path, TRAIN, task, roles)["count"][0]) for task in ("one", "two", "two", "three")
     ]
-    do(executor, spec, tmp_path, EVALUATE, "score", {**roles, SHIFT: {}})
+    do(executor, spec, tmp_path, EVALUATE, "score", roles)
     counts.append(int(do(Executor(), spec, tmp_path, TRAIN, "four", roles)["count"][0]))
 
     assert counts == [1, 2, 2, 3, 4]
