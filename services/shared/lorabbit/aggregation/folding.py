@@ -169,9 +169,10 @@ class Aggregation:
     def fold(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """Fold a round's updates into the next state, and tell the round's aggregation error."""
         modules = lora.modules([*state.shared.get(exchange.FROZEN, {}), *state.tensors])
-        if not modules:
-            return ServerState(weighted_mean((u.num_examples, u.tensors) for u in updates), state.facts, state.shared)
         received = updates if isinstance(updates, Received) else Received(updates)
+        if not modules:
+            means = {name: _mean(received, name) for name in received.names}
+            return ServerState(means, state.facts, state.shared)
         folded = _Round(self, state, received)
         tensors: dict[str, Array] = {}
         moved: dict[str, Array] = {}
@@ -182,7 +183,7 @@ class Aggregation:
                 moved |= shift.add(state.shared.get(SHIFT, {}), module, part.shift)
         for name in received.names:
             if name not in tensors:
-                tensors[name] = weighted_mean((u.num_examples, {name: u.tensors[name]}) for u in received)[name]
+                tensors[name] = _mean(received, name)
         facts: dict[str, Json] = {**state.facts, "report": {"aggregation_error": folded.error()}}
         if self.rule.shifts_base:
             facts["folds"] = _folds(state) + 1
@@ -255,6 +256,11 @@ class _Round:
             for place, factors in enumerate(self._factors(module)):
                 squares[place] += lora.norm(factors) ** 2
         return [math.sqrt(square) for square in squares] if any(squares) else self._examples
+
+
+def _mean(received: Received, name: str) -> Array:
+    """The mean of one tensor, weighted by examples; the others are not read."""
+    return weighted_mean((u.num_examples, {name: u.tensors[name]}) for u in received)[name]
 
 
 def _folds(state: ServerState) -> int:
