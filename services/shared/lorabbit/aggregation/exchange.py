@@ -62,7 +62,8 @@ def install(plan: Plan, session: Adaptable) -> None:
         session.set_rank(rank)
     if SHIFT in plan.payloads:
         session.shift_base(plan.payloads[SHIFT])
-    session.load({**plan.payloads.get(FROZEN, {}), **plan.payloads[ADAPTER]})
+    adapter, fixed = plan.payloads[ADAPTER], plan.payloads.get(FROZEN)
+    session.load({**fixed, **adapter} if fixed else adapter)
 
 
 def frozen(plan: Plan) -> Callable[[str], bool] | None:
