@@ -1,12 +1,13 @@
 """The federation as a user starts it: images, compose, the command line inside the server's container."""
 
-# ruff: noqa: S603, S607 - docker, by name
+# ruff: noqa: S603, S607 - docker by name, the interpreter of the test run by path
 from __future__ import annotations
 
 import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
@@ -20,6 +21,17 @@ LESS = ["--set", "rounds=2", "--set", "data.limit=800", "--set", "local.steps=6"
 QUICKSTART = "/examples/quickstart.yaml"
 BUILD_SECONDS = 900
 JOB_SECONDS = 600
+# Nobody trains: the machine is free to start containers.
+ROUNDS = 250
+WALK: dict[str, Any] = {
+    "name": "walk",
+    "model": {"name": "null:40KB"},
+    "rounds": ROUNDS,
+    "clients": 3,
+    "evaluation": {"every": ROUNDS},
+    "output": {"checkpoint_every": ROUNDS},
+    "seed": 7,
+}
 pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(BUILD_SECONDS + JOB_SECONDS)]
 
 
@@ -28,31 +40,54 @@ class Compose:
 
     def __init__(self) -> None:
         self.tag = f"test-{uuid4().hex[:8]}"
-        self._project = f"lorabbit-{self.tag}"
+        self.project = f"lorabbit-{self.tag}"
         settings = {"LORABBIT_TAG": self.tag, "LORABBIT_PORT": str(free_port()), "DOCKER_BUILDKIT": "1"}
         self._environment = {**os.environ, **settings}
 
-    def __call__(self, *arguments: str, seconds: float = 300) -> str:
-        """Run `docker compose ARGUMENTS`; its standard output."""
-        return self._run(["docker", "compose", "--project-name", self._project, *arguments], seconds)
+    def __call__(self, *arguments: str, seconds: float = 300, given: str = "") -> str:
+        """Run `docker compose ARGUMENTS` with a standard input; its standard output."""
+        return self._run(["docker", "compose", "--project-name", self.project, *arguments], seconds, given)
 
     def operator(self, *arguments: str) -> str:
         """Run `lorabbit ARGUMENTS` inside the server's container."""
         return self("exec", "-T", "server", "lorabbit", *arguments, seconds=JOB_SECONDS)
+
+    def submit(self, job: dict[str, Any]) -> str:
+        """Queue a job; its name."""
+        command = ["exec", "-T", "server", "lorabbit", "submit", "-", "--format", "json"]
+        name: str = json.loads(self(*command, given=json.dumps(job)))["job"]
+        return name
+
+    def status(self, job: str) -> dict[str, Any]:
+        """Where a job stands."""
+        found: dict[str, Any] = json.loads(self.operator("status", job, "--format", "json"))
+        return found
+
+    def scale(self, number: int, *where: str, **settings: str) -> dict[str, Any]:
+        """Run `lorabbit scale` on this machine, with the variables of compose and these."""
+        command = [sys.executable, "-m", "lorabbit_cli", "scale", str(number), *where, "--format", "json"]
+        done: dict[str, Any] = json.loads(self._run(command, JOB_SECONDS, settings=settings))
+        return done
 
     def client(self, *arguments: str) -> str:
         """Run a command of the client's image, outside the federation."""
         image = f"lorabbit-client:{self.tag}"
         return self._run(["docker", "run", "--rm", image, *arguments], JOB_SECONDS)
 
+    def forget(self, pool: str) -> None:
+        """Remove the volumes of a pool of plain containers."""
+        listed = self._run(["docker", "volume", "ls", "--quiet", "--filter", f"label=lorabbit.pool={pool}"], 60)
+        self._run(["docker", "volume", "rm", *listed.split()], 60)
+
     def close(self) -> None:
         self("down", "--volumes", "--remove-orphans", "--timeout", "5")
         self._run(["docker", "image", "rm", f"lorabbit-server:{self.tag}", f"lorabbit-client:{self.tag}"], 60)
 
-    def _run(self, command: list[str], seconds: float) -> str:
+    def _run(self, command: list[str], seconds: float, given: str = "", settings: dict[str, str] | None = None) -> str:
         run = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=self._environment
-        )
+            command, check=False, capture_output=True, text=True, timeout=seconds, cwd=ROOT, input=given,
+            env=self._environment | (settings or {}),
+        )  # fmt: skip
         if run.returncode != 0:
             pytest.fail(f"{' '.join(command)} ended with {run.returncode}\n{run.stdout[-4000:]}\n{run.stderr[-8000:]}")
         return run.stdout
@@ -119,6 +154,40 @@ def test_nobody_runs_as_root_or_writes_to_the_image(compose: Compose) -> None:
     said = [compose("exec", "-T", service, "sh", "-c", script).split() for service in ("server", "client")]
 
     assert said == [["10001", "refused"]] * 2
+
+
+def test_a_job_counts_every_round_while_its_pool_shrinks_and_grows(compose: Compose) -> None:
+    compose("up", "--detach", "--wait", "--no-recreate", "--scale", "client=3")
+    where = ["--on", "compose", "--project", compose.project]
+    job = compose.submit(WALK)
+
+    fewer = compose.scale(2, *where)
+    # It stands still: one of its three clients is gone.
+    between = compose.status(job)
+    more, back = compose.scale(6, *where), compose.scale(3, *where)
+    compose.operator("watch", job)
+
+    assert [(done["before"], done["clients"]) for done in (fewer, more, back)] == [(3, 2), (2, 6), (6, 3)]
+    assert between["status"] == "running"
+    assert between["round"] < ROUNDS
+    assert [entry["accepted"] for entry in reported(compose, job)["rounds"]] == [3] * ROUNDS
+
+
+def test_a_pool_of_plain_containers_does_a_job_beside_compose(compose: Compose) -> None:
+    compose("up", "--detach", "--wait", "--no-recreate", "--scale", "client=0")
+    pool = f"p-{compose.tag}"
+    where = ["--on", "docker", "--pool", pool, "--image", f"lorabbit-client:{compose.tag}"]
+    where += ["--network", f"{compose.project}_messages"]
+    broker = {"LORABBIT_BROKER_URL": "amqp://lorabbit:lorabbit@rabbitmq:5672/"}
+    try:
+        assert compose.scale(2, *where, **broker)["before"] == 0
+        job = compose.submit(WALK | {"name": "beside", "clients": 2, "rounds": 5})
+        compose.operator("watch", job)
+        assert [entry["accepted"] for entry in reported(compose, job)["rounds"]] == [2] * 5
+    finally:
+        gone = compose.scale(0, *where, **broker)
+        compose.forget(pool)
+    assert (gone["before"], gone["clients"]) == (2, 0)
 
 
 def reported(compose: Compose, job: str) -> dict[str, Any]:
