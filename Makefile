@@ -9,6 +9,8 @@ BIN := .venv/bin
 # Twice quiet: only errors are printed. --use-pep517: Debian 12's pip cannot build seqeval the old way.
 PIP := $(BIN)/python -m pip install -qq --use-pep517 --disable-pip-version-check -c constraints.txt
 TESTS ?=
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help demo test chaos soak check lint format types contracts docs compose-test clean
 
@@ -33,9 +35,9 @@ help: ## list the targets
 demo: .venv/run.stamp ## fine-tune a small model on real text with six clients in one process
 	$(BIN)/lorabbit run examples/quickstart.yaml
 
-test: .venv/dev.stamp ## all tests but containers and chaos, with a real RabbitMQ and Redis (TESTS="-k name" narrows)
+test: .venv/dev.stamp ## all tests but containers and chaos, with a real RabbitMQ and Redis (TESTS="-k name" narrows, WORKERS=0 runs them in one process)
 	@.ci/services
-	$(BIN)/pytest -m "not containers and not chaos" $(TESTS)
+	$(PYTEST) -m "not containers and not chaos" $(TESTS)
 
 chaos: .venv/dev.stamp ## play the failure matrix: kill, cut, freeze, fill up, and compare (ROWS="NAME ..." narrows)
 	@.ci/services

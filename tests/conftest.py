@@ -21,21 +21,6 @@ from services import serve
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 settings.load_profile("any-machine")
 
-ALONE = ("containers", "chaos")
-"""Marks of tests that want the machine for themselves."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say who runs with whom under `pytest -n N --dist loadgroup`.
-
-    The tests of a file stay together. Those that build images or play failures stand in one group, which is begun
-    first: it lasts longest, and no two of them should share the machine.
-    """
-    for item in items:
-        alone = any(item.get_closest_marker(name) for name in ALONE)
-        item.add_marker(pytest.mark.xdist_group(ALONE[0] if alone else item.path.name))
-    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ALONE))
-
 
 @pytest.fixture
 def family() -> Family:
