@@ -158,7 +158,7 @@ def test_an_alarm_of_the_broker_is_named_although_the_server_has_nothing_to_say(
         federation.start(1)
         federation.submit(JOB)
 
-        said = why(federation.url, lambda said: bool(owned(said, "broker")))
+        said = why(federation.url, lambda said: bool(owned(said, "broker") and owned(said, "operator")))
     finally:
         federation.close()
         broker.close()
@@ -166,4 +166,3 @@ def test_an_alarm_of_the_broker_is_named_although_the_server_has_nothing_to_say(
     (wait,) = owned(said, "broker")
     assert "takes no messages: low on memory alarm" in wait["reason"]
     assert 0 < wait["since_ms"] <= said["now_ms"]
-    assert owned(said, "operator"), "the clients that cannot come for it are lacking as well"
