@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 from measure import Table, machine
 
@@ -208,12 +209,6 @@ def marks_of(process: Process) -> list[tuple[float, str]]:
     return marks
 
 
-def percentile(values: list[float], share: float) -> float:
-    """The value that so large a share does not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
-
-
 def run(soak: Soak, seconds: float) -> tuple[Outcome, int, float]:
     """Kill for so long, then let the last job end; raises SystemExit at the first run that differs."""
     soak.begin()
@@ -255,7 +250,7 @@ def rows_of(soak: Soak) -> Iterator[Mapping[str, object]]:
             "killed": kind,
             "times": sum(kill.kind == kind for kill in soak.kills),
             "recovery, s (p50)": statistics.median(times) if times else "-",
-            "recovery, s (p95)": percentile(times, 0.95) if times else "-",
+            "recovery, s (p95)": float(np.quantile(times, 0.95, method="nearest")) if times else "-",
             "recovery, s (max)": max(times, default="-"),  # type: ignore[type-var]
         }
 
