@@ -14,23 +14,28 @@ ROOT = Path(__file__).parents[2]
 PAPERS = ROOT / "benchmarks" / "papers"
 SWEEPS = sorted(PAPERS.glob("*.yaml"))
 SMALL = [path for path in SWEEPS if not path.stem.endswith("_full")]
+PAIRED = [path for path in SMALL if not path.stem.endswith("_ablations")]
+"""Small sweeps with a full one: their ablations are there, too."""
 METHODS = {
     "sa_fedlora": {"fedavg", "sa-fedlora"},
     "pfedlora": {"standalone", "lg-fedavg", "fml", "fedkd", "fd", "fedproto", "pfedlora"},
     "federa": {"fedavg", "federa"},
     "fibecfed": {"fedavg", "slora", "adalora", "fibecfed"},
+    "fibecfed_ablations": {"fedavg", "fibecfed"},
 }
 TRAINABLE = {
     "sa_fedlora": {"lora", "full"},
     "pfedlora": {"full"},
     "federa": {"lora", "full", "adapter", "bitfit"},
     "fibecfed": {"lora", "full", "adapter", "bitfit", "prompt", "prefix"},
+    "fibecfed_ablations": {"lora"},
 }
 CASES = {
     "sa_fedlora": {"trec", "cifar10"},
     "pfedlora": {"cifar10", "digits"},
     "federa": {"20newsgroups-0.1", "20newsgroups-1", "20newsgroups-10", "semeval-1", "wnut17", "squad"},
     "fibecfed": {"trec", "mpqa", "subj", "sst2"},
+    "fibecfed_ablations": {"trec"},
 }
 
 
@@ -55,7 +60,7 @@ def test_a_sweep_opens_with_the_command_that_runs_it(path: Path):
 
 
 def test_every_paper_has_a_small_and_a_full_sweep():
-    assert {path.stem for path in SWEEPS} == {f"{paper}{size}" for paper in METHODS for size in ("", "_full")}
+    assert {path.stem for path in SWEEPS if path not in SMALL} == {f"{path.stem}_full" for path in PAIRED}
 
 
 @pytest.mark.parametrize("path", SMALL, ids=[path.stem for path in SMALL])
@@ -68,7 +73,7 @@ def test_a_small_sweep_compares_the_papers_baselines_on_its_data(path: Path, mon
     assert set(made.cases) == CASES[path.stem]
 
 
-@pytest.mark.parametrize("path", SMALL, ids=[path.stem for path in SMALL])
+@pytest.mark.parametrize("path", PAIRED, ids=[path.stem for path in PAIRED])
 def test_a_full_sweep_has_what_the_small_one_compares(path: Path, monkeypatch: pytest.MonkeyPatch):
     small = sweep(path, monkeypatch)
     full = sweep(path.with_stem(f"{path.stem}_full"), monkeypatch)
