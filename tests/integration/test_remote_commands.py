@@ -116,6 +116,19 @@ def test_a_job_is_submitted_watched_reported_and_exported(deployment: Deployment
     assert [(entry["job"], entry["status"]) for entry in listed] == [("walk", "done")]
 
 
+def test_a_watch_ends_when_the_run_folder_is_whole(deployment: Deployment, job: str) -> None:
+    deployment.add_clients(3)
+    lorabbit(deployment, "submit", job, "--set", "model.name=null:40MB", "--set", "rounds=1")
+
+    lorabbit(deployment, "watch", "walk")
+    (folder,) = deployment.folder.glob("server/**/walk")
+    written = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+    assert written["status"] == "done"
+    assert (folder / "adapter" / "adapter_model.safetensors").stat().st_size > 40_000_000
+    assert not list(folder.rglob("*.part"))
+
+
 def test_the_newest_job_is_meant_when_none_is_named(deployment: Deployment, job: str) -> None:
     deployment.add_clients(3)
     lorabbit(deployment, "submit", job)

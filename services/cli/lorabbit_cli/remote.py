@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 from urllib.parse import quote
@@ -25,6 +26,8 @@ TIMEOUT_SECONDS = 10.0
 WAIT_SECONDS = 20.0
 PATIENCE_SECONDS = 60.0
 """How long `watch` bears a server that does not answer, once it has answered."""
+WRITTEN_SECONDS = 0.1
+"""Between two questions whether a run folder is whole."""
 
 
 class Server:
@@ -121,7 +124,7 @@ class Server:
         return [EVENTS.validate_python(each["event"]) for each in found], str(found[-1]["id"]) if found else after
 
     def watch(self, job: str) -> Iterator[AnyEvent]:
-        """Yield a job's events from the first on, as they happen, up to its end."""
+        """Yield a job's events from the first on, as they happen, up to its end, told once its run folder is whole."""
         after, silent_since = "", None
         while True:
             try:
@@ -134,9 +137,20 @@ class Server:
                 continue
             after, silent_since = cursor, None
             for event in found:
-                yield event
                 if isinstance(event, JobEnded):
+                    self._wait_until_written(job)
+                    yield event
                     return
+                yield event
+
+    def _wait_until_written(self, job: str) -> None:
+        """Return when the server has written everything of a job that has ended, or takes too long over it."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < until:
+            with suppress(ServerUnavailable):
+                if self.status(job)["status"] not in {"queued", "running"}:
+                    return
+            time.sleep(WRITTEN_SECONDS)
 
     def fetch(self, job: str, folder: Path, *, below: tuple[str, ...]) -> None:
         """Copy files of a job's run folder; `below` are file names, or folders with a slash at the end."""
