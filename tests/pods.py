@@ -1,7 +1,8 @@
 """Pods of the chart in plain containers: what a kubelet makes of a rendered template, as far as Docker can.
 
 Image, command, arguments, environment, mounts, user, rights and the read-only root come from the
-template; probes are asked as a kubelet asks them. A Service is a network alias, a claim an empty folder.
+template; probes are asked as a kubelet asks them. A Service is a network alias, a claim an empty folder that
+nobody gave to the container's user, as a hostPath volume is.
 """
 
 # ruff: noqa: S603, S607 - docker, by name
@@ -22,6 +23,8 @@ from charts import NAMESPACE, Doc, environment, matches, named, of_kind, pod
 
 ANSWER_SECONDS = 10.0
 PATIENCE_SECONDS = 240.0
+FEW_FILES, MOST_FILES = 1024, 16384
+"""Descriptors that a process has at first and may ask for, as containerd gives them under systemd."""
 
 
 def docker(*arguments: str, seconds: float = 120) -> str:
@@ -38,24 +41,33 @@ class Pod:
         self.name, self._cluster = name, cluster
         self._template = pod(workload)
         self.spec = self._template["spec"]
+        self._claims: dict[str, Path] = {}
         (self.container,) = self.spec["containers"]
+        for first in self.spec.get("initContainers", []):
+            entry, *rest = first["command"]
+            docker("run", "--rm", *self._flags(first), f"--entrypoint={entry}", first["image"], *rest)
         self.id = docker(*self._command())
 
     def _command(self) -> list[str]:
-        security, ours = self.spec["securityContext"], self.container["securityContext"]
-        user = f"{security['runAsUser']}:{security['runAsGroup']}"
         variables = self._variables()
         command = [self._expand(word, variables) for word in self.container.get("command", [])]
         arguments = [self._expand(word, variables) for word in self.container.get("args", [])]
-        flags = ["--detach", "--hostname", self.name, "--network", self._cluster.network, "--user", user]
+        flags = ["--detach", "--hostname", self.name, "--network", self._cluster.network, *self._flags(self.container)]
         flags += [f"--network-alias={alias}" for alias in self._cluster.aliases(self._template)]
-        flags += [f"--cap-drop={capability}" for capability in ours["capabilities"]["drop"]]
-        flags += ["--read-only"] if ours["readOnlyRootFilesystem"] else []
-        flags += [] if ours["allowPrivilegeEscalation"] else ["--security-opt", "no-new-privileges"]
         flags += [f"--env={name}={value}" for name, value in variables.items()]
-        flags += [word for mount in self.container["volumeMounts"] for word in self._mount(mount)]
         flags += [f"--entrypoint={command[0]}"] if command else []
         return ["run", *flags, self.container["image"], *command[1:], *arguments]
+
+    def _flags(self, container: Doc) -> list[str]:
+        """Who a container runs as, what it may, and what it finds mounted."""
+        shared, ours = self.spec["securityContext"], container["securityContext"]
+        flags = [f"--user={ours.get('runAsUser', shared['runAsUser'])}:{shared['runAsGroup']}"]
+        flags += [f"--ulimit=nofile={FEW_FILES}:{MOST_FILES}"]
+        flags += [f"--cap-drop={capability}" for capability in ours["capabilities"]["drop"]]
+        flags += [f"--cap-add={capability}" for capability in ours["capabilities"].get("add", [])]
+        flags += ["--read-only"] if ours["readOnlyRootFilesystem"] else []
+        flags += [] if ours["allowPrivilegeEscalation"] else ["--security-opt", "no-new-privileges"]
+        return flags + [word for mount in container["volumeMounts"] for word in self._mount(mount)]
 
     def _variables(self) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -74,7 +86,7 @@ class Pod:
         return re.sub(r"\$\((\w+)\)", lambda match: variables.get(match[1], match[0]), text)
 
     def _mount(self, mount: Doc) -> list[str]:
-        """Flags of one mount: made files read-only, everything else a folder that may be written."""
+        """Flags of one mount: made files read-only, scratch that all may write, a claim as a node's bare folder."""
         volumes = {volume["name"]: volume for volume in self.spec["volumes"]}
         volume = volumes.get(mount["name"], {})
         path = mount["mountPath"]
@@ -86,7 +98,11 @@ class Pod:
         if "configMap" in volume:
             items = named(self._cluster.docs, "ConfigMap", volume["configMap"]["name"])["data"]
             return ["--volume", f"{self._cluster.folder(items)}:{path}:ro"]
-        return ["--volume", f"{self._cluster.scratch()}:{path}"]
+        if "emptyDir" in volume:
+            return ["--volume", f"{self._cluster.scratch(0o777)}:{path}"]
+        if mount["name"] not in self._claims:
+            self._claims[mount["name"]] = self._cluster.scratch(0o755)
+        return ["--volume", f"{self._claims[mount['name']]}:{path}"]
 
     # ---- what a kubelet asks ----
     def passes(self, kind: str) -> bool:
@@ -171,11 +187,11 @@ class Cluster:
             (made / name).chmod(0o444)
         return made
 
-    def scratch(self) -> Path:
-        """An empty folder that the container's user may write, as a volume's group makes it."""
+    def scratch(self, mode: int) -> Path:
+        """An empty folder of this process's user."""
         made = self._folder / uuid4().hex[:8]
         made.mkdir(parents=True)
-        made.chmod(0o777)
+        made.chmod(mode)
         return made
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from charts import (
 )
 
 case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+HOSTPATH = CHART / "values-hostpath.yaml"
 VOLUMES = {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
 MADE_ELSEWHERE = {
     # by the RabbitMQ Cluster Operator, and by cert-manager
@@ -288,7 +289,8 @@ def test_nothing_has_rights_but_the_scaler_and_it_only_scales():
 
 
 def test_volumes_without_a_group_are_given_to_their_users_and_nothing_else_runs_as_root():
-    docs = objects(CHART / "ci" / "hostpath-values.yaml")
+    pools = [{"name": "client"}, {"name": "sim", "kind": "Deployment"}]
+    docs = render({**values_of(HOSTPATH), "clientPools": pools})
     found = {title(doc): pod(doc)["spec"]["initContainers"] for doc in workloads(docs)
              if "initContainers" in pod(doc)["spec"]}  # fmt: skip
 
@@ -303,7 +305,7 @@ def test_volumes_without_a_group_are_given_to_their_users_and_nothing_else_runs_
 
 
 def test_volumes_made_by_hand_are_taken_by_claims_of_no_class():
-    docs = objects(CHART / "ci" / "hostpath-values.yaml")
+    docs = objects(HOSTPATH)
     sets = [
         doc["spec"]["volumeClaimTemplates"][0]
         for doc in of_kind(docs, "StatefulSet")

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 from charts import CHART, Doc, render, values_of
-from pods import Cluster, job_of
+from pods import MOST_FILES, Cluster, job_of
 from tree import ROOT
 
 LESS = ["--set", "rounds=2", "--set", "data.limit=800", "--set", "local.steps=6", "--set", "clients=2"]
@@ -30,10 +30,7 @@ def has_engine() -> bool:
 @pytest.fixture(scope="module")
 def tag() -> Iterator[str]:
     """Images of this very tree; LORABBIT_TEST_TAG names some that are there already."""
-    if (
-        shutil.which("docker") is None
-        or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode
-    ):
+    if not has_engine():
         if os.environ.get("CI") == "true":
             pytest.fail("no Docker engine answers")
         pytest.skip("no Docker engine answers")
@@ -48,11 +45,17 @@ def tag() -> Iterator[str]:
     subprocess.run(["docker", "image", "rm", *images], check=False, capture_output=True)
 
 
+def by_hand(tag: str) -> Doc:
+    """Values of a release on volumes that are nobody's but root's, with these images."""
+    values = values_of(CHART / "values-hostpath.yaml")
+    for part in ("server", "clientDefaults"):
+        values[part]["image"] = {"tag": tag}
+    return values
+
+
 @pytest.fixture(scope="module")
 def cluster(tag: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    values = values_of(CHART / "ci" / "builtin-values.yaml")
-    values |= {"server": {"image": {"tag": tag}}, "clientDefaults": {"image": {"tag": tag}}}
-    made = Cluster(render(values), tmp_path_factory.mktemp("volumes"))
+    made = Cluster(render(by_hand(tag)), tmp_path_factory.mktemp("volumes"))
     try:
         # In an order that nobody would choose: each waits for what it needs.
         for name, ordinal in (("client", 0), ("client", 1), ("server", 0), ("redis", 0), ("rabbitmq", 0)):
@@ -79,9 +82,8 @@ def certificate(tmp_path: Path) -> Doc:
 def test_over_tls_the_server_and_a_client_find_a_broker_that_speaks_nothing_else(
     tag: str, certificate: Doc, tmp_path: Path
 ):
-    values = values_of(CHART / "ci" / "builtin-values.yaml")
+    values = by_hand(tag)
     values["rabbitmq"]["tls"] = {"enabled": True, "existingSecret": "broker-tls"}
-    values |= {"server": {"image": {"tag": tag}}, "clientDefaults": {"image": {"tag": tag}}}
     made = Cluster([*render(values), certificate], tmp_path / "volumes")
     try:
         for name in ("rabbitmq", "redis", "server", "client"):
@@ -106,6 +108,14 @@ def test_no_pod_runs_as_root_or_can_write_its_image(cluster: Cluster):
     for pod in cluster.pods:
         who = pod.run("sh", "-c", "id -u; touch /usr/here 2>/dev/null && echo written || echo refused")
         assert who.split() == [str(pod.spec["securityContext"]["runAsUser"]), "refused"]
+
+
+def test_the_broker_takes_as_many_descriptors_as_it_may(cluster: Cluster):
+    broker = next(pod for pod in cluster.pods if pod.name == "fed-rabbitmq-0")
+
+    limits = broker.run("grep", "open files", "/proc/1/limits").split()
+
+    assert limits[3:5] == [str(MOST_FILES)] * 2
 
 
 @pytest.mark.parametrize("name", ["connection", "round"])
