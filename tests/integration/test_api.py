@@ -5,67 +5,17 @@ from __future__ import annotations
 import threading
 import time
 
-import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from scripted_client import ScriptedClient
+from served import SPEC, Served
 
-from lorabbit.broker.memory import MemoryBroker
 from lorabbit.errors import BadInput
 from lorabbit.events import EVENTS
 from lorabbit.jobspec import JobSpec
 from lorabbit.report import Report
-from lorabbit.settings import ServerSettings
-from lorabbit.state.redis import RedisStore
 from lorabbit.types import TRAIN
 from lorabbit_server.api import make_app
 from lorabbit_server.http import HttpServer
-from lorabbit_server.measures import Measures
-from lorabbit_server.service import Service
-
-SPEC = {"name": "job", "clients": 2, "rounds": 2}
-
-
-class Served:
-    """A server with its HTTP interface, and its loop in a thread."""
-
-    def __init__(self, folder):
-        self.broker, self.store = MemoryBroker(), RedisStore.embedded()
-        settings = ServerSettings(folder=folder / "server", durable=False)
-        self.service = Service(self.broker, self.store, settings, owner="server")
-        self.measures = Measures()
-        self.service.listen(self.measures.on_event)
-        self.ended = threading.Event()
-        self.service.on_job_ended(lambda _: self.ended.set())
-        self.leading = threading.Event()
-        self.service.on_leading(self.leading.set)
-        self.clients = [ScriptedClient(self.broker, f"host-{n}", folder / "clients") for n in (1, 2)]
-        self.http = HttpServer(make_app(self.service, self.measures), "127.0.0.1", 0)
-        self.loop = threading.Thread(target=self.broker.run)
-        self.http.start()
-        self.loop.start()
-        self.web = httpx.Client(base_url=self.http.url, timeout=30)
-
-    def lead(self):
-        self.service.start()
-        assert self.leading.wait(20)
-
-    def start_clients(self):
-        for client in self.clients:
-            client.start()
-
-    def run(self, spec=SPEC):
-        job = self.web.post("/jobs", json=spec).json()["job"]
-        self.start_clients()
-        assert self.ended.wait(60)
-        return job
-
-    def close(self):
-        self.web.close()
-        self.http.close()
-        self.service.drain(self.broker.stop)
-        self.loop.join(20)
-        self.store.close()
 
 
 @pytest.fixture

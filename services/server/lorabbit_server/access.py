@@ -13,7 +13,7 @@ import structlog
 
 from lorabbit.broker.base import Delivery
 from lorabbit.enrolment import Join, Joined, TokenWish, digest, new_secret
-from lorabbit.errors import BadInput, LoRAbbitError, NotAllowed, Refused
+from lorabbit.errors import BadInput, JoinRefused, LoRAbbitError, Refused
 from lorabbit.settings import ServerSettings
 from lorabbit.state.roster import Roster, Token, tokens_named
 from lorabbit_server.management import Management
@@ -96,12 +96,12 @@ class Access:
 
     # ---- clients ----
     def join(self, wish: Join, *, now_ms: int) -> Joined:
-        """Give a client a user of its own; the same wish again is fine. Raises NotAllowed."""
+        """Give a client a user of its own; the same wish again is fine. Raises JoinRefused."""
         management = self._needed()
         verdict = self._roster.join(digest(wish.token), wish.client, wish.password_hash, now_ms=now_ms)
         if verdict != "ok":
             log.warning("join-refused", client=wish.client, reason=verdict)
-            raise NotAllowed(f"{wish.client} may not join: {WHY_NOT[verdict]}")
+            raise JoinRefused(verdict, f"{wish.client} may not join: {WHY_NOT[verdict]}")
         management.put_user(wish.client, wish.password_hash)
         log.info("client-joined", client=wish.client)
         return Joined(user=wish.client)

@@ -49,14 +49,14 @@ def make_app(service: Service, measures: Measures, lookout: Lookout | None = Non
     if lookout is None:
         lookout = Lookout(service, Surroundings(service.broker, service.store, service.now_ms), service.store)
     app = FastAPI(title="LoRAbbit", version=__version__)
-    guard(app, service.settings.http_token)
+    guard(app, service.settings.http_token, measures.count_refused_request)
     _add_errors(app)
     _add_jobs(app, service)
     _add_status(app, service, lookout)
     _add_watching(app, service)
     _add_files(app, service.settings.folder / "runs")
     _add_health(app, service, measures)
-    add_access(app, service)
+    add_access(app, service, measures.count_refused_request)
     return app
 
 
@@ -71,7 +71,9 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def parameter(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return JSONResponse({"error": f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"}, 400)
+        where = ".".join(str(part) for part in first["loc"][1:])[:100]
+        told = f"{where}: {first['msg']}".encode(errors="backslashreplace")  # half a surrogate pair cannot be answered
+        return JSONResponse({"error": told.decode()}, 400)
 
     @app.exception_handler(HTTPException)
     def http(_: Request, error: HTTPException) -> JSONResponse:

@@ -42,6 +42,12 @@ class Measures:
             ["reason"],
             registry=self.registry,
         )
+        self._requests = Counter(
+            "lorabbit_requests_refused",
+            "HTTP requests that were refused at the door",
+            ["reason"],
+            registry=self.registry,
+        )
         self._leading = Gauge("lorabbit_leading", "1 while this server holds the lease", registry=self.registry)
 
     def on_event(self, _job: str, event: ev.AnyEvent) -> None:
@@ -79,6 +85,10 @@ class Measures:
         """Take down how many messages and chunks were refused, by reason; reasons are a fixed set of words."""
         for reason, number in refused.items():
             self._refused.labels(reason).set(number)
+
+    def count_refused_request(self, reason: str) -> None:
+        """Count an HTTP request that was refused; reasons are a fixed set of words. Safe to call from any thread."""
+        self._requests.labels(reason).inc()
 
     def text(self, *, is_leading: bool) -> bytes:
         """Render everything in Prometheus' text format."""

@@ -46,6 +46,15 @@ class NotAllowed(LoRAbbitError):
     exit_code = 4
 
 
+class JoinRefused(NotAllowed):
+    """A client may not join; `reason` is the short name that is counted."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        """Keep the counted `reason` (kebab-case); the text is the sentence in `detail`."""
+        super().__init__(detail)
+        self.reason = reason
+
+
 class Fenced(LoRAbbitError):
     """Another server holds the lease: this one must stop writing."""
 
