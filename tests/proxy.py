@@ -1,6 +1,7 @@
 """A TCP proxy that does to its connections what networks do: it delays, throttles, loses, freezes and resets them.
 
 Bytes pass in order or not at all, as TCP has it; what is lost is a connection, noticed (`cut`) or not (`half_open`).
+Only `flip_a_bit` changes one, as bad memory on the way does behind TCP's checksum.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from urllib.parse import urlsplit
 
 READ_BYTES = 8192
 """Small, so that a slow link is slow for every part of a message."""
+NOT_OF_A_CHUNK = (b"lorabbit", b"\xce\x03\x00")
+"""Names in AMQP's frames around a chunk, and where one frame of a chunk ends and another one begins."""
 
 
 class Proxy:
@@ -43,7 +46,10 @@ class Proxy:
         self.connections = 0
         self.passed = 0
         """Bytes from clients to the server so far."""
+        self.returned = 0
+        """Bytes from the server to clients so far."""
         self._limit: int | None = None
+        self._flips: bool | None = None
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
@@ -75,6 +81,23 @@ class Proxy:
         """Whether the limit of `cut_after` was reached."""
         return self._limit is None
 
+    def flip_a_bit(self, *, upwards: bool) -> None:
+        """Flip one bit of the next block that is a part of a chunk and nothing else, to the server or from it."""
+        self._flips = upwards
+
+    @property
+    def has_flipped(self) -> bool:
+        """Whether the bit of `flip_a_bit` was flipped."""
+        return self._flips is None
+
+    def spoil(self, data: bytes, *, upwards: bool) -> bytes:
+        """Return a block as it goes on."""
+        if self._flips is not upwards or len(data) < READ_BYTES or any(word in data for word in NOT_OF_A_CHUNK):
+            return data
+        self._flips = None
+        middle = len(data) // 2
+        return data[:middle] + bytes([data[middle] ^ 0x10]) + data[middle + 1 :]
+
     def close(self) -> None:
         """Stop listening and cut everything."""
         self._closed = True
@@ -91,6 +114,7 @@ class Proxy:
         if self.bytes_per_second is not None:
             time.sleep(size / self.bytes_per_second)
         if not upwards:
+            self.returned += size
             return
         self.passed += size
         if self._limit is not None and self.passed >= self._limit:
@@ -167,7 +191,7 @@ class _Pair:
                     continue
                 self._proxy.let_pass(len(data), upwards=upwards)
                 if not self._silent:
-                    sink.sendall(data)
+                    sink.sendall(self._proxy.spoil(data, upwards=upwards))
         if not self._silent:
             for side in self._sockets:
                 with contextlib.suppress(OSError):

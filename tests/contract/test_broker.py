@@ -283,6 +283,34 @@ def test_each_reader_of_a_stream_sees_all_of_it(broker, make):
         assert [delivery.headers["index"] for delivery in seen] == list(range(30))
 
 
+def test_a_reader_may_begin_in_the_middle_of_a_stream(broker):
+    broker.declare_queue(Queue("s", "stream"))
+    answers = Seen(broker)
+    for number in range(10):
+        broker.send(message(b"%d" % number, "s"), answers.add)
+    answers.wait(10)
+    seen = Seen(broker)
+
+    broker.read_stream("s", lambda delivery: (broker.ack(delivery), seen.add(delivery)), first=lambda: 7)
+
+    seen.wait(3)
+    assert seen.bodies == [b"7", b"8", b"9"]
+
+
+def test_a_reader_that_begins_behind_the_end_of_a_stream_gets_what_comes_there(broker):
+    broker.declare_queue(Queue("s", "stream"))
+    answers, seen = Seen(broker), Seen(broker)
+    broker.send(message(b"0", "s"), answers.add)
+    answers.wait(1)
+    broker.read_stream("s", lambda delivery: (broker.ack(delivery), seen.add(delivery)), first=lambda: 2)
+
+    for number in range(1, 4):
+        broker.send(message(b"%d" % number, "s"))
+
+    seen.wait_until(lambda: b"3" in seen.bodies)
+    assert seen.bodies[-2:] == [b"2", b"3"]
+
+
 def test_a_reader_may_come_before_the_stream_and_before_its_end(broker):
     seen = Seen(broker)
     broker.read_stream("s", lambda delivery: (broker.ack(delivery), seen.add(delivery)))

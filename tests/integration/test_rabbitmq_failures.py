@@ -9,13 +9,14 @@ import time
 import numpy as np
 import pytest
 import services
+import structlog
 from proxy import Proxy
 from seen import Seen
 
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing, Queue
 from lorabbit.broker.rabbit import RabbitBroker
-from lorabbit.chunks import CHUNK
+from lorabbit.chunks import CHUNK, WINDOW
 from lorabbit.errors import BrokerUnavailable, CorruptPayload, LoRAbbitError
 from lorabbit.messages import PayloadRef
 from lorabbit.payloads import PayloadStore
@@ -24,6 +25,8 @@ from lorabbit.transfer import AdapterReader, ChunkSender
 
 pytestmark = pytest.mark.services
 MIB = 2**20
+FRAMES = MIB // 4
+"""Room for what AMQP sends beside the chunks of 24 MiB."""
 
 
 @pytest.fixture
@@ -110,7 +113,53 @@ def test_a_download_goes_on_after_a_cut_in_the_middle(connect, empty_rabbitmq_ur
     assert done == [None]
     assert cuts == []
     assert hashlib.sha256(mine.path(ref.sha256).read_bytes()).hexdigest() == ref.sha256
-    assert reader.received_bytes > ref.size_bytes
+    here_twice = reader.received_bytes - ref.size_bytes
+    assert 0 <= here_twice <= 2 * MIB  # for each cut the one that was being written
+    twice_on_the_wire = proxy.returned - ref.size_bytes
+    assert 0 <= twice_on_the_wire <= 2 * (WINDOW + 1) * MIB + FRAMES  # for each cut what was under way as well
+
+
+def test_a_download_goes_on_with_what_another_process_left(connect, empty_rabbitmq_url, proxy, store, tmp_path):
+    ref = noise(store, 24)
+    server = connect(empty_rabbitmq_url)
+    published = Seen(server)
+    AdapterPublisher(server, store).publish(ref, published.add)
+    published.wait(1)
+    mine = tmp_path / "client"
+    half = PayloadStore(mine, durable=False)
+    content = store.path(ref.sha256).read_bytes()
+    for index in range(20):
+        half.write_chunk(ref, index, content[index * MIB : (index + 1) * MIB])
+    client = connect(proxy.url)
+    done = Seen(client)
+
+    reader = AdapterReader(client, PayloadStore(mine, durable=False), ref, done.add)
+    done.wait(1)
+
+    missing = ref.size_bytes - 20 * MIB
+    assert done == [None]
+    assert reader.received_bytes == missing
+    assert missing <= proxy.returned <= missing + FRAMES
+
+
+def test_a_bit_that_flips_on_the_way_down_costs_its_chunk(connect, empty_rabbitmq_url, proxy, store, tmp_path):
+    ref = noise(store, 24)
+    server, client = connect(empty_rabbitmq_url), connect(proxy.url)
+    published, done = Seen(server), Seen(client)
+    AdapterPublisher(server, store).publish(ref, published.add)
+    published.wait(1)
+    mine = PayloadStore(tmp_path / "client", durable=False)
+    proxy.flip_a_bit(upwards=False)
+
+    with structlog.testing.capture_logs() as logs:
+        reader = AdapterReader(client, mine, ref, done.add)
+        done.wait(1)
+
+    assert done == [None]
+    assert proxy.has_flipped
+    assert [entry["event"] for entry in logs] == ["chunk-rejected"]
+    assert hashlib.sha256(mine.path(ref.sha256).read_bytes()).hexdigest() == ref.sha256
+    assert reader.received_bytes == ref.size_bytes + MIB
 
 
 def test_an_upload_goes_on_after_a_cut_in_the_middle(connect, empty_rabbitmq_url, proxy, store, tmp_path):
@@ -134,8 +183,9 @@ def test_an_upload_goes_on_after_a_cut_in_the_middle(connect, empty_rabbitmq_url
 
     sent.wait(1)
     receiving.join()
-    assert len(chunks) >= ref.chunks
     assert sent == [None]
+    assert ref.chunks <= len(chunks) <= ref.chunks + 2 * WINDOW  # for each cut what was under way
+    assert ref.size_bytes <= proxy.passed <= ref.size_bytes + 2 * WINDOW * MIB + FRAMES
     assert arrived[0].read_bytes() == store.path(ref.sha256).read_bytes()
 
 

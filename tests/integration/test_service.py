@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from server_rig import Rig
 from lorabbit import codec
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing
+from lorabbit.chunks import Chunks
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Deny, Grant, Offer, TaskFailed, Verdict
@@ -289,6 +291,58 @@ def test_chunks_of_a_client_that_was_not_asked_do_not_spoil_an_upload(rig):
 
     assert report.status == "done"
     assert all(r.rejected == {} for r in report.rounds)
+
+
+@pytest.mark.parametrize("what", ["body", "index"])
+def test_a_chunk_that_is_damaged_on_its_way_is_sent_again_alone(rig, what):
+    def spoil(client, grant):
+        if asked:
+            asked.append(grant)
+            return False
+        asked.append(grant)
+        place = topology.UP, topology.data_key(client.address)
+        chunks = Chunks(client.offers[grant.task].payload, client.store.path(grant.sha256), place, {"task": grant.task})
+        for index in grant.missing:
+            message = chunks.message(index)
+            if index == 1 and what == "body":
+                message = replace(message, body=b"\x01" + message.body[1:])
+            elif index == 1:
+                message = replace(message, headers={**message.headers, "index": 2})
+            rig.broker.send(message)
+        return True
+
+    asked = []
+    for client in rig.clients:
+        client.tensors_like = lambda value: {"a": np.full(900, value, np.float32)}
+        client.on_grant = spoil
+    report = rig.run(spec(rounds=1))
+
+    assert report.status == "done"
+    assert [grant.missing for grant in asked if grant.task == asked[0].task] == [(0, 1, 2, 3), (1,)]
+    assert dict(rig.service.refused) == {"chunk": 1}
+    assert "update-rejected" not in rig.kinds()
+
+
+def test_a_payload_that_is_not_what_was_announced_is_sent_once_more_whole(rig):
+    def spoil(client, grant):
+        asked.append(grant)
+        path = client.store.path(grant.sha256)
+        if len(asked) == 1:
+            right.append(path.read_bytes())
+            path.write_bytes(bytes(len(right[0])))
+        elif len(asked) == 2:
+            path.write_bytes(right[0])
+        return False
+
+    asked, right = [], []
+    for client in rig.clients:
+        client.on_grant = spoil
+    report = rig.run(spec(rounds=1))
+
+    assert report.status == "done"
+    assert asked[1] == asked[0]
+    assert dict(rig.service.refused) == {"corrupt": 1}
+    assert "update-rejected" not in rig.kinds()
 
 
 def test_an_upload_whose_bytes_are_not_what_was_announced_is_corrupt(rig):

@@ -1,16 +1,19 @@
 """Payloads over the broker in memory: down by stream, up by chunks, and what may go wrong on the way."""
 
+import zlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing, Queue
 from lorabbit.broker.memory import MemoryBroker
-from lorabbit.chunks import CHUNK, WINDOW
+from lorabbit.chunks import CHUNK, WINDOW, Chunks
 from lorabbit.errors import BrokerUnavailable, CorruptPayload, LoRAbbitError
 from lorabbit.payloads import PayloadStore
 from lorabbit.publishing import AdapterPublisher
-from lorabbit.transfer import AdapterReader, ChunkSender
+from lorabbit.transfer import MAX_DAMAGES, AdapterReader, ChunkSender
 
 
 class Clock:
@@ -170,12 +173,110 @@ def test_a_reader_goes_on_after_a_reconnect_with_what_it_has(broker, server_stor
     broker.run_until_idle()
     client_store.write_chunk(ref, 0, server_store.path(ref.sha256).read_bytes()[:1024])
     answers = []
-    AdapterReader(broker, client_store, ref, answers.append)
+    reader = AdapterReader(broker, client_store, ref, answers.append)
 
     broker.reconnect()
     broker.run_until_idle()
 
     assert answers == [None]
+    assert reader.received_bytes == ref.size_bytes - 1024
+
+
+def fill(broker, store, ref, indices):
+    """A payload's stream with these of its chunks, in this order."""
+    stream = topology.adapter_stream(ref.sha256)
+    broker.declare_queue(stream)
+    chunks = Chunks(ref, store.path(ref.sha256), ("", stream.name), {})
+    for index in indices:
+        broker.send(chunks.message(index))
+
+
+@pytest.mark.parametrize("order", ["twice", "late", "backwards"])
+def test_a_reader_finds_chunks_that_stand_in_another_order(broker, server_store, client_store, ref, order):
+    indices = list(range(ref.chunks))
+    told = {
+        "twice": [*indices[:3], *indices],
+        "late": [*indices[:4], *indices[5:9], 4, *indices[9:]],
+        "backwards": indices[::-1],
+    }
+    fill(broker, server_store, ref, told[order])
+    for index in range(2):
+        client_store.write_chunk(ref, index, server_store.path(ref.sha256).read_bytes()[index * 1024 :][:1024])
+    answers = []
+
+    AdapterReader(broker, client_store, ref, answers.append)
+    broker.run_until_idle()
+
+    assert answers == [None]
+
+
+def test_a_reader_that_finds_nothing_behind_what_it_has_reads_from_the_beginning(
+    broker, clock, server_store, client_store, ref
+):
+    fill(broker, server_store, ref, [ref.chunks - 1, *range(ref.chunks - 1)])
+    content = server_store.path(ref.sha256).read_bytes()
+    for index in range(ref.chunks - 1):
+        client_store.write_chunk(ref, index, content[index * 1024 :][:1024])
+    answers = []
+    AdapterReader(broker, client_store, ref, answers.append, patience_seconds=10)
+    broker.run_until_idle()
+    assert answers == []
+
+    for _ in range(2):
+        clock.now += 10.0
+        broker.run_until_idle()
+
+    assert answers == [None]
+
+
+class Spoiling(MemoryBroker):
+    """A broker on the way to which some chunks are damaged, some of them for good."""
+
+    damages: int = 0
+    header: bool = False
+    hits: int = 0
+
+    def read_stream(self, stream, on_delivery, **how):
+        def spoil(delivery):
+            if delivery.headers["index"] == 5 and self.hits < self.damages:
+                self.hits += 1
+                if self.header:
+                    delivery = replace(delivery, headers={**delivery.headers, "index": 8})
+                else:
+                    delivery = replace(delivery, body=b"\x01" + delivery.body[1:])
+            on_delivery(delivery)
+
+        return super().read_stream(stream, spoil, **how)
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_a_damaged_chunk_is_read_again_and_nothing_else(server_store, client_store, ref, header):
+    broker, answers = Spoiling(), []
+    AdapterPublisher(broker, server_store).publish(ref)
+    broker.run_until_idle()
+    broker.damages, broker.header = 1, header
+
+    reader = AdapterReader(broker, client_store, ref, answers.append)
+    broker.run_until_idle()
+
+    assert answers == [None]
+    assert broker.hits == 1
+    assert reader.received_bytes == ref.size_bytes + 1024
+
+
+def test_a_chunk_that_arrives_damaged_every_time_ends_the_read(server_store, client_store, ref):
+    broker, answers = Spoiling(), []
+    AdapterPublisher(broker, server_store).publish(ref)
+    broker.run_until_idle()
+    broker.damages = 100
+
+    AdapterReader(broker, client_store, ref, answers.append)
+    broker.run_until_idle()
+
+    assert broker.hits == MAX_DAMAGES
+    assert [type(answer) for answer in answers] == [CorruptPayload]
+    assert "chunk 5 of payload" in str(answers[0])
+    assert 4 not in client_store.missing(ref)
 
 
 def test_a_stream_with_a_flipped_byte_is_refused(broker, server_store, client_store, ref):
@@ -247,7 +348,8 @@ def test_granted_chunks_arrive_with_what_they_are_about(broker, server_store, re
     content = server_store.path(ref.sha256).read_bytes()
     assert answers == [None]
     assert [delivery.body for delivery in chunks] == [content[1024:2048], content[3072:4096], content[23 * 1024 :]]
-    assert dict(chunks[0].headers) == {"task": "t", "sha256": ref.sha256, "size": ref.size_bytes, "index": 1}
+    about_chunk = {"task": "t", "sha256": ref.sha256, "size": ref.size_bytes, "index": 1}
+    assert dict(chunks[0].headers) == {**about_chunk, "crc32": zlib.crc32(chunks[0].body, 1)}
     assert chunks[0].routing_key == "c.host-1.data"
     assert sender.sent_bytes == sum(len(delivery.body) for delivery in chunks)
 

@@ -223,9 +223,9 @@ class JobRun:
             return
         if not isinstance(found, Exception):
             self.apply(steps.ResultArrived(task.id, self._meter.read(task.id), self._now(), found.word))
-            return
-        why = refusal(found)
-        if why is None:
+        elif self._uploads.may_repeat(task, found):
+            self._expect(task)
+        elif (why := refusal(found)) is None:
             self._step_failed(f"checking the {task.phase} result of {task.client}", found)
         else:
             self.apply(steps.ResultRefused(task.id, why.reason, why.detail, at_ms=self._now()))

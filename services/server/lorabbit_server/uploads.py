@@ -1,8 +1,9 @@
 """Uploads: from an offer that is wanted to a payload that passed admission.
 
 A payload is known by its content, so two tasks that bring the same bytes share one upload, and
-bytes that are here already move no second time. Chunks are acknowledged once written; the whole is
-checked beside the loop before anybody believes it. An upload on which nothing arrives for a while
+bytes that are here already move no second time. Chunks are acknowledged once written; one that is
+damaged is dropped, and still missing. The whole is checked beside the loop before anybody believes it;
+one that has another hash than was announced is asked for once more. An upload on which nothing arrives for a while
 is granted again: the broker, or an earlier disk of this server, may have lost a chunk, and a grant
 itself needs no outbox for the same reason. While other chunks arrive its own may be behind them in
 the queue, so it is given longer. A server that takes over first takes what the broker holds for
@@ -19,6 +20,7 @@ import structlog
 from lorabbit import codec, crash
 from lorabbit.broker import topology
 from lorabbit.broker.base import Delivery, Outgoing
+from lorabbit.chunks import index_of, is_damaged
 from lorabbit.errors import CorruptPayload, LoRAbbitError, Refused
 from lorabbit.messages import Grant, PayloadRef
 from lorabbit.transport import Coding
@@ -61,6 +63,8 @@ class Uploads:
         self._inherited_until_ms = 0
         self._arrived_ms = 0
         """When the last chunk came, of whatever upload."""
+        self._repeated: set[str] = set()
+        """Tasks whose payload was asked for a second time."""
 
     def inherit(self) -> None:
         """Expect that chunks are on their way which an earlier server asked for."""
@@ -83,6 +87,15 @@ class Uploads:
             upload.patience_ms = INHERITED_MS
         elif self._window.enter(ref.sha256, ref.size_bytes, upload.moved_ms):
             self._grant(task, upload)
+
+    def may_repeat(self, task: TaskState, error: Exception) -> bool:
+        """Tell whether a payload that has another hash than was announced may come once more, and count it."""
+        if not isinstance(error, CorruptPayload) or task.id in self._repeated:
+            return False
+        log.warning("payload-rejected", task=task.id, why=str(error))
+        self._tools.refused["corrupt"] += 1
+        self._repeated.add(task.id)
+        return True
 
     def forget(self, task: str) -> None:
         """Await nothing for a task any more."""
@@ -127,10 +140,8 @@ class Uploads:
         sender = self._tools.registry.at(topology.address_of(delivery.routing_key))
         if upload is not None and any(each.client == sender for each, _ in upload.waiting.values()):
             try:
-                index = _whole(headers["index"])
-                if index in upload.missing:
-                    self._tools.payloads.write_chunk(upload.ref, index, delivery.body)
-            except (CorruptPayload, KeyError, ValueError) as error:
+                index = self._write(upload, delivery)
+            except CorruptPayload as error:
                 log.warning("chunk-rejected", task=task, why=str(error))
                 self._tools.refused["chunk"] += 1
                 self._tools.broker.reject(delivery)
@@ -144,6 +155,15 @@ class Uploads:
                 self._window.leave(upload.ref.sha256)
                 self._advance()
         self._tools.broker.ack(delivery)
+
+    def _write(self, upload: Upload, delivery: Delivery) -> int:
+        """Write a chunk if it is missing; returns its index. Raises CorruptPayload for one that is none."""
+        index = index_of(delivery)
+        if is_damaged(delivery):
+            raise CorruptPayload(f"chunk {index} of payload {upload.ref.sha256[:12]} arrived damaged")
+        if index in upload.missing:
+            self._tools.payloads.write_chunk(upload.ref, index, delivery.body)
+        return index
 
     def _grant(self, task: TaskState, upload: Upload) -> None:
         """Ask a client for the chunks that are missing."""
@@ -172,19 +192,12 @@ class Uploads:
             return check_update(payloads.finish(upload.ref), expected)
 
         def done(found: Coding | Exception) -> None:
-            if not upload.waiting:
-                self._open.pop(sha256, None)
+            if not upload.waiting and self._open.get(sha256) is upload:
+                del self._open[sha256]
             crash.reached(crash.Point.UPLOAD_CHECKED)
             self._on_checked(task, found)
 
         self._tools.loop.work(work, done, done)
-
-
-def _whole(value: object) -> int:
-    """A chunk's index as its header has it; raises CorruptPayload for anything else."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise CorruptPayload("the index of a chunk is a whole number")
-    return value
 
 
 def refusal(error: Exception) -> Refused | None:

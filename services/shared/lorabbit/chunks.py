@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from uuid import uuid4
 
 from lorabbit.backoff import Backoff
-from lorabbit.broker.base import Broker, Cancellable, OnDone, Outgoing
-from lorabbit.errors import BrokerBusy, LoRAbbitError
+from lorabbit.broker.base import Broker, Cancellable, Delivery, OnDone, Outgoing
+from lorabbit.errors import BrokerBusy, CorruptPayload, LoRAbbitError
 from lorabbit.messages import PayloadRef
 
 CHUNK = "lorabbit.chunk.v1"
-"""AMQP `type` of a chunk; its body is the bytes, its headers ``sha256``, ``index`` and ``size``."""
+"""AMQP `type` of a chunk; its body is the bytes, its headers ``sha256`` and ``size``, ``index``, ``crc32``."""
+CHECKSUM = "crc32"
+"""Header of a chunk's checksum."""
 WINDOW = 4
 """Chunks on their way to the broker at one time."""
+
+
+def checksum(body: bytes, index: int) -> int:
+    """CRC-32 of a chunk, begun with its index, so that one under another index does not pass either."""
+    return zlib.crc32(body, index)
+
+
+def index_of(delivery: Delivery) -> int:
+    """Tell which chunk of its payload a delivery is; raises CorruptPayload where its header does not say."""
+    index = delivery.headers.get("index")
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise CorruptPayload("the index of a chunk is a whole number")
+    return index
+
+
+def is_damaged(delivery: Delivery) -> bool:
+    """Tell whether a chunk is not as it was sent; one without a checksum is left to the hash of the whole."""
+    sent = delivery.headers.get(CHECKSUM)
+    return sent is not None and sent != checksum(delivery.body, index_of(delivery))
 
 
 class Chunks:
@@ -45,7 +67,7 @@ class Chunks:
             self._routing_key,
             CHUNK,
             body,
-            {**self._headers, "index": index},
+            {**self._headers, "index": index, CHECKSUM: checksum(body, index)},
             message_id=f"{self._sending}-{index}",
         )
 

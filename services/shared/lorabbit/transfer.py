@@ -3,24 +3,33 @@
 Down, the server publishes a payload once and every client of the cohort reads it from the start,
 whenever it comes. Up, a client sends the chunks that it was granted. Both send a few chunks ahead
 of the broker's confirmations and never more, so memory is a few chunks whatever the payload; a full
-queue makes the sender wait, with full jitter. Whoever receives checks the whole against its hash.
+queue makes the sender wait, with full jitter. Whoever receives checks each chunk against its checksum
+and the whole against its hash. A link that breaks, or a damaged chunk, makes a reader go on from the
+first chunk that is not here.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
+import structlog
+
 from lorabbit import crash
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery, OnDone
-from lorabbit.chunks import WINDOW, Chunks, Outbound
+from lorabbit.chunks import WINDOW, Chunks, Outbound, index_of, is_damaged
 from lorabbit.errors import BrokerUnavailable, CorruptPayload, LoRAbbitError
 from lorabbit.messages import PayloadRef
 from lorabbit.payloads import PayloadStore
 
 PATIENCE_SECONDS = 300.0
+MAX_DAMAGES = 3
+"""So often may one chunk arrive damaged; then it is damaged in its stream."""
+
+log = structlog.get_logger()
 
 
 class ChunkSender(Cancellable):
@@ -60,7 +69,8 @@ class AdapterReader(Cancellable):
     """Reads one published payload into a store.
 
     `on_done(None)` is called once, when the payload is in the store, checked; `on_done(error)` when what arrived is
-    not what was announced, or when no chunk arrives for `patience_seconds`.
+    not what was announced, when one chunk arrives damaged `MAX_DAMAGES` times, or when none arrives for
+    `patience_seconds`.
     """
 
     def __init__(
@@ -81,18 +91,43 @@ class AdapterReader(Cancellable):
         self._patience_seconds = patience_seconds
         self._moved = False
         self._missing = set(store.missing(ref))
+        self._lowest = 0
+        """The first chunk that is missing; for any thread."""
+        self._in_order = True
+        """Whether chunk n may be looked for from the stream's message n on; for any thread."""
+        self._damages: Counter[int] = Counter()
         self._reading: Cancellable | None = None
         self._watch: Cancellable | None = None
         if not self._missing:
             broker.post(self._finish)
             return
-        stream = topology.adapter_stream(ref.sha256, ref.stream).name
-        self._reading = broker.read_stream(stream, self._receive, prefetch=WINDOW)
+        self._note_lowest()
+        self._read()
         self._watch = broker.after(patience_seconds, self._check_progress)
 
     def cancel(self) -> None:
         """Stop reading; what arrived stays in the store, and `on_done` is not called."""
         self._end()
+
+    def _read(self) -> None:
+        """Read from the first chunk that is missing on, instead of what is being read."""
+        if self._reading is not None:
+            self._reading.cancel()
+        stream = topology.adapter_stream(self._ref.sha256, self._ref.stream).name
+        self._reading = self._broker.read_stream(stream, self._receive, prefetch=WINDOW, first=self._first)
+
+    def _first(self) -> int:
+        """Where to begin: a stream is begun empty and filled in order, so no chunk stands before its index."""
+        return self._lowest if self._in_order else 0
+
+    def _read_everything(self) -> None:
+        """Read from the stream's beginning: what is missing stands somewhere else than it should."""
+        self._in_order = False
+        self._read()
+
+    def _note_lowest(self) -> None:
+        while self._lowest < self._ref.chunks and self._lowest not in self._missing:
+            self._lowest += 1
 
     def _receive(self, delivery: Delivery) -> None:
         if self._on_done is None:
@@ -101,18 +136,35 @@ class AdapterReader(Cancellable):
         self.received_bytes += len(delivery.body)
         self._moved = True
         try:
-            index = int(delivery.headers["index"])
+            index = index_of(delivery)
+            if is_damaged(delivery):
+                self._refuse(index)
+                return
             self._store.write_chunk(self._ref, index, delivery.body)
             crash.reached(crash.Point.PAYLOAD_CHUNK_READ)
-        except (KeyError, ValueError):
-            self._end(CorruptPayload(f"a chunk of payload {self._ref.sha256[:12]} has no index"))
-            return
         except CorruptPayload as error:
             self._end(error)
             return
         self._missing.discard(index)
+        is_early = index > self._lowest
+        self._note_lowest()
         if not self._missing:
             self._finish()
+        elif is_early and self._in_order:
+            self._read_everything()
+
+    def _refuse(self, index: int) -> None:
+        """Read a chunk again that is not as it was sent, a bounded number of times; one that is here is dropped."""
+        if index not in self._missing:
+            return
+        self._damages[index] += 1
+        times = self._damages[index]
+        why = f"chunk {index} of payload {self._ref.sha256[:12]} arrived damaged"
+        log.warning("chunk-rejected", why=why, times=times)
+        if times == MAX_DAMAGES:
+            self._end(CorruptPayload(f"{why} {times} times"))
+        else:
+            self._read()
 
     def _finish(self) -> None:
         if self._on_done is None:
@@ -126,11 +178,15 @@ class AdapterReader(Cancellable):
 
     def _check_progress(self) -> None:
         """End a read on which nothing arrives; no wait is without an end."""
-        if self._moved:
+        trouble = self._broker.trouble()
+        is_elsewhere = not self._moved and trouble is None and self._first() > 0
+        if is_elsewhere:
+            self._read_everything()
+        if self._moved or is_elsewhere:
             self._moved = False
             self._watch = self._broker.after(self._patience_seconds, self._check_progress)
             return
-        why = self._broker.trouble() or f"{len(self._missing)} chunks that the server announced are not there"
+        why = trouble or f"{len(self._missing)} chunks that the server announced are not there"
         waited = f"no chunk of payload {self._ref.sha256[:12]} arrived for {self._patience_seconds:.0f} s"
         self._end(BrokerUnavailable(f"{waited}: {why}"))
 

@@ -58,6 +58,7 @@ class Delivery:
 
 
 OnDelivery: TypeAlias = Callable[[Delivery], None]
+First: TypeAlias = Callable[[], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,11 @@ class Queue:
     dead_letter_exchange: str | None = None
     expires_ms: int | None = None
     """Deleted by the broker after so long without a consumer."""
+
+
+def beginning() -> int:
+    """Number of a stream's first message."""
+    return 0
 
 
 class Cancellable(ABC):
@@ -107,10 +113,13 @@ class Broker(ABC):
         """Consume a queue. Where the queue does not exist yet, keep trying quietly until it does."""
 
     @abstractmethod
-    def read_stream(self, stream: str, on_delivery: OnDelivery, *, prefetch: int = 16) -> Cancellable:
-        """Read a stream from its first message on; every reader gets every message. `ack` each one.
+    def read_stream(
+        self, stream: str, on_delivery: OnDelivery, *, prefetch: int = 16, first: First = beginning
+    ) -> Cancellable:
+        """Read a stream; every reader gets every message from the one on that `first` counts, from 0. `ack` each one.
 
-        After a reconnect reading starts over from the first message: readers drop what they know.
+        After a reconnect reading starts over from there: `first` is asked again, from any thread, and readers drop
+        what they know.
         """
 
     @abstractmethod

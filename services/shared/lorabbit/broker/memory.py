@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from lorabbit.broker.base import Broker, Cancellable, Delivery, OnDelivery, OnDone, Outgoing, Queue
+from lorabbit.broker.base import Broker, Cancellable, Delivery, First, OnDelivery, OnDone, Outgoing, Queue, beginning
 from lorabbit.broker.loop import Clock, Loop
 from lorabbit.broker.resting import ExistingQueue, Reader, Stored, Token
 from lorabbit.broker.routing import Exchange
@@ -74,9 +74,13 @@ class MemoryBroker(Broker):
         self._attach(reader)
         return reader
 
-    def read_stream(self, stream: str, on_delivery: OnDelivery, *, prefetch: int = 16) -> Cancellable:
-        """Read a stream from its first message on, once it exists."""
-        return self.subscribe(stream, on_delivery, prefetch=prefetch)
+    def read_stream(
+        self, stream: str, on_delivery: OnDelivery, *, prefetch: int = 16, first: First = beginning
+    ) -> Cancellable:
+        """Read a stream, once it exists."""
+        reader = Reader(stream, on_delivery, prefetch, self._leave, first=first)
+        self._attach(reader)
+        return reader
 
     def _leave(self, reader: Reader) -> None:
         """Stop a reader; what it did not acknowledge goes to others."""
@@ -165,7 +169,7 @@ class MemoryBroker(Broker):
         if existing is None:
             self._waiting.setdefault(reader.queue, []).append(reader)
             return
-        reader.offset = 0
+        reader.offset = reader.first()
         existing.readers.append(reader)
         self._pump(existing)
 
@@ -220,7 +224,7 @@ class MemoryBroker(Broker):
         held = {number: stored for reader in readers for number, stored in reader.unacked.items()}
         for reader in readers:
             reader.unacked.clear()
-            reader.offset = 0
+            reader.offset = reader.first()
         if not existing.is_stream:
             for number in sorted(held, reverse=True):
                 existing.put_back(held[number])

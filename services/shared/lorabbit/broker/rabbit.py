@@ -17,7 +17,7 @@ from functools import partial
 from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker
 
-from lorabbit.broker.base import Broker, Cancellable, Delivery, OnDelivery, OnDone, Outgoing, Queue
+from lorabbit.broker.base import Broker, Cancellable, Delivery, First, OnDelivery, OnDone, Outgoing, Queue, beginning
 from lorabbit.broker.loop import Loop
 from lorabbit.broker.rabbit_consumer import Consumer, Token
 from lorabbit.broker.rabbit_link import Link
@@ -85,15 +85,17 @@ class RabbitBroker(Broker):
         """Consume a queue, once it exists."""
         return self._consume(Consumer(self._consuming, queue, on_delivery, prefetch=prefetch, post=self._loop.post))
 
-    def read_stream(self, stream: str, on_delivery: OnDelivery, *, prefetch: int = 16) -> Cancellable:
-        """Read a stream from its first message on, once it exists."""
+    def read_stream(
+        self, stream: str, on_delivery: OnDelivery, *, prefetch: int = 16, first: First = beginning
+    ) -> Cancellable:
+        """Read a stream, once it exists."""
         return self._consume(
             Consumer(
                 self._consuming,
                 stream,
                 on_delivery,
                 prefetch=prefetch,
-                arguments={"x-stream-offset": "first"},
+                arguments=lambda: {"x-stream-offset": first() or "first"},
                 post=self._loop.post,
             )
         )

@@ -49,11 +49,11 @@ class Consumer(Cancellable):
         *,
         prefetch: int,
         post: Callable[[Callable[[], None]], None],
-        arguments: Mapping[str, str] | None = None,
+        arguments: Callable[[], Mapping[str, str | int]] = dict,
     ) -> None:
-        """Prepare to read; `post` brings deliveries to the loop thread, `arguments` are those of basic.consume."""
+        """Prepare to read; `post` brings deliveries to the loop thread, `arguments` makes those of basic.consume."""
         self._link, self._queue, self._on_delivery = link, queue, on_delivery
-        self._prefetch, self._arguments, self._post = prefetch, dict(arguments or {}), post
+        self._prefetch, self._arguments, self._post = prefetch, arguments, post
         self._generation = 0
         self._channel: Channel | None = None
         self._retry_seconds = FIRST_RETRY_SECONDS
@@ -105,7 +105,7 @@ class Consumer(Cancellable):
     def _consume(self, generation: int, channel: Channel) -> None:
         if channel.is_open:
             receive = partial(self._receive, generation)
-            channel.basic_consume(self._queue, receive, arguments=self._arguments, callback=self._reading)
+            channel.basic_consume(self._queue, receive, arguments=dict(self._arguments()), callback=self._reading)
 
     def _reading(self, _frame: object) -> None:
         self._retry_seconds = FIRST_RETRY_SECONDS

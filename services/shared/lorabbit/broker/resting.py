@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lorabbit.broker.base import Cancellable, OnDelivery, Outgoing, Queue
+from lorabbit.broker.base import Cancellable, First, OnDelivery, Outgoing, Queue, beginning
 
 STREAM = "stream"
 
@@ -31,6 +31,8 @@ class Reader(Cancellable):
     unacked: dict[int, Stored] = field(default_factory=dict)
     offset: int = 0
     """Next message of a stream."""
+    first: First = beginning
+    """Number of the message with which reading a stream begins."""
 
     @property
     def has_room(self) -> bool:
