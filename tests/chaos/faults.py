@@ -127,6 +127,13 @@ def link_stalls(scene: Scene) -> None:
         scene.proxies[0].flow()
 
 
+def link_flips_a_bit(scene: Scene) -> None:
+    """Let one bit of the victim's update arrive flipped."""
+    with midway(scene):
+        scene.proxies[0].flip_a_bit(upwards=True)
+        scene.await_log(scene.server, "chunk-rejected")
+
+
 def server_drains(scene: Scene) -> None:
     """Ask the server to end, and start it again."""
     with midway(scene):
@@ -151,6 +158,34 @@ def memory_alarm(scene: Scene) -> None:
         scene.proxies[0].bytes_per_second = None
         scene.await_log(scene.victim, "broker-blocked")
         scene.ground.broker.control("set_vm_memory_high_watermark", "0.6")
+
+
+# ---- half-way through a download ----
+@contextlib.contextmanager
+def midway_down(scene: Scene) -> Iterator[None]:
+    """Come half-way through what the victim reads, let the body disturb it, and give the victim its full speed."""
+    link = scene.proxy()
+    link.bytes_per_second = SLOW_BYTES_PER_SECOND
+    scene.start(victim={"LORABBIT_BROKER_URL": link.url})
+    scene.submit()
+    arrived = scene.witness.settle(lambda: link.returned > HALF_BYTES, 60.0)
+    assert arrived, f"no download began\n{scene.federation.tails()}"
+    scene.disturb()
+    yield
+    link.bytes_per_second = None
+
+
+def link_is_cut_down(scene: Scene) -> None:
+    """Reset the victim's connections while it reads."""
+    with midway_down(scene):
+        scene.proxies[0].cut()
+
+
+def link_flips_a_bit_down(scene: Scene) -> None:
+    """Let one bit of the adapter arrive flipped at the victim."""
+    with midway_down(scene):
+        scene.proxies[0].flip_a_bit(upwards=False)
+        scene.await_log(scene.victim, "chunk-rejected")
 
 
 # ---- the network, all the time ----
