@@ -113,15 +113,24 @@ class Pod:
             return run.returncode == 0
         asked = probe.get("httpGet") or probe["tcpSocket"]
         (port,) = [p["containerPort"] for p in self.container["ports"] if p["name"] == asked["port"]]
-        address = docker("inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", self.id)
         try:
             if "tcpSocket" in probe:
-                socket.create_connection((address, port), ANSWER_SECONDS).close()
+                socket.create_connection((self.address(), port), ANSWER_SECONDS).close()
             else:
-                urllib.request.urlopen(f"http://{address}:{port}{asked['path']}", timeout=ANSWER_SECONDS).close()
+                self.page(port, asked["path"])
         except (OSError, urllib.error.HTTPError):
             return False
         return True
+
+    def address(self) -> str:
+        """Its address on the cluster's network."""
+        return docker("inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", self.id)
+
+    def page(self, port: int, path: str) -> str:
+        """What it answers over HTTP; raises OSError."""
+        with urllib.request.urlopen(f"http://{self.address()}:{port}{path}", timeout=ANSWER_SECONDS) as answer:
+            text: str = answer.read().decode()
+        return text
 
     def becomes(self, kind: str, *, passing: bool = True) -> bool:
         """Ask a probe until it says so, or patience ends, or the container does."""

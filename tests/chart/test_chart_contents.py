@@ -27,6 +27,7 @@ from charts import (
     values_of,
 )
 from helm_python import Chart
+from prometheus_client.parser import text_string_to_metric_families
 from tree import ROOT
 
 from lorabbit import jobfile
@@ -231,6 +232,24 @@ def test_alerts_dashboards_and_the_scaler_read_metrics_that_exist():
 
     assert {"lorabbit_clients_wanted", "lorabbit_round_seconds_bucket", "lorabbit_updates_total"} <= read
     assert read <= known
+
+
+def test_whatever_an_alert_reads_of_a_server_is_there_before_anything_happens():
+    """An increase is seen in a series that was there before it, not in one that begins with it."""
+    (rule,) = of_kind(objects(CHART / "values-prod.yaml"), "PrometheusRule")
+    expressions = " ".join(entry["expr"] for group in rule["spec"]["groups"] for entry in group["rules"])
+    asked = [
+        (name, dict(re.findall(r'(\w+)="(.*?)"', selector)) | {"namespace": "", "service": ""})
+        for name, selector in re.findall(r"(lorabbit_\w+)\{([^}]*)\}", expressions)
+    ]
+    families = text_string_to_metric_families(Measures().text(is_leading=True).decode())
+    there = [(s.name, s.labels | {"namespace": "", "service": ""}) for family in families for s in family.samples]
+
+    unseen = [(name, labels) for name, labels in asked
+              if not any(name == each and labels.items() <= had.items() for each, had in there)]  # fmt: skip
+
+    assert {"namespace": "", "service": "", "status": "failed"} in [labels for _, labels in asked]
+    assert unseen == []
 
 
 def test_every_alert_is_explained_to_operators():

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 from charts import CHART, Doc, containers, objects, render
 from tree import ROOT
 
@@ -233,6 +234,22 @@ def test_a_client_of_the_secure_file_has_nothing_but_a_token_to_join_with(name: 
     assert client["environment"]["LORABBIT_BROKER_URL"] == "amqps://rabbitmq:5671/"
     assert [secret["source"] for secret in client["secrets"]] == ["join-token"]
     assert [volume["target"] for volume in client["volumes"] if volume["type"] == "bind"] == ["/certificates/ca.pem"]
+
+
+def test_under_the_secure_file_metrics_are_read_from_the_same_parts_over_tls():
+    folder = ROOT / "services" / "monitoring"
+    plain, tls = (yaml.safe_load((folder / name).read_text(encoding="utf-8"))["scrape_configs"]
+                  for name in ("prometheus.yml", "prometheus.tls.yml"))  # fmt: skip
+    mounts = {each["target"]: Path(each["source"]).name for each in secure()["services"]["prometheus"]["volumes"]}
+
+    def parts(jobs: list[Doc]) -> list[tuple[str, Doc]]:
+        return [(target.partition(":")[0], static["labels"])
+                for job in jobs for static in job["static_configs"] for target in static["targets"]]  # fmt: skip
+
+    assert parts(plain) == parts(tls)
+    assert {job["scheme"] for job in tls} == {"https"}
+    assert {job["tls_config"]["ca_file"] for job in tls} <= mounts.keys()
+    assert mounts["/etc/prometheus/prometheus.yml"] == "prometheus.tls.yml"
 
 
 def test_the_script_makes_the_secrets_that_the_secure_file_names_and_replaces_none(tmp_path: Path):

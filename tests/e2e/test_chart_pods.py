@@ -3,7 +3,9 @@
 # ruff: noqa: S603, S607 - docker, by name
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -116,6 +118,17 @@ def test_the_broker_takes_as_many_descriptors_as_it_may(cluster: Cluster):
     limits = broker.run("grep", "open files", "/proc/1/limits").split()
 
     assert limits[3:5] == [str(MOST_FILES)] * 2
+
+
+def test_the_broker_exports_what_alerts_and_dashboards_read(cluster: Cluster):
+    broker = next(pod for pod in cluster.pods if pod.name == "fed-rabbitmq-0")
+    assert broker.becomes("readinessProbe")
+    exported = set(re.findall(r"^# TYPE (\w+)", broker.page(15692, "/metrics"), re.MULTILINE))
+
+    read = set(re.findall(r"\brabbitmq_[a-z_]+", json.dumps(render(values_of(CHART / "values-prod.yaml")))))
+
+    assert "rabbitmq_alarms_memory_used_watermark" in read
+    assert read - {"rabbitmq_prometheus"} <= exported
 
 
 @pytest.mark.parametrize("name", ["connection", "round"])

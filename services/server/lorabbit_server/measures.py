@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from lorabbit import events as ev
+from lorabbit.types import EVALUATE, INITIALISE, TRAIN
 
 SECONDS = (0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
 
@@ -20,6 +22,7 @@ class Measures:
         self._updates = Counter(
             "lorabbit_updates", "Results by phase and outcome", ["phase", "outcome"], registry=self.registry
         )
+        self._rejected = Counter("lorabbit_updates_rejected", "Results that were refused", registry=self.registry)
         self._bytes = Counter("lorabbit_bytes", "Bytes on the wire", ["direction", "kind"], registry=self.registry)
         self._jobs = Counter("lorabbit_jobs", "Jobs that ended", ["status"], registry=self.registry)
         self._round_seconds = Histogram(
@@ -49,6 +52,18 @@ class Measures:
             registry=self.registry,
         )
         self._leading = Gauge("lorabbit_leading", "1 while this server holds the lease", registry=self.registry)
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """Export what is known to come: Prometheus sees no increase in a series that appears with its first value."""
+        for status in get_args(ev.JobEnded.model_fields["status"].annotation):
+            self._jobs.labels(status)
+        for phase in (INITIALISE, TRAIN, EVALUATE):
+            self._tasks.labels(phase)
+            self._updates.labels(phase, "accepted")
+        for direction in ("up", "down"):
+            for kind in ("payload", "overhead"):
+                self._bytes.labels(direction, kind)
 
     def on_event(self, _job: str, event: ev.AnyEvent) -> None:
         """Count a committed event."""
@@ -61,6 +76,7 @@ class Measures:
                 self._bytes.labels("down", "overhead").inc(event.overhead_down)
             case ev.UpdateRejected():
                 self._updates.labels("any", event.reason).inc()
+                self._rejected.inc()
             case ev.RoundClosed():
                 self._round_seconds.observe(event.seconds)
                 self._aggregate_seconds.observe(event.aggregate_seconds)
