@@ -31,6 +31,8 @@ START_SECONDS = 240.0
 MAX_MESSAGE_BYTES = 16 * 2**20
 RABBITMQ_IMAGE = "rabbitmq:4-management"
 REDIS_IMAGE = "redis:8"
+DATA = "appendonlydir"
+"""Redis's folder of what it appends."""
 NARROW = "narrow"
 """A user, and its password, who may write to exchanges and queues of LoRAbbit by name, and not straight to queues."""
 DEBIAN_RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
@@ -232,6 +234,22 @@ class Redis(Service):
         else:
             shutil.rmtree(self.folder)
             raise ServiceMissing(f"no redis-server on PATH, and no Docker engine holds {REDIS_IMAGE}")
+
+    def keep(self) -> Path | None:
+        """Copy its data as they are now, as a backup does; None where they lie in a container."""
+        if not isinstance(self.host, ChildProcess):
+            return None
+        kept = self.folder / "kept"
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(self.folder / DATA, kept)
+        return kept
+
+    def restore(self, kept: Path) -> None:
+        """Kill it and start it on the data of a backup: what came after is forgotten."""
+        self.kill()
+        shutil.rmtree(self.folder / DATA)
+        shutil.copytree(kept, self.folder / DATA)
+        self.start()
 
     def answers(self) -> bool:
         try:

@@ -86,6 +86,19 @@ def store_dies(scene: Scene) -> None:
         scene.ground.store.start()
 
 
+def store_is_restored(scene: Scene) -> None:
+    """Let Redis forget a result that counted already: it starts on a backup of a moment before."""
+    with midway(scene):
+        kept = scene.ground.store.keep()
+        if kept is None:
+            raise NotHere("the store's data lie in a container")
+        scene.proxies[0].bytes_per_second = None
+        scene.await_event("update-accepted", 1, client="client-2")
+        scene.ground.store.restore(kept)
+        scene.forget_events()
+        scene.disturb("client-2")
+
+
 def both_die(scene: Scene) -> None:
     """Kill RabbitMQ and Redis, and start them again."""
     with midway(scene):

@@ -41,6 +41,8 @@ class Row:
     """The crash point, or the moment."""
     act: Act
     job: str = "chaos"
+    remembers: bool = True
+    """Whether everything that was acknowledged is remembered; else the bytes that were counted meanwhile are not."""
 
     def __str__(self) -> str:
         """The name, for test ids."""
@@ -108,6 +110,7 @@ def fault_rows() -> list[Row]:
         ("client-drained", "SIGTERM half-way through an upload", faults.client_drains),
     ]
     rows = [Row(*each) for each in told]
+    rows.append(Row("store-restored", "from a backup older than a result", faults.store_is_restored, remembers=False))
     rows.append(Row("client-moved", "killed, its folder is moved to another host", faults.client_moves, "own"))
     return rows
 

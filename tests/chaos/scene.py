@@ -155,6 +155,10 @@ class Scene:
                 return
         raise AssertionError(f"the job ended without {wanted}\n{self.federation.tails()}")
 
+    def forget_events(self) -> None:
+        """Follow the job from its begin again: the store's log is another one."""
+        self.events, self._cursor = [], ""
+
     def await_death(self, process: Process) -> None:
         """Wait until a process has died at its crash point."""
         with contextlib.suppress(subprocess.TimeoutExpired):

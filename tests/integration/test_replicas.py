@@ -1,12 +1,20 @@
-"""Two servers on one volume: whoever has been replaced deletes nothing that the new one needs."""
+"""Two servers: on one volume, whoever has been replaced deletes nothing that the new one needs; on two, who has the
+files of a job goes on with it.
+"""
 
 from __future__ import annotations
+
+import shutil
 
 import pytest
 from server_rig import Paused, Rig
 
 from lorabbit.jobspec import JobSpec
 from lorabbit.types import TRAIN
+from lorabbit_server.status import Lookout
+from lorabbit_server.surroundings import Surroundings
+
+LEASE = "lorabbit:{server}:lease"
 
 
 @pytest.fixture
@@ -24,7 +32,7 @@ def files(rig):
 
 def take_over(rig):
     """Let a second server on the same volume take the lease, as after the first one slept through it."""
-    rig.store._redis.delete("lorabbit:{server}:lease")
+    rig.store._redis.delete(LEASE)
     return rig.serve(owner="second")
 
 
@@ -67,3 +75,91 @@ def test_a_server_that_leads_still_deletes_what_nothing_needs(rig):
     worker.wake()
 
     assert files(rig) == set()
+
+
+# ---- a job whose files are elsewhere ----
+
+
+def half_way(rig):
+    """A job whose first round waits for its clients, and whose server is dead."""
+    rig.serve(owner="first")
+    rig.start_clients()
+    job = rig.service.submit(JobSpec(name="job", clients=2, rounds=2))
+    rig.idle()
+    assert rig.clients[0].tasks[-1].phase == TRAIN
+    rig.kill()
+    rig.store._redis.delete(LEASE)
+    return job
+
+
+def elsewhere(rig):
+    """Start a server on an empty volume, and let it lead."""
+    rig.settings = rig.settings.model_copy(update={"folder": rig.folder / "elsewhere"})
+    other = rig.serve(owner="other")
+    rig.idle()
+    return other
+
+
+def told(rig, service):
+    """Whom the job waits for, as an operator is told."""
+    lookout = Lookout(service, Surroundings(rig.broker, rig.store, service.now_ms), rig.store)
+    return lookout.status("job").waits
+
+
+def test_a_server_without_a_jobs_files_says_so_and_leaves_it_to_the_one_that_has_them(rig):
+    job = half_way(rig)
+    home = rig.settings
+    other = elsewhere(rig)
+
+    (first, *others) = told(rig, other)
+    assert first.owner == "server"
+    assert "job job stands on " in first.reason
+    assert f"are not in {rig.folder / 'elsewhere' / 'payloads'}" in first.reason
+    assert 0 < first.since_ms <= other.now_ms()
+    assert "start the server on the volume" in first.ends
+    assert {wait.owner for wait in others} == {"client-1", "client-2"}
+
+    rig.settings = home
+    for client in rig.clients:
+        client.work = lambda _client, _task: False
+    again = rig.serve(owner="first")
+    rig.pass_seconds(2 * home.lease_seconds)
+    assert again.is_leading
+    for client in rig.clients:
+        client.do(client.tasks[-1])
+    rig.run_to_end(job)
+
+    assert rig.report(job).status == "done"
+
+
+def test_a_job_whose_files_nobody_has_can_be_cancelled_and_the_next_one_runs(rig):
+    job = half_way(rig)
+    other = elsewhere(rig)
+    for client in rig.clients:
+        client.work = lambda _client, _task: False
+
+    assert other.cancel(job)
+    rig.run_to_end(job)
+
+    assert rig.store.jobs()[job].status == "cancelled"
+    assert rig.run(JobSpec(name="next", clients=2, rounds=1)).status == "done"
+    assert other.setbacks.newest(other.now_ms()) is None
+
+
+def test_a_server_whose_volume_was_lost_waits_for_it_and_goes_on_once_it_is_back(rig):
+    job = half_way(rig)
+    payloads = rig.settings.folder / "payloads"
+    shutil.move(payloads, rig.folder / "kept")
+    server = rig.serve(owner="first")
+    rig.pass_seconds(5)
+    assert "are not in" in told(rig, server)[0].reason
+
+    shutil.copytree(rig.folder / "kept", payloads, dirs_exist_ok=True)
+    for client in rig.clients:
+        client.work = lambda _client, _task: False
+    rig.pass_seconds(2 * rig.settings.lease_seconds)
+    for client in rig.clients:
+        client.do(client.tasks[-1])
+    rig.run_to_end(job)
+
+    assert rig.report(job).status == "done"

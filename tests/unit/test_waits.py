@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from itertools import count
 from random import Random
 from typing import get_args
@@ -9,6 +10,7 @@ from typing import get_args
 import pytest
 
 from lorabbit import schedules as sc
+from lorabbit.errors import Fenced
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Metrics, PayloadRef
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId
@@ -16,6 +18,7 @@ from lorabbit_cli.waiting import lines, sentence, span_text
 from lorabbit_server import steps
 from lorabbit_server.coordinator import decide
 from lorabbit_server.jobstate import JobState, Offered, Stage, TaskState, TaskStatus, Version
+from lorabbit_server.setbacks import Setbacks
 from lorabbit_server.waits import Sight, waits_of
 
 NAMES = tuple(ClientId(f"client-{n}") for n in range(1, 5))
@@ -190,6 +193,28 @@ def test_a_gathering_job_says_how_many_clients_it_lacks():
 )
 def test_a_span_of_time_is_told_in_two_units_at_most(seconds, text):
     assert span_text(round(seconds * 1000)) == text
+
+
+def test_a_full_disk_is_told_from_its_begin_for_as_long_as_it_comes_again():
+    setbacks = Setbacks(lease_ms=15_000)
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    for now_ms in (1_000, 2_000, 20_000):
+        setbacks.note(full, now_ms)
+    wait = setbacks.newest(21_000)
+
+    assert (wait.owner, wait.since_ms) == ("server", 1_000)
+    assert "disk is full" in wait.reason
+    assert "once there is room" in wait.ends
+    assert setbacks.newest(60_000) is None
+
+
+def test_a_lease_that_went_to_another_server_is_no_setback_of_this_ones():
+    setbacks = Setbacks(lease_ms=15_000)
+
+    setbacks.note(Fenced("another server leads"), 1_000)
+
+    assert setbacks.newest(1_001) is None
 
 
 def test_why_says_that_a_job_that_is_over_waits_for_nobody():

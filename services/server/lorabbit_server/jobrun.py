@@ -72,7 +72,7 @@ class JobRun:
         if self._is_new:
             self._ledger.record(ev.JobSubmitted(at_ms=entry.submitted_ms))
         else:
-            self._recover()
+            self._recover(goes_on=not entry.cancel_requested)
         self._downloads.tidy()
         if self.state.stage == "ended":
             self._ledger.afterwards(self._end)
@@ -81,17 +81,17 @@ class JobRun:
         else:
             self.apply(steps.JobOpened(tuple(here := self._tools.registry.declared), self._now(), here))
 
-    def _recover(self) -> None:
-        """Make again what a stopped server may have left undone: files, streams, messages, heavy steps."""
+    def _recover(self, *, goes_on: bool) -> None:
+        """Make again what a stopped server may have left undone: files, and if it goes on streams and heavy steps."""
         logged = self._tools.store.events(self.job, progress=False)
         self._write(self._folder.recover(EVENTS.validate_json(each.event) for each in logged))
         self._downloads.inherit(self._folder.recent)
         self._uploads.inherit()
-        for task in self.state.tasks.values():
+        for task in self.state.tasks.values() if goes_on else ():
             if task.status != "accepted":
                 self._downloads.publish(ref for _, ref in self._planner.message(self.state, task).published)
         self._ledger.relay_all()
-        for command in resume(self.state):
+        for command in resume(self.state) if goes_on else ():
             self._heavy(command)()  # at once: behind the next commit, chunks that wait would find nobody
 
     def commit(self) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import structlog
 
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery
+from lorabbit.errors import FilesMissing, Retryable
 from lorabbit.events import AnyEvent
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods import build
@@ -31,6 +33,7 @@ from lorabbit_server.jobrun import JobRun
 from lorabbit_server.jobstate import JobState
 from lorabbit_server.reception import Reception
 from lorabbit_server.registry import Registry
+from lorabbit_server.setbacks import Setbacks
 from lorabbit_server.tools import VERSIONS, Means, Tools
 
 log = structlog.get_logger()
@@ -73,6 +76,7 @@ class Service:
         self._expire: Callable[[int, int], None]
         self._stood_behind: str | None = None
         self.refused: Counter[str] = Counter()
+        self.setbacks = Setbacks(round(settings.lease_seconds * 1000))
 
     # ---- for everybody ----
     def start(self) -> None:
@@ -177,20 +181,9 @@ class Service:
             self.broker.declare_queue(queue)
         self._registry = Registry(self.store, lease_ms=round(self.settings.client_lease_seconds * 1000))
         self._registry.load(self._now())
-        self._tools = Tools(
-            self._loop,
-            self.broker,
-            self.store,
-            self.payloads,
-            AdapterPublisher(self.broker, self.payloads),
-            self._registry,
-            self.access,
-            self.settings,
-            self._now,
-            self._epoch,
-            VERSIONS,
-            self.refused,
-        )
+        publisher = AdapterPublisher(self.broker, self.payloads)
+        parts = (self._loop, self.broker, self.store, self.payloads, publisher, self._registry, self.access)
+        self._tools = Tools(*parts, self.settings, self._now, self._epoch, VERSIONS, self.refused)
         reception = Reception(self._tools, lambda: self._run, self._tell)
         self._subscriptions = [
             Door(self._tools, reception.send_away),
@@ -236,10 +229,16 @@ class Service:
         self._timers = [self._loop.after(TICK_SECONDS, self._tick)]
 
     def _step_down(self, error: Exception) -> None:
-        """Forget everything and stand by: the store knows better."""
+        """Forget everything and stand by: the store knows better; another server may have the files that lack here."""
         log.warning("stepping-down", why=str(error))
+        self.setbacks.note(error, self._now())
+        epoch, pause = self._epoch, TICK_SECONDS
         self._forget()
-        self._timers = [self._loop.after(TICK_SECONDS, self._stand_by)]
+        if isinstance(error, FilesMissing) and epoch is not None:
+            pause = self.settings.lease_seconds
+            with suppress(Retryable):
+                self.store.release_lease(self.owner, epoch)
+        self._timers = [self._loop.after(pause, self._stand_by)]
 
     def _forget(self) -> None:
         for each in (*self._subscriptions, *self._timers):
@@ -275,6 +274,8 @@ class Service:
         run = JobRun(tools, entry.job, JobSpec.model_validate_json(entry.spec), record)
         run.on_events = partial(self._tell, entry.job)
         run.on_end = partial(self._ended, entry.job)
+        if not entry.cancel_requested:
+            self.setbacks.check_files(run.state, self.payloads)
         self._run = run
         log.info("job-opened", job=entry.job, stage=run.state.stage)
         run.start(entry)

@@ -80,7 +80,9 @@ class Lookout:
         server = "this server leads" if leads else _stands_by(found)
         shown: dict[str, object] = {"server": server, "now_ms": self._service.now_ms()}
         if status.status not in OVER:
-            shown["waits"] = (*(wait for wait in found.troubles if not (leads and wait.owner == LEASE)), *status.waits)
+            own = self._service.setbacks.newest(self._service.now_ms())
+            troubles = [wait for wait in found.troubles if not ((leads or own) and wait.owner == LEASE)]
+            shown["waits"] = (*([own] if own else []), *troubles, *status.waits)
         return status.model_copy(update=shown)
 
     def _sight(self, job: str) -> Sight:

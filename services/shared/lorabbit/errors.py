@@ -85,5 +85,9 @@ class StoreUnavailable(Retryable):
     """The state store cannot be reached."""
 
 
+class FilesMissing(Retryable):
+    """The store names files of a job that this server's volume does not have."""
+
+
 class ServerUnavailable(Retryable):
     """The server's HTTP interface cannot be reached."""

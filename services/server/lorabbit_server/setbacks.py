@@ -1,0 +1,77 @@
+"""Setbacks: what this server itself lacks to go on, room on its disk or a job's files, and since when.
+
+Broker, store and lease are looked at from outside, see `surroundings`; these two are only found by trying.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from lorabbit.errors import FilesMissing
+from lorabbit.payloads import PayloadStore
+from lorabbit_server.guarded import is_no_room
+from lorabbit_server.jobstate import JobState
+from lorabbit_server.waits import Wait
+
+SERVER = "server"
+SHORTEST_MS = 10_000
+_NO_ROOM = "no deadline; the server tries again every second, and goes on once there is room"
+_NO_FILES = "no deadline; start the server on the volume that has them, or cancel the job"
+
+
+class Setbacks:
+    """The newest setback, for as long as it comes again. Safe to call from any thread."""
+
+    def __init__(self, lease_ms: int) -> None:
+        """One that does not come again for two leases is over."""
+        self._keep_ms = max(SHORTEST_MS, 2 * lease_ms)
+        self._found: Wait | None = None
+        self._seen_ms = 0
+        self._lock = threading.Lock()
+
+    def note(self, error: Exception, now_ms: int) -> None:
+        """Remember an error that made the server step down, if it is one of these."""
+        if isinstance(error, FilesMissing):
+            reason, ends = str(error), _NO_FILES
+        elif is_no_room(error):
+            reason, ends = f"the server's disk is full: {error}", _NO_ROOM
+        else:
+            return
+        with self._lock:
+            before = self._newest(now_ms)
+            since = before.since_ms if before is not None and before.ends == ends else now_ms
+            self._found, self._seen_ms = Wait(owner=SERVER, reason=reason, since_ms=since, ends=ends), now_ms
+
+    def check_files(self, state: JobState, payloads: PayloadStore) -> None:
+        """Raise FilesMissing where a job that goes on stands on files that are not here.
+
+        A store that was restored from an older backup names files that were deleted since; a server on another volume
+        than its predecessor's has none of them.
+        """
+        lacking, wanted = _lacking(state, payloads)
+        if lacking:
+            raise FilesMissing(
+                f"job {state.job} stands on {wanted} files, of which {len(lacking)} are not in {payloads.folder} "
+                f"({lacking[0][:12]} is the first)"
+            )
+        with self._lock:
+            if self._found is not None and self._found.ends == _NO_FILES:
+                self._found = None
+
+    def newest(self, now_ms: int) -> Wait | None:
+        """What the server waits for; None where nothing came up lately."""
+        with self._lock:
+            return self._newest(now_ms)
+
+    def _newest(self, now_ms: int) -> Wait | None:
+        return self._found if now_ms - self._seen_ms < self._keep_ms else None
+
+
+def _lacking(state: JobState, payloads: PayloadStore) -> tuple[list[str], int]:
+    """The files that a job stands on and that are not here, and how many it stands on."""
+    if state.stage == "ended":
+        return [], 0
+    results = (task.offered for task in state.tasks.values() if task.status == "accepted")
+    counted = {offered.payload.sha256 for offered in results if offered is not None and offered.payload is not None}
+    wanted = counted.union(*(version.hashes for version in state.versions))
+    return sorted(sha256 for sha256 in wanted if not payloads.has(sha256)), len(wanted)
