@@ -15,7 +15,7 @@ from concurrent.futures import Future, InvalidStateError
 from functools import partial
 
 from pika.channel import Channel
-from pika.exceptions import ChannelClosedByBroker
+from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker
 
 from lorabbit.broker.base import Broker, Cancellable, Delivery, First, OnDelivery, OnDone, Outgoing, Queue, beginning
 from lorabbit.broker.loop import Loop
@@ -29,6 +29,7 @@ PATIENCE_SECONDS = 10.0
 """How long a blocking call waits for a connection."""
 CLOSE_SECONDS = 5.0
 _STARTING = "is down or inaccessible"
+_INTERNAL_ERROR = 541
 """Part of the words in which a node says that a queue is not ready yet, or lost for good (404, of all codes)."""
 
 Step = Callable[[Channel, Callable[[object], None]], object]
@@ -202,7 +203,9 @@ def _perform(link: Link, steps: Iterable[Step], answer: Future[None]) -> None:
         resolve(None)
 
     def closed(_channel: Channel, reason: Exception) -> None:
-        if not isinstance(reason, ChannelClosedByBroker):
+        if isinstance(reason, ConnectionClosedByBroker) and reason.reply_code == _INTERNAL_ERROR:
+            resolve(BrokerFault("RabbitMQ cannot use the queue, and closes the connection over it: INTERNAL_ERROR"))
+        elif not isinstance(reason, ChannelClosedByBroker):
             resolve(BrokerUnavailable(f"RabbitMQ cannot answer yet: {reason}"))
         elif _STARTING in reason.reply_text:
             resolve(BrokerFault(f"RabbitMQ cannot use the queue: {reason.reply_text}"))

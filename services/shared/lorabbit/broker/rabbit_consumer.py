@@ -4,6 +4,9 @@ With a channel each, what goes wrong for one reader (its queue does not exist ye
 lost patience) does not disturb the others: the channel is opened again, after a short wait. Delivery
 tags belong to a channel, so each delivery carries the generation of its channel, and an
 acknowledgement of an older one is dropped: the broker delivers that message again.
+
+A stream that RabbitMQ lost for good can cost whoever asks for it the whole connection. A reader that had no answer
+when its connection broke therefore lets the others go first on the next one.
 """
 
 from __future__ import annotations
@@ -57,6 +60,8 @@ class Consumer(Cancellable):
         self._generation = 0
         self._channel: Channel | None = None
         self._retry_seconds = FIRST_RETRY_SECONDS
+        self._is_asking = False
+        """Whether the broker has not yet said that it lets this one read."""
         self._wanted = True
         self.on_stopped: Callable[[], None] = lambda: None
 
@@ -68,8 +73,11 @@ class Consumer(Cancellable):
 
     def up(self) -> None:
         """Read over the link's present connection."""
-        self._retry_seconds = FIRST_RETRY_SECONDS
-        self._open()
+        if self._is_asking:
+            self._open_later()
+        else:
+            self._retry_seconds = FIRST_RETRY_SECONDS
+            self._open()
 
     def down(self) -> None:
         """Forget the lost connection's channel and what came over it."""
@@ -104,10 +112,12 @@ class Consumer(Cancellable):
 
     def _consume(self, generation: int, channel: Channel) -> None:
         if channel.is_open:
+            self._is_asking = True
             receive = partial(self._receive, generation)
             channel.basic_consume(self._queue, receive, arguments=dict(self._arguments()), callback=self._reading)
 
     def _reading(self, _frame: object) -> None:
+        self._is_asking = False
         self._retry_seconds = FIRST_RETRY_SECONDS
 
     def _closed(self, generation: int, _channel: Channel, reason: Exception) -> None:
@@ -116,10 +126,18 @@ class Consumer(Cancellable):
             return
         self._generation += 1
         self._channel = None
-        if isinstance(reason, ChannelClosedByBroker) and reason.reply_code != NOT_FOUND:
+        if isinstance(reason, ChannelClosedByBroker):
+            self._is_asking = False
+            self._note_refusal(reason)
+        self._open_later()
+
+    def _note_refusal(self, reason: ChannelClosedByBroker) -> None:
+        if reason.reply_code != NOT_FOUND:
             early = NO_REPLICA in reason.reply_text
             note = log.debug if early else log.warning
             note("consumer-closed", queue=self._queue, code=reason.reply_code, why=reason.reply_text)
+
+    def _open_later(self) -> None:
         if self._wanted:
             self._link.call_later(self._retry_seconds, self._open)
             self._retry_seconds = min(LONGEST_RETRY_SECONDS, self._retry_seconds * 1.5)
