@@ -24,6 +24,7 @@ Json = dict[str, Any]
 NAMESPACE, TOKEN = "federation", "let-me-in"
 GROUPS = {"statefulsets": "apps", "deployments": "apps", "jobs": "batch", "pods": "", "events": ""}
 KINDS = {"statefulsets": "StatefulSet", "deployments": "Deployment", "jobs": "Job"}
+MERGES = {"application/merge-patch+json", "application/strategic-merge-patch+json"}
 PATH = re.compile(r"/(?:api/v1|apis/(apps|batch)/v1)/namespaces/([^/]+)/(\w+)(?:/([^/]+))?(/scale)?")
 
 
@@ -227,6 +228,7 @@ class Handler(BaseHTTPRequestHandler):
             self.cluster.requests.append(request)
         try:
             self._refuse_by_fault(request)
+            self._refuse_by_type(request)
             if query.get("watch", "").lower() == "true":
                 self._watch(query)
             else:
@@ -243,6 +245,12 @@ class Handler(BaseHTTPRequestHandler):
                 if fault.times and fault.verb == request.verb and re.search(fault.path, self.path):
                     fault.times -= 1
                     raise fault.refusal
+
+    def _refuse_by_type(self, request: Request) -> None:
+        """A change is told as a merge; anything else an API server does not take, or reads as a list of operations."""
+        kind = self.headers.get("Content-Type")
+        if request.verb == "PATCH" and kind not in MERGES:
+            raise Refusal(415, f"the body of the request was in an unknown format: {kind}")
 
     def _found(self, request: Request) -> Json:
         match = PATH.fullmatch(request.path)
