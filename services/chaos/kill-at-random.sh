@@ -17,7 +17,8 @@ while :; do
   victim=$(victims | shuf -n 1)
   [ -n "$victim" ] || continue
   echo "kill $(docker inspect --format '{{.Name}}' "$victim")"
-  docker kill "$victim" >/dev/null
+  docker kill "$victim" >/dev/null || continue
   sleep "$((CHAOS_SECONDS / 2))"
-  docker start "$victim" >/dev/null
+  # A client that was scaled away meanwhile stays away.
+  docker start "$victim" >/dev/null || echo "$victim is gone"
 done
