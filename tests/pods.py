@@ -16,6 +16,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -134,12 +135,7 @@ class Pod:
 
     def becomes(self, kind: str, *, passing: bool = True) -> bool:
         """Ask a probe until it says so, or patience ends, or the container does."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while self.passes(kind) is not passing:
-            if time.monotonic() > deadline or not self.runs():
-                return False
-            time.sleep(0.5)
-        return True
+        return comes_true(lambda: self.passes(kind) is passing, while_=self.runs)
 
     def runs(self) -> bool:
         """Whether its process is there."""
@@ -148,6 +144,11 @@ class Pod:
     def wait(self, seconds: float) -> int:
         """Wait for its end; the exit code."""
         return int(docker("wait", self.id, seconds=seconds))
+
+    def kill(self) -> None:
+        """Kill it where it stands, and start it again on its volumes."""
+        docker("kill", self.id)
+        docker("start", self.id)
 
     def logs(self) -> str:
         """What it said."""
@@ -208,6 +209,16 @@ class Cluster:
         for each in self.pods:
             docker("rm", "--force", "--volumes", each.id)
         docker("network", "rm", self.network)
+
+
+def comes_true(condition: Callable[[], bool], while_: Callable[[], bool] = lambda: True) -> bool:
+    """Ask until it is so; False when patience ends, or `while_` does."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline or not while_():
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def job_of(text: str) -> str:

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import pytest
 from charts import CHART, Doc, render, values_of
-from pods import MOST_FILES, Cluster, job_of
+from pods import MOST_FILES, Cluster, comes_true, job_of
 from tree import ROOT
 
 LESS = ["--set", "rounds=2", "--set", "data.limit=800", "--set", "local.steps=6", "--set", "clients=2"]
@@ -138,14 +138,21 @@ def test_the_chart_s_own_tests_pass(cluster: Cluster, name: str):
     assert test.wait(300) == 0, test.logs()[-4000:]
 
 
-def test_the_quickstart_ends(cluster: Cluster):
-    server = next(pod for pod in cluster.pods if pod.name == "fed-server-0")
-    submitted = server.run("lorabbit", "submit", "/examples/quickstart.yaml", *LESS, "--format", "json")
+def test_the_quickstart_ends_though_a_client_and_the_server_are_killed_in_it(cluster: Cluster):
+    pods = {pod.name: pod for pod in cluster.pods}
+    server, client = pods["fed-server-0"], pods["fed-client-1"]
+    job = job_of(server.run("lorabbit", "submit", "/examples/quickstart.yaml", *LESS, "--format", "json"))
 
-    watched = server.run("lorabbit", "watch", job_of(submitted), seconds=600)
+    assert comes_true(lambda: json.loads(server.run("lorabbit", "status", job, "--format", "json"))["round"] > 0)
+    client.kill()
+    server.kill()
+    assert server.becomes("readinessProbe"), server.logs()[-4000:]
+    watched = server.run("lorabbit", "watch", job, seconds=600)
 
     assert "job done" in watched
-    assert "fed-client-1" in server.run("lorabbit", "report", job_of(submitted), "--format", "json")
+    report = json.loads(server.run("lorabbit", "report", job, "--format", "json"))
+    assert [entry["accepted"] for entry in report["rounds"]] == [2, 2]
+    assert report["clients"] == ["fed-client-0", "fed-client-1"]
 
 
 def test_a_client_loses_its_readiness_with_the_broker_and_keeps_running(cluster: Cluster):
