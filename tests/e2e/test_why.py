@@ -76,7 +76,9 @@ def test_clients_that_lack_that_train_and_that_are_lost_are_named(federation: Fe
     assert all(wait["seen_ms"] and wait["deadline_ms"] for wait in training["waits"])
     assert "round 1 waits for client-2: training, " in text
     assert " % done, last seen " in text
-    assert "only its return" in owned(lost, client)[0]["ends"]
+    (gone,) = owned(lost, client)
+    assert "then it is set aside" in gone["ends"]
+    assert gone["deadline_ms"] > lost["now_ms"]
 
 
 def test_a_broker_that_is_away_or_takes_no_messages_is_named_with_its_begin(

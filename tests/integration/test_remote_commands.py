@@ -64,8 +64,8 @@ class Deployment:
 
     def await_clients(self, number: int) -> None:
         deadline = time.monotonic() + 30
-        while self.service.clients_present < number:
-            assert time.monotonic() < deadline, f"{self.service.clients_present} clients are there"
+        while len(self.service.registry.present) < number:
+            assert time.monotonic() < deadline, f"{len(self.service.registry.present)} clients are there"
             time.sleep(0.01)
 
     def close(self) -> None:

@@ -481,6 +481,52 @@ def test_a_client_that_fell_silent_while_the_server_was_stopped_is_lost_a_lease_
     assert status_of(rig.store, "job").lost == ("client-2",)
 
 
+def falls_silent(rig):
+    """Let the second client die in its first training."""
+
+    def die(client, task):
+        if task.phase == TRAIN:
+            client.stop()
+        return task.phase == TRAIN
+
+    rig.clients[1].work = die
+
+
+def test_a_client_that_is_lost_for_longer_than_the_job_is_patient_is_set_aside_and_the_job_ends(rig):
+    falls_silent(rig)
+
+    report = rig.run(spec(patience_seconds=40, min_clients=1))
+
+    assert report.status == "done"
+    assert [entry.accepted for entry in report.rounds] == [1, 1]
+    assert report.set_aside == {"client-2": "client-2 was lost for 40 s (patience_seconds)"}
+    times = {event.kind: event.at_ms for event in rig.events if event.kind in {"client-lost", "client-set-aside"}}
+    assert 20_000 <= times["client-set-aside"] - times["client-lost"] <= 30_000  # its lease is part of the patience
+
+
+def test_a_job_that_cannot_do_without_a_lost_client_ends_with_its_name_when_patience_is_over(rig):
+    falls_silent(rig)
+
+    report = rig.run(spec(patience_seconds=40))
+
+    assert report.status == "failed"
+    assert report.reason.startswith("client-2 was lost for 40 s (patience_seconds); 1 of 2 clients are left")
+
+
+def test_patience_with_a_lost_client_begins_anew_with_the_server(rig):
+    falls_silent(rig)
+    started(rig, spec(patience_seconds=40, min_clients=1))
+    rig.pass_seconds(10)
+    rig.kill()
+    rig.now += 1_000
+    rig.serve()
+    rig.pass_seconds(30)
+    before = rig.kinds().count("client-set-aside")
+    rig.pass_seconds(30)
+
+    assert (before, rig.kinds().count("client-set-aside")) == (0, 1)
+
+
 def test_another_process_takes_the_place_of_a_lost_client(rig):
     def die(client, task):
         if task.phase == TRAIN:

@@ -321,7 +321,7 @@ def test_a_revoked_client_is_not_awaited():
     state, tasks = training()
     for task in tasks[1:]:
         state, _ = answered(state, task)
-    state, commands = decide(state, steps.ClientRevoked(A, (B, C), at_ms=9))
+    state, commands = decide(state, steps.ClientDismissed(A, (B, C), f"{A} was revoked", at_ms=9))
 
     assert told(commands) == ["client-lost", "client-set-aside"]
     assert of(commands, steps.CancelTask) == [steps.CancelTask(tasks[0].id, A)]

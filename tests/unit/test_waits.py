@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from itertools import count
 from random import Random
 from typing import get_args
@@ -151,7 +152,11 @@ def test_a_wait_for_a_client_says_how_far_it_is_when_it_was_seen_and_when_the_ro
 def test_without_a_deadline_of_the_round_the_clients_lease_is_the_next_thing_to_happen():
     (wait, *_) = waits_of(training(), Sight({"client-1": 57_000}, 15_000))
 
-    assert (wait.deadline_ms, wait.ends) == (72_000, "if it stays silent until then it counts as lost")
+    assert wait.deadline_ms == 72_000
+    assert wait.ends == (
+        "if it stays silent until then it counts as lost; "
+        "the round itself has no deadline: schedule sync waits for everybody"
+    )
     assert wait.reason == "round 1 waits for client-1: asked, but it has told of no progress yet"
 
 
@@ -161,14 +166,35 @@ def test_progress_of_an_earlier_try_is_not_taken_for_that_of_this_one():
     assert waits_of(training(), sight)[0].fraction is None
 
 
-def test_a_lost_client_is_awaited_without_a_deadline_and_what_ends_that_is_said():
+@pytest.mark.parametrize(
+    ("patience", "fewest", "deadline_ms", "ends"),
+    [
+        (60.0, None, 67_000, "then it is set aside (patience_seconds), and the job goes on with the others"),
+        (60.0, 4, 67_000, "then it is set aside (patience_seconds), and the job ends, for too few clients are left"),
+        (None, None, None, "no deadline (patience_seconds: null); only its return, or cancelling the job, ends"),
+    ],
+)
+def test_a_lost_client_is_awaited_for_as_long_as_the_job_says_and_what_ends_that_is_said(
+    patience, fewest, deadline_ms, ends
+):
     state, _ = decide(training(), steps.ClientLeft(NAMES[2], NAMES[:2], 9_000))
+    spec = state.spec.model_copy(update={"patience_seconds": patience, "min_clients": fewest})
+    sight = replace(SIGHT, silent_ms={"client-3": 7_000})
 
-    wait = next(wait for wait in waits_of(state, SIGHT) if wait.owner == "client-3")
+    wait = next(wait for wait in waits_of(replace(state, spec=spec), sight) if wait.owner == "client-3")
 
     assert wait.reason == "round 1 waits for client-3: lost; start it again, or another client in its place"
-    assert wait.deadline_ms is None
-    assert "only its return, or cancelling the job" in wait.ends
+    assert wait.deadline_ms == deadline_ms
+    assert wait.ends.startswith(ends)
+
+
+def test_a_client_that_lives_and_does_not_move_is_told_from_one_that_works():
+    sight = Sight({"client-3": 907_000}, 15_000, {("client-3", TRAIN, 1): (307_000, 0.41)})
+
+    wait = next(wait for wait in waits_of(training(), sight) if wait.owner == "client-3")
+
+    said = sentence(wait.model_dump(), now_ms=911_000)
+    assert "training, 41 % done, no progress for 10 min 4 s, last seen 4 s ago" in said
 
 
 def test_a_gathering_job_says_how_many_clients_it_lacks():

@@ -1,8 +1,8 @@
 """Cache: finished runs of `lorabbit compare`, by the content of what made them.
 
 The key of a run is a hash of its resolved job, the versions of LoRAbbit and of what it computes with,
-the kind of device, and the bytes of its data and model files. The job's name and what it keeps on disk
-change no result and are no part of it. An entry appears whole or not at all: it is written beside its
+the kind of device, and the bytes of its data and model files. The job's name, what it keeps on disk and
+its patience with lost clients change no result here and are no part of it. An entry appears whole or not at all: it is written beside its
 place and renamed.
 """
 
@@ -103,7 +103,7 @@ class Keys:
 
     def of(self, spec: JobSpec) -> str:
         """Return the key of a job."""
-        job = spec.model_dump(mode="json", exclude={"name", "output"})
+        job = spec.model_dump(mode="json", exclude={"name", "output", "patience_seconds"})
         files = {f"data {spec.data.source}": self._hash(self._data_root / Path(spec.data.source).expanduser())}
         for name in (spec.model.name, *(spec.model.variants or ())):
             files[f"model {name}"] = self._hash(Path(name).expanduser())

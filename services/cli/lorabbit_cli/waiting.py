@@ -7,6 +7,8 @@ from typing import Any
 
 SHOWN = 10
 """Waits that `lorabbit status` shows; `lorabbit why` shows all."""
+STUCK_MS = 60_000
+"""Progress that is older than this is told with its age."""
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 
 
@@ -15,6 +17,8 @@ def sentence(wait: Mapping[str, Any], now_ms: int) -> str:
     parts = [str(wait["reason"])]
     if wait["fraction"] is not None:
         parts.append(f"{100 * wait['fraction']:.0f} % done")
+    if now_ms - (wait["moved_ms"] or now_ms) >= STUCK_MS:
+        parts.append(f"no progress for {span_text(now_ms - wait['moved_ms'])}")
     if wait["seen_ms"]:
         parts.append(f"last seen {span_text(now_ms - wait['seen_ms'])} ago")
     if wait["since_ms"]:

@@ -160,7 +160,7 @@ def _add_watching(app: FastAPI, service: Service) -> None:
     @app.get("/clients")
     def clients() -> list[Attendant]:
         lease_ms = round(service.settings.client_lease_seconds * 1000)
-        heard_ms = service.heard_ms if service.is_leading else {}
+        heard_ms = service.registry.heard_ms if service.is_leading else {}
         return attendance(store, heard_ms, now_ms=service.now_ms(), lease_ms=lease_ms)
 
 
@@ -210,7 +210,7 @@ def _add_health(app: FastAPI, service: Service, measures: Measures) -> None:
 
     @app.get("/metrics")
     def metrics() -> Response:
-        measures.note_clients(service.clients_present, wanted=clients_wanted(service.store))
+        measures.note_clients(len(service.registry.present), wanted=clients_wanted(service.store))
         measures.note_refused(dict(service.refused))
         text = measures.text(is_leading=service.is_leading)
         return Response(text, media_type="text/plain; version=0.0.4")

@@ -25,8 +25,8 @@ from lorabbit_server.steps import (
     CancelRequested,
     CancelTask,
     ClientArrived,
+    ClientDismissed,
     ClientLeft,
-    ClientRevoked,
     Command,
     DeadlinePassed,
     Decision,
@@ -68,8 +68,8 @@ def decide(state: JobState, event: Event) -> Decision:
     match event:
         case JobOpened() | ClientArrived() | ClientLeft():
             return _presence(state, event)
-        case ClientRevoked():
-            return _revoked(state, event)
+        case ClientDismissed():
+            return _dismissed(state, event)
         case StepFailed():
             return rounds.end(state, "failed", event.at_ms, reason=event.reason, exit_code=event.exit_code)
         case CancelRequested():
@@ -106,13 +106,13 @@ def _presence(state: JobState, event: JobOpened | ClientArrived | ClientLeft) ->
             return state, ()
 
 
-def _revoked(state: JobState, event: ClientRevoked) -> Decision:
-    """Do without a client that was sent away; it is not awaited."""
+def _dismissed(state: JobState, event: ClientDismissed) -> Decision:
+    """Do without a client; it is not awaited."""
     left = ClientLeft(event.client, event.present, event.at_ms)
     state, commands = _presence(state, left)
     if state.stage in {"gathering", "ended"}:
         return state, commands
-    state, more = set_aside(state, event.client, f"{event.client} was revoked", event.at_ms)
+    state, more = set_aside(state, event.client, event.reason, event.at_ms)
     return state, (*commands, *more)
 
 

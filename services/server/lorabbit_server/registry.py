@@ -52,10 +52,12 @@ class Registry:
         self._heard: set[ClientId] = set()
         self._asked_ms = 0
         """When it was asked last whose lease has ended."""
+        self._since_ms = 0
+        """When this server began to listen."""
 
     def load(self, now_ms: int) -> None:
         """Read every known identity, with a lease of grace for those alive a moment ago."""
-        self._asked_ms = now_ms
+        self._asked_ms = self._since_ms = now_ms
         for name, entry in self._store.clients().items():
             client = ClientId(name)
             recent = entry.expires_ms > now_ms - self._lease_ms
@@ -141,6 +143,11 @@ class Registry:
     def heard_ms(self) -> dict[str, int]:
         """When each client was heard of last, where it ever was; for any thread."""
         return {entry.client: entry.heard_ms for entry in list(self._clients.values()) if entry.heard_ms}
+
+    @property
+    def silent_ms(self) -> dict[str, int]:
+        """Since when each client may have been silent: no server before this one counts; for any thread."""
+        return {entry.client: max(self._since_ms, entry.heard_ms) for entry in list(self._clients.values())}
 
     @property
     def declared(self) -> dict[ClientId, Declared]:

@@ -122,14 +122,9 @@ class Service:
         return self._epoch is not None
 
     @property
-    def clients_present(self) -> int:
-        """How many clients are here."""
-        return len(self._registry.present)
-
-    @property
-    def heard_ms(self) -> dict[str, int]:
-        """When each client was heard of last; empty before this server leads."""
-        return self._registry.heard_ms
+    def registry(self) -> Registry:
+        """Who is here, as this server saw it last; empty before it leads."""
+        return self._registry
 
     @property
     def known(self) -> JobState | None:

@@ -72,7 +72,8 @@ class Lookout:
         state, trouble = self._service.known, found.of(STORE)
         if state is None or (job is not None and job != state.job):
             raise StoreUnavailable(trouble.reason if trouble is not None else "the store was away for a moment")
-        return _running(state, Sight(self._service.heard_ms, self._lease_ms))
+        registry = self._service.registry
+        return _running(state, Sight(registry.heard_ms, self._lease_ms, silent_ms=registry.silent_ms))
 
     def _completed(self, status: Status, found: Found) -> Status:
         """Add what this server is, and the troubles that keep a job from going on."""
@@ -87,10 +88,12 @@ class Lookout:
 
     def _sight(self, job: str) -> Sight:
         """What is known of the clients: by this server itself where it leads, else by the store."""
-        heard = self._service.heard_ms if self._service.is_leading else None
-        if heard is None:
-            heard = {e.client: e.expires_ms - self._lease_ms for e in self._reader.clients().values() if e.expires_ms}
-        return Sight(heard, self._lease_ms, progress_of(self._reader.newest_progress(job, PROGRESS_READ)))
+        registry = self._service.registry
+        heard, silent = registry.heard_ms, registry.silent_ms
+        if not self._service.is_leading:
+            entries = self._reader.clients().values()
+            heard = silent = {e.client: e.expires_ms - self._lease_ms for e in entries if e.expires_ms}
+        return Sight(heard, self._lease_ms, progress_of(self._reader.newest_progress(job, PROGRESS_READ)), silent)
 
     @property
     def _lease_ms(self) -> int:

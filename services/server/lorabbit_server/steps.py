@@ -64,11 +64,12 @@ class ClientLeft:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientRevoked:
-    """An operator sent a client away."""
+class ClientDismissed:
+    """A client is awaited no more: an operator sent it away, or it was lost for too long."""
 
     client: ClientId
     present: tuple[ClientId, ...]
+    reason: str
     at_ms: int = 0
 
 
@@ -177,7 +178,7 @@ Event: TypeAlias = (
     JobOpened
     | ClientArrived
     | ClientLeft
-    | ClientRevoked
+    | ClientDismissed
     | ResultOffered
     | ResultArrived
     | ResultRefused

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict
 
-from lorabbit.schedules import Buffered
+from lorabbit.schedules import Buffered, Quorum
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN
 from lorabbit_server import cohort
 from lorabbit_server.jobstate import JobState, TaskState
@@ -36,6 +36,8 @@ class Wait(BaseModel):
     """What happens at the deadline, or what ends a wait that has none."""
     fraction: float | None = None
     """How much of its task a client has done, in [0, 1], where it told."""
+    moved_ms: int | None = None
+    """When it told of progress last."""
     seen_ms: int | None = None
     """When the client was heard of last."""
 
@@ -50,11 +52,17 @@ class Sight:
     """Silence after which a client counts as lost."""
     progress: Mapping[tuple[str, str, int], tuple[int, float]] = field(default_factory=dict)
     """Newest progress by client, phase and round: when it was told, and the fraction done."""
+    silent_ms: Mapping[str, int] = field(default_factory=dict)
+    """Since when each client counts as silent where the job's patience with it ends."""
 
     def fraction(self, task: TaskState) -> float | None:
         """How far a task is, None where nothing was told of this try of it."""
+        return None if self.moved_ms(task) is None else self.progress[task.client, task.phase, task.round][1]
+
+    def moved_ms(self, task: TaskState) -> int | None:
+        """When progress was told last of this try of a task."""
         told = self.progress.get((task.client, task.phase, task.round))
-        return None if told is None or told[0] < task.since_ms else told[1]
+        return None if told is None or told[0] < task.since_ms else told[0]
 
     def seen_ms(self, task: TaskState) -> int | None:
         """When a task's client was heard of last."""
@@ -122,6 +130,7 @@ def _clients(state: JobState, tasks: Iterable[TaskState], sight: Sight) -> Itera
             deadline_ms=deadline_ms,
             ends=ends,
             fraction=None if lost or task.status == "offered" else sight.fraction(task),
+            moved_ms=None if lost or task.status == "offered" else sight.moved_ms(task),
             seen_ms=sight.seen_ms(task),
         )
 
@@ -160,11 +169,31 @@ def _end_of(state: JobState, task: TaskState, sight: Sight) -> tuple[int | None,
     if task.client in state.lost:
         if trains and isinstance(state.spec.schedule, Buffered):
             return None, "no deadline, and none is needed: the others go on without it"
-        return None, "no deadline; only its return, or cancelling the job, ends this wait"
-    heard = sight.heard_ms.get(task.client)
+        return _patience(state, sight.silent_ms.get(task.client))
+    heard, then = sight.heard_ms.get(task.client), f"it counts as lost{_without(state, trains=trains)}"
     if heard is None or not sight.lease_ms:
-        return None, "once it stays silent for the length of its lease it counts as lost"
-    return heard + sight.lease_ms, "if it stays silent until then it counts as lost"
+        return None, f"once it stays silent for the length of its lease {then}"
+    return heard + sight.lease_ms, f"if it stays silent until then {then}"
+
+
+def _without(state: JobState, *, trains: bool) -> str:
+    """Say why a round has no deadline of its own."""
+    if not trains or isinstance(state.spec.schedule, Buffered):
+        return ""
+    why = "nobody was measured yet" if isinstance(state.spec.schedule, Quorum) else "schedule sync waits for everybody"
+    return f"; the round itself has no deadline: {why}"
+
+
+def _patience(state: JobState, silent_ms: int | None) -> tuple[int | None, str]:
+    """When a job gives up a client that is lost."""
+    patience = state.spec.patience_seconds
+    if patience is None:
+        return None, "no deadline (patience_seconds: null); only its return, or cancelling the job, ends this wait"
+    left = len(state.clients) - len(state.aside) - 1
+    then = "goes on with the others" if left >= state.spec.fewest_clients else "ends, for too few clients are left"
+    if silent_ms is None:
+        return None, f"once it is lost for {patience:.0f} s (patience_seconds) the job {then}"
+    return silent_ms + round(1000 * patience), f"then it is set aside (patience_seconds), and the job {then}"
 
 
 def _nobody(state: JobState) -> Wait:

@@ -191,6 +191,11 @@ class JobSpec(Strict):
         ge=1,
         description="a client that fails for good is set aside while so many are left; more than half when absent",
     )
+    patience_seconds: float | None = Field(
+        default=604_800.0,
+        gt=0,
+        description="a client that is lost for so long is set aside like one that fails for good; null waits for ever",
+    )
     join: bool | None = Field(
         default=None,
         description="clients that come later join the running job; where data.partition is own when absent",
