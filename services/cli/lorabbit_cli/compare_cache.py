@@ -2,8 +2,8 @@
 
 The key of a run is a hash of its resolved job, the versions of LoRAbbit and of what it computes with,
 the kind of device, and the bytes of its data and model files. The job's name, what it keeps on disk and
-its patience with lost clients change no result here and are no part of it. An entry appears whole or not at all: it is written beside its
-place and renamed.
+its patience with lost clients change no result here and are no part of it. An entry appears whole or not
+at all: it is written beside its place and renamed.
 """
 
 from __future__ import annotations
