@@ -44,11 +44,14 @@ class ScriptedRunner:
     def close(self) -> None:
         """Nothing to give back."""
 
-    def finish(self, task: str, tensors: Tensors | None = None, *, error: str | None = None) -> None:
+    def finish(
+        self, task: str, tensors: Tensors | None = None, *, error: str | None = None, rest_seconds: float = 0.0
+    ) -> None:
         """Let a task end, with tensors, with metrics alone, or with an error."""
         work, _, on_done = self.work.pop(task)
         sha256 = None if tensors is None else codec.write_tensors(work.output, tensors)
-        on_done(Outcome(Metrics(num_examples=3), tensors is not None, error=error, sha256=sha256))
+        has_tensors = tensors is not None
+        on_done(Outcome(Metrics(num_examples=3), has_tensors, error=error, rest_seconds=rest_seconds, sha256=sha256))
 
 
 class Rig:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pika
 
@@ -20,7 +18,6 @@ from lorabbit.broker import topology
 HALF_BYTES = 30_000
 SLOW_BYTES_PER_SECOND = 40_000.0
 BARE_BYTES_PER_SECOND = 100_000.0
-DISK = "16m"
 
 
 class NotHere(Exception):
@@ -164,15 +161,6 @@ def client_drains(scene: Scene) -> None:
         scene.victim.start()
 
 
-def memory_alarm(scene: Scene) -> None:
-    """Let the broker believe that it is out of memory for a while: it takes nothing from anybody who publishes."""
-    with midway(scene):
-        scene.ground.broker.control("set_vm_memory_high_watermark", "0.00001")
-        scene.proxies[0].bytes_per_second = None
-        scene.await_log(scene.victim, "broker-blocked")
-        scene.ground.broker.control("set_vm_memory_high_watermark", "0.6")
-
-
 # ---- half-way through a download ----
 @contextlib.contextmanager
 def midway_down(scene: Scene) -> Iterator[None]:
@@ -234,28 +222,6 @@ def inbox_is_lost(scene: Scene) -> None:
     assert lost.method.message_count > 0, "no task waited"
     scene.disturb("client-2")
     scene.victim.start()
-
-
-def disk_is_full(scene: Scene) -> None:
-    """Fill the server's disk while updates arrive, and make room again."""
-    volume = scene.folder / "server"
-    mount = f'mount -t tmpfs -o size={DISK} tmpfs "{volume}" && exec "$@"'
-    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:  # noqa: S603
-        raise NotHere("nobody may mount a small disk here")
-    scene.replace_server(alone)
-    link = scene.proxy()
-    link.bytes_per_second = SLOW_BYTES_PER_SECOND
-    scene.start(victim={"LORABBIT_BROKER_URL": link.url})
-    come_midway(scene)
-    filler = Path(f"/proc/{scene.server.child.pid}/root{volume}/filler")
-    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    link.bytes_per_second = None
-    scene.await_log(scene.server, "No space left on device")
-    scene.disturb()
-    filler.unlink()
 
 
 # ---- two servers ----

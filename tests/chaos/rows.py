@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from chaos import faults
+from chaos import faults, scarcity
 from chaos.scene import Act, Scene
 from lorabbit.crash import Point
 
@@ -30,6 +30,8 @@ OWN: dict[str, Any] = {
     "seed": 7,
 }
 """A job whose clients keep state of their own."""
+LARGE: dict[str, Any] = {**JOB, "name": "large", "model": {"name": "null:8MB"}}
+"""A job whose tensors are too large for what a process has left over."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ def fault_rows() -> list[Row]:
         ("link-stalled", "half-way through an upload, for 3 s", faults.link_stalls),
         ("link-slow", "40 ms and 100 KB/s, all the time", faults.link_is_slow),
         ("server-link-half-open", "half-way through an upload", faults.server_link_is_half_open),
-        ("disk-full", "the server's, half-way through an upload", faults.disk_is_full),
-        ("memory-alarm", "the broker's, half-way through an upload", faults.memory_alarm),
+        ("disk-full", "the server's, half-way through an upload", scarcity.disk_is_full),
+        ("memory-alarm", "the broker's, half-way through an upload", scarcity.memory_alarm),
         ("leader-killed", "half-way, a standby takes over", faults.leader_dies),
         (
             "leader-frozen",
@@ -111,6 +113,7 @@ def fault_rows() -> list[Row]:
     ]
     rows = [Row(*each) for each in told]
     rows.append(Row("store-restored", "from a backup older than a result", faults.store_is_restored, remembers=False))
+    rows.append(Row("client-memory", "the client's, from round 2 on", scarcity.client_without_memory, "large"))
     rows.append(Row("client-moved", "killed, its folder is moved to another host", faults.client_moves, "own"))
     return rows
 
@@ -124,4 +127,4 @@ ALWAYS = {
     *("broker-killed", "store-killed", "link-cut", "leader-frozen", "server-drained", "client-drained"),
 }
 """Rows that every change is tested with; the others are played by `make chaos` only."""
-JOBS = {"chaos": JOB, "own": OWN}
+JOBS = {"chaos": JOB, "own": OWN, "large": LARGE}

@@ -446,6 +446,20 @@ def test_a_failed_task_is_handed_back_with_its_sentence(rig: Rig) -> None:
     assert files(rig.folder / "somewhere") == []
 
 
+def test_a_task_without_memory_is_handed_back_after_a_rest(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+
+    runner.finish("t-1", error="no memory", rest_seconds=5.0)
+    rig.run(seconds=4.9)
+    assert rig.heard(TaskFailed) == []
+    rig.run(seconds=0.1)
+
+    assert rig.heard(TaskFailed) == [TaskFailed(**IDS, reason="no memory")]
+
+
 def test_a_payload_that_is_corrupt_fails_the_task(rig: Rig) -> None:
     runner = ScriptedRunner()
     rig.agent(runner)

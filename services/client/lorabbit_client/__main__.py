@@ -26,14 +26,13 @@ from lorabbit_client.capability import Capability
 from lorabbit_client.confined import ConfinedExecutor
 from lorabbit_client.credentials import FILE, settled
 from lorabbit_client.executor import Executor
-from lorabbit_client.failures import OUT_OF_MEMORY
+from lorabbit_client.failures import FAILED, OUT_OF_MEMORY, end_with_a_thread, is_memory
 from lorabbit_client.folderlock import FolderLock
 from lorabbit_client.machine import device
 from lorabbit_client.runners import ThreadRunner
 
 log = structlog.get_logger()
 INTERRUPTED = 130
-FAILED = 1
 REFUSED_SECONDS = 20.0
 """How long a client with a user of its own bears that the broker does not know it, which a server that starts mends."""
 REVOKED = "where the server's operator revoked it, it needs another join token in LORABBIT_JOIN_TOKEN"
@@ -50,6 +49,7 @@ def main(settings: ClientSettings | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     try:
+        end_with_a_thread()
         with FolderLock(settings.folder):
             return _work(settled(settings))
     except KeyboardInterrupt:
@@ -60,7 +60,9 @@ def main(settings: ClientSettings | None = None) -> int:
     except LoRAbbitError as error:
         log.error("client-failed", why=str(error))  # noqa: TRY400 - a sentence, not a trace
         return error.exit_code
-    except MemoryError:
+    except (MemoryError, RuntimeError, ImportError, OSError) as error:
+        if not is_memory(error):
+            raise
         log.error("client-failed", why=OUT_OF_MEMORY)  # noqa: TRY400 - a sentence, not a trace
         return FAILED
 

@@ -139,7 +139,7 @@ class Assignment:
             return
         if outcome.error is not None:
             self._log.warning("task-failed", why=outcome.error, **outcome.details)
-            self._fail(outcome.error, bad_input=outcome.bad_input)
+            self._fail(outcome.error, bad_input=outcome.bad_input, rest_seconds=outcome.rest_seconds)
             return
         counted = {} if self._reads is None else dict(self._reads.counted)
         offer = Offer(
@@ -163,8 +163,8 @@ class Assignment:
         cut = min((ref.chunk_bytes for ref in order.payloads.values()), default=CHUNK_BYTES)
         return PayloadRef(sha256=outcome.sha256, size_bytes=size, chunk_bytes=cut)
 
-    def _fail(self, reason: str, *, bad_input: bool) -> None:
-        """Hand the task back; it is forgotten once the broker has taken the message."""
+    def _fail(self, reason: str, *, bad_input: bool, rest_seconds: float = 0.0) -> None:
+        """Hand the task back, after a rest; it is forgotten once the broker has taken the message."""
         self._stop_timer()
         self.stage = "failed"
         self._desk.advance()
@@ -174,7 +174,11 @@ class Assignment:
                 self._log.warning("failure-not-reported", why=str(error))
             self._end()
 
-        self._desk.send(TaskFailed(**self._ids, reason=reason[:MAX_REASON], bad_input=bad_input), sent)
+        failed = TaskFailed(**self._ids, reason=reason[:MAX_REASON], bad_input=bad_input)
+        if rest_seconds:
+            self._timer = self._desk.broker.after(rest_seconds, lambda: self._desk.send(failed, sent))
+        else:
+            self._desk.send(failed, sent)
 
     # ---- from the outbox to the verdict ----
     def resume(self, offer: Offer) -> None:

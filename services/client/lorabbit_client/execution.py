@@ -48,6 +48,8 @@ class Outcome:
     error: str | None = None
     """One sentence when the task failed; everything else is then meaningless."""
     bad_input: bool = False
+    rest_seconds: float = 0.0
+    """So long has a failed task better not be asked again."""
     details: Mapping[str, str] = field(default_factory=dict)
     sha256: str | None = None
     """Of the file at `Work.output`; a runner fills it in, off the loop thread, where the executor did not."""

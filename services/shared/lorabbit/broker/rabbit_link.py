@@ -9,6 +9,7 @@ functions that were handed over in the meantime run then.
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401 - needed for every host's name; loaded late, without memory, it is missing for good
 import logging
 import threading
 import time
