@@ -22,6 +22,7 @@ METHODS = {
     "federa": {"fedavg", "federa"},
     "fibecfed": {"fedavg", "slora", "adalora", "fibecfed"},
     "fibecfed_ablations": {"fedavg", "fibecfed"},
+    "sa_fedlora_ablations": {"sa-fedlora"},
 }
 TRAINABLE = {
     "sa_fedlora": {"lora", "full"},
@@ -29,13 +30,15 @@ TRAINABLE = {
     "federa": {"lora", "full", "adapter", "bitfit"},
     "fibecfed": {"lora", "full", "adapter", "bitfit", "prompt", "prefix"},
     "fibecfed_ablations": {"lora"},
+    "sa_fedlora_ablations": {"lora"},
 }
 CASES = {
     "sa_fedlora": {"trec", "cifar10"},
     "pfedlora": {"cifar10", "digits"},
     "federa": {"20newsgroups-0.1", "20newsgroups-1", "20newsgroups-10", "semeval-1", "wnut17", "squad"},
-    "fibecfed": {"trec", "mpqa", "subj", "sst2"},
+    "fibecfed": {"trec", "mpqa", "sst2"},
     "fibecfed_ablations": {"trec"},
+    "sa_fedlora_ablations": {"trec", "cifar10"},
 }
 
 
