@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 
+import httpx
 import pika
 
 from chaos.scene import Act, Scene
@@ -207,6 +208,23 @@ def server_link_is_half_open(scene: Scene) -> None:
     scene.disturb()
     server.half_open()
     link.bytes_per_second = None
+
+
+def poison_is_sent(scene: Scene) -> None:
+    """Send both sides what nobody can read: it is put aside and counted, and comes back to neither of them."""
+    with midway(scene), pika.BlockingConnection(pika.URLParameters(scene.broker_url)) as connection:
+        channel = connection.channel()
+        for exchange, key, kind in (
+            (topology.UP, topology.up_key("site-1"), "lorabbit.offer.v1"),
+            (topology.CONTROL, topology.control_key("site-1"), "lorabbit.task.v1"),
+        ):
+            channel.basic_publish(exchange, key, b"\x00", pika.BasicProperties(type=kind, user_id="guest"))
+        for process in (scene.server, scene.victim):
+            scene.await_log(process, "message-refused")
+        dead = topology.DEAD_QUEUE.name
+        assert scene.witness.settle(lambda: channel.queue_declare(dead, passive=True).method.message_count == 2)
+        counted = httpx.get(f"{scene.federation.url}/metrics", timeout=10).text
+        assert 'reason="malformed"} 1' in counted, counted
 
 
 # ---- what gets lost ----

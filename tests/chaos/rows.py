@@ -108,6 +108,7 @@ def fault_rows() -> list[Row]:
             "half-way, a standby takes over, the old leader wakes",
             faults.leader_freezes,
         ),
+        ("poison", "half-way through an upload", faults.poison_is_sent),
         ("server-drained", "SIGTERM half-way through an upload", faults.server_drains),
         ("client-drained", "SIGTERM half-way through an upload", faults.client_drains),
     ]

@@ -222,6 +222,22 @@ def test_a_rejected_message_is_a_dead_letter(broker):
     assert (dead[0].body, dead[0].routing_key, dict(dead[0].headers)) == (b"poison", "k", {"why": "x"})
 
 
+def test_a_message_that_nobody_survives_is_a_dead_letter_in_the_end(broker):
+    broker.declare_queue(Queue("q", "quorum", dead_letter_exchange=DEAD, delivery_limit=2))
+    broker.declare_queue(Queue("dead", "classic", ((DEAD, "#"),)))
+    dead, taken = Seen(broker), Seen(broker)
+    broker.subscribe("dead", dead.add)
+    broker.send(message(b"poison"))
+
+    for times in (1, 2, 3):
+        subscription = broker.subscribe("q", taken.add)
+        taken.wait(times)
+        subscription.cancel()
+
+    dead.wait(1)
+    assert (taken.bodies, dead.bodies) == ([b"poison"] * 3, [b"poison"])
+
+
 def test_a_message_expires(broker):
     broker.declare_queue(Queue("q", "classic", dead_letter_exchange=DEAD))
     broker.declare_queue(Queue("dead", "classic", ((DEAD, "#"),)))
@@ -415,4 +431,11 @@ def test_a_loop_that_was_stopped_before_it_runs_returns(broker):
 
 
 def test_a_healthy_broker_has_no_trouble(broker):
-    assert broker.trouble() is None
+    troubles = Seen(broker)
+
+    def look():
+        troubles.add(broker.trouble())
+        broker.after(0.01, look)
+
+    look()
+    troubles.wait_until(lambda: None in troubles)

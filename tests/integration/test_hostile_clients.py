@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server_rig import Rig
+from server_rig import Fuse, Rig
 
 from lorabbit import codec
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing
 from lorabbit.jobspec import JobSpec
-from lorabbit.messages import FROM_CLIENT, Metrics, Offer, PayloadRef, TaskFailed
+from lorabbit.messages import FROM_CLIENT, Hello, Metrics, Offer, PayloadRef, TaskFailed
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN
 from lorabbit_server.meter import MAX_TASKS, Meter
 
@@ -76,6 +76,34 @@ def test_refused_messages_are_counted_by_reason(rig):
     rig.idle()
 
     assert dict(rig.service.refused) == {"unknown-type": 1, "malformed": 1, "forged": 1}
+
+
+class Breaking(Fuse):
+    """A store with a fault: the server breaks where a client of this address says hello."""
+
+    def effect(self, function):
+        def effect(*arguments, **more):
+            if function.__name__ == "lease_identity" and "poison" in arguments:
+                raise TypeError("a fault of the server")
+            return function(*arguments, **more)
+
+        return effect
+
+
+def test_a_message_that_breaks_the_server_is_a_dead_letter_and_counted_once(rig):
+    rig.serve(Breaking())
+    rig.start_clients()
+    rig.idle()
+    dead = []
+    rig.broker.subscribe(topology.DEAD_QUEUE.name, dead.append)
+    hello = Hello(address="poison")
+    throw(rig, topology.up_key("poison"), hello.type_name(), codec.encode(hello))
+
+    report = rig.run(spec(rounds=1))
+
+    assert report.status == "done"
+    assert [(letter.type, letter.body) for letter in dead] == [(hello.type_name(), codec.encode(hello))]
+    assert dict(rig.service.refused) == {"broke-server": 1}
 
 
 @pytest.mark.parametrize("index", ["0", True, None, 1.0, "x"])

@@ -6,7 +6,7 @@ from scripted_server import CHUNK_BYTES, Rig, ScriptedRunner
 
 from lorabbit import codec
 from lorabbit.broker import topology
-from lorabbit.broker.base import Outgoing
+from lorabbit.broker.base import Delivery, Outgoing
 from lorabbit.messages import (
     Alive,
     CancelTask,
@@ -476,6 +476,28 @@ def test_a_payload_that_is_corrupt_fails_the_task(rig: Rig) -> None:
 
     assert "could not be read" in rig.heard(TaskFailed)[0].reason
     assert runner.submitted == []
+
+
+def test_a_message_that_breaks_a_client_does_not_break_the_next_process(rig: Rig) -> None:
+    class Broken(ScriptedRunner):
+        def cancel(self, task: str) -> None:
+            raise TypeError(f"a fault of the client: {task}")
+
+    runner = Broken()
+    agent = rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+    dead: list[Delivery] = []
+    rig.broker.subscribe(topology.DEAD_QUEUE.name, dead.append)
+    rig.tell(CancelTask(**IDS))
+
+    with pytest.raises(TypeError, match="a fault of the client"):
+        rig.run()
+    rig.kill(agent)
+    rig.agent(ScriptedRunner())
+    rig.run()
+
+    assert [letter.type for letter in dead] == [CancelTask.type_name()]
 
 
 @pytest.mark.parametrize("stage", ["running", "offered"])

@@ -186,7 +186,18 @@ class Agent:
 
     # ---- messages ----
     def _on_delivery(self, delivery: Delivery) -> None:
-        """Take in one message; the acknowledgement follows whatever it changed on the disk."""
+        """Take in one message; the next process is not to break on it as well."""
+        try:
+            self._take_in(delivery)
+        except (OSError, MemoryError):
+            raise  # no fault of the message
+        except Exception:
+            log.exception("message-broke-client", type=delivery.type)
+            self._broker.reject(delivery)
+            raise
+
+    def _take_in(self, delivery: Delivery) -> None:
+        """Do what a message says; the acknowledgement follows whatever it changed on the disk."""
         try:
             message = codec.decode(delivery.type, delivery.body)
         except Refused as error:

@@ -200,6 +200,7 @@ class Service:
                     raise
                 # a message that breaks this server must not come back to break it again
                 log.exception("message-broke-server", type=delivery.type, routing_key=delivery.routing_key)
+                self.refused["broke-server"] += 1
                 self.broker.reject(delivery)
                 self._step_down(error)
 

@@ -10,8 +10,8 @@ Promises of every driver (the contract suite holds each of them to it):
   number of reconnects, until the broker has confirmed it; then `on_done(None)` is called.
   `on_done(error)` is called when the broker answered no: `BrokerBusy` (a full queue: try later),
   `BrokerRefused` (not allowed, too large) or `LoRAbbitError` (nobody listens there: no queue is bound).
-* A delivery comes back (`redelivered`) until it is `ack`ed. An `ack` of a delivery from before a
-  reconnect does nothing, because the broker will deliver it again.
+* A delivery comes back (`redelivered`) until it is `ack`ed, or came back more often than its queue allows. An `ack`
+  of a delivery from before a reconnect does nothing, because the broker will deliver it again.
 * Subscriptions survive reconnects.
 """
 
@@ -74,6 +74,8 @@ class Queue:
     dead_letter_exchange: str | None = None
     expires_ms: int | None = None
     """Deleted by the broker after so long without a consumer."""
+    delivery_limit: int | None = None
+    """What comes back more often, because whoever takes it dies of it, is a dead letter; for quorum queues."""
 
 
 def beginning() -> int:

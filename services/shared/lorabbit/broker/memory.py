@@ -203,7 +203,7 @@ class MemoryBroker(Broker):
             body=message.body,
             headers=message.headers,
             sender=self._user,
-            redelivered=stored.redelivered,
+            redelivered=stored.returns > 0,
             token=token,
             message_id=message.message_id,
         )
@@ -226,8 +226,13 @@ class MemoryBroker(Broker):
             reader.unacked.clear()
             reader.offset = reader.first()
         if not existing.is_stream:
+            limit = existing.declared.delivery_limit
             for number in sorted(held, reverse=True):
-                existing.put_back(held[number])
+                held[number].returns += 1
+                if limit is not None and held[number].returns > limit:
+                    self._bury(existing, held[number])
+                else:
+                    existing.put_back(held[number])
         self._pump(existing)
 
     def _bury(self, existing: ExistingQueue, stored: Stored) -> None:
@@ -254,7 +259,7 @@ class MemoryBroker(Broker):
 
 def _properties(queue: Queue) -> tuple[object, ...]:
     """What a second declaration has to agree on; bindings may be added."""
-    return queue.kind, queue.max_bytes, queue.dead_letter_exchange, queue.expires_ms
+    return queue.kind, queue.max_bytes, queue.dead_letter_exchange, queue.expires_ms, queue.delivery_limit
 
 
 def _hand_over(delivery: Delivery) -> None:

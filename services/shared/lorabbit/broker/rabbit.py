@@ -230,6 +230,8 @@ def _arguments(queue: Queue) -> dict[str, str | int]:
         arguments["x-dead-letter-exchange"] = queue.dead_letter_exchange
     if queue.expires_ms is not None:
         arguments["x-expires"] = queue.expires_ms
+    if queue.delivery_limit is not None:
+        arguments["x-delivery-limit"] = queue.delivery_limit
     return arguments
 
 

@@ -17,7 +17,8 @@ class Stored:
 
     message: Outgoing
     expires_at: float | None
-    redelivered: bool = False
+    returns: int = 0
+    """So often was it taken and came back."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +80,6 @@ class ExistingQueue:
 
     def put_back(self, stored: Stored) -> None:
         """Return a message that was taken, to the front."""
-        stored.redelivered = True
         self.messages.appendleft(stored)
         self.stored_bytes += len(stored.message.body)
 

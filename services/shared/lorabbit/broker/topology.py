@@ -19,7 +19,11 @@ ADAPTERS = "lorabbit.adapter"
 """Beginning of the names of the streams that hold payloads for clients."""
 
 MIB = 2**20
-SERVER_QUEUE = Queue("lorabbit.server", "quorum", ((UP, "c.#.ctl"),), dead_letter_exchange=DEAD)
+DELIVERIES = 100
+"""So often may a control message come back to the server, which it does each time the server dies or steps down."""
+SERVER_QUEUE = Queue(
+    "lorabbit.server", "quorum", ((UP, "c.#.ctl"),), dead_letter_exchange=DEAD, delivery_limit=DELIVERIES
+)
 DATA_QUEUE = Queue("lorabbit.data", "classic", ((UP, "c.#.data"),), max_bytes=1024 * MIB)
 DEAD_QUEUE = Queue("lorabbit.dead", "classic", ((DEAD, "#"),), max_bytes=64 * MIB)
 EXCHANGES = (CONTROL, UP, DEAD)
