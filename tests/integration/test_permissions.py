@@ -21,8 +21,11 @@ from lorabbit import codec
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing
 from lorabbit.broker.rabbit import RabbitBroker
+from lorabbit.enrolment import digest
 from lorabbit.jobspec import JobSpec
 from lorabbit.messages import Alive, Hello, Metrics, Offer
+from lorabbit.settings import ClientSettings
+from lorabbit_client.credentials import settled
 
 pytestmark = pytest.mark.services
 NOT_ALLOWED = 403
@@ -199,6 +202,22 @@ def test_the_server_refuses_a_user_that_an_operator_lets_publish_as_anybody(depl
 
     assert refusals(deployment, "forged", before) == before + 1
     powerful.close()
+
+
+def test_a_token_for_newcomers_in_the_place_of_its_own_takes_nothing_from_a_client(deployment, tmp_path):
+    def start(token):
+        settings = {"folder": tmp_path, "client": "site-d", "server_url": deployment.http.url}
+        return settled(ClientSettings(**settings, broker_url="amqp://broker/", join_token=token)).broker_url
+
+    first = start(deployment.token(uses=1))
+    newcomers = deployment.token(uses=1)
+    restarted = [start(newcomers), start(newcomers)]
+    named = start(deployment.token(client="site-d"))
+
+    assert restarted == [first] * 2
+    assert named != first
+    left = deployment.service.access.tokens(now_ms=deployment.service.now_ms())
+    assert [token.digest for token in left if not token.client] == [digest(newcomers)]
 
 
 def test_an_upload_that_is_replayed_counts_once(managed_rabbitmq, tmp_path):

@@ -10,10 +10,10 @@ import pytest
 from lorabbit.enrolment import Join, password_hash
 from lorabbit.errors import BadInput
 from lorabbit.settings import ClientSettings
-from lorabbit_client.credentials import FILE, Credentials, read, settled, url_of, write
+from lorabbit_client.credentials import BEGUN, FILE, Credentials, read, settled, url_of, write
 
 PASSWORD = "p@ss/word?#"
-KNOWN = Credentials("site-a", PASSWORD, "0" * 64, "hash", joined=True)
+KNOWN = Credentials("site-a", PASSWORD, "0" * 64, "hash")
 
 
 def test_a_file_of_credentials_is_its_owners_alone_and_is_read_again(tmp_path):
@@ -57,7 +57,7 @@ def test_a_client_without_a_token_keeps_the_shared_user(tmp_path):
 
 
 def test_a_client_that_had_begun_to_join_says_what_it_lacks(tmp_path):
-    write(tmp_path / FILE, Credentials("site-a", PASSWORD, "0" * 64, "hash"))
+    write(tmp_path / BEGUN, KNOWN)
 
     with pytest.raises(BadInput, match="LORABBIT_JOIN_TOKEN"):
         settled(ClientSettings(folder=tmp_path))

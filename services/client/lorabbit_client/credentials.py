@@ -1,8 +1,9 @@
 """Credentials: a client's own RabbitMQ user, got once with a join token and kept on its volume.
 
 The password is made and written down before the server hears of it, so a client that dies anywhere on the way
-asks again for the same. The file is replaced in one step and its owner's alone (0600). Once joined, the token is
-no longer needed; another token, for a client that was revoked, makes it join again.
+asks again for the same. The files are replaced in one step and their owner's alone (0600). Once joined, the token is
+no longer needed. Another token makes a client join again that was revoked; where it is not for this client, as when
+a token for newcomers was put in the place of its own, the client stays who it was.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from lorabbit.settings import ClientSettings
 from lorabbit.tls import distrust
 
 log = structlog.get_logger()
-FILE = "credentials.json"
+FILE, BEGUN = "credentials.json", "credentials-begun.json"
+"""What a client has joined with, and what it has begun to join with."""
 MODE = 0o600
 TIMEOUT_SECONDS = 30.0
 REFUSALS = range(400, 500)
@@ -38,13 +40,12 @@ class Credentials:
     user: str
     password: str
     token: str
-    """Digest of the join token it was got with."""
+    """Digest of the last join token that was tried."""
     password_hash: str
-    joined: bool = False
 
     def __repr__(self) -> str:
         """Show no secret."""
-        return f"Credentials({self.user!r}, joined={self.joined})"
+        return f"Credentials({self.user!r})"
 
 
 def settled(settings: ClientSettings) -> ClientSettings:
@@ -53,24 +54,36 @@ def settled(settings: ClientSettings) -> ClientSettings:
     Waits for the server as long as it takes. Raises NotAllowed when the server refuses, and BadInput when the
     file of credentials is damaged.
     """
-    path = settings.folder / FILE
-    known = read(path)
-    if settings.join_token is not None and (known is None or known.token != digest(settings.join_token)):
-        password = new_secret()
-        user = settings.client or settings.address
-        known = Credentials(user, password, digest(settings.join_token), password_hash(password))
+    path, begun = settings.folder / FILE, settings.folder / BEGUN
+    known, token = read(path), settings.join_token
+    if token is not None and (known is None or known.token != digest(token)):
+        known = _joined(settings, token, begun, known)
         write(path, known)
+        begun.unlink(missing_ok=True)
     if known is None:
+        if begun.exists():
+            raise BadInput(f"{begun} belongs to a client that had begun to join; set LORABBIT_JOIN_TOKEN again")
         return settings
-    if not known.joined:
-        if settings.join_token is None:
-            raise BadInput(f"{path} belongs to a client that had begun to join; set LORABBIT_JOIN_TOKEN again")
-        _join(settings, settings.join_token, known)
-        known = replace(known, joined=True)
-        write(path, known)
-        log.info("joined", client=known.user)
     url = url_of(settings.broker_url, known)
     return settings.model_copy(update={"broker_url": url, "address": known.user, "client": known.user})
+
+
+def _joined(settings: ClientSettings, token: str, path: Path, before: Credentials | None) -> Credentials:
+    """Join with a token, keeping on `path` what it asks for; `before` is kept where the server refuses the token."""
+    asked = read(path)
+    if asked is None or asked.token != digest(token):
+        password, user = new_secret(), settings.client or settings.address
+        asked = Credentials(user, password, digest(token), password_hash(password))
+        write(path, asked)
+    try:
+        _join(settings, token, asked)
+    except NotAllowed as error:
+        if before is None:
+            raise
+        log.warning("join-token-not-used", client=before.user, why=str(error))
+        return replace(before, token=digest(token))
+    log.info("joined", client=asked.user)
+    return asked
 
 
 def read(path: Path) -> Credentials | None:
