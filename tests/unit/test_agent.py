@@ -446,6 +446,29 @@ def test_a_failed_task_is_handed_back_with_its_sentence(rig: Rig) -> None:
     assert files(rig.folder / "somewhere") == []
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_what_a_failed_task_read_is_counted_with_the_next_one(rig: Rig, restarts: bool) -> None:  # noqa: FBT001
+    runner = ScriptedRunner()
+    agent = rig.agent(runner)
+    first, second = rig.publish(1.0), rig.publish(2.0)
+    rig.tell(rig.task("t-1", first))
+    rig.run()
+    runner.finish("t-1", error="the training process was killed by SIGKILL")
+    rig.run()
+    if restarts:
+        rig.kill(agent)
+        rig.agent(runner)
+        rig.run()
+
+    for name, refs in {"t-2": (first, second), "t-3": (second,)}.items():
+        rig.tell(rig.task(name, *refs))
+        rig.run()
+        runner.finish(name)
+        rig.run()
+
+    assert [offer.bytes_down for offer in rig.heard(Offer)] == [first.size_bytes + second.size_bytes, 0]
+
+
 def test_a_task_without_memory_is_handed_back_after_a_rest(rig: Rig) -> None:
     runner = ScriptedRunner()
     rig.agent(runner)

@@ -139,6 +139,7 @@ class Assignment:
             return
         if outcome.error is not None:
             self._log.warning("task-failed", why=outcome.error, **outcome.details)
+            self._desk.holdings.owe(order)
             self._fail(outcome.error, bad_input=outcome.bad_input, rest_seconds=outcome.rest_seconds)
             return
         counted = {} if self._reads is None else dict(self._reads.counted)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lorabbit.coding import Recipe
 from lorabbit.messages import PayloadRef, Task, Way
-from lorabbit_client.journal import Journal
+from lorabbit_client.journal import OWED, Journal
 from lorabbit_client.shelf import OnTaken, Shelf
 
 CODED, ORIGIN = "coded", "origin"
@@ -63,14 +63,25 @@ class Holdings:
         }
         before = self._counted.get(task.task)
         counted = self._lacked(task, known, ways) if before is None else before
+        owed = self._counted.pop(OWED + task.job, {})
+        counted = {role: counted.get(role, 0) + owed.get(role, 0) for role in (*counted, *owed)}
         self._coming |= ways
         reads = self._reads(task, counted, ways)
-        self._hold(task, counted, is_new=before is None)
+        self._hold(task, counted, is_new=before is None or bool(owed))
         return reads
 
     def forget(self, task: str) -> None:
         """Count a task anew if it comes again; the next write takes it along."""
         self._counted = {id_: counted for id_, counted in self._counted.items() if id_ != task}
+
+    def owe(self, task: Task) -> None:
+        """Count what a task read that failed with the next one of its job."""
+        counted = self._counted.get(task.task, {})
+        if counted:
+            self.forget(task.task)
+            unpaid = {id_: read for id_, read in self._counted.items() if not id_.startswith(OWED)}
+            self._counted = {**unpaid, OWED + task.job: counted}
+            self._journal.remember_held(self._held, self._counted)
 
     def take(self, reads: Reads, on_taken: OnTaken) -> None:
         """Bring a task's files here; `on_taken` is called for each, perhaps at once."""

@@ -29,6 +29,8 @@ PRIVATE_FOLDER_MODE = 0o700
 _RESULT = ".safetensors"
 _READ = "read"
 """The key beside the payloads' keys, which have spaces."""
+OWED = "owed "
+"""In the place of a task, before a job's name: what tasks that failed have read."""
 
 
 class Journal:
@@ -98,10 +100,12 @@ class Journal:
         return {key: value for key, value in _read_json(self._held).items() if isinstance(value, str)}
 
     def read_by_task(self) -> dict[str, dict[str, int]]:
-        """Bytes that were counted for the payloads of each unfinished task, by role."""
+        """Bytes that were counted for the payloads of each unfinished task, by role; and what is still owed."""
         kept = _read_json(self._held).get(_READ)
         open_ = {task.task for task in self.tasks()}
-        return {task: read for task, read in kept.items() if task in open_} if isinstance(kept, dict) else {}
+        if not isinstance(kept, dict):
+            return {}
+        return {task: read for task, read in kept.items() if task in open_ or task.startswith(OWED)}
 
     def remember_held(self, held: Mapping[str, str], read: Mapping[str, Mapping[str, int]]) -> None:
         """Keep the list of payloads, and what was counted for them, over restarts."""
