@@ -12,31 +12,16 @@ import string
 from contextlib import suppress
 
 import pytest
+from hostile_requests import BODIES, CODINGS, KINDS, NOWHERE, OPERATOR, TOKEN, WISH, refusals
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from prometheus_client.parser import text_string_to_metric_families
 from served import Served
 
 from lorabbit.codec import MAX_MESSAGE_BYTES
-from lorabbit.enrolment import Join, TokenWish, password_hash
+from lorabbit.enrolment import Join, TokenWish
 from lorabbit.errors import JoinRefused
 from lorabbit_server.api_bodies import MAX_JOIN_BYTES, Bodies
 from lorabbit_server.http import HttpServer
-
-OPERATOR = "an operator's token"
-TOKEN = "a token that nobody made"
-WISH = {"token": TOKEN, "client": "site-a", "password_hash": password_hash("secret")}
-NOWHERE = "http://user:secret@127.0.0.1:9/"
-"""A management interface that is not there: nobody who is refused comes so far."""
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([2**64, "\ud800"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
-)
-NEARLY = st.dictionaries(st.sampled_from([*WISH, "more", "\ud800"]), VALUES, max_size=4).map(lambda more: WISH | more)
-BODIES = st.binary(max_size=200) | (VALUES | NEARLY).map(lambda value: json.dumps(value).encode())
-KINDS = st.sampled_from(["application/json", "text/plain", "multipart/form-data; boundary=x", ""])
-CODINGS = st.sampled_from(["", "gzip", "deflate", "zstd", "br"])
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +30,6 @@ def enrolling(tmp_path_factory):
     made.lead()
     yield made
     made.close()
-
-
-def refusals(served):
-    """How often requests were refused so far, by reason."""
-    text = served.measures.text(is_leading=True).decode()
-    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    return {s.labels["reason"]: int(s.value) for s in samples if s.name == "lorabbit_requests_refused_total"}
 
 
 def refused(served, reason, ask):

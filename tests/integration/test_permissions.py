@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pika
@@ -129,6 +130,13 @@ def test_the_broker_does_not_let_a_client(what, channel):
 
     assert caught.value.reply_code == NOT_ALLOWED
     assert "ACCESS_REFUSED" in caught.value.reply_text
+
+
+def test_the_table_of_permissions_lists_what_is_tried_here():
+    page = (Path(__file__).parents[2] / "docs/explanation/permissions.md").read_text(encoding="utf-8")
+    table = " ".join(line for line in page.splitlines() if line.startswith("| ") and "403" in line)
+
+    assert [what for what in FORBIDDEN if what not in table] == []
 
 
 def test_the_broker_does_not_let_a_client_sign_as_another(channel):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from scripted_client import ScriptedClient
 from server_rig import Paused, Rig
 
 from lorabbit.jobspec import JobSpec
@@ -162,4 +163,27 @@ def test_a_server_whose_volume_was_lost_waits_for_it_and_goes_on_once_it_is_back
         client.do(client.tasks[-1])
     rig.run_to_end(job)
 
+    assert rig.report(job).status == "done"
+
+
+# ---- clocks that differ ----
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_server_whose_clock_is_hours_off_goes_on_with_the_job_and_still_notices_who_falls_silent(rig, hours):
+    job = half_way(rig)
+    rig.now += 3600 * hours
+    rig.serve(owner="second")
+    rig.pass_seconds(30)
+    assert [event.kind for event in rig.events].count("client-lost") == 0
+
+    rig.clients[1].stop()
+    rig.pass_seconds(30)
+    assert [event.client for event in rig.events if event.kind == "client-lost"] == ["client-2"]
+
+    back = ScriptedClient(rig.broker, "host-2", rig.folder / "fresh-disk")
+    back.start()
+    rig.clients[0].work = lambda _client, _task: False
+    rig.clients[0].do(rig.clients[0].tasks[-1])
+    rig.run_to_end(job)
     assert rig.report(job).status == "done"

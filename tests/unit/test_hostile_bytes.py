@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hostile_files import HEADERS, SIDES, VALUES, judged, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,49 +23,11 @@ from lorabbit_server.admission import MAX_CHUNKS, Expected, Template, check_offe
 SHA = "ab" * 32
 OFFER = {"job": "j", "task": "t", "client": "c", "payload": None, "metrics": {"num_examples": 1, "facts": {"x": 0}}}
 TEMPLATE = Template.of({"w": np.zeros(1, np.float32)})
-SIDES = st.integers(-3, 3) | st.sampled_from([2**31, 2**48, 2**62, 2**63, 2**64, 10**30])
-NAMES = st.text(max_size=12) | st.sampled_from(["../../etc/passwd", "\ud800", "__metadata__", "a" * 5000, "w"])
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_subnormal=False)
-    | st.text(max_size=6)
-    | st.sampled_from([2**64, -(2**70)]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4),
-    max_leaves=12,
-)
-ENTRIES = st.fixed_dictionaries(
-    {
-        "dtype": st.sampled_from(["F32", "BOOL", "BF16", "F8_E4M3", "F64", "PICKLE", ""]) | VALUES,
-        "shape": st.lists(SIDES, max_size=70) | VALUES,
-        "data_offsets": st.lists(SIDES, min_size=2, max_size=2) | VALUES,
-    }
-)
-
-
-def written(header, data=b""):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def judged(content, template=None):
-    """The reason for which admission refuses a file, None where it passes; any other exception is a defect."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "u"
-        path.write_bytes(content)
-        try:
-            check_update(path, Expected(template))
-        except Refused as why:
-            return why.reason
-    return None
-
-
 REASONS = {None, "corrupt", "names", "shape", "dtype", "not-finite", "norm"}
 
 
 @settings(max_examples=150, deadline=None)
-@given(header=st.dictionaries(NAMES, ENTRIES | VALUES, max_size=3), data=st.binary(max_size=40))
+@given(header=HEADERS, data=st.binary(max_size=40))
 def test_no_header_breaks_admission(header, data):
     assert judged(written(header, data)) in REASONS
     assert judged(written(header, data), TEMPLATE) in REASONS - {None} or set(header) == {"w"}

@@ -5,81 +5,37 @@ from __future__ import annotations
 import json
 import struct
 import tracemalloc
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import zstandard
+from hostile_codings import (
+    CLAIMS,
+    COUNT,
+    INDEXES,
+    INT4,
+    INT8,
+    KEPT,
+    PACKED,
+    START,
+    TOP,
+    blocks,
+    forged,
+    honest,
+    judged,
+    places,
+    section,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabbit import codec
-from lorabbit.coding import Origin, write_coded
 from lorabbit.errors import Refused
 from lorabbit.transport import Coding
-from lorabbit_server.admission import Expected, Template, check_update
+from lorabbit_server.admission import Expected, check_update
 
 EXAMPLES = settings(max_examples=150, deadline=None)
-COUNT, BLOCK = 100, 64
-START = {"w": np.linspace(-1, 1, COUNT, dtype=np.float32)}
-TEMPLATE = Template.of(START)
 REASONS = {None, "corrupt", "names", "shape", "dtype", "not-finite", "coding", "origin"}
-INT8, INT4, TOP = Coding(codec="int8", delta=True), Coding(codec="int4", delta=True), Coding(codec="top-k", delta=True)
-PACKED = INT8.model_copy(update={"zstd": True})
-KEPT = 5
-
-
-def judged(content, coding=INT8, start=START):
-    """The reason for which admission refuses a file, None where it passes."""
-    with TemporaryDirectory() as folder:
-        path, held = Path(folder) / "u", Path(folder) / "held"
-        path.write_bytes(content)
-        expected = Expected(Template.of(start), coding, (codec.write_tensors(held, start), held))
-        try:
-            check_update(path, expected)
-        except Refused as why:
-            return why.reason
-    return None
-
-
-def honest(coding, tensors=START, start=START):
-    """Bytes of an update that is what was asked for."""
-    with TemporaryDirectory() as folder:
-        path, held = Path(folder) / "u", Path(folder) / "held"
-        origin = Origin(codec.write_tensors(held, start), codec.read_tensors(held))
-        write_coded(path, tensors, coding, origin=origin)
-        return path.read_bytes()
-
-
-def forged(sections, coding=INT8, index=None, **metadata):
-    """A coded file whose parts are what the forger likes."""
-    plain = index if isinstance(index, bytes) else json.dumps(index or [["w", "F32", [COUNT]]]).encode()
-    packed = zstandard.compress(plain)
-    told = {"lorabbit.coding": coding.model_dump_json(exclude={"feedback"}, exclude_defaults=True), **metadata}
-    header = json.dumps(
-        {
-            "__metadata__": told,
-            "index": {"dtype": "U8", "shape": [len(packed)], "data_offsets": [0, len(packed)]},
-            "sections": {
-                "dtype": "U8", "shape": [len(sections)], "data_offsets": [len(packed), len(packed) + len(sections)]
-            },
-        }
-    ).encode()  # fmt: skip
-    return struct.pack("<Q", len(header)) + header + packed + sections
-
-
-def section(body, *, compressed=False, claim=None):
-    size = len(body) if claim is None else claim
-    return struct.pack("<Q", size | (compressed << 63)) + body
-
-
-def blocks(scales=(0x3C00, 0x3C00), numbers=bytes(COUNT)):
-    return section(struct.pack(f"<{len(scales)}H", *scales) + numbers)
-
-
-def places(indices, values=(1.0,) * KEPT):
-    return section(struct.pack(f"<{len(indices)}I", *indices) + struct.pack(f"<{len(values)}f", *values))
 
 
 @pytest.mark.parametrize("coding", [INT8, INT4, TOP, PACKED, Coding(codec="bf16", delta=True)], ids=lambda c: c.word)
@@ -111,21 +67,14 @@ def test_no_claim_about_a_section_breaks_admission(body, claim, compressed):
     assert judged(forged(section(body, compressed=compressed, claim=claim), PACKED), PACKED) in REASONS
 
 
-JSON = st.recursive(
-    st.none() | st.integers(-(2**70), 2**70) | st.text(max_size=5) | st.sampled_from(["F32", "BF16", "w", 2**62]),
-    lambda inner: st.lists(inner, max_size=4),
-    max_leaves=10,
-)
-
-
 @EXAMPLES
-@given(index=JSON | st.lists(st.tuples(st.text(max_size=3), st.sampled_from(["F32", "X"]), st.lists(st.integers()))))
+@given(index=INDEXES)
 def test_no_index_breaks_admission(index):
     assert judged(forged(blocks(), index=json.dumps(index).encode())) in REASONS
 
 
 @EXAMPLES
-@given(text=st.text(max_size=40) | st.sampled_from(['{"codec":"int9"}', "{}", "[]", '{"block":0}', "9" * 5000]))
+@given(text=CLAIMS)
 def test_no_claim_about_the_coding_breaks_admission(text):
     assert judged(forged(blocks(), **{"lorabbit.coding": text})) in REASONS - {None}
 

@@ -56,15 +56,18 @@ class Registry:
         """When this server began to listen."""
 
     def load(self, now_ms: int) -> None:
-        """Read every known identity, with a lease of grace for those alive a moment ago."""
+        """Read every known identity: nobody is lost before one more lease, which those alive a moment ago get anew.
+
+        The last server's clock may have been another.
+        """
         self._asked_ms = self._since_ms = now_ms
         for name, entry in self._store.clients().items():
             client = ClientId(name)
             recent = entry.expires_ms > now_ms - self._lease_ms
-            expires = now_ms + self._lease_ms if recent else entry.expires_ms
+            expires = now_ms + self._lease_ms if entry.expires_ms else 0
             declared = json.loads(entry.record)
             declared |= {key: tuple(declared.get(key, ())) for key in ("tags", "codings")}
-            heard = max(0, entry.expires_ms - self._lease_ms)
+            heard = min(now_ms, max(0, entry.expires_ms - self._lease_ms))
             self._clients[client] = Client(client, entry.address, expires_ms=expires, heard_ms=heard, **declared)
             if recent:
                 self._heard.add(client)
