@@ -36,7 +36,7 @@ CASES = {
     "sa_fedlora": {"trec", "cifar10"},
     "pfedlora": {"cifar10", "digits"},
     "federa": {"20newsgroups-0.1", "20newsgroups-1", "20newsgroups-10", "semeval-1", "wnut17", "squad"},
-    "fibecfed": {"trec", "mpqa", "sst2"},
+    "fibecfed": {"trec", "mpqa"},
     "fibecfed_ablations": {"trec"},
     "sa_fedlora_ablations": {"trec", "cifar10"},
 }
