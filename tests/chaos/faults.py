@@ -190,6 +190,16 @@ def link_flips_a_bit_down(scene: Scene) -> None:
         scene.await_log(scene.victim, "chunk-rejected")
 
 
+def server_link_flips_a_bit(scene: Scene) -> None:
+    """Let one bit of the first adapter arrive flipped at the broker: nobody can read it, until it is sent again."""
+    server = scene.proxy()
+    server.flip_a_bit(upwards=True)
+    scene.start(server={"LORABBIT_BROKER_URL": server.url})
+    scene.submit()
+    scene.disturb()
+    scene.await_log(scene.server, "stream-damaged")
+
+
 # ---- the network, all the time ----
 def link_is_slow(scene: Scene) -> None:
     """Give one client a slow and distant link."""

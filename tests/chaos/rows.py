@@ -96,6 +96,7 @@ def fault_rows() -> list[Row]:
         ("link-cut-down", "half-way through a download", faults.link_is_cut_down),
         ("bit-flipped", "half-way through an upload", faults.link_flips_a_bit),
         ("bit-flipped-down", "half-way through a download", faults.link_flips_a_bit_down),
+        ("bit-flipped-published", "between the server and the broker", faults.server_link_flips_a_bit),
         ("link-half-open", "half-way through an upload", faults.link_is_half_open),
         ("link-stalled", "half-way through an upload, for 3 s", faults.link_stalls),
         ("link-slow", "40 ms and 100 KB/s, all the time", faults.link_is_slow),

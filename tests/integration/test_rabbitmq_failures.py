@@ -17,11 +17,11 @@ from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing, Queue
 from lorabbit.broker.rabbit import RabbitBroker
 from lorabbit.chunks import CHUNK, WINDOW
-from lorabbit.errors import BrokerUnavailable, CorruptPayload, LoRAbbitError
+from lorabbit.errors import BrokerUnavailable, LoRAbbitError
 from lorabbit.messages import PayloadRef
 from lorabbit.payloads import PayloadStore
 from lorabbit.publishing import AdapterPublisher
-from lorabbit.transfer import AdapterReader, ChunkSender
+from lorabbit.transfer import AdapterReader, ChunkSender, DamagedStream
 
 pytestmark = pytest.mark.services
 MIB = 2**20
@@ -292,7 +292,7 @@ def test_a_flipped_byte_in_the_stream_is_refused(connect, empty_rabbitmq_url, st
     AdapterReader(broker, PayloadStore(tmp_path / "client", durable=False), ref, done.add)
 
     done.wait(1)
-    assert [type(answer) for answer in done] == [CorruptPayload]
+    assert [type(answer) for answer in done] == [DamagedStream]
 
 
 def test_a_message_that_is_too_large_is_answered_and_the_next_one_arrives(connect, empty_rabbitmq_url):

@@ -498,6 +498,7 @@ def test_a_payload_that_is_corrupt_fails_the_task(rig: Rig) -> None:
     rig.run()
 
     assert "could not be read" in rig.heard(TaskFailed)[0].reason
+    assert rig.heard(TaskFailed)[0].damaged == wrong
     assert runner.submitted == []
 
 

@@ -10,10 +10,10 @@ from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing, Queue
 from lorabbit.broker.memory import MemoryBroker
 from lorabbit.chunks import CHUNK, WINDOW, Chunks
-from lorabbit.errors import BrokerUnavailable, CorruptPayload, LoRAbbitError
+from lorabbit.errors import BrokerUnavailable, LoRAbbitError
 from lorabbit.payloads import PayloadStore
-from lorabbit.publishing import AdapterPublisher
-from lorabbit.transfer import MAX_DAMAGES, AdapterReader, ChunkSender
+from lorabbit.publishing import MAX_STREAMS, AdapterPublisher
+from lorabbit.transfer import MAX_DAMAGES, AdapterReader, ChunkSender, DamagedStream
 
 
 class Clock:
@@ -274,9 +274,42 @@ def test_a_chunk_that_arrives_damaged_every_time_ends_the_read(server_store, cli
     broker.run_until_idle()
 
     assert broker.hits == MAX_DAMAGES
-    assert [type(answer) for answer in answers] == [CorruptPayload]
+    assert [type(answer) for answer in answers] == [DamagedStream]
+    assert answers[0].ref == ref
     assert "chunk 5 of payload" in str(answers[0])
     assert 4 not in client_store.missing(ref)
+
+
+def test_a_payload_whose_stream_is_damaged_gets_another_one_once(broker, server_store, client_store, ref):
+    publisher, answers = AdapterPublisher(broker, server_store), []
+    publisher.publish(ref)
+    publisher.renew(ref)
+    assert publisher.number(ref.sha256) == 0, "a stream that is being filled is not renewed"
+    broker.run_until_idle()
+
+    for _ in range(2):
+        publisher.renew(ref)
+        broker.run_until_idle()
+    told = ref.model_copy(update={"stream": publisher.number(ref.sha256)})
+    AdapterReader(broker, client_store, told, answers.append)
+    broker.run_until_idle()
+    publisher.withdraw(ref.sha256)
+
+    assert told.stream == 1
+    assert answers == [None]
+    assert not [name for name in broker._queues if name.startswith(topology.ADAPTERS)]
+
+
+def test_a_payload_is_not_published_again_for_ever(broker, server_store, ref):
+    publisher = AdapterPublisher(broker, server_store)
+    publisher.publish(ref)
+    broker.run_until_idle()
+
+    for number in range(20):
+        publisher.renew(ref.model_copy(update={"stream": number}))
+        broker.run_until_idle()
+
+    assert publisher.number(ref.sha256) == MAX_STREAMS
 
 
 def test_a_stream_with_a_flipped_byte_is_refused(broker, server_store, client_store, ref):
@@ -292,7 +325,7 @@ def test_a_stream_with_a_flipped_byte_is_refused(broker, server_store, client_st
     AdapterReader(broker, client_store, ref, answers.append)
     broker.run_until_idle()
 
-    assert [type(answer) for answer in answers] == [CorruptPayload]
+    assert [type(answer) for answer in answers] == [DamagedStream]
     assert not client_store.has(ref.sha256)
 
 
@@ -306,7 +339,7 @@ def test_a_stream_of_something_else_is_refused(broker, client_store, ref, header
     AdapterReader(broker, client_store, ref, answers.append)
     broker.run_until_idle()
 
-    assert [type(answer) for answer in answers] == [CorruptPayload]
+    assert [type(answer) for answer in answers] == [DamagedStream]
 
 
 def test_a_read_on_which_nothing_arrives_ends(broker, clock, client_store, ref):

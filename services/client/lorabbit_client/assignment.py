@@ -28,7 +28,7 @@ from lorabbit.messages import (
     TaskFailed,
     TaskProgress,
 )
-from lorabbit.transfer import ChunkSender
+from lorabbit.transfer import ChunkSender, DamagedStream
 from lorabbit_client.desk import Desk
 from lorabbit_client.execution import Outcome, Work
 from lorabbit_client.holdings import Reads
@@ -88,7 +88,8 @@ class Assignment:
         if self.stage != "fetching" or self.order is None:
             return
         if error is not None:
-            self._fail(f"the task's payload could not be read: {error}", bad_input=False)
+            damaged = error.ref if isinstance(error, DamagedStream) else None
+            self._fail(f"the task's payload could not be read: {error}", damaged=damaged)
             return
         self._awaited -= 1
         if self._awaited == 0:
@@ -164,7 +165,9 @@ class Assignment:
         cut = min((ref.chunk_bytes for ref in order.payloads.values()), default=CHUNK_BYTES)
         return PayloadRef(sha256=outcome.sha256, size_bytes=size, chunk_bytes=cut)
 
-    def _fail(self, reason: str, *, bad_input: bool, rest_seconds: float = 0.0) -> None:
+    def _fail(
+        self, reason: str, *, bad_input: bool = False, damaged: PayloadRef | None = None, rest_seconds: float = 0.0
+    ) -> None:
         """Hand the task back, after a rest; it is forgotten once the broker has taken the message."""
         self._stop_timer()
         self.stage = "failed"
@@ -175,7 +178,7 @@ class Assignment:
                 self._log.warning("failure-not-reported", why=str(error))
             self._end()
 
-        failed = TaskFailed(**self._ids, reason=reason[:MAX_REASON], bad_input=bad_input)
+        failed = TaskFailed(**self._ids, reason=reason[:MAX_REASON], bad_input=bad_input, damaged=damaged)
         if rest_seconds:
             self._timer = self._desk.broker.after(rest_seconds, lambda: self._desk.send(failed, sent))
         else:

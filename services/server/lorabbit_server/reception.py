@@ -205,6 +205,8 @@ class Reception:
                 crash.reached(crash.Point.OFFER_RECEIVED)
                 run.on_offer(message, delivery, client)
             case TaskFailed():
+                if message.damaged is not None:
+                    self._tools.publisher.renew(message.damaged)
                 run.on_task_failed(message, delivery, client)
             case TaskProgress():
                 self._on_progress(run, message)

@@ -160,6 +160,8 @@ class TaskFailed(ForTask):
     reason: str = Field(max_length=2000)
     bad_input: bool = False
     """The job itself is wrong (exit code 2), so no other client will manage either."""
+    damaged: PayloadRef | None = None
+    """What the task named, where its stream holds something else; the server gives it another stream."""
 
 
 class Offer(ForTask):

@@ -2,7 +2,7 @@
 
 A stream is begun empty: what an earlier server left there may be only a part. RabbitMQ 3.10 loses a stream for good
 when it is killed while it makes it, and no request repairs or deletes it: then the payload gets another stream, and
-whoever is told of it is told its number.
+whoever is told of it is told its number. So it does where a client finds that the stream holds something else.
 """
 
 from __future__ import annotations
@@ -44,10 +44,7 @@ class AdapterPublisher:
 
         `on_done(None)` is called when the broker has confirmed the whole; clients may be told before.
         """
-        stream = self._streams.get(ref.sha256)
-        if stream is None:
-            path = self._store.path(ref.sha256)
-            stream = self._streams[ref.sha256] = _Stream(self._broker, ref, path, lambda: self._forget(ref.sha256))
+        stream = self._streams.get(ref.sha256) or self._begin(ref)
         if on_done is not None:
             stream.when_done(on_done)
 
@@ -63,6 +60,17 @@ class AdapterPublisher:
         """Which stream of a payload holds it, where it is published here; see `PayloadRef.stream`."""
         stream = self._streams.get(sha256)
         return 0 if stream is None else stream.names.number
+
+    def renew(self, ref: PayloadRef) -> None:
+        """Publish a payload again, in another stream: that which `ref` names holds something else.
+
+        Nothing is done where that was done already, or so often that the payload itself must be damaged.
+        """
+        stream = self._streams.get(ref.sha256)
+        if stream is None or not stream.is_done or stream.names.number != ref.stream or ref.stream >= MAX_STREAMS:
+            return
+        log.warning("stream-damaged", payload=ref.sha256[:12], stream=ref.stream)
+        self._begin(stream.ref, ref.stream + 1)
 
     def withdraw(self, sha256: str) -> None:
         """Delete a payload's stream; one that is not there is fine."""
@@ -85,6 +93,12 @@ class AdapterPublisher:
 
         self._withdrawals.append(_until_available(self._broker, attempt))
 
+    def _begin(self, ref: PayloadRef, number: int = 0) -> _Stream:
+        path = self._store.path(ref.sha256)
+        stream = _Stream(self._broker, ref, path, lambda: self._forget(ref.sha256), number)
+        self._streams[ref.sha256] = stream
+        return stream
+
     def _forget(self, sha256: str) -> None:
         self._streams.pop(sha256, None)
 
@@ -92,13 +106,18 @@ class AdapterPublisher:
 class _Stream(Cancellable):
     """One payload on its way into its stream, then there."""
 
-    def __init__(self, broker: Broker, ref: PayloadRef, path: Path, on_failed: Callable[[], None]) -> None:
-        self._broker, self._ref, self._path, self._on_failed = broker, ref, path, on_failed
-        self.names = _Names(ref.sha256)
+    def __init__(self, broker: Broker, ref: PayloadRef, path: Path, on_failed: Callable[[], None], number: int) -> None:
+        self._broker, self.ref, self._path, self._on_failed = broker, ref, path, on_failed
+        self.names = _Names(ref.sha256, number)
         self._waiting: list[OnDone] | None = []
         self._readers: list[Callable[[], None]] | None = []
         self._outbound: Outbound | None = None
         self._opening = _until_available(broker, self._open)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the broker holds the whole, or never will."""
+        return self._waiting is None
 
     def when_done(self, on_done: OnDone) -> None:
         """Call back when the broker holds the whole, or cannot."""
@@ -128,8 +147,8 @@ class _Stream(Cancellable):
         except BrokerRefused as error:
             self._broker.post(partial(self._done, error))
             return
-        chunks = Chunks(self._ref, self._path, ("", name), {})
-        self._outbound = Outbound(self._broker, chunks, range(self._ref.chunks), self._done, on_chunk=self._begun)
+        chunks = Chunks(self.ref, self._path, ("", name), {})
+        self._outbound = Outbound(self._broker, chunks, range(self.ref.chunks), self._done, on_chunk=self._begun)
 
     def _make(self, stream: Queue) -> None:
         self._broker.delete_queue(stream.name)

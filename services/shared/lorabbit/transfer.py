@@ -32,6 +32,15 @@ MAX_DAMAGES = 3
 log = structlog.get_logger()
 
 
+class DamagedStream(CorruptPayload):
+    """A payload's stream holds something else than was announced."""
+
+    def __init__(self, ref: PayloadRef, why: str) -> None:
+        """Name the payload, and the stream with it."""
+        super().__init__(why)
+        self.ref = ref
+
+
 class ChunkSender(Cancellable):
     """Sends chunks of a payload to the server, in order, a few ahead of their confirmations.
 
@@ -68,9 +77,9 @@ class ChunkSender(Cancellable):
 class AdapterReader(Cancellable):
     """Reads one published payload into a store.
 
-    `on_done(None)` is called once, when the payload is in the store, checked; `on_done(error)` when what arrived is
-    not what was announced, when one chunk arrives damaged `MAX_DAMAGES` times, or when none arrives for
-    `patience_seconds`.
+    `on_done(None)` is called once, when the payload is in the store, checked. `on_done(DamagedStream)` when what
+    arrived is not what was announced, or one chunk arrived damaged `MAX_DAMAGES` times: the stream holds something
+    else. `on_done(BrokerUnavailable)` when no chunk arrives for `patience_seconds`.
     """
 
     def __init__(
@@ -143,7 +152,7 @@ class AdapterReader(Cancellable):
             self._store.write_chunk(self._ref, index, delivery.body)
             crash.reached(crash.Point.PAYLOAD_CHUNK_READ)
         except CorruptPayload as error:
-            self._end(error)
+            self._end(DamagedStream(self._ref, str(error)))
             return
         self._missing.discard(index)
         is_early = index > self._lowest
@@ -162,7 +171,7 @@ class AdapterReader(Cancellable):
         why = f"chunk {index} of payload {self._ref.sha256[:12]} arrived damaged"
         log.warning("chunk-rejected", why=why, times=times)
         if times == MAX_DAMAGES:
-            self._end(CorruptPayload(f"{why} {times} times"))
+            self._end(DamagedStream(self._ref, f"{why} {times} times"))
         else:
             self._read()
 
@@ -172,7 +181,7 @@ class AdapterReader(Cancellable):
         try:
             self._store.finish(self._ref)
         except CorruptPayload as error:
-            self._end(error)
+            self._end(DamagedStream(self._ref, str(error)))
         else:
             self._end(None)
 
