@@ -14,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from lorabbit.errors import BadInput
 from lorabbit.report import Report, begin, fold
 from lorabbit_cli.report_pages import JobFile, html, markdown, write_pages
+from lorabbit_cli.summary import summary_rows
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -209,3 +210,29 @@ def test_facts_of_rounds_base_models_and_the_preparation_have_a_place_of_their_o
     assert "<span>base_sync</span>" in page
     assert "<span>preparation</span>" in page
     assert parsed(page)
+
+
+def test_the_pages_and_the_summary_say_what_privacy_cost_whom_and_who_was_set_aside(tmp_path: Path):
+    report = sample_report()
+    first, second = report.clients[:2]
+    spent = {"level": "client", "delta": 1e-5, "epsilon": {first: 1.25, second: 2.5}, "spent": [second]}
+    report.rounds[-1].facts["privacy"] = spent
+    report.guarded = {first: {"left_out": 2}}
+    report.set_aside = {second: f"{second} was revoked"}
+
+    pages = (markdown(report), html(report))
+    summary = dict(summary_rows(report, tmp_path))
+
+    for page in pages:
+        assert "epsilon 1.25; left out in 2 rounds" in page
+        assert f"epsilon 2.5, spent; set aside: {second} was revoked" in page
+    sentence = f"epsilon is 2.5 at most ({second}), at delta 1e-05; 1 of 2 have spent their budget"
+    assert summary["privacy"] == sentence
+    assert summary["set aside"] == f"{second} was revoked"
+    table = [line for line in pages[0].splitlines() if line.startswith(("| client |", f"| {first} |"))]
+    assert [line.count("|") for line in table] == [10, 10]
+    parsed(pages[1])
+
+
+def test_a_report_without_anything_to_note_has_no_column_for_it():
+    assert "notes" not in markdown(sample_report())

@@ -5,7 +5,10 @@ Everything comes from the report itself; nothing is measured again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from pydantic import TypeAdapter
 
 from lorabbit.ranking import LOWER_IS_BETTER
 from lorabbit.report import Report, Round
@@ -25,6 +28,25 @@ class ClientTotal:
     bytes_up: int = 0
     bytes_down: int = 0
     labels: int = 0
+    notes: list[str] = field(default_factory=list)
+    """What its privacy has cost so far, what a defence did to it, why it was set aside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Privacy:
+    """What a private job has cost its clients by its last round."""
+
+    delta: float
+    epsilon: dict[str, float]
+    spent: list[str]
+    """Clients whose budget bears no further round."""
+
+    @property
+    def sentence(self) -> str:
+        """The largest epsilon, and how many clients have spent their budget."""
+        most = max(self.epsilon, key=lambda client: self.epsilon[client])
+        over = f"; {len(self.spent)} of {len(self.epsilon)} have spent their budget" if self.spent else ""
+        return f"epsilon is {self.epsilon[most]:.3g} at most ({most}), at delta {self.delta:g}{over}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +69,12 @@ class Facts:
     told: list[str] = field(default_factory=list)
     """Names of the numbers that the method tells of its rounds."""
     clients: list[ClientTotal] = field(default_factory=list)
+    privacy: Privacy | None = None
+
+    @property
+    def has_notes(self) -> bool:
+        """Tell whether there is anything to note of a client."""
+        return any(client.notes for client in self.clients)
 
     @property
     def base_sync(self) -> int:
@@ -89,6 +117,7 @@ def of_report(report: Report) -> Facts:
         bytes_by_role=dict(sorted(report.bytes_by_role.items())),
         told=_numbers(report),
         clients=_clients(report, metric),
+        privacy=_privacy(report),
     )
 
 
@@ -122,4 +151,28 @@ def _clients(report: Report, metric: str) -> list[ClientTotal]:
     for client, counts in report.label_counts.items():
         if client in totals:
             totals[client].labels = sum(1 for number in counts.values() if number)
+    for client, note in _notes(report):
+        if client in totals:
+            totals[client].notes.append(note)
     return list(totals.values())
+
+
+def _privacy(report: Report) -> Privacy | None:
+    """What the last round that tells of it says of privacy; None where nobody has spent anything."""
+    for row in reversed(report.rounds):
+        told = row.facts.get("privacy")
+        if isinstance(told, dict) and told.get("epsilon"):
+            return TypeAdapter(Privacy).validate_python({name: told[name] for name in ("delta", "epsilon", "spent")})
+    return None
+
+
+def _notes(report: Report) -> Iterator[tuple[str, str]]:
+    """What there is to say of single clients."""
+    privacy = _privacy(report)
+    if privacy is not None:
+        for client, epsilon in privacy.epsilon.items():
+            yield client, f"epsilon {epsilon:.3g}{', spent' if client in privacy.spent else ''}"
+    for client, counts in report.guarded.items():
+        yield client, ", ".join(f"{what.replace('_', ' ')} in {number} rounds" for what, number in counts.items())
+    for client, reason in report.set_aside.items():
+        yield client, f"set aside: {reason}"

@@ -56,6 +56,9 @@ def summary_rows(report: Report, folder: Path) -> list[tuple[str, str]]:
         rows.append(("base_sync", f"{bytes_text(known.base_sync)} of the payload down are base models"))
     if known.rejected:
         rows.append(("refused", ", ".join(f"{number} {reason}" for reason, number in known.rejected.items())))
+    if known.privacy is not None:
+        rows.append(("privacy", known.privacy.sentence))
+    rows += [("set aside", reason) for reason in report.set_aside.values()]
     if (folder / "adapter").is_dir():
         size = f"{report.adapter.parameters:,} parameters, {bytes_text(report.adapter.bytes)}"
         rows.append(("adapter", f"{folder / 'adapter'} ({size})"))
