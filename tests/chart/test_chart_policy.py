@@ -33,6 +33,8 @@ MADE_ELSEWHERE = {
     "broker-ca": {"ca.crt"},
     "broker-tls": {"tls.crt", "tls.key", "ca.crt"},
     "store": {"url", "password"},
+    # by whoever lets clients in
+    "fed-join": {"token"},
 }
 
 
@@ -254,6 +256,15 @@ def test_the_edges_are_those_that_the_product_needs_and_no_others():
     edges = {(one, other) for one in pods for other in ports if allowed(docs, pods[one], pods[other], ports[other])}
 
     assert edges == {("server", "rabbitmq"), ("server", "redis"), ("client", "rabbitmq"), ("test", "server")}
+
+
+def test_clients_that_join_reach_the_server_and_the_server_alone_manages_the_broker():
+    docs = objects(CHART / "ci" / "enrolment-values.yaml")
+    pods, ports = parts(docs), {"server": 8080, "rabbitmq": 15671}
+
+    edges = {(one, other) for one in pods for other in ports if allowed(docs, pods[one], pods[other], ports[other])}
+
+    assert edges == {("client", "server"), ("test", "server"), ("server", "rabbitmq")}
 
 
 def test_an_external_broker_and_store_are_reached_in_their_networks_alone():

@@ -161,6 +161,7 @@ def test_a_value_that_cannot_be_is_refused_by_its_path(values: Doc, said: str):
         ({"rabbitmq": {"mode": "external"}}, "rabbitmq.external.existingSecret: name the secret"),
         ({"redis": {"mode": "external"}}, "redis.auth.existingSecret: name the secret"),
         ({"rabbitmq": {"tls": {"enabled": True}}}, "rabbitmq.tls: name a secret in existingSecret"),
+        ({"enrolment": {"enabled": True}, "rabbitmq": {"mode": "operator"}}, "enrolment.enabled: the chart gives"),
         ({"monitoring": {"serviceMonitor": True}}, "networkPolicy.httpFrom: say where Prometheus runs"),
     ],
 )

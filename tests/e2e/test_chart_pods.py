@@ -81,20 +81,25 @@ def certificate(tmp_path: Path) -> Doc:
     return {"kind": "Secret", "metadata": {"name": "broker-tls"}, "stringData": content}
 
 
-def test_over_tls_the_server_and_a_client_find_a_broker_that_speaks_nothing_else(
+def test_over_tls_and_nothing_else_a_client_joins_and_has_a_broker_user_of_its_own(
     tag: str, certificate: Doc, tmp_path: Path
 ):
-    values = by_hand(tag)
+    values = by_hand(tag) | {"enrolment": {"enabled": True}}
     values["rabbitmq"]["tls"] = {"enabled": True, "existingSecret": "broker-tls"}
     made = Cluster([*render(values), certificate], tmp_path / "volumes")
     try:
-        for name in ("rabbitmq", "redis", "server", "client"):
-            made.start("StatefulSet", f"fed-{name}")
-        for pod in made.pods:
-            assert pod.becomes("readinessProbe"), f"{pod.name}\n{pod.logs()[-4000:]}"
-        listeners = made.pods[0].run("rabbitmq-diagnostics", "-q", "listeners")
+        broker, _, server = (made.start("StatefulSet", f"fed-{name}") for name in ("rabbitmq", "redis", "server"))
+        assert server.becomes("readinessProbe"), server.logs()[-4000:]
+        token = server.run("lorabbit", "token")
+        made.docs.append({"kind": "Secret", "metadata": {"name": "fed-join"}, "stringData": {"token": token}})
+        client = made.start("StatefulSet", "fed-client")
+        assert client.becomes("readinessProbe"), client.logs()[-4000:]
+        listeners = broker.run("rabbitmq-diagnostics", "-q", "listeners")
         assert "port: 5671," in listeners
         assert "port: 5672," not in listeners
+        assert comes_true(lambda: "fed-client-0" in server.run("lorabbit", "clients"))
+        users = {line.split()[0] for line in broker.run("rabbitmqctl", "-q", "list_users").splitlines()[1:]}
+        assert users == {"lorabbit-server", "fed-client-0"}
     finally:
         made.close()
 

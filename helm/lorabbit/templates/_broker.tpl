@@ -41,6 +41,23 @@
 {{- end -}}
 {{- end -}}
 
+{{/* The built-in broker's URL for `who`: a user with its password and an @, or nobody. */}}
+{{- define "lorabbit.brokerUrl" -}}
+{{- $tls := .root.Values.rabbitmq.tls.enabled -}}
+{{ ternary "amqps" "amqp" $tls }}://{{ .who }}{{ include "lorabbit.brokerHost" .root }}:{{ include "lorabbit.brokerPort" .root }}/
+{{- if $tls }}?ssl_options={{ dict "cafile" "/run/lorabbit/broker-ca/ca.crt" | toJson | urlquery }}{{ end }}
+{{- end -}}
+
+{{/* Port of the built-in broker's management interface, where clients have users of their own; empty elsewhere. */}}
+{{- define "lorabbit.managementPort" -}}
+{{- if .Values.enrolment.enabled -}}
+{{- if ne .Values.rabbitmq.mode "builtin" -}}
+{{- fail "enrolment.enabled: the chart gives clients users of their own on the built-in broker alone" -}}
+{{- end -}}
+{{ ternary 15671 15672 .Values.rabbitmq.tls.enabled }}
+{{- end -}}
+{{- end -}}
+
 {{- define "lorabbit.brokerEnv" -}}
 {{- if eq .Values.rabbitmq.mode "operator" -}}
 - name: BROKER_USER
@@ -55,6 +72,16 @@
 - name: LORABBIT_BROKER_URL_FILE
   value: /run/lorabbit/broker/url
 {{- end -}}
+{{- end -}}
+
+{{/* What a client with a user of its own is told instead. */}}
+{{- define "lorabbit.joinEnv" -}}
+- name: LORABBIT_BROKER_URL
+  value: {{ include "lorabbit.brokerUrl" (dict "root" . "who" "") | quote }}
+- name: LORABBIT_SERVER_URL
+  value: http://{{ include "lorabbit.name" (dict "root" . "part" "server") }}.{{ .Release.Namespace }}.svc:8080
+- name: LORABBIT_JOIN_TOKEN_FILE
+  value: /run/lorabbit/broker/token
 {{- end -}}
 
 {{- define "lorabbit.brokerMounts" -}}
@@ -74,10 +101,20 @@
 {{- if ne .root.Values.rabbitmq.mode "operator" -}}
 - name: broker
   secret:
+{{- if and .root.Values.enrolment.enabled (eq .side "client") }}
+    secretName: {{ .root.Values.enrolment.tokenSecret | default (printf "%s-join" .root.Release.Name) }}
+    defaultMode: 0440
+    items:
+      - {key: token, path: token}
+{{- else }}
     secretName: {{ include "lorabbit.brokerSecret" .root }}
     defaultMode: 0440
     items:
       - {key: {{ .side }}-url, path: url}
+{{- if .root.Values.enrolment.enabled }}
+      - {key: management-url, path: management-url}
+{{- end }}
+{{- end }}
 {{- with include "lorabbit.brokerCaSecret" .root }}
 - name: broker-ca
   secret:

@@ -63,7 +63,7 @@ spec:
       args: [client]
 {{ include "lorabbit.containerSecurity" .root | indent 6 }}
       env:
-{{ include "lorabbit.brokerEnv" .root | indent 8 }}
+{{ include (.root.Values.enrolment.enabled | ternary "lorabbit.joinEnv" "lorabbit.brokerEnv") .root | indent 8 }}
 {{- if eq $pool.kind "StatefulSet" }}
         - name: LORABBIT_CLIENT
           valueFrom:
