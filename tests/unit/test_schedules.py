@@ -501,3 +501,57 @@ def something_happens(state, task, what, now):
             return decide(state, steps.DeadlinePassed(state.round, state.deadline_ms or 0))
         case _:
             return answered(state, task, now)
+
+
+# ---- scores of clients that are lost ----
+
+
+def scoring(schedule, on):
+    """A job of one round that is being scored, and who was asked to."""
+    state, tasks, _ = training(job(schedule, rounds=1, evaluation={"on": on}))
+    for task in tasks.values():
+        if state.stage == "training":
+            state, _ = answered(state, task)
+    state, commands = aggregated(state)
+    return state, sent(commands, EVALUATE)
+
+
+@pytest.mark.parametrize("schedule", [sc.Quorum(quorum=1.0), sc.Buffered(buffer=4)])
+def test_the_scores_of_a_lost_client_are_left_out_where_no_round_waits_for_everybody(schedule):
+    state, asked = scoring(schedule, "clients")
+    for task in asked[1:]:
+        state, _ = answered(state, task)
+
+    state, commands = decide(state, steps.ClientLeft(NAMES[0], NAMES[1:], 9))
+
+    assert of(commands, steps.CancelTask) == [steps.CancelTask(asked[0].id, NAMES[0])]
+    assert len(events(commands, "round-evaluated")) == 1
+    assert (state.stage, state.outcome) == ("ended", "done")
+
+
+@pytest.mark.parametrize("schedule", [sc.Quorum(quorum=1.0), sc.Buffered(buffer=4)])
+def test_central_scores_pass_on_from_a_lost_client_and_are_awaited_where_nobody_else_is_here(schedule):
+    state, (asked,) = scoring(schedule, "central")
+
+    for gone in range(3):
+        assert asked.client == NAMES[gone]
+        state, commands = decide(state, steps.ClientLeft(NAMES[gone], NAMES[gone + 1 :], 9))
+        (asked,) = sent(commands, EVALUATE)
+    state, commands = decide(state, steps.ClientLeft(NAMES[3], (), 9))
+
+    assert sent(commands, EVALUATE) == []
+    assert [task.client for task in state.tasks.values()] == [NAMES[3]]
+    state, commands = decide(state, steps.ClientArrived(NAMES[3], NAMES[3:], at_ms=10))
+    state, _ = answered(state, sent(commands, EVALUATE)[0])
+    assert (state.stage, state.outcome) == ("ended", "done")
+
+
+def test_under_sync_scores_wait_for_everybody():
+    state, asked = scoring("sync", "clients")
+    for task in asked[1:]:
+        state, _ = answered(state, task)
+
+    state, commands = decide(state, steps.ClientLeft(NAMES[0], NAMES[1:], 9))
+
+    assert of(commands, steps.CancelTask) == []
+    assert state.stage == "scoring"

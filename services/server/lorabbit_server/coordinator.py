@@ -18,7 +18,7 @@ from lorabbit import joining
 from lorabbit.methods import METHODS
 from lorabbit.types import INITIALISE, ClientId
 from lorabbit_server import cohort, pace, results, rounds
-from lorabbit_server.aside import set_aside
+from lorabbit_server.aside import scores_without, set_aside
 from lorabbit_server.asking import ask, in_order, send
 from lorabbit_server.jobstate import Declared, JobState
 from lorabbit_server.steps import (
@@ -100,8 +100,9 @@ def _presence(state: JobState, event: JobOpened | ClientArrived | ClientLeft) ->
         case ClientLeft() if event.client in state.clients and event.client not in state.lost:
             lost = [*state.lost]
             insort(lost, event.client, key=cohort.natural)
-            state, commands = rounds.ask_on(replace(state, lost=tuple(lost)), event.at_ms)
-            return state, (Record(ev.ClientLost(at_ms=event.at_ms, client=event.client)), *commands)
+            state, scores = scores_without(replace(state, lost=tuple(lost)), event.client, event.at_ms)
+            state, commands = rounds.ask_on(state, event.at_ms)
+            return state, (Record(ev.ClientLost(at_ms=event.at_ms, client=event.client)), *scores, *commands)
         case _:
             return state, ()
 

@@ -219,8 +219,10 @@ def _begin_scoring(state: JobState, number: int, version: Version, *, at_ms: int
 
 
 def evaluators(state: JobState) -> tuple[int, ...]:
-    """Indices of the clients that score a version."""
+    """Indices of the clients that score a version; under sync, also of those that are lost."""
     able = tuple(index for index, name in enumerate(state.clients) if name not in state.aside)
+    if not isinstance(state.spec.schedule, str):
+        able = tuple(index for index in able if state.clients[index] not in state.lost) or able
     return able if state.spec.evaluation.on == "clients" else able[:1]
 
 
