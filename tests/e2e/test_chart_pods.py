@@ -17,7 +17,7 @@ from charts import CHART, Doc, render, values_of
 from pods import MOST_FILES, Cluster, comes_true, job_of
 from tree import ROOT
 
-LESS = ["--set", "rounds=2", "--set", "data.limit=800", "--set", "local.steps=6", "--set", "clients=2"]
+LESS = ["--set", "rounds=2", "--set", "data.limit=400", "--set", "local.steps=6", "--set", "clients=2"]
 BUILD_SECONDS = 900
 pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(BUILD_SECONDS + 900)]
 
