@@ -45,6 +45,8 @@ class Row:
     job: str = "chaos"
     remembers: bool = True
     """Whether everything that was acknowledged is remembered; else the bytes that were counted meanwhile are not."""
+    kills_broker: bool = False
+    """A broker that dies may have kept for the witness what it had not yet kept for the server, nor confirmed."""
 
     def __str__(self) -> str:
         """The name, for test ids."""
@@ -113,7 +115,7 @@ def fault_rows() -> list[Row]:
         ("server-drained", "SIGTERM half-way through an upload", faults.server_drains),
         ("client-drained", "SIGTERM half-way through an upload", faults.client_drains),
     ]
-    rows = [Row(*each) for each in told]
+    rows = [Row(*each, kills_broker=each[0].startswith("broker-")) for each in told]
     rows.append(Row("store-restored", "from a backup older than a result", faults.store_is_restored, remembers=False))
     rows.append(Row("client-memory", "the client's, from round 2 on", scarcity.client_without_memory, "large"))
     rows.append(Row("client-moved", "killed, its folder is moved to another host", faults.client_moves, "own"))

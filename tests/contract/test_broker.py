@@ -439,3 +439,5 @@ def test_a_healthy_broker_has_no_trouble(broker):
 
     look()
     troubles.wait_until(lambda: None in troubles)
+
+    assert troubles[-1] is None
