@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import services
+import structlog
 from family import Family
 from hypothesis import HealthCheck, settings
 from services import serve
@@ -20,6 +21,13 @@ from services import serve
 # Property tests judge results, not how busy the machine is.
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 settings.load_profile("any-machine")
+
+
+@pytest.fixture(autouse=True)
+def logs_as_they_were() -> Iterator[None]:
+    """Undo what a command under test made of the log: its level, and a stream that is closed by now."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ def fail(error):
     raise error
 
 end_with_a_thread()
+tasks = len(os.listdir("/proc/self/task"))
 before = threading.Thread(target=print)
 before.start()
 before.join()
@@ -28,7 +29,7 @@ threading.Event().wait({{wait}})
 print({GOES_ON!r})
 """
 STARVED = """
-while len(os.listdir("/proc/self/task")) > 2:
+while len(os.listdir("/proc/self/task")) > tasks:
     pass
 resource.setrlimit(resource.RLIMIT_AS, (0, resource.RLIM_INFINITY))
 threading.Thread(target=print).start()
