@@ -273,16 +273,17 @@ def test_a_scaled_pool_leaves_its_number_to_the_scaler():
 
 
 def test_a_client_tells_its_pool_and_what_the_pool_can_do():
-    pools = [{"name": "small", "capability": {"maxRank": 4, "maxBatch": 2, "dtype": "bfloat16"}}, {"name": "large"}]
+    capability = {"maxRank": 4, "maxBatch": 2, "dtype": "bfloat16", "quantisation": "int4"}
+    pools = [{"name": "small", "capability": capability}, {"name": "large"}]
     docs = render({"clientPools": pools})
 
     told = {name: {key.removeprefix("LORABBIT_"): each.get("value") for key, each in
                    environment(pod(named(docs, "StatefulSet", f"fed-{name}"))["spec"]["containers"][0]).items()}
             for name in ("small", "large")}  # fmt: skip
 
-    asked = ("POOL", "MAX_RANK", "MAX_BATCH", "DTYPE", "DRAIN_SECONDS")
-    assert [told["small"].get(key) for key in asked] == ["small", "4", "2", "bfloat16", "20"]
-    assert [told["large"].get(key) for key in asked] == ["large", None, None, "float32", "20"]
+    asked = ("POOL", "MAX_RANK", "MAX_BATCH", "DTYPE", "QUANTISATION", "DRAIN_SECONDS")
+    assert [told["small"].get(key) for key in asked] == ["small", "4", "2", "bfloat16", "int4", "20"]
+    assert [told["large"].get(key) for key in asked] == ["large", None, None, "float32", "none", "20"]
 
 
 # ---- the rest ----

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import services
 from processes import Event, Federation, run_embedded
@@ -88,6 +89,24 @@ def test_a_server_killed_in_mid_round_changes_nothing(federation: Federation, em
     assert killing.done
     assert report["adapter"]["sha256"] == embedded["adapter"]["sha256"]
     assert [entry["accepted"] for entry in report["rounds"]] == [CLIENTS] * 2
+
+
+def test_clients_with_quantised_bases_run_a_job_to_its_end_and_learn_as_much(
+    federation: Federation, embedded: dict[str, Any]
+) -> None:
+    for address, process in list(federation.clients.items()):
+        process.stop()
+        federation.add_client(address, LORABBIT_QUANTISATION="int4").start()
+
+    report = federation.run(JOB)
+
+    losses, whole = ([entry["train_loss"] for entry in each["rounds"]] for each in (report, embedded))
+    listed = httpx.get(f"{federation.url}/clients", timeout=10).json()
+    assert [each["quantisation"] for each in listed if each["present"]] == ["int4"] * CLIENTS
+    assert report["adapter"]["sha256"] != embedded["adapter"]["sha256"]
+    assert report["base"] == embedded["base"]
+    assert losses[-1] < losses[0]
+    assert losses == pytest.approx(whole, rel=0.05)
 
 
 def test_a_job_that_names_data_outside_of_the_clients_folder_is_refused(federation: Federation) -> None:

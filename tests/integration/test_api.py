@@ -218,7 +218,7 @@ def test_clients_are_listed_with_their_address(served):
 def test_a_client_is_listed_with_what_it_declared_and_what_it_does(served):
     first, second = served.clients
     first.work = lambda _client, task: task.phase == TRAIN
-    first.declared = {"pool": "eu", "device": "cuda", "tags": ("fast",), "max_rank": 64}
+    first.declared = {"pool": "eu", "device": "cuda", "tags": ("fast",), "max_rank": 64, "quantisation": "int8"}
     served.web.post("/jobs", json=SPEC)
     served.start_clients()
 
@@ -226,8 +226,9 @@ def test_a_client_is_listed_with_what_it_declared_and_what_it_does(served):
         lambda: clients_of(served), lambda found: found.get("client-1", {}).get("state") == "trains, round 1"
     )
 
-    shown = {name: listed["client-1"][name] for name in ("pool", "device", "tags", "max_rank", "present")}
-    assert shown == {"pool": "eu", "device": "cuda", "tags": ["fast"], "max_rank": 64, "present": True}
+    asked = ("pool", "device", "tags", "max_rank", "quantisation", "present")
+    shown = {name: listed["client-1"][name] for name in asked}
+    assert shown == {**first.declared, "tags": ["fast"], "present": True}
     assert listed["client-1"]["seen_ms"] <= served.service.now_ms()
 
     served.broker.post(second.leave)

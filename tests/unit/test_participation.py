@@ -119,6 +119,54 @@ def test_a_client_below_the_one_rank_of_an_aggregation_is_left_out_with_the_reas
     assert state.clients == (NAMES[1], NAMES[2])
 
 
+def test_a_client_with_a_quantised_base_is_left_out_of_a_job_that_needs_the_base_whole():
+    spec, less = job(clients=2, aggregation="stack"), Declared(quantisation="int4")
+    state, _ = decide(JobState("job", spec), steps.JobOpened(NAMES[:2], 1, {NAMES[0]: less, NAMES[1]: GPU}))
+    (wait,) = waits_of(state)
+    state = load_state(dump_header(state), spec, {})
+    state, _ = decide(state, steps.ClientArrived(NAMES[2], NAMES[:3], declared=Declared()))
+
+    assert wait.reason == (
+        "job job waits for 1 more client with LORABBIT_QUANTISATION none, since aggregation 'stack' changes the base "
+        "model: 1 of 2 needed are connected; 1 others are here, but not such"
+    )
+    assert state.clients == (NAMES[1], NAMES[2])
+
+
+def test_a_client_with_a_quantised_base_does_not_join_a_running_job_that_needs_it_whole():
+    spec = job(clients=1, data={"partition": {"kind": "own"}}, model={"trainable": "head"})
+    state, _ = training(spec)
+
+    left_out, _ = decide(state, steps.ClientArrived(NAMES[1], NAMES[:2], declared=Declared(quantisation="int8")))
+    taken_in, _ = decide(state, steps.ClientArrived(NAMES[1], NAMES[:2], declared=Declared()))
+
+    assert (left_out.clients, taken_in.clients) == (NAMES[:1], NAMES[:2])
+
+
+def test_quantised_clients_are_taken_in_where_lora_leaves_the_base_alone():
+    declared = {NAMES[0]: Declared(quantisation="int4"), NAMES[1]: Declared(quantisation="int8")}
+
+    state, _ = decide(JobState("job", job(clients=2)), steps.JobOpened(NAMES[:2], 1, declared))
+
+    assert state.clients == NAMES[:2]
+
+
+@pytest.mark.parametrize(
+    ("method", "taken"),
+    [
+        ({"name": "federa"}, False),
+        ({"name": "slora"}, False),
+        ({"name": "pfedlora"}, False),
+        ({"name": "sa-fedlora"}, False),
+        ({"name": "sa-fedlora", "initiating": "lora"}, True),
+        ({"name": "sa-fedlora", "initiating": "lora", "shrink": "merge-reinit"}, False),
+        ({"name": "fibecfed"}, True),
+    ],
+)
+def test_a_method_says_whether_it_needs_the_base_whole(method, taken):
+    assert cohort.suits(None, Declared(quantisation="int8"), cohort.needs(JobSpec(method=method))) is taken
+
+
 @pytest.mark.parametrize(
     "what", [{"aggregation": "svd"}, {"model": {"trainable": "head"}}, {"model": {"lora": {"rank": 4}}}]
 )

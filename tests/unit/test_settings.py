@@ -40,6 +40,7 @@ def test_a_service_names_the_variable_it_cannot_start_with(main, broken, monkeyp
         (ServerSettings, "LORABBIT_REDIS_URL", "http://127.0.0.1"),
         (ClientSettings, "LORABBIT_ADDRESS", "Site/1"),
         (ClientSettings, "LORABBIT_TAGS", '["open'),
+        (ClientSettings, "LORABBIT_QUANTISATION", "int2"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_with_its_variable(kind, variable, value, monkeypatch):

@@ -82,6 +82,7 @@ spec:
         - {name: LORABBIT_POOL, value: {{ $pool.name }}}
         - {name: LORABBIT_DRAIN_SECONDS, value: {{ max 0 (sub (int $pool.terminationGracePeriodSeconds) 10) | quote }}}
         - {name: LORABBIT_DTYPE, value: {{ $pool.capability.dtype }}}
+        - {name: LORABBIT_QUANTISATION, value: {{ $pool.capability.quantisation }}}
 {{- with int $pool.capability.maxRank }}
         - {name: LORABBIT_MAX_RANK, value: {{ . | quote }}}
 {{- end }}

@@ -97,7 +97,7 @@ def _work(settings: ClientSettings) -> int:
 
 
 def _capability(settings: ClientSettings) -> Capability:
-    return Capability(settings.max_batch, settings.dtype)
+    return Capability(settings.max_batch, settings.dtype, settings.quantisation)
 
 
 @contextmanager

@@ -78,6 +78,11 @@ class Base:
         self._shift: Tensors = {}
         self._replaced = False
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Let go of tensors that the model holds no more: no task may ask for them."""
+        for name in names:
+            del self.tensors[name]
+
     # ---- between tasks ----
     def release(self) -> None:
         """End a task: the next one starts from the pristine base, though what it stands on may stay until then."""

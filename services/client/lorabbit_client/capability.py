@@ -1,14 +1,16 @@
 """What a client can hold while it trains, by its own settings; found without torch.
 
 A larger batch is learnt in pieces, whose gradients add up to the whole batch's. A narrower dtype is what the
-model computes with; the weights and the optimiser stay in theirs.
+model computes with; the weights and the optimiser stay in theirs. Quantised are only frozen linear weights, under LoRA.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorabbit import methods
 from lorabbit.errors import BadInput
+from lorabbit.jobspec import JobSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +21,23 @@ class Capability:
     """Most rows of which gradients are computed at once; None: whatever a job asks."""
     dtype: str = "float32"
     """What a training computes with: float32 (as the model is), bfloat16 or float16."""
+    quantisation: str = "none"
+    """How frozen linear weights under LoRA are kept: none (as the model has them), int8 or int4."""
 
     def check(self, device: str) -> None:
         """Raise BadInput where a kind of device, such as ``cpu`` or ``cuda:0``, cannot train in this dtype."""
         if self.dtype == "float16" and not device.startswith("cuda"):
             raise BadInput(
                 f"LORABBIT_DTYPE: float16 is for GPUs, and this client trains on {device}; use bfloat16 or float32"
+            )
+
+    def check_job(self, spec: JobSpec) -> None:
+        """Raise BadInput where a job needs weights of the base model that this client keeps quantised."""
+        why = methods.build(spec).needs_whole_base() if self.quantisation != "none" else ""
+        if why:
+            raise BadInput(
+                f"LORABBIT_QUANTISATION: {self.quantisation} keeps the base model in fewer bits, and {why}; "
+                "set it to none for such jobs"
             )
 
 

@@ -102,6 +102,7 @@ class Executor:
             workspace: Workspace = NullWorkspace(spec)
         else:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            self._capability.check_job(spec)
             opens = _personal() if methods.build(spec).personal else _shared()
             workspace = opens(
                 spec,

@@ -28,6 +28,7 @@ from lorabbit_client.models import load_model, load_processor
 from lorabbit_client.operations import Operations
 from lorabbit_client.prefix import PrefixCache
 from lorabbit_client.private import PrivateState
+from lorabbit_client.quantising import quantise
 from lorabbit_client.session import TorchSession
 from lorabbit_client.trainable import TrainableModel, make_trainable
 from lorabbit_client.workspace import Initial
@@ -83,7 +84,10 @@ class LearningWorkspace:
     @cached_property
     def _model(self) -> TrainableModel:
         labels = load_labels(self._spec, self._data_root)
-        return make_trainable(self._spec, load_model(self._spec, self._source, labels), self._device)
+        model = make_trainable(self._spec, load_model(self._spec, self._source, labels), self._device)
+        if self._capability.quantisation != "none":
+            quantise(model, self._capability.quantisation)
+        return model
 
     @property
     def base_sha256(self) -> str:

@@ -30,6 +30,7 @@ def introduction(settings: ClientSettings, client: str | None, outbox: tuple[str
         max_rank=settings.max_rank,
         max_batch=settings.max_batch,
         dtype=settings.dtype,
+        quantisation=settings.quantisation,
         version=lorabbit.__version__,
         codings=KNOWN,
         outbox=outbox,

@@ -18,6 +18,8 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from lorabbit_client.quantising import QuantisedLinear, product
+
 MULTIPLY_ADD = 2
 
 
@@ -55,6 +57,11 @@ def _linear(result: torch.Tensor, value: torch.Tensor, weight: torch.Tensor, *_:
     return MULTIPLY_ADD * result.numel() * value.shape[-1] * _passes(value, weight)
 
 
+def _quantised(result: torch.Tensor, value: torch.Tensor, _layer: QuantisedLinear) -> int:
+    """Y (..., out) = x (..., in) W^T with a frozen weight that is widened for it."""
+    return MULTIPLY_ADD * result.numel() * value.shape[-1] * _passes(value)
+
+
 def _matmul(result: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *_: Any, **__: Any) -> int:  # noqa: ANN401
     """(..., n, k) (..., k, m)."""
     return MULTIPLY_ADD * result.numel() * left.shape[-1] * _passes(left, right)
@@ -87,6 +94,7 @@ def _attention(
 
 COUNTS: Mapping[Any, Callable[..., int]] = {
     functional.linear: _linear,
+    product: _quantised,
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), _matmul),
     **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm), _matmul),
     **dict.fromkeys((torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm), _added),

@@ -30,6 +30,7 @@ class Attendant(BaseModel):
     max_rank: int | None = None
     max_batch: int | None = None
     dtype: str = ""
+    quantisation: str = ""
     version: str = ""
     present: bool
     state: str

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from lorabbit.aggregation import one_rank
 from lorabbit.jobspec import JobSpec
-from lorabbit.methods import METHODS
+from lorabbit.methods import build
 from lorabbit.participation import SelectionSpec
 from lorabbit.seeds import generator
 from lorabbit.types import ClientId
@@ -32,14 +32,39 @@ def population(present: Iterable[ClientId], size: int) -> tuple[ClientId, ...]:
     return tuple(sorted(present, key=natural)[:size])
 
 
-def rank_needed(job: JobSpec) -> int | None:
-    """The rank that every client of a job must train; None where ranks may differ, or there is none."""
-    return None if METHODS[job.method.name].personal else one_rank(job)
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a job's maths asks of every client, whatever is selected."""
+
+    rank: int | None = None
+    """The rank that all must train; None where ranks may differ, or there is none."""
+    whole_base: str = ""
+    """Why all must hold the base model's weights unquantised; empty where they need not."""
+
+    def unmet(self, declared: Declared) -> Needs:
+        """The part of it that a client cannot give."""
+        rank = self.rank if self.rank is not None and (declared.max_rank or self.rank) < self.rank else None
+        return Needs(rank, self.whole_base if declared.quantisation != "none" else "")
+
+    def unmet_by_any(self, clients: Iterable[Declared]) -> Needs:
+        """The part of it that at least one of some clients cannot give."""
+        found = [self.unmet(declared) for declared in clients]
+        rank = self.rank if any(each.rank is not None for each in found) else None
+        return Needs(rank, self.whole_base if any(each.whole_base for each in found) else "")
 
 
-def suits(selection: SelectionSpec | None, declared: Declared, rank: int | None = None) -> bool:
-    """Tell whether a client is one of those that a job takes in; `rank` is what everyone must train, if anything."""
-    if rank is not None and declared.max_rank is not None and declared.max_rank < rank:
+NOTHING = Needs()
+
+
+def needs(job: JobSpec) -> Needs:
+    """What a job needs of every client."""
+    method = build(job)
+    return Needs(None if method.personal else one_rank(job), method.needs_whole_base())
+
+
+def suits(selection: SelectionSpec | None, declared: Declared, needed: Needs = NOTHING) -> bool:
+    """Tell whether a client is one of those that a job takes in."""
+    if needed.unmet(declared) != NOTHING:
         return False
     if selection is None:
         return True
@@ -51,12 +76,14 @@ def suits(selection: SelectionSpec | None, declared: Declared, rank: int | None 
     )
 
 
-def wanted(selection: SelectionSpec | None, rank: int | None = None) -> str:
+def wanted(selection: SelectionSpec | None, unmet: Needs = NOTHING) -> str:
     """Say in words which clients a job takes in; empty where it takes any.
 
-    `rank` is what everyone must train, where somebody here cannot.
+    `unmet` is what somebody here cannot give.
     """
+    rank, why = unmet.rank, unmet.whole_base
     limits = [f"a LORABBIT_MAX_RANK of at least {rank}, the one rank of this aggregation"] if rank is not None else []
+    limits += [f"LORABBIT_QUANTISATION none, since {why}"] if why else []
     return " and ".join([*_selected(selection), *limits])
 
 

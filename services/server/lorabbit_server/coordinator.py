@@ -137,15 +137,15 @@ def _gather(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> D
 
 def _suited(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> tuple[JobState, Sequence[ClientId]]:
     """Those of the clients who are here that the job takes in; what they declared is kept while it gathers."""
-    selection, rank = state.spec.selection, cohort.rank_needed(state.spec)
-    if selection is None and rank is None:
+    selection, needed = state.spec.selection, cohort.needs(state.spec)
+    if selection is None and needed == cohort.NOTHING:
         return state, event.present
     declared = dict(state.declared)
     if isinstance(event, JobOpened):
         declared.update(event.declared)
     elif isinstance(event, ClientArrived):
         declared[event.client] = event.declared
-    suited = [c for c in event.present if cohort.suits(selection, declared.get(c, Declared()), rank)]
+    suited = [c for c in event.present if cohort.suits(selection, declared.get(c, Declared()), needed)]
     return replace(state, declared=declared, unsuited=len(event.present) - len(suited)), suited
 
 
@@ -161,7 +161,7 @@ def _joins(state: JobState, event: ClientArrived) -> bool:
     """Tell whether a client that is not of the population becomes so."""
     spec = state.spec
     prepares = METHODS[spec.method.name].prepares
-    suits = cohort.suits(spec.selection, event.declared, cohort.rank_needed(spec))
+    suits = cohort.suits(spec.selection, event.declared, cohort.needs(spec))
     return suits and joining.takes_in(spec, prepares=prepares)
 
 

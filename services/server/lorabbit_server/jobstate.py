@@ -70,6 +70,7 @@ class Declared:
     tags: tuple[str, ...] = ()
     pool: str = ""
     max_rank: int | None = None
+    quantisation: str = "none"
 
 
 @dataclass(frozen=True, slots=True)

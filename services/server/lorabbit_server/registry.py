@@ -15,7 +15,9 @@ from lorabbit.state.base import StateStore
 from lorabbit.types import ClientId
 from lorabbit_server.jobstate import Declared
 
-DECLARED = {"device", "memory_bytes", "tags", "pool", "max_rank", "max_batch", "dtype", "version", "codings"}
+DECLARED = {
+    "device", "memory_bytes", "tags", "pool", "max_rank", "max_batch", "dtype", "quantisation", "version", "codings",
+}  # fmt: skip
 """What a client says of itself; the store keeps it beside the identity."""
 
 
@@ -32,6 +34,7 @@ class Client:
     max_rank: int | None = None
     max_batch: int | None = None
     dtype: str = "float32"
+    quantisation: str = "none"
     version: str = ""
     codings: tuple[str, ...] = ()
     expires_ms: int = 0
@@ -157,7 +160,10 @@ class Registry:
         """What those who are here said of themselves, as far as jobs choose by it."""
         here = (entry for entry in self._clients.values() if entry.present)
         return {
-            each.client: Declared(each.device, each.memory_bytes, each.tags, each.pool, each.max_rank) for each in here
+            each.client: Declared(
+                each.device, each.memory_bytes, each.tags, each.pool, each.max_rank, each.quantisation
+            )
+            for each in here
         }
 
     def get(self, client: ClientId) -> Client | None:

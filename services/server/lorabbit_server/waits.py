@@ -87,9 +87,8 @@ def _population(state: JobState) -> Wait:
     wanted, here = state.spec.clients, state.present
     lacking = max(0, wanted - here)
     more = "client" if lacking == 1 else "clients"
-    rank = cohort.rank_needed(state.spec)
-    short = any(rank is not None and (each.max_rank or rank) < rank for each in state.declared.values())
-    asked = cohort.wanted(state.spec.selection, rank if short else None)
+    unmet = cohort.needs(state.spec).unmet_by_any(state.declared.values())
+    asked = cohort.wanted(state.spec.selection, unmet)
     which = f" with {asked}" if asked else ""
     others = f"; {state.unsuited} others are here, but not such" if state.unsuited else ""
     return Wait(

@@ -107,6 +107,8 @@ class Hello(Message):
     """Rows of which it computes gradients at once; larger batches are learnt in pieces."""
     dtype: Word = "float32"
     """Numbers that its models compute with while they train."""
+    quantisation: Word = "none"
+    """How it keeps the frozen linear weights under LoRA: none, int8 or int4."""
     version: Word = ""
     codings: Annotated[tuple[Word, ...], Field(max_length=100)] = ()
     """What it can write and read beside tensors as they are: bf16, int8, int4, top-k, delta, zstd."""

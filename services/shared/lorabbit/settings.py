@@ -205,6 +205,11 @@ class ClientSettings(Settings):
         description="numbers that a model computes with while it trains; weights stay as they are; float16 needs a "
         "GPU; methods with own models, and private examples, compute in float32",
     )
+    quantisation: Literal["none", "int8", "int4"] = Field(
+        default="none",
+        description="bits of the frozen linear weights under LoRA: none for all of them, int8, int4; "
+        "jobs that change or read the base model go without this client",
+    )
     durable: bool = Field(
         default=True, description="journal tasks and fsync results; false is for simulated clients that nobody restarts"
     )

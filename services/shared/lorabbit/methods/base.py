@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
-from lorabbit.aggregation import Carried, Carry
+from lorabbit.aggregation import RULES, Carried, Carry
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods.session import GradientTerm, LocalResult, Session
 from lorabbit.types import ADAPTER, EVALUATE, ClientProfile, ClientUpdate, Facts, Plan, ServerState, Tensors
@@ -83,6 +83,23 @@ class Method(BaseModel):
 
     def check(self, job: JobSpec) -> None:
         """Raise BadInput when the job asks for what this method's maths forbids."""
+
+    @property
+    def works_on_base(self) -> bool:
+        """Whether clients read or change weights of the base model, beside what `model.trainable` names."""
+        return False
+
+    def needs_whole_base(self) -> str:
+        """Why clients must hold the base model's weights as they are, not quantised; empty where they need not."""
+        if self.personal:
+            return f"clients of {self.name} keep models of their own"
+        if self.job.model.trainable != "lora":
+            return f"the job trains {self.job.model.trainable!r}, and only LoRA is trained over quantised weights"
+        if self.works_on_base:
+            return f"{self.name} works on the weights of the base model"
+        if RULES[self.job.aggregation].shifts_base:
+            return f"aggregation {self.job.aggregation!r} changes the base model"
+        return ""
 
     # ---- client ----
     def initialise(self, session: Any) -> Tensors:  # noqa: ANN401 - Session or PersonalSession, as `personal` says

@@ -70,6 +70,11 @@ class FeDeRA(Averaging):
         """The mean of factors, by components."""
         return replace(aggregation.of(self.job), rule=COMPONENTS)
 
+    @property
+    def works_on_base(self) -> bool:
+        """Its weights are decomposed, and their principal components taken out."""
+        return True
+
     # ---- client ----
     def initialise(self, session: Session) -> Tensors:
         """(1): one client decomposes the pristine weights."""

@@ -132,6 +132,11 @@ class SaFedLora(Method):
         """s, of the job (D2)."""
         return aggregation.of(self.job).scaling
 
+    @property
+    def works_on_base(self) -> bool:
+        """In the first stage, and where a lower rank merges factors into it."""
+        return self._whole or self.shrink == "merge-reinit"
+
     def aggregation(self, rank: int) -> Aggregation:
         """The job's, at the rank of a round; weak clients train the first components."""
         rule = COMPONENTS if self.job.aggregation == "factors" else RULES["svd"]
@@ -241,15 +246,13 @@ class SaFedLora(Method):
             facts["base_hash"] = two_stage.digest(mean)
             return ServerState(self._fresh(state.shared[two_stage.FIRST], mean, t), facts, {BASE: mean})
         folded = self._folding(state).fold(state, checked)
-        coming, shared = self._rank(t), state.shared
+        coming, shared, tensors = self._rank(t), state.shared, folded.tensors
         lost: Facts = {"lost": 0.0}
         if self.shrink != "merge-reinit":
-            tensors, lost = two_stage.change_rank(folded.tensors, coming, self.aggregation(coming), by=self.shrink)
-        elif coming != aggregation.rank_of(folded.tensors):
-            tensors, merged = two_stage.merge(folded.tensors, shared.get(SHIFT, {}), self.aggregation(coming), t)
+            tensors, lost = two_stage.change_rank(tensors, coming, self.aggregation(coming), by=self.shrink)
+        elif coming != aggregation.rank_of(tensors):
+            tensors, merged = two_stage.merge(tensors, shared.get(SHIFT, {}), self.aggregation(coming), t)
             shared, facts["merged"] = {**shared, SHIFT: merged}, _count(state, "merged") + 1
-        else:
-            tensors = folded.tensors
         told = {"stage": settings["stage"], "rank": settings["rank"], "next_rank": coming}
         facts["report"] = {**folded.report, **told, **lost}
         return ServerState(tensors, facts, shared)

@@ -79,6 +79,11 @@ class SLora(Averaging):
         draw = np.random.default_rng(derive_seed(self.job.seed, "slora", module))
         return np.sort(draw.choice(size, min(values, size), replace=False, shuffle=False))
 
+    @property
+    def works_on_base(self) -> bool:
+        """The first stage trains it."""
+        return True
+
     # ---- client ----
     def local_update(self, plan: Plan, session: Session) -> ClientUpdate:
         """(1) or (3), as the plan says."""
