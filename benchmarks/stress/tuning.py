@@ -139,6 +139,7 @@ def main() -> None:
     name = f"tuning-{arguments.clients}-{arguments.payload}".replace(".", "-").lower()
     text = markdown(rows, title)
     print(text)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"{name}.md").write_text(text, encoding="utf-8")
     content = {"title": title, "machine": machine(), "rows": rows}
     (arguments.out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
