@@ -192,29 +192,33 @@ def test_an_upload_goes_on_after_a_cut_in_the_middle(connect, empty_rabbitmq_url
 def test_what_was_not_acknowledged_before_a_cut_comes_again(connect, proxy):
     broker = connect(proxy.url)
     broker.declare_queue(Queue("q", "quorum"))
-    seen = Seen(broker)
-    broker.subscribe("q", seen.add)
+    seen, confirmed = Seen(broker), Seen(broker)
+    broker.subscribe("q", seen.add, prefetch=3)  # whatever comes beyond three says which acknowledgements arrived
     for number in range(3):
-        broker.send(message(b"%d" % number))
+        broker.send(message(b"%d" % number), confirmed.add)
     seen.wait(3)
     broker.ack(seen[0])
-    broker.send(message(b"3"))
+    broker.send(message(b"3"), confirmed.add)
     seen.wait(4)
+    confirmed.wait(4)  # what is not confirmed is sent again
 
     proxy.cut()
     seen.wait_until(lambda: {b"1", b"2", b"3"} <= {d.body for d in seen if d.redelivered})
     for old in seen[:4]:
         broker.ack(old)
     again = {d.body: d for d in seen if d.redelivered}
+    assert set(again) == {b"1", b"2", b"3"}
     broker.ack(again[b"1"])
     broker.ack(again[b"2"])
-    broker.send(message(b"4"))
-    seen.wait_until(lambda: b"4" in seen.bodies)
+    broker.send(message(b"4"), confirmed.add)
+    broker.send(message(b"5"), confirmed.add)
+    seen.wait_until(lambda: b"5" in seen.bodies)
+    confirmed.wait(6)
     proxy.cut()
 
     count = len(seen)
-    seen.wait_until(lambda: {b"3", b"4"} <= {d.body for d in seen[count:]})
-    assert {d.body for d in seen[count:]} == {b"3", b"4"}
+    seen.wait_until(lambda: {b"3", b"4", b"5"} <= {d.body for d in seen[count:]})
+    assert {d.body for d in seen[count:]} == {b"3", b"4", b"5"}
 
 
 def test_messages_given_away_while_the_broker_is_dead_arrive_in_order(connect, rabbitmq):
