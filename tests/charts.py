@@ -28,9 +28,11 @@ def values_of(path: Path) -> Doc:
     return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
-def render(values: Doc, *, name: str = RELEASE, chart: Path = CHART, **how: bool | int) -> list[Doc]:
+def render(
+    values: Doc, *, name: str = RELEASE, namespace: str = NAMESPACE, chart: Path = CHART, **how: bool | int
+) -> list[Doc]:
     """Every object that a release with these values consists of."""
-    texts = Chart.load(chart).render(values, name=name, namespace=NAMESPACE, **how)
+    texts = Chart.load(chart).render(values, name=name, namespace=namespace, **how)
     return [doc for path, text in texts.items() if path.endswith(".yaml") for doc in yaml.safe_load_all(text) if doc]
 
 

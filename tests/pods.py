@@ -64,6 +64,8 @@ class Pod:
         shared, ours = self.spec["securityContext"], container["securityContext"]
         flags = [f"--user={ours.get('runAsUser', shared['runAsUser'])}:{shared['runAsGroup']}"]
         flags += [f"--ulimit=nofile={FEW_FILES}:{MOST_FILES}"]
+        memory = bytes_of(container["resources"]["limits"]["memory"])
+        flags += [f"--memory={memory}", f"--memory-swap={memory}"]
         flags += [f"--cap-drop={capability}" for capability in ours["capabilities"]["drop"]]
         flags += [f"--cap-add={capability}" for capability in ours["capabilities"].get("add", [])]
         flags += ["--read-only"] if ours["readOnlyRootFilesystem"] else []
@@ -219,6 +221,11 @@ def comes_true(condition: Callable[[], bool], while_: Callable[[], bool] = lambd
             return False
         time.sleep(0.5)
     return True
+
+
+def bytes_of(quantity: str) -> int:
+    """A quantity of memory as Kubernetes writes it."""
+    return int(quantity[:-2]) * 1024 ** (1 + "KMG".index(quantity[-2]))
 
 
 def job_of(text: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import kubernetes_validate
 import pytest
-from charts import CASES, CHART, Doc, containers, objects, of_kind, pod, render, title, values_of, workloads
+from charts import CASES, CHART, CUSTOM, Doc, containers, objects, of_kind, pod, render, title, values_of, workloads
 
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 SERVICE_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
@@ -71,6 +72,42 @@ def test_labels_are_such_as_an_api_server_takes(path):
     assert [
         each for each in labels_of(docs) if not LABEL_KEY.fullmatch(each[1]) or not LABEL_VALUE.fullmatch(each[2])
     ] == []
+
+
+WORDS = ["on", "no", "true", "null", "e5"]
+"""Names that are something else where YAML reads them bare."""
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_name_is_a_name_whatever_else_yaml_takes_it_for(word: str):
+    data = {"existingClaim": word, "subPath": word}
+    kinds = (("StatefulSet", word), ("IndexedJob", f"{word}-1"), ("Deployment", "sim"))
+    pools = [{"name": name, "kind": kind, "data": data if name != "sim" else {}, "runtimeClassName": word}
+             for kind, name in kinds]  # fmt: skip
+    values = {
+        "clientPools": pools,
+        "image": {"pullSecrets": [word]},
+        "clientDefaults": {"persistence": {"storageClass": word}},
+        "server": {"persistence": {"existingClaim": word}},
+        "rabbitmq": {"auth": {"existingSecret": word}, "tls": {"enabled": True, "existingSecret": word}},
+        "redis": {"auth": {"existingSecret": word}, "persistence": {"storageClass": word}},
+        "enrolment": {"enabled": True, "tokenSecret": word},
+        "scaler": {"create": True},
+    }
+
+    docs = [doc for doc in render(values, name=word, namespace="1234") if doc["kind"] not in CUSTOM]
+
+    for doc in docs:
+        kubernetes_validate.validate(doc, "1.32", strict=True)
+    assert {value for _, key, value in labels_of(docs) if key == "app.kubernetes.io/instance"} == {word}
+
+
+@each_case
+def test_a_pod_that_never_became_ready_is_replaced_by_an_upgrade(path):
+    """The controller of a StatefulSet waits for its pods in their order first, unless it treats them all alike."""
+    sets = of_kind(objects(path), "StatefulSet")
+
+    assert {each["spec"].get("podManagementPolicy") for each in sets} == {"Parallel"}
 
 
 @each_case

@@ -11,8 +11,8 @@ from charts import CASES, CHART, CUSTOM, Doc, named, objects, of_kind, render, t
 from helm_python import Chart, HelmValuesError, lint, package
 from jsonschema import Draft7Validator
 
-KUBERNETES = ["1.29", "1.37"]
-"""The oldest that the chart allows, and a new one."""
+KUBERNETES = ["1.29", "1.32", "1.37"]
+"""The oldest that the chart allows, one that is widely run, and a new one."""
 case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 
 
@@ -139,6 +139,7 @@ def test_an_upgrade_replaces_a_finite_pool_only_where_its_clients_change():
         ({"clientPools": [{"name": "a", "device": "tpu"}]}, "must be one of 'cpu', 'cuda', 'jetson'"),
         ({"clientPools": [{"name": "a", "rank": 4}]}, "/clientPools/0.*'rank' not allowed"),
         ({"clientPools": [{"replicas": 4}]}, "missing property 'name'"),
+        ({"clientPools": [{"name": "1st"}]}, "/clientPools/0/name': '1st' does not match pattern"),
         ({"clientPools": [{"name": "a", "replicas": "many"}]}, "/replicas': got string, want integer"),
         ({"rabbitmq": {"mode": "bitnami"}}, "'builtin', 'operator', 'external'"),
         ({"server": {"resources": {"limits": {"memory": "lots"}}}}, "/server/resources/limits/memory"),
@@ -170,7 +171,7 @@ def test_values_that_do_not_go_together_are_refused_in_a_sentence(values: Doc, s
         render(values)
 
 
-@pytest.mark.parametrize("name", ["1fed", "my.release"])
+@pytest.mark.parametrize("name", ["1", "1fed", "my.release"])
 def test_a_release_whose_services_could_have_no_name_is_refused(name: str):
     with pytest.raises(Exception, match="release name"):
         render({}, name=name)

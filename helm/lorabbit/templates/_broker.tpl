@@ -102,12 +102,12 @@
 - name: broker
   secret:
 {{- if and .root.Values.enrolment.enabled (eq .side "client") }}
-    secretName: {{ .root.Values.enrolment.tokenSecret | default (printf "%s-join" .root.Release.Name) }}
+    secretName: {{ .root.Values.enrolment.tokenSecret | default (printf "%s-join" .root.Release.Name) | quote }}
     defaultMode: 0440
     items:
       - {key: token, path: token}
 {{- else }}
-    secretName: {{ include "lorabbit.brokerSecret" .root }}
+    secretName: {{ include "lorabbit.brokerSecret" .root | quote }}
     defaultMode: 0440
     items:
       - {key: {{ .side }}-url, path: url}
@@ -118,7 +118,7 @@
 {{- with include "lorabbit.brokerCaSecret" .root }}
 - name: broker-ca
   secret:
-    secretName: {{ . }}
+    secretName: {{ . | quote }}
     defaultMode: 0440
     items:
       - {key: ca.crt, path: ca.crt}

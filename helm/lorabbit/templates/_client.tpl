@@ -42,7 +42,7 @@ spec:
   restartPolicy: Never
 {{- end }}
 {{- with $pool.runtimeClassName }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ . | quote }}
 {{- end }}
 {{- $tolerations := $pool.tolerations }}
 {{- if ne $pool.device "cpu" }}
@@ -79,7 +79,7 @@ spec:
         - {name: LORABBIT_THREADS, value: {{ int $pool.threads | quote }}}
         - {name: LORABBIT_LOG_FORMAT, value: json}
         - {name: LORABBIT_LOG_LEVEL, value: {{ .root.Values.server.logLevel }}}
-        - {name: LORABBIT_POOL, value: {{ $pool.name }}}
+        - {name: LORABBIT_POOL, value: {{ $pool.name | quote }}}
         - {name: LORABBIT_DRAIN_SECONDS, value: {{ max 0 (sub (int $pool.terminationGracePeriodSeconds) 10) | quote }}}
         - {name: LORABBIT_DTYPE, value: {{ $pool.capability.dtype }}}
         - {name: LORABBIT_QUANTISATION, value: {{ $pool.capability.quantisation }}}
@@ -119,7 +119,7 @@ spec:
           mountPath: /data
           readOnly: true
 {{- with $pool.data.subPath }}
-          subPathExpr: {{ . }}
+          subPathExpr: {{ . | quote }}
 {{- end }}
 {{- end }}
 {{- with include "lorabbit.brokerMounts" .root }}
@@ -134,7 +134,7 @@ spec:
 {{- end }}
 {{- with $pool.data.existingClaim }}
     - name: dataset
-      persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+      persistentVolumeClaim: {claimName: {{ . | quote }}, readOnly: true}
 {{- end }}
 {{- with include "lorabbit.brokerVolumes" (dict "root" .root "side" "client") }}
 {{ . | indent 4 }}

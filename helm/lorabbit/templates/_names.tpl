@@ -2,7 +2,7 @@
 
 {{- define "lorabbit.name" -}}
 {{- $name := printf "%s-%s" .root.Release.Name .part -}}
-{{- if not (regexMatch "^[a-z][-a-z0-9]*[a-z0-9]$" .root.Release.Name) -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" .root.Release.Name) -}}
 {{- fail (printf "release name %q: small letters, digits and dashes, a letter first, because services and clients are named after it" .root.Release.Name) -}}
 {{- end -}}
 {{- if gt (len $name) 48 -}}
@@ -14,10 +14,10 @@
 {{/* What selects the pods of one part: never changes over a release's life. */}}
 {{- define "lorabbit.selector" -}}
 app.kubernetes.io/name: lorabbit
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- with .pool }}
-lorabbit/pool: {{ . }}
+lorabbit/pool: {{ . | quote }}
 {{- end }}
 {{- end -}}
 

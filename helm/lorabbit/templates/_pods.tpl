@@ -14,7 +14,7 @@ securityContext:
 {{- with .root.Values.image.pullSecrets }}
 imagePullSecrets:
 {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -50,7 +50,7 @@ initContainers:
 
 {{- define "lorabbit.storageClass" -}}
 {{- with . }}
-storageClassName: {{ eq . "-" | ternary "\"\"" . }}
+storageClassName: {{ eq . "-" | ternary "" . | quote }}
 {{- end }}
 {{- end -}}
 
