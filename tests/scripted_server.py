@@ -111,8 +111,8 @@ class Rig:
         """Stop an agent as kill -9 does: nothing is said, nothing is written, its folder stays."""
         assert agent._inbox is not None
         agent._inbox.cancel()
-        assert agent._timer is not None
-        agent._timer.cancel()
+        assert agent._presence._timer is not None
+        agent._presence._timer.cancel()
         for assignment in agent._assignments.values():
             assignment.stop()
 

@@ -8,6 +8,7 @@ from lorabbit import codec
 from lorabbit.broker import topology
 from lorabbit.broker.base import Delivery, Outgoing
 from lorabbit.messages import (
+    AddressTaken,
     Alive,
     CancelTask,
     Commit,
@@ -73,13 +74,41 @@ def test_a_welcomed_client_renews_its_lease(rig: Rig) -> None:
 
     rig.run(seconds=16)
 
-    assert rig.heard(Alive) == [Alive(address="somewhere", client="client-7")] * 3
+    process = rig.heard(Hello)[0].process
+    assert process
+    assert rig.heard(Alive) == [Alive(address="somewhere", client="client-7", process=process)] * 3
+
+
+def test_a_client_whose_address_was_taken_before_is_told_and_leaves(rig: Rig) -> None:
+    left = list[str]()
+    rig.agent(ScriptedRunner()).when_taken(lambda: left.append("left"))
+    rig.run()
+
+    rig.tell(AddressTaken(process=rig.heard(Hello)[0].process))
+    rig.run()
+
+    assert left == ["left"]
+
+
+def test_a_client_whose_address_another_one_took_says_what_it_has_done(rig: Rig) -> None:
+    left, runner = list[str](), ScriptedRunner()
+    rig.agent(runner).when_taken(lambda: left.append("left"))
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+    runner.finish("t-1", RESULT)
+    rig.run()
+
+    rig.tell(AddressTaken(process="another"))
+    rig.run()
+
+    assert left == []
+    assert [hello.outbox for hello in rig.heard(Hello)] == [(), ("t-1",)]
 
 
 def test_a_client_of_a_finite_run_leaves_some_time_after_its_last_task(rig: Rig) -> None:
     runner, left = ScriptedRunner(), list[str]()
     agent = rig.agent(runner, idle_seconds=60)
-    agent.on_idle = lambda: left.append("left")
+    agent.when_idle(lambda: left.append("left"))
     rig.run(seconds=200)
     early = list(left)
     rig.tell(rig.task("t-1", rig.publish(1.0)))
@@ -131,7 +160,9 @@ def test_a_client_keeps_its_identity_over_a_restart(rig: Rig) -> None:
     rig.agent(ScriptedRunner())
 
     assert [hello.client for hello in rig.heard(Hello)] == [None, "client-7"]
-    assert rig.heard(Goodbye) == [Goodbye(address="somewhere", client="client-7")]
+    before, after = (hello.process for hello in rig.heard(Hello))
+    assert rig.heard(Goodbye) == [Goodbye(address="somewhere", client="client-7", process=before)]
+    assert after != before
 
 
 def test_a_message_that_cannot_be_read_becomes_a_dead_letter(rig: Rig) -> None:

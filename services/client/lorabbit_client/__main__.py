@@ -80,7 +80,14 @@ def _work(settings: ClientSettings) -> int:
     )
     runner = ThreadRunner(ConfinedExecutor(executor, settings.data_root), durable=settings.durable)
     agent = Agent(broker, runner, settings)
-    agent.on_idle = broker.stop
+    agent.when_idle(broker.stop)
+    taken: list[str] = []
+
+    def leave() -> None:
+        taken.append(settings.address)
+        broker.stop()
+
+    agent.when_taken(leave)
     for said in strangers():
         log.warning("variable-not-read", why=said)
     log.info("client-started", version=__version__, address=settings.address, folder=str(settings.folder))
@@ -92,6 +99,8 @@ def _work(settings: ClientSettings) -> int:
     finally:
         runner.close()
         broker.close()
+    if taken:
+        raise BadInput(f"another client is at the address {taken[0]!r}; give this one its own with LORABBIT_ADDRESS")
     log.info("client-stopped")
     return 0
 

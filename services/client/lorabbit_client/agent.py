@@ -1,6 +1,6 @@
 """Agent: the protocol half of a client, driven by callbacks on the broker's loop thread.
 
-It says hello until it is welcomed, renews its lease, journals and acknowledges tasks at once, and
+It leaves being there to its `Presence`, journals and acknowledges tasks at once, and
 leaves each task's life to an `Assignment`. It holds no delivery while training, imports no torch,
 and waits for nothing: whatever comes twice, late or out of order changes nothing. A process may
 hold many agents on one broker; they share runner and shelf, and nothing else.
@@ -10,33 +10,28 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from functools import partial
 
 import structlog
 
 from lorabbit import codec, crash
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery, OnDone, Outgoing
-from lorabbit.errors import LoRAbbitError, Refused
-from lorabbit.messages import Alive, CancelTask, Deny, ForTask, Goodbye, Grant, Hello, Message, Task, Verdict, Welcome
+from lorabbit.errors import Refused
+from lorabbit.messages import AddressTaken, CancelTask, Deny, ForTask, Grant, Message, Task, Verdict, Welcome
 from lorabbit.payloads import PayloadStore
 from lorabbit.settings import ClientSettings
 from lorabbit.types import EVALUATE
-from lorabbit_client import machine
 from lorabbit_client.assignment import Assignment
 from lorabbit_client.desk import Desk
 from lorabbit_client.execution import Runner
 from lorabbit_client.holdings import Holdings
 from lorabbit_client.journal import Journal
+from lorabbit_client.presence import Presence
 from lorabbit_client.shelf import Shelf
 
 log = structlog.get_logger()
 
-FIRST_HELLO_SECONDS = 0.5
-LONGEST_HELLO_SECONDS = 10.0
 FINISHED_KEPT = 256
-HEARTBEATS_PER_HELLO = 12
-"""An idle client introduces itself again now and then, should the server have lost its registry."""
 
 
 class Agent:
@@ -57,13 +52,11 @@ class Agent:
         """
         self._broker = broker
         self._settings = settings
-        self._embedded = embedded
         self._address = settings.address
         durable = settings.durable and not embedded
         self._journal = Journal(settings.folder, durable=durable)
         self._shelf = shelf or Shelf(broker, PayloadStore(settings.folder / "payloads", durable=durable))
-        self.client = settings.client or self._journal.identity()
-        """The identity; None until the server gives one."""
+        self._presence = Presence(broker, settings, self._journal, self._send, self._outbox, beats=not embedded)
         self._assignments: dict[str, Assignment] = {}
         self._finished: dict[tuple[str, int, int], None] = {}
         self._epochs: dict[str, int] = {}
@@ -71,16 +64,7 @@ class Agent:
         self._desk = Desk(
             broker, runner, self._journal, self._shelf, holdings, self._address, self._send, self._forget, self._advance
         )
-        self._welcomed = False
-        self._hello_seconds = FIRST_HELLO_SECONDS
-        self._hello_is_out = False
-        self._heartbeats = 0
-        self._idle_seconds: float | None = None
         self._on_drained: Callable[[], None] | None = None
-        self.on_idle: Callable[[], None] | None = None
-        """Called once this client has had no task for `settings.idle_seconds` since its last one."""
-        self._was_in_trouble = False
-        self._timer: Cancellable | None = None
         self._inbox: Cancellable | None = None
 
     # ---- being there ----
@@ -94,17 +78,15 @@ class Agent:
             log.info("task-resumed", job=task.job, task=task.task)
             self._assign(task).begin(task)
         self._inbox = self._broker.subscribe(topology.inbox(self._address).name, self._on_delivery)
-        self._say_hello()
+        self._presence.say_hello()
 
     def close(self) -> None:
         """Say goodbye and stop; what is unfinished stays in the journal."""
         for assignment in self._assignments.values():
             assignment.stop()
-        for running in (self._timer, self._inbox):
-            if running is not None:
-                running.cancel()
-        if self._welcomed and self.client is not None:
-            self._send(Goodbye(address=self._address, client=self.client), None)
+        if self._inbox is not None:
+            self._inbox.cancel()
+        self._presence.close()
 
     def drain(self, then: Callable[[], None]) -> None:
         """Take no further task, and call back once those under way are done and handed in."""
@@ -113,76 +95,39 @@ class Agent:
             then()
 
     @property
+    def client(self) -> str | None:
+        """The identity; None until the server gives one."""
+        return self._presence.client
+
+    @property
     def is_idle(self) -> bool:
         """Tell whether there is nothing to do."""
         return not self._assignments
 
-    def _say_hello(self) -> None:
-        """Introduce this client, again and again until it is welcomed; one unconfirmed hello at a time."""
-        if not self._hello_is_out:
-            self._hello_is_out = True
-            self._send(self._hello(), self._hello_was_sent)
-        if not self._welcomed:
-            self._timer = self._broker.after(self._hello_seconds, self._say_hello)
-            self._hello_seconds = min(LONGEST_HELLO_SECONDS, 2 * self._hello_seconds)
+    def when_idle(self, then: Callable[[], None]) -> None:
+        """Have `then` called once there was no task for `settings.idle_seconds` since the last one."""
+        self._presence.on_idle = then
 
-    def _hello_was_sent(self, error: LoRAbbitError | None) -> None:
-        self._hello_is_out = False
-        if error is not None:
-            log.info("server-not-there", address=self._address, why=str(error))
+    def when_taken(self, then: Callable[[], None]) -> None:
+        """Have `then` called when another process was at this address before."""
+        self._presence.on_taken = then
 
-    def _hello(self) -> Hello:
-        outbox = tuple(task for task, assignment in self._assignments.items() if assignment.is_in_outbox)
-        return machine.introduction(self._settings, self.client, outbox)
+    def _outbox(self) -> tuple[str, ...] | None:
+        """Tasks whose results wait for a verdict; None without any task."""
+        held = tuple(task for task, assignment in self._assignments.items() if assignment.is_in_outbox)
+        return None if self.is_idle else held
 
     def _welcome(self, welcome: Welcome) -> None:
         """Take the identity; whoever welcomes us may have started its count of epochs anew.
 
         Work for an identity that is another client's now would be refused: it is dropped.
         """
-        if not self._welcomed or welcome.client != self.client:
-            log.info("welcomed", address=self._address, client=welcome.client)
-        self.client = welcome.client
-        self._journal.remember_identity(welcome.client)
+        self._presence.welcomed(welcome)
         self._epochs.clear()
         self._finished.clear()
         for assignment in list(self._assignments.values()):
             if assignment.client != welcome.client:
                 assignment.cancel()
-        if self._welcomed:
-            return
-        self._welcomed = True
-        if self._timer is not None:
-            self._timer.cancel()
-        if not self._embedded:
-            self._timer = self._broker.after(welcome.heartbeat_seconds, partial(self._beat, welcome.heartbeat_seconds))
-
-    def _beat(self, seconds: float) -> None:
-        """Renew the lease; after a break of the broker, or idle for long, say who we are instead."""
-        self._timer = self._broker.after(seconds, partial(self._beat, seconds))
-        self._count_idle(seconds)
-        trouble = self._broker.trouble()
-        if trouble is not None:
-            self._was_in_trouble = True  # what is sent now would only pile up
-            return
-        self._heartbeats += 1
-        if self._was_in_trouble or (self.is_idle and self._heartbeats % HEARTBEATS_PER_HELLO == 0):
-            self._was_in_trouble = False
-            self._say_hello()
-        elif self.client is not None:
-            self._send(Alive(address=self._address, client=self.client), None)
-
-    def _count_idle(self, seconds: float) -> None:
-        """Add to the time without a task; a client that had none yet is not idle but early."""
-        if not self.is_idle:
-            self._idle_seconds = 0.0
-        elif self._idle_seconds is not None:
-            self._idle_seconds += seconds
-            limit = self._settings.idle_seconds
-            if limit is not None and self._idle_seconds >= limit and self.on_idle is not None:
-                log.info("leaving", idle_seconds=self._idle_seconds)
-                self._idle_seconds = None
-                self.on_idle()
 
     # ---- messages ----
     def _on_delivery(self, delivery: Delivery) -> None:
@@ -206,6 +151,8 @@ class Agent:
             return
         if isinstance(message, Welcome):
             self._welcome(message)
+        elif isinstance(message, AddressTaken):
+            self._presence.taken(message)
         elif isinstance(message, Task):
             self._accept(message)
         elif isinstance(message, ForTask):
@@ -230,7 +177,7 @@ class Agent:
         crash.reached(crash.Point.TASK_DELIVERED)
         self._journal.accept(task)
         crash.reached(crash.Point.TASK_JOURNALED)
-        self._idle_seconds = 0.0
+        self._presence.has_work()
         self._assign(task).begin(task)
 
     def _pass_on(self, message: ForTask) -> None:

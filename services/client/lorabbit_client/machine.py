@@ -18,8 +18,8 @@ LIMIT = Path("/sys/fs/cgroup/memory.max")
 """Memory limit of a container (cgroup v2); ``max`` where there is none."""
 
 
-def introduction(settings: ClientSettings, client: str | None, outbox: tuple[str, ...]) -> Hello:
-    """Make a client's hello; `outbox` names the tasks whose results wait for a verdict."""
+def introduction(settings: ClientSettings, client: str | None, outbox: tuple[str, ...], process: str) -> Hello:
+    """Make the hello of a client's `process`; `outbox` names the tasks whose results wait for a verdict."""
     return Hello(
         address=settings.address,
         client=client,
@@ -34,6 +34,7 @@ def introduction(settings: ClientSettings, client: str | None, outbox: tuple[str
         version=lorabbit.__version__,
         codings=KNOWN,
         outbox=outbox,
+        process=process,
     )
 
 

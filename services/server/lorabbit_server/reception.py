@@ -19,6 +19,7 @@ from lorabbit.broker.base import Delivery, Outgoing
 from lorabbit.errors import Refused
 from lorabbit.events import AnyEvent, TaskProgressed
 from lorabbit.messages import (
+    AddressTaken,
     Alive,
     CancelTask,
     Deny,
@@ -37,6 +38,7 @@ from lorabbit.types import ClientId
 from lorabbit_server import steps
 from lorabbit_server.jobrun import JobRun
 from lorabbit_server.meter import header_bytes
+from lorabbit_server.occupancy import Occupancy
 from lorabbit_server.tools import Tools
 
 log = structlog.get_logger()
@@ -54,6 +56,7 @@ class Reception:
         self._broker, self._registry, self._now = tools.broker, tools.registry, tools.now_ms
         self._progress: dict[str, TaskProgressed] = {}
         self._inboxes: set[str] = set()
+        self._occupancy = Occupancy()
 
     def on_data(self, delivery: Delivery) -> None:
         """Take in a chunk."""
@@ -80,6 +83,8 @@ class Reception:
             self._refuse(delivery, address, why)
             return
         match message:
+            case Hello() | Alive() if self._is_surplus(message, delivery):
+                self._turn_away(message, delivery)
             case Hello():
                 self._on_hello(message, delivery)
             case Alive():
@@ -96,6 +101,7 @@ class Reception:
         for address in clients:
             self._broker.delete_queue(topology.inbox(address).name)
             self._inboxes.discard(address)
+            self._occupancy.forget(address)
             client = self._registry.leave(address)
             if client is not None:
                 log.info("client-sent-away", client=client)
@@ -183,7 +189,23 @@ class Reception:
             client, self._registry.present, declared.device, outbox, is_new, self._now(), declared
         )
 
+    def _is_surplus(self, message: Hello | Alive, delivery: Delivery) -> bool:
+        """Tell whether an older process is alive at the same address; what comes a second time says nothing of now."""
+        if not message.process or delivery.redelivered:
+            return False
+        return self._occupancy.hear(message.address, message.process)
+
+    def _turn_away(self, message: Hello | Alive, delivery: Delivery) -> None:
+        """Tell whoever came second to an address; both read there, so it is told as often as it speaks."""
+        log.warning("address-taken", address=message.address, why="two clients use it; give each its own")
+        self._tools.refused["address-taken"] += 1
+        self._reply(message.address, AddressTaken(process=message.process), f"taken.{uuid.uuid4().hex}", delivery)
+
     def _on_goodbye(self, message: Goodbye, delivery: Delivery) -> None:
+        if self._occupancy.leave(message.address, message.process):
+            # Whoever stays says hello once more, and is sent what the other one took.
+            self._reply(message.address, AddressTaken(process=message.process), f"taken.{uuid.uuid4().hex}", delivery)
+            return
         client = self._registry.leave(message.address)
         self._broker.ack(delivery)
         if client is not None:

@@ -114,6 +114,8 @@ class Hello(Message):
     """What it can write and read beside tensors as they are: bf16, int8, int4, top-k, delta, zstd."""
     outbox: Annotated[tuple[Identifier, ...], Field(max_length=10_000)] = ()
     """Tasks whose result waits for a verdict."""
+    process: Word = ""
+    """Drawn by the process when it starts: by it two that took the same address are told apart."""
 
 
 class Alive(Message):
@@ -122,6 +124,7 @@ class Alive(Message):
     kind: ClassVar[str] = "alive"
     address: Identifier
     client: Identifier
+    process: Word = ""
 
 
 class Goodbye(Message):
@@ -130,6 +133,7 @@ class Goodbye(Message):
     kind: ClassVar[str] = "goodbye"
     address: Identifier
     client: Identifier
+    process: Word = ""
 
 
 class ForTask(Message):
@@ -199,6 +203,13 @@ class Welcome(Message):
     kind: ClassVar[str] = "welcome"
     client: Identifier
     heartbeat_seconds: float = Field(gt=0)
+
+
+class AddressTaken(Message):
+    """Server -> client: another process was at this address before `process`, which is to stop."""
+
+    kind: ClassVar[str] = "address-taken"
+    process: Word
 
 
 class Task(Message):
@@ -283,5 +294,5 @@ class Verdict(ForTask):
 FROM_CLIENT: tuple[type[Message], ...] = (
     Hello, Alive, Goodbye, TaskAccepted, TaskProgress, TaskFailed, Offer, Commit,
 )  # fmt: skip
-FROM_SERVER: tuple[type[Message], ...] = (Welcome, Task, CancelTask, Grant, Deny, Verdict)
+FROM_SERVER: tuple[type[Message], ...] = (Welcome, AddressTaken, Task, CancelTask, Grant, Deny, Verdict)
 BY_TYPE: dict[str, type[Message]] = {m.type_name(): m for m in (*FROM_CLIENT, *FROM_SERVER)}

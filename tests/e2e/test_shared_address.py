@@ -1,0 +1,43 @@
+"""Two clients that took the same address, as two devices with one host name do: the second one stops and says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import services
+from processes import Event, Federation, run_embedded
+
+JOB = {"name": "twins", "model": {"name": "null:40KB"}, "rounds": 120, "clients": 2, "seed": 3}
+BAD_INPUT = 2
+pytestmark = [pytest.mark.services, pytest.mark.slow]
+
+
+@pytest.fixture
+def federation(tmp_path: Path, empty_rabbitmq_url: str, redis_server: services.Redis) -> Iterator[Federation]:
+    often = {"LORABBIT_HEARTBEAT_SECONDS": "0.5"}
+    started = Federation(tmp_path, empty_rabbitmq_url, redis_server.url, server=often)
+    yield started
+    started.close()
+
+
+def test_the_second_client_at_an_address_stops_and_says_why_and_the_run_does_not_notice(
+    federation: Federation, tmp_path: Path
+) -> None:
+    federation.start(2)
+    twin = federation.add_client("twin", LORABBIT_ADDRESS="site-0")
+
+    def disturb(event: Event) -> None:
+        if event["kind"] == "round-closed" and event["round"] == 1:
+            twin.start()
+        if event["kind"] == "round-closed" and event["round"] == JOB["rounds"] - 1:
+            assert twin.wait(30) == BAD_INPUT
+
+    report = federation.run(JOB, disturb)
+
+    assert "another client is at the address 'site-0'; give this one its own with LORABBIT_ADDRESS" in twin.tail()
+    assert report["adapter"]["sha256"] == run_embedded(JOB, tmp_path / "embedded")["adapter"]["sha256"]
+    there = httpx.get(f"{federation.url}/clients", timeout=10).json()
+    assert sorted((each["address"], each["present"]) for each in there) == [("site-0", True), ("site-1", True)]
