@@ -60,8 +60,13 @@ class Process:
         return self.wait(30)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, for example SIGSTOP to put it to sleep without closing its sockets."""
+        """Send a signal, for example SIGCONT to wake it."""
         self.child.send_signal(number)
+
+    def freeze(self) -> None:
+        """Put it to sleep without closing its sockets, and wait until it does nothing more."""
+        self.signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.child.pid, os.WSTOPPED)
 
     def wait(self, seconds: float) -> int:
         """Wait for its own end; its exit code."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
 from collections.abc import Iterator
 
 import httpx
@@ -52,11 +51,14 @@ def client_dies_at(point: str) -> Act:
 
 # ---- half-way through an upload ----
 @contextlib.contextmanager
-def midway(scene: Scene) -> Iterator[None]:
-    """Come half-way through the victim's upload, let the body disturb it, and give the victim its full speed."""
+def midway(scene: Scene, **server: str) -> Iterator[None]:
+    """Come half-way through the victim's upload, let the body disturb it, and give the victim its full speed.
+
+    `server` is more of the server's environment.
+    """
     link = scene.proxy()
     link.bytes_per_second = SLOW_BYTES_PER_SECOND
-    scene.start(victim={"LORABBIT_BROKER_URL": link.url})
+    scene.start(server=server, victim={"LORABBIT_BROKER_URL": link.url})
     come_midway(scene)
     scene.disturb()
     yield
@@ -250,28 +252,6 @@ def inbox_is_lost(scene: Scene) -> None:
     assert lost.method.message_count > 0, "no task waited"
     scene.disturb("client-2")
     scene.victim.start()
-
-
-# ---- two servers ----
-def leader_dies(scene: Scene) -> None:
-    """Kill the server while another one stands by."""
-    standby = scene.add_standby()
-    with midway(scene):
-        scene.server.kill()
-        scene.await_log(standby, '"leading"')
-        scene.ask_standby()
-
-
-def leader_freezes(scene: Scene) -> None:
-    """Put the server to sleep until another one leads, then wake it: it must change nothing more."""
-    standby = scene.add_standby()
-    with midway(scene):
-        scene.server.signal(signal.SIGSTOP)
-        scene.await_log(standby, '"leading"')
-        scene.ask_standby()
-        scene.server.signal(signal.SIGCONT)
-        scene.await_log(scene.server, "stepping-down")
-        scene.await_log(scene.server, "standing-by")
 
 
 # ---- a client moves ----

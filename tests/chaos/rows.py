@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from chaos import faults, scarcity
+from chaos import faults, scarcity, standby
 from chaos.scene import Act, Scene
 from lorabbit.crash import Point
 
@@ -105,12 +105,13 @@ def fault_rows() -> list[Row]:
         ("server-link-half-open", "half-way through an upload", faults.server_link_is_half_open),
         ("disk-full", "the server's, half-way through an upload", scarcity.disk_is_full),
         ("memory-alarm", "the broker's, half-way through an upload", scarcity.memory_alarm),
-        ("leader-killed", "half-way, a standby takes over", faults.leader_dies),
+        ("leader-killed", "half-way, a standby takes over", standby.leader_dies),
         (
             "leader-frozen",
             "half-way, a standby takes over, the old leader wakes",
-            faults.leader_freezes,
+            standby.leader_freezes,
         ),
+        ("leader-drained", "SIGTERM half-way, a standby takes over at once", standby.leader_drains),
         ("poison", "half-way through an upload", faults.poison_is_sent),
         ("server-drained", "SIGTERM half-way through an upload", faults.server_drains),
         ("client-drained", "SIGTERM half-way through an upload", faults.client_drains),
@@ -128,7 +129,8 @@ ALWAYS = {
     *(Point.RESULT_COUNTED.title, Point.VERSION_WRITTEN.title, Point.VERSION_COMMITTED.title),
     *(Point.TASK_JOURNALED.title, Point.TRAINING.title, Point.RESULT_IN_OUTBOX.title),
     *(Point.UPLOAD_CHUNK_CONFIRMED.title, Point.VERDICT_RECEIVED.title),
-    *("broker-killed", "store-killed", "link-cut", "leader-frozen", "server-drained", "client-drained"),
+    *("broker-killed", "store-killed", "link-cut", "server-drained", "client-drained"),
+    *("leader-killed", "leader-frozen", "leader-drained"),
 }
 """Rows that every change is tested with; the others are played by `make chaos` only."""
 JOBS = {"chaos": JOB, "own": OWN, "large": LARGE}

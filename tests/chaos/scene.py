@@ -121,9 +121,9 @@ class Scene:
         """Start the server by another command."""
         self.federation.server, self.federation.url = self.federation.make_server(prefix=prefix)
 
-    def add_standby(self) -> Process:
+    def add_standby(self, **settings: str) -> Process:
         """Start a second server on the same volume once the first one leads; it stands by."""
-        standby, self._standby_url = self.federation.make_server(LORABBIT_NAME="standby")
+        standby, self._standby_url = self.federation.make_server(LORABBIT_NAME="standby", **settings)
         standby.log = self.folder / "standby.log"
         self._others.append(standby)
         return standby

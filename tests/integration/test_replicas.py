@@ -5,13 +5,16 @@ files of a job goes on with it.
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 
 import pytest
 from scripted_client import ScriptedClient
 from server_rig import Paused, Rig
 
 from lorabbit.jobspec import JobSpec
+from lorabbit.state.redis import RedisStore
 from lorabbit.types import TRAIN
+from lorabbit_server.service import TICK_SECONDS
 from lorabbit_server.status import Lookout
 from lorabbit_server.surroundings import Surroundings
 
@@ -76,6 +79,69 @@ def test_a_server_that_leads_still_deletes_what_nothing_needs(rig):
     worker.wake()
 
     assert files(rig) == set()
+
+
+# ---- one that stands by ----
+
+
+def beside(rig, lease_seconds):
+    """A leader and a second server on its volume, which stands by."""
+    rig.settings = rig.settings.model_copy(update={"lease_seconds": lease_seconds})
+    first = rig.serve(owner="first")
+    rig.idle()
+    second = rig.serve(owner="second")
+    rig.idle()
+    assert (first.is_leading, second.is_leading) == (True, False)
+    return first, second
+
+
+def test_a_server_that_stands_by_leads_a_second_after_the_lease_was_given_up_however_long_it_is(rig):
+    first, second = beside(rig, lease_seconds=600.0)
+    rig.pass_seconds(30)
+    assert not second.is_leading
+
+    first.drain(lambda: None)
+    rig.idle()
+    rig.pass_seconds(TICK_SECONDS)
+
+    assert (first.is_leading, second.is_leading) == (False, True)
+
+
+@pytest.mark.services
+def test_a_server_that_is_told_to_stop_while_the_store_is_away_stops(rig, redis_server):
+    rig.store = RedisStore.connect(redis_server.url, patience=1)
+    service, stopped = rig.serve(), []
+    rig.idle()
+    assert service.is_leading
+
+    redis_server.kill()
+    service.drain(lambda: stopped.append(service.is_leading))
+    rig.idle()
+
+    assert stopped == [False]
+
+
+@pytest.mark.parametrize("lease_seconds", [0.75, 2.0, 15.0])
+def test_a_server_that_leads_renews_its_lease_before_it_ends_however_short_it_is(rig, lease_seconds):
+    renewed = []
+
+    class Noting(RedisStore):
+        def renew_lease(self, *args):
+            renewed.append(rig.now)
+            super().renew_lease(*args)
+
+    rig.store = Noting.embedded()
+    rig.settings = rig.settings.model_copy(update={"lease_seconds": lease_seconds})
+    rig.serve()
+    rig.idle()
+    begun = rig.now
+    while rig.now < begun + 4 * lease_seconds:
+        rig.now += 0.05
+        rig.idle()
+
+    gaps = [later - earlier for earlier, later in pairwise([begun, *renewed])]
+    assert len(gaps) >= 4
+    assert max(gaps) < lease_seconds * 0.8
 
 
 # ---- a job whose files are elsewhere ----

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 
 import structlog
@@ -38,6 +38,7 @@ from lorabbit_server.tools import VERSIONS, Means, Tools
 
 log = structlog.get_logger()
 TICK_SECONDS = 1.0
+"""How often a server that leads looks after everything, and one that stands by tries to take the lease."""
 CONTROL_PREFETCH = 256
 DATA_PREFETCH = 32
 Listener = Callable[[str, AnyEvent], None]
@@ -61,6 +62,7 @@ class Service:
         self.payloads = PayloadStore(settings.folder / "payloads", durable=settings.durable)
         self.access = Access(store.roster, settings)
         self.owner, self._now = owner, means.now_ms
+        self._pace = min(TICK_SECONDS, settings.lease_seconds / 3)
         self._loop = GuardedLoop(broker, self._step_down, worker=means.worker)
         self._listeners: list[Listener] = []
         self._on_job_ended: list[Callable[[str], None]] = []
@@ -136,13 +138,14 @@ class Service:
         return self._now()
 
     def drain(self, then: Callable[[], None]) -> None:
-        """Finish the step under way, give the lease up, then call back on the loop; from any thread."""
+        """Finish the step under way, give the lease up, then call back on the loop, come what may; from any thread."""
 
         def leave() -> None:
-            if self._run is not None:
-                self._run.commit()
-            self.close()
-            then()
+            with ExitStack() as last:
+                last.callback(then)
+                last.callback(self.close)
+                if self._run is not None:
+                    self._run.commit()
 
         self.broker.post(lambda: self._loop.guard(leave))
 
@@ -165,7 +168,7 @@ class Service:
             if holder != self._stood_behind:
                 log.info("standing-by", holder=holder)
             self._stood_behind = holder
-            self._timers = [self._loop.after(self.settings.lease_seconds / 3, self._stand_by)]
+            self._timers = [self._loop.after(self._pace, self._stand_by)]
             return
         log.info("leading", epoch=self._epoch)
         self._stood_behind = None
@@ -214,21 +217,21 @@ class Service:
         if self._epoch is None:
             return
         now = self._now()
-        if now - self._renewed_ms >= self.settings.lease_seconds * 1000 / 3:
+        if now - self._renewed_ms >= self.settings.lease_seconds * 1000 // 3:
             self.store.renew_lease(self.owner, self._epoch, self.settings.lease_seconds)
             self._registry.renew()
             self._renewed_ms = now
             self._next_job()
-        self._loop.post(partial(self._expire, now, round(TICK_SECONDS * 1000)))  # behind what has arrived by now
+        self._loop.post(partial(self._expire, now, round(self._pace * 1000)))  # behind what has arrived by now
         if self._run is not None:
             self._run.tick()
-        self._timers = [self._loop.after(TICK_SECONDS, self._tick)]
+        self._timers = [self._loop.after(self._pace, self._tick)]
 
     def _step_down(self, error: Exception) -> None:
         """Forget everything and stand by: the store knows better; another server may have the files that lack here."""
         log.warning("stepping-down", why=str(error))
         self.setbacks.note(error, self._now())
-        epoch, pause = self._epoch, TICK_SECONDS
+        epoch, pause = self._epoch, self._pace
         self._forget()
         if isinstance(error, FilesMissing) and epoch is not None:
             pause = self.settings.lease_seconds
