@@ -94,6 +94,32 @@ def test_a_job_runs_from_the_first_adapter_to_a_score(folder: Path, dtype: str):
     assert {v.dtype for v in codec.read_tensors(folder / "adapter.safetensors").values()} == {expected}
 
 
+def test_the_next_job_reads_a_file_anew_that_changed_and_the_same_job_does_not(folder: Path):
+    spec, executor = job(folder), Executor()
+    initialise(executor, folder, spec)
+    write_reviews(folder, copies=16)
+
+    same = executor.execute(work(folder, spec), silent)
+    other = executor.execute(work(folder, spec, job="another"), silent)
+    (folder / "reviews.jsonl").unlink()
+    gone = executor.execute(work(folder, spec, job="a-third"), silent)
+
+    assert (same.error, same.metrics.num_examples) == (None, 24)
+    assert (other.error, other.metrics.num_examples) == (None, 48)
+    assert gone.bad_input
+    assert "there is no file or folder" in str(gone.error)
+
+
+def test_the_next_job_keeps_data_that_did_not_change(folder: Path):
+    spec, executor = job(folder), Executor()
+    initialise(executor, folder, spec)
+    before = executor._workspace
+
+    executor.execute(work(folder, spec, job="another"), silent)
+
+    assert executor._workspace is before
+
+
 def test_a_central_score_covers_the_test_rows_of_every_client(folder: Path):
     spec, executor = job(folder), Executor()
     initialise(executor, folder, spec)

@@ -1,4 +1,4 @@
-"""A client's data: its share of a dataset that is read, split and encoded once per process.
+"""A client's data: its share of a dataset that is read, split and encoded once per process, and again once it changed.
 
 `load_client` gives one client's training and test examples, `load_test` the whole test set,
 `describe` the sizes without any model. However many clients live in a process, they hold index
@@ -8,11 +8,9 @@ job's data section, seed and population alone.
 
 from __future__ import annotations
 
-import hashlib
 import threading
-import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from lorabbit.jobspec import DataSpec, JobSpec
 from lorabbit.seeds import derive_seed
 from lorabbit_client.features import Batch, Features, Scorer
 from lorabbit_client.partition import Keys, Share, hold_out, partition
-from lorabbit_client.sources import read_source
+from lorabbit_client.readers import Reader
+from lorabbit_client.sources import Stamp, read_source, stamp
 from lorabbit_client.tables import Codes, Source, Table
 from lorabbit_client.tasks import TASKS
 from lorabbit_client.tasks.base import LearningTask, Records
@@ -133,14 +132,6 @@ class _Request:
         return DataSpec.model_validate_json(self.data)
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """A tokenizer or image format, equal to another one that encodes alike."""
-
-    fingerprint: str
-    processor: Any = field(compare=False)
-
-
 def load_client(
     spec: JobSpec,
     index: int,
@@ -155,7 +146,7 @@ def load_client(
     """
     request = _Request.of(spec, data_root)
     with _LOCK:
-        dataset = _encoded(request, _Reader(_fingerprint(processor), processor))
+        dataset = _encoded(request, Reader.of(processor))
         share = _shares(request, population)[index]
     return ClientData(
         train=_examples(dataset.train, share.train),
@@ -169,7 +160,7 @@ def load_client(
 def load_test(spec: JobSpec, *, processor: Any, data_root: Path = Path()) -> Examples:  # noqa: ANN401 - as above
     """Return the whole test set; raises BadInput as `load_client` does."""
     with _LOCK:
-        dataset = _encoded(_Request.of(spec, data_root), _Reader(_fingerprint(processor), processor))
+        dataset = _encoded(_Request.of(spec, data_root), Reader.of(processor))
     return _examples(dataset.test, np.arange(len(dataset.test_keys)))
 
 
@@ -198,13 +189,31 @@ def describe(spec: JobSpec, population: int, data_root: Path = Path()) -> DataOu
     return DataOutline(labels, len(train), len(test), tuple(clients))
 
 
+_STAMPS: dict[_Request, Stamp] = {}
+"""What the files looked like from which a dataset was read."""
+
+
+def forget_what_changed() -> bool:
+    """Forget everything where a file is no longer as it was read; tell whether that was so.
+
+    To be called where a job begins, so that one job is of one state of its files.
+    """
+    with _LOCK:
+        if all(stamp(request.spec, request.root) == before for request, before in _STAMPS.items()):
+            return False
+        for known in (_encoded, _shares, _keys, _read):
+            known.cache_clear()
+        _STAMPS.clear()
+        return True
+
+
 @lru_cache(maxsize=2)
-def _encoded(request: _Request, processor: _Reader) -> _Encoded:
+def _encoded(request: _Request, reader: Reader) -> _Encoded:
     """Encode a dataset; the texts it was made from are not kept."""
     labels, train_keys, test_keys = _keys(request)
     task, spec, split = TASKS[request.task], request.spec, _read(request)
-    train = task.encode(split.train, processor.processor, labels, spec=spec)
-    test = task.encode(split.test, processor.processor, labels, spec=spec)
+    train = task.encode(split.train, reader.processor, labels, spec=spec)
+    test = task.encode(split.test, reader.processor, labels, spec=spec)
     _read.cache_clear()
     return _Encoded(labels, train, test, train_keys, test_keys)
 
@@ -228,6 +237,7 @@ def _read(request: _Request) -> _Split:
     """Read and check a dataset and set its test examples apart."""
     spec, task = request.spec, TASKS[request.task]
     task.check(spec)
+    _STAMPS.setdefault(request, stamp(spec, request.root))
     source = read_source(spec, request.root)
     labels = task.labels(source, spec)
     train, train_keys = _checked(source.train, source, labels, request=request)
@@ -277,20 +287,3 @@ def _label_counts(labels: tuple[str, ...], keys: Keys, rows: Codes) -> dict[str,
         return {}
     counts = np.bincount(keys.classes[rows], minlength=len(labels))
     return {label: int(count) for label, count in zip(labels, counts, strict=False)}
-
-
-_FINGERPRINTS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-
-
-def _fingerprint(processor: Any) -> str:  # noqa: ANN401 - a tokenizer, or an ImageFormat
-    """Hash all that decides how a processor encodes."""
-    known = _FINGERPRINTS.get(processor)
-    if known is None:
-        backend = getattr(processor, "backend_tokenizer", None)
-        state = (
-            repr(processor),
-            "" if backend is None else backend.to_str(),
-            str(getattr(processor, "chat_template", "")),
-        )
-        known = _FINGERPRINTS[processor] = hashlib.sha256("\x1f".join(state).encode()).hexdigest()
-    return known

@@ -42,17 +42,18 @@ class Executor:
         self._data_root = data_root
         self._device = device
         self._spec: JobSpec | None = None
+        self._job = ""
         self._workspace: Workspace | None = None
 
     def warm(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
         """Load the model and these clients' data now, so that a fork shares them; raises LoRAbbitError."""
-        self._open(spec).warm(population, indices)
+        self._open(spec, "").warm(population, indices)
 
     def execute(self, work: Work, on_progress: OnProgress) -> Outcome:
         """Do one task; every failure but `Cancelled` becomes an outcome with an error."""
         start = time.perf_counter()
         try:
-            workspace = self._open(work.task.spec)
+            workspace = self._open(work.task.spec, work.task.job)
             metrics, has_tensors = self._do(workspace, work, on_progress)
         except Cancelled:
             raise
@@ -93,9 +94,11 @@ class Executor:
         metrics = _metrics(update, session).model_copy(update={"flops": float(counted.flops), "parameters": sent})
         return _without_examples(metrics, task.spec, private.values), bool(update.tensors)
 
-    def _open(self, spec: JobSpec) -> Workspace:
-        """Return the workspace of a job, made anew when the job differs from the last one."""
-        if self._workspace is not None and self._spec == spec:
+    def _open(self, spec: JobSpec, job: str) -> Workspace:
+        """Return the workspace of a job, made anew when the job or its data differ from the last one's."""
+        has_changed = job != self._job and not is_null(spec.model.name) and _has_changed()
+        self._job = job
+        if self._workspace is not None and self._spec == spec and not has_changed:
             return self._workspace
         self._workspace = self._spec = None
         if is_null(spec.model.name):
@@ -113,6 +116,13 @@ class Executor:
             )
         self._spec, self._workspace = spec, workspace
         return workspace
+
+
+def _has_changed() -> bool:
+    """Forget data that is no longer as it was read."""
+    from lorabbit_client.data import forget_what_changed  # noqa: PLC0415 - heavy, and not for the null model
+
+    return forget_what_changed()
 
 
 def _shared() -> Callable[..., Workspace]:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from lorabbit_client.tables import Source, Table
 STDLIB_DOCS = "stdlib-docs"
 DIGITS = "digits"
 BUILT_IN = (STDLIB_DOCS, DIGITS)
+Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
 
 
 def read_source(spec: DataSpec, data_root: Path) -> Source:
@@ -47,6 +49,16 @@ def read_source(spec: DataSpec, data_root: Path) -> Source:
     if near:
         raise BadInput(f"data.source: {spec.source!r} is unknown; did you mean {near[0]!r}?")
     return read_hub(spec.source, spec.config)
+
+
+def stamp(spec: DataSpec, data_root: Path) -> Stamp:
+    """Return name, size and time of change of every file that a source may be read from; none where it is no file."""
+    path = data_root / Path(spec.source).expanduser()
+    if spec.source in BUILT_IN or not path.exists():
+        return ()
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    found = ((file, file.stat()) for file in files)
+    return tuple((file.name, about.st_size, about.st_mtime_ns) for file, about in found)
 
 
 def _stdlib_docs() -> Source:
