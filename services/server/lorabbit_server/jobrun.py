@@ -54,7 +54,8 @@ class JobRun:
         self._method = build(spec)
         self._versions = Versions(self._method, tools.payloads, tools.settings.chunk_bytes, spec.transport.downloads)
         self._planner = Planner(self._method, self._versions, tools.registry, epoch=tools.epoch)
-        self._uploads = Uploads(tools, job, self._meter, self._checked)
+        self.uploads = Uploads(tools, job, self._meter, self._checked)
+        """Takes chunks and commits straight from reception."""
         self._downloads = Downloads(tools, self._needs, self._step_failed)
         self._deadline = Deadline(tools, self.apply)
         folder = tools.settings.folder / "runs" / job
@@ -86,7 +87,7 @@ class JobRun:
         logged = self._tools.store.events(self.job, progress=False)
         self._write(self._folder.recover(EVENTS.validate_json(each.event) for each in logged))
         self._downloads.inherit(self._folder.recent)
-        self._uploads.inherit()
+        self.uploads.inherit()
         for task in self.state.tasks.values() if goes_on else ():
             if task.status != "accepted":
                 self._downloads.publish(ref for _, ref in self._planner.message(self.state, task).published)
@@ -146,17 +147,13 @@ class JobRun:
         self._ledger.hold(delivery)
         self.apply(steps.TaskFailed(message.task, client, message.reason, message.bad_input, self._now()))
 
-    def on_chunk(self, delivery: Delivery) -> None:
-        """Take in a chunk."""
-        self._uploads.on_chunk(delivery)
-
     def meter(self, task: str, overhead: int, message: str) -> None:
         """Count a control message from a client."""
         self._meter.up(task, overhead=overhead, message=message)
 
     def tick(self) -> None:
         """Ask again where an upload has stalled."""
-        self._uploads.again(frozenset(self.state.lost))
+        self.uploads.again(frozenset(self.state.lost))
 
     # ---- commands ----
     def _perform(self, command: steps.Command) -> None:
@@ -169,7 +166,7 @@ class JobRun:
             case steps.SendTask(task):
                 self._send_task(task)
             case steps.CancelTask(id_, client):
-                self._uploads.forget(id_)
+                self.uploads.forget(id_)
                 self._post(client, CancelTask(job=self.job, task=id_, client=client), f"{id_}.cancel")
             case steps.DenyUpload(id_, client, reason):
                 self._tools.refused[reason] += 1
@@ -214,7 +211,7 @@ class JobRun:
     def _expect(self, task: TaskState) -> None:
         current = self.state.tasks.get(task.id)
         if current is not None and current.status == "offered":
-            self._uploads.expect(current, self._planner.expected(self.state, current))
+            self.uploads.expect(current, self._planner.expected(self.state, current))
 
     def _checked(self, task: TaskState, found: Coding | Exception) -> None:
         """Count a payload that passed admission, unless its offer is no longer the one that counts."""
@@ -223,7 +220,7 @@ class JobRun:
             return
         if not isinstance(found, Exception):
             self.apply(steps.ResultArrived(task.id, self._meter.read(task.id), self._now(), found.word))
-        elif self._uploads.may_repeat(task, found):
+        elif self.uploads.may_repeat(task, found):
             self._expect(task)
         elif (why := refusal(found)) is None:
             self._step_failed(f"checking the {task.phase} result of {task.client}", found)

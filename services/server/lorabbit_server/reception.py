@@ -22,6 +22,7 @@ from lorabbit.messages import (
     AddressTaken,
     Alive,
     CancelTask,
+    Commit,
     Deny,
     ForTask,
     Goodbye,
@@ -70,7 +71,7 @@ class Reception:
         if run is None:
             self._broker.ack(delivery)
         else:
-            run.on_chunk(delivery)
+            run.uploads.on_chunk(delivery)
 
     def on_control(self, delivery: Delivery) -> None:
         """Read a control message and bring it to whom it concerns."""
@@ -232,6 +233,9 @@ class Reception:
                 run.on_task_failed(message, delivery, client)
             case TaskProgress():
                 self._on_progress(run, message)
+                self._broker.ack(delivery)
+            case Commit():
+                run.uploads.on_commit(message.task, client, message.sha256)
                 self._broker.ack(delivery)
             case _:
                 self._broker.ack(delivery)

@@ -2,17 +2,19 @@
 
 A payload is known by its content, so two tasks that bring the same bytes share one upload, and
 bytes that are here already move no second time. Chunks are acknowledged once written; one that is
-damaged is dropped, and still missing. The whole is checked beside the loop before anybody believes it;
-one that has another hash than was announced is asked for once more. An upload on which nothing arrives for a while
-is granted again: the broker, or an earlier disk of this server, may have lost a chunk, and a grant
-itself needs no outbox for the same reason. While other chunks arrive its own may be behind them in
-the queue, so it is given longer. A server that takes over first takes what the broker holds for
-its predecessor, and then asks for the rest. Of many uploads a window of them is granted at a time.
+damaged is dropped, and asked for again as soon as its client has sent the others. The whole is checked
+beside the loop before anybody believes it; one that has another hash than was announced is asked for
+once more. An upload on which nothing arrives for a while is granted again: the broker, or an earlier
+disk of this server, may have lost a chunk, and a grant itself needs no outbox for the same reason.
+While other chunks arrive its own may be behind them in the queue, so it is given longer. A server that
+takes over first takes what the broker holds for its predecessor, and then asks for the rest. Of many
+uploads a window of them is granted at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import structlog
@@ -24,9 +26,11 @@ from lorabbit.chunks import index_of, is_damaged
 from lorabbit.errors import CorruptPayload, LoRAbbitError, Refused
 from lorabbit.messages import Grant, PayloadRef
 from lorabbit.transport import Coding
+from lorabbit.types import ClientId
 from lorabbit_server.admission import Expected, check_update
 from lorabbit_server.jobstate import TaskState
 from lorabbit_server.meter import Meter, header_bytes
+from lorabbit_server.repairs import Repairs
 from lorabbit_server.tools import Tools
 from lorabbit_server.window import Window
 
@@ -48,8 +52,14 @@ class Upload:
     missing: set[int]
     moved_ms: int
     granted: bool = False
+    is_under_way: bool = False
+    """Whether chunks may come that were asked for some time ago."""
     waiting: dict[str, tuple[TaskState, Expected]] = field(default_factory=dict)
-    patience_ms: int = STALLED_MS
+    repairs: Repairs = field(default_factory=Repairs)
+
+    def is_awaited_from(self, client: ClientId | None, task: str) -> bool:
+        """Tell whether a client is to bring it for a task."""
+        return task in self.waiting and self.waiting[task][0].client == client
 
 
 class Uploads:
@@ -84,7 +94,7 @@ class Uploads:
         if not upload.missing:
             self._check(upload)
         elif upload.moved_ms < self._inherited_until_ms or (upload.granted and self._is_busy(INHERITED_MS)):
-            upload.patience_ms = INHERITED_MS
+            upload.is_under_way = True
         elif self._window.enter(ref.sha256, ref.size_bytes, upload.moved_ms):
             self._grant(task, upload)
 
@@ -109,7 +119,8 @@ class Uploads:
         self._advance()
         now = self._tools.now_ms()
         for upload in self._open.values():
-            patience_ms = BEHIND_OTHERS_MS if self._is_busy(upload.patience_ms) else upload.patience_ms
+            own_ms = INHERITED_MS if upload.is_under_way else STALLED_MS
+            patience_ms = BEHIND_OTHERS_MS if self._is_busy(own_ms) else own_ms
             stalled = upload.missing and now - upload.moved_ms >= patience_ms
             if stalled and (upload.granted or self._window.enter(upload.ref.sha256, upload.ref.size_bytes, now)):
                 self._grant_to_all(upload, absent)
@@ -124,7 +135,7 @@ class Uploads:
             self._grant_to_all(self._open[sha256], frozenset())
 
     def _grant_to_all(self, upload: Upload, absent: frozenset[str]) -> None:
-        upload.moved_ms, upload.patience_ms = self._tools.now_ms(), STALLED_MS
+        upload.moved_ms, upload.is_under_way = self._tools.now_ms(), False
         for task, _ in upload.waiting.values():
             if task.client not in absent:
                 self._grant(task, upload)
@@ -142,9 +153,7 @@ class Uploads:
             try:
                 index = self._write(upload, delivery)
             except CorruptPayload as error:
-                log.warning("chunk-rejected", task=task, why=str(error))
-                self._tools.refused["chunk"] += 1
-                self._tools.broker.reject(delivery)
+                self._refuse(upload, sender, delivery, error)
                 return
             upload.moved_ms = self._tools.now_ms()
             crash.reached(crash.Point.CHUNK_WRITTEN)
@@ -156,6 +165,34 @@ class Uploads:
                 self._advance()
         self._tools.broker.ack(delivery)
 
+    def on_commit(self, task: str, client: ClientId, sha256: str) -> None:
+        """Hear that a client has sent every chunk that it was asked for."""
+        upload = self._open.get(sha256)
+        if upload is not None and upload.is_awaited_from(client, task):
+            upload.repairs.sent(task)
+            self._repair(upload, task)
+
+    def _refuse(self, upload: Upload, sender: ClientId | None, delivery: Delivery, why: CorruptPayload) -> None:
+        """Drop a chunk that is none, and ask its client for it again."""
+        task = str(delivery.headers.get("task", ""))
+        log.warning("chunk-rejected", task=task, why=str(why))
+        self._tools.refused["chunk"] += 1
+        self._tools.broker.reject(delivery)
+        if not upload.is_awaited_from(sender, task):
+            return
+        with suppress(CorruptPayload):
+            index = index_of(delivery)
+            if index in upload.missing:
+                upload.repairs.refused(task, index)
+                self._repair(upload, task)
+
+    def _repair(self, upload: Upload, task: str) -> None:
+        """Ask for the chunks of a task that were refused, once its client has sent everything else."""
+        wanted = upload.repairs.take(task, upload.missing)
+        if wanted:
+            upload.moved_ms = self._tools.now_ms()
+            self._ask(upload.waiting[task][0], upload, wanted)
+
     def _write(self, upload: Upload, delivery: Delivery) -> int:
         """Write a chunk if it is missing; returns its index. Raises CorruptPayload for one that is none."""
         index = index_of(delivery)
@@ -166,13 +203,17 @@ class Uploads:
         return index
 
     def _grant(self, task: TaskState, upload: Upload) -> None:
-        """Ask a client for the chunks that are missing."""
+        """Ask a client for all chunks that are missing."""
+        upload.granted = True
+        upload.repairs.granted(task.id)
+        self._ask(task, upload, sorted(upload.missing))
+
+    def _ask(self, task: TaskState, upload: Upload, missing: Sequence[int]) -> None:
         entry = self._tools.registry.get(task.client)
         if entry is None:
             return
-        upload.granted = True
-        missing = tuple(sorted(upload.missing))
-        grant = Grant(job=self._job, task=task.id, client=task.client, sha256=upload.ref.sha256, missing=missing)
+        sha256, chunks = upload.ref.sha256, tuple(missing)
+        grant = Grant(job=self._job, task=task.id, client=task.client, sha256=sha256, missing=chunks)
         body = codec.encode(grant)
         self._meter.down(task.id, len(body))
         headers = {"epoch": self._tools.epoch}

@@ -191,7 +191,7 @@ class Offer(ForTask):
 
 
 class Commit(ForTask):
-    """Client -> server: every granted chunk is confirmed by the broker."""
+    """Client -> server: every granted chunk is confirmed by the broker; those refused as damaged are granted again."""
 
     kind: ClassVar[str] = "commit"
     sha256: Sha256
