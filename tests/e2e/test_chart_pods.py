@@ -160,6 +160,24 @@ def test_the_quickstart_ends_though_a_client_and_the_server_are_killed_in_it(clu
     assert report["clients"] == ["fed-client-0", "fed-client-1"]
 
 
+def test_what_a_job_made_is_fetched_as_the_how_to_says(cluster: Cluster):
+    server = next(pod for pod in cluster.pods if pod.name == "fed-server-0")
+    job = json.loads(server.run("lorabbit", "jobs", "--format", "json"))[-1]["job"]
+    resolved = server.run("cat", f"runs/{job}/job.yaml")
+
+    server.run("lorabbit", "report", job)
+    server.run("lorabbit", "export", job, "--out", "/tmp/adapter")  # noqa: S108
+    copied = server.run("sh", "-c", f"tar cf - /tmp/adapter runs/{job} | tar tf -").split()  # as kubectl cp does
+
+    assert {"tmp/adapter/adapter_model.safetensors", f"runs/{job}/report.html"} <= set(copied)
+    assert server.run("cat", f"runs/{job}/job.yaml") == resolved
+
+
+def test_the_doctor_finds_nothing_wrong_in_any_pod_of_ours(cluster: Cluster):
+    for pod in [pod for pod in cluster.pods if pod.container["name"] in {"server", "client"}]:
+        assert "fail " not in pod.run("lorabbit", "doctor")
+
+
 def test_a_client_loses_its_readiness_with_the_broker_and_keeps_running(cluster: Cluster):
     pods = {pod.name: pod for pod in cluster.pods}
     subprocess.run(["docker", "kill", pods["fed-rabbitmq-0"].id], check=True, capture_output=True)

@@ -98,6 +98,29 @@ def lorabbit(deployment: Deployment, *arguments: str) -> Result:
     return CliRunner().invoke(app, [*arguments, "--server", deployment.http.url])
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_report_asked_for_where_the_server_keeps_its_runs_spoils_none_of_them(
+    deployment: Deployment, job: str, monkeypatch: pytest.MonkeyPatch, *, told: bool
+) -> None:
+    """As in a server's container, where the command and the server work in one folder."""
+    if told:
+        monkeypatch.setenv("LORABBIT_FOLDER", str(deployment.folder / "server"))
+    deployment.add_clients(3)
+    lorabbit(deployment, "submit", job)
+    lorabbit(deployment, "watch", "walk")
+    runs = deployment.folder / "server" / "runs"
+    before = {path: path.read_bytes() for path in (runs / "walk").iterdir() if path.is_file()}
+    written_at = (runs / "walk" / "report.json").stat().st_ino
+
+    reported = lorabbit(deployment, "report", "walk", "--out", str(runs))
+
+    assert reported.exit_code == 0, reported.output
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(runs.rglob("*.part"))
+    assert (runs / "walk" / "report.html").is_file()
+    assert not told or (runs / "walk" / "report.json").stat().st_ino == written_at
+
+
 def test_a_job_is_submitted_watched_reported_and_exported(deployment: Deployment, job: str, tmp_path: Path) -> None:
     deployment.add_clients(3)
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lorabbit.settings import variable
 from lorabbit_cli.commands_jobs import server_at
 from lorabbit_cli.options import Format, Output, ServerUrl, is_run_folder, print_json
 
@@ -48,14 +49,22 @@ def report(
                 print_json(server.report(source).model_dump(mode="json"))
                 return
             fetched = server.report(source)
-            server.fetch(source, folder, below=REPORT_FILES)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "report.json").write_text(fetched.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            if not _is_kept_by_the_server(folder):
+                server.fetch(source, folder, below=REPORT_FILES)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "report.json").write_text(fetched.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if output is Format.JSON:
         print_json(read_report(folder).model_dump(mode="json"))
         return
     write_pages(folder)
     print_summary(read_report(folder), folder)
+
+
+def _is_kept_by_the_server(folder: Path) -> bool:
+    """Tell whether a run folder is the one that the server itself writes, as for commands in its container."""
+    own = variable("LORABBIT_FOLDER")
+    kept = own is not None and (Path(own) / "runs" / folder.name).resolve() == folder.resolve()
+    return kept and is_run_folder(str(folder))
 
 
 def export(  # noqa: PLR0913, PLR0917 - options of the command line

@@ -24,7 +24,7 @@ from pydantic import JsonValue
 
 from lorabbit import __version__
 from lorabbit.errors import LoRAbbitError, Retryable
-from lorabbit.settings import ClientSettings, OperatorSettings, ServerSettings, strangers
+from lorabbit.settings import ClientSettings, OperatorSettings, ServerSettings, strangers, variable
 from lorabbit_cli.options import read_settings
 from lorabbit_cli.units import bytes_text
 
@@ -190,9 +190,17 @@ def _store() -> Iterator[Finding]:
         store.ping()
         store.close()
     except (Retryable, ValueError) as error:
-        yield Finding("store", FAIL, f"{without_password(url)}: {error}; {todo}")
+        if _is_named("LORABBIT_BROKER_URL") and not _is_named("LORABBIT_REDIS_URL"):  # as where a client runs
+            yield Finding("store", WARN, "no LORABBIT_REDIS_URL: a server needs a store, a client none")
+        else:
+            yield Finding("store", FAIL, f"{without_password(url)}: {error}; {todo}")
     else:
         yield Finding("store", PASS, f"Redis at {without_password(url)}")
+
+
+def _is_named(name: str) -> bool:
+    """Tell whether a setting was given, in a variable or in the file that one names."""
+    return (variable(name) or variable(f"{name}_FILE")) is not None
 
 
 def _server() -> Iterator[Finding]:

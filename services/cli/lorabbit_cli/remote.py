@@ -6,6 +6,7 @@ poll waits on the server, so events arrive at once and nobody polls in vain.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -166,16 +167,21 @@ class Server:
             self._download(f"{root}/{quote(str(path))}", target)
 
     def _download(self, address: str, target: Path) -> None:
-        """Stream a file to the disk."""
+        """Stream a file to the disk, where it appears whole or not at all: the target may be what is being read."""
+        beside = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
-            with self._http.stream("GET", address) as answer, target.open("wb") as file:
+            with self._http.stream("GET", address) as answer:
                 if not answer.is_success:
                     answer.read()
                     raise _refusal(answer)
-                for block in answer.iter_bytes():
-                    file.write(block)
+                with beside.open("wb") as file:
+                    for block in answer.iter_bytes():
+                        file.write(block)
+            beside.replace(target)
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
+        finally:
+            beside.unlink(missing_ok=True)
 
     def _json(self, verb: str, path: str, **request: Any) -> Any:  # noqa: ANN401 - JSON
         answer = self._ask(verb, path, **request)
