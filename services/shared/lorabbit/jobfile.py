@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods import METHODS, build
-from lorabbit.validation import explain, first_path
+from lorabbit.validation import explain, first_path, shown
 
 MAX_BYTES = 2**20
 STDIN = "-"
@@ -204,7 +204,7 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
 
 
 def _kind_of(value: object) -> str:
-    return "a list" if isinstance(value, list) else f"{value!r}"
+    return "a list" if isinstance(value, list) else shown(value)
 
 
 def _override(source: _Source, override: str) -> None:

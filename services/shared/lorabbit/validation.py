@@ -129,7 +129,7 @@ def _expected(failures: list[Any]) -> str:
     """Say what was expected and what stood there; several failures are a union's members."""
     first = failures[0]
     kinds = list(dict.fromkeys(_EXPECTED[f["type"]] for f in failures if f["type"] in _EXPECTED))
-    said = _shown(first["input"])
+    said = shown(first["input"])
     message = str(first["msg"])
     if kinds:
         return f"expected {' or '.join(kinds)}, not {said}"
@@ -162,7 +162,7 @@ def _out_of_bounds(failure: Any, said: str) -> str | None:  # noqa: ANN401 - pyd
     return "is required" if kind == "missing" else None
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """What stood there, short."""
     if isinstance(value, bool):
         return "true" if value else "false"
