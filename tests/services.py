@@ -10,7 +10,6 @@ the machine is never touched.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -18,23 +17,22 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import pika
 import pytest
 import redis
 from hosts import ChildProcess, Container, Host, has_image
+from rabbitmq_files import configuration, definitions, formation, tls_listener
 
 START_SECONDS = 240.0
-MAX_MESSAGE_BYTES = 16 * 2**20
 RABBITMQ_IMAGE = "rabbitmq:4-management"
 REDIS_IMAGE = "redis:8"
 DATA = "appendonlydir"
 """Redis's folder of what it appends."""
-NARROW = "narrow"
-"""A user, and its password, who may write to exchanges and queues of LoRAbbit by name, and not straight to queues."""
 DEBIAN_RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 
 
@@ -55,7 +53,15 @@ class Service:
 
     def start(self) -> None:
         """Start it, on the data it had, and wait until it answers."""
+        self.launch()
+        self.await_answer()
+
+    def launch(self) -> None:
+        """Start it, and do not wait."""
         self.host.start()
+
+    def await_answer(self) -> None:
+        """Wait until it answers."""
         deadline = time.monotonic() + START_SECONDS
         while not self.answers():
             if not self.host.alive() or time.monotonic() > deadline:
@@ -86,15 +92,46 @@ class Service:
         raise NotImplementedError
 
 
+class NameServer:
+    """Erlang's epmd on a port of its own, to be started before any node; the one that a node starts outlives it."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self._folder = Path(tempfile.mkdtemp(prefix="lorabbit-epmd-"))
+        command = [shutil.which("epmd") or "epmd", "-port", str(self.port)]
+        self._host = ChildProcess(self._folder, command, {"ERL_EPMD_ADDRESS": "127.0.0.1"})
+
+    def start(self) -> None:
+        """Start it unless it runs."""
+        if not self._host.alive():
+            self._host.start()
+
+    def close(self) -> None:
+        """Kill it."""
+        self._host.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Membership:
+    """A node's place in a cluster: its name, those of all, and what they share."""
+
+    name: str
+    names: tuple[str, ...]
+    cookie: str
+    name_server: NameServer
+
+
 class RabbitMQ(Service):
     """A private RabbitMQ, `max_message_size` 16 MiB as 4.x has it.
 
     `settings` adds lines to rabbitmq.conf. `vhosts` virtual hosts are made at boot (10 ms each): every test that
     wants an empty broker takes the next one. `management` turns its management interface on, at `management_url`;
-    `certificates`, a folder that `lorabbit certificates` made, a TLS listener beside the other, at `tls_url`.
+    `certificates`, a folder that `lorabbit certificates` made, a TLS listener beside the other, at `tls_url`. With a
+    `membership` it is one node of a cluster, which has to be a process.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what tests want of a broker
         self,
         settings: str = "",
         vhosts: int = 1,
@@ -102,6 +139,7 @@ class RabbitMQ(Service):
         management: bool = False,
         certificates: Path | None = None,
         password: str = "guest",  # noqa: S107 - of a server that lives as long as a test
+        membership: Membership | None = None,
     ) -> None:
         super().__init__("rabbitmq")
         who = f"guest:{password}@127.0.0.1"
@@ -115,13 +153,16 @@ class RabbitMQ(Service):
             settings += f"management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {self._management_port}\n"
         self._vhosts = [f"test-{number}" for number in range(vhosts)]
         self._unused = iter(self._vhosts)
-        self._epmd: ChildProcess | None = None
+        self._membership, self._name_server = membership, None if membership is None else membership.name_server
         self._rabbitmqctl = "rabbitmqctl"
         image = os.environ.get("LORABBIT_TEST_RABBITMQ_IMAGE")
         binary = shutil.which("rabbitmq-server") or shutil.which(DEBIAN_RABBITMQ)
         (self.folder / "definitions.json").write_text(definitions(["/", *self._vhosts], password))
         if binary and not image:
             self.host = self._process(binary, settings)
+        elif membership is not None:
+            shutil.rmtree(self.folder)
+            raise ServiceMissing("no rabbitmq-server on PATH, and a cluster is not made of containers")
         elif has_image(image or RABBITMQ_IMAGE):
             self.host = self._container(image or RABBITMQ_IMAGE, settings)
         else:
@@ -134,15 +175,15 @@ class RabbitMQ(Service):
         assert vhost, f"more tests want an empty broker than the {len(self._vhosts)} virtual hosts made at boot"
         return self.url + vhost
 
-    def start(self) -> None:
-        if self._epmd is not None and not self._epmd.alive():
-            self._epmd.start()
-        super().start()
+    def launch(self) -> None:
+        if self._name_server is not None:
+            self._name_server.start()
+        super().launch()
 
     def close(self) -> None:
         super().close()
-        if self._epmd is not None:
-            self._epmd.close()
+        if self._name_server is not None and self._membership is None:
+            self._name_server.close()
 
     def control(self, *arguments: str) -> str:
         """Run `rabbitmqctl` on it."""
@@ -159,16 +200,26 @@ class RabbitMQ(Service):
         # Debian's rabbitmq-server on PATH insists on root or the rabbitmq user; the script behind it does not.
         binary = str(DEBIAN_RABBITMQ) if DEBIAN_RABBITMQ.exists() else binary
         self._rabbitmqctl = str(Path(binary).with_name("rabbitmqctl"))
-        folder, epmd_port = str(self.folder), str(free_port())
+        folder = str(self.folder)
+        if self._membership is None:
+            # The node would start a name server that outlives it; ours ends with the test run.
+            self._name_server = NameServer()
+            name, epmd_port = f"lorabbit{self.port}@localhost", self._name_server.port
+        else:
+            name, epmd_port = self._membership.name, self._membership.name_server.port
+            settings += formation(self._membership.names)
+            cookie = self.folder / ".erlang.cookie"
+            cookie.write_text(self._membership.cookie)
+            cookie.chmod(0o400)
         if self._certificates is not None:
             settings += tls_listener(self._certificates, self._tls_port)
         (self.folder / "rabbitmq.conf").write_text(configuration(self.folder, self.port, settings))
         (self.folder / "enabled_plugins").write_text(self._plugins)
         environment = {
             "HOME": folder,
-            "RABBITMQ_NODENAME": f"lorabbit{self.port}@localhost",
+            "RABBITMQ_NODENAME": name,
             "RABBITMQ_DIST_PORT": str(free_port()),
-            "ERL_EPMD_PORT": epmd_port,
+            "ERL_EPMD_PORT": str(epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_MNESIA_BASE": f"{folder}/data",
             "RABBITMQ_LOG_BASE": f"{folder}/log",
@@ -178,13 +229,6 @@ class RabbitMQ(Service):
             # The start script then becomes the server instead of watching over it: SIGKILL reaches it.
             "RUNNING_UNDER_SYSTEMD": "true",
         }
-        # The node would start a name server that outlives it; ours ends with the test run.
-        (self.folder / "epmd").mkdir()
-        self._epmd = ChildProcess(
-            self.folder / "epmd",
-            [shutil.which("epmd") or "epmd", "-port", epmd_port],
-            {"ERL_EPMD_ADDRESS": "127.0.0.1"},
-        )
         return ChildProcess(self.folder, [binary], environment)
 
     def _container(self, image: str, settings: str) -> Host:
@@ -259,7 +303,17 @@ class Redis(Service):
             return False
 
 
-S = TypeVar("S", bound=Service)
+class Startable(Protocol):
+    """What `serve` serves."""
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+
+    def close(self) -> None:
+        """Kill it and forget its data."""
+
+
+S = TypeVar("S", bound=Startable)
 
 
 def serve(make: Callable[[], S]) -> Iterator[S]:
@@ -289,48 +343,8 @@ def free_port() -> int:
             return port
 
 
-def configuration(folder: Path, port: int, settings: str) -> str:
-    """Text of rabbitmq.conf; `folder` is where the server sees the definitions."""
-    return (
-        f"listeners.tcp.default = {port}\n"
-        f"max_message_size = {MAX_MESSAGE_BYTES}\n"
-        f"load_definitions = {folder}/definitions.json\n"
-        "loopback_users = none\n"
-        "log.console = true\n"
-        "log.console.level = warning\n"
-        "disk_free_limit.absolute = 200MB\n"
-    ) + settings
-
-
-def tls_listener(certificates: Path, port: int) -> str:
-    """Lines of rabbitmq.conf for a TLS listener."""
-    return (
-        f"listeners.ssl.default = {port}\n"
-        f"ssl_options.cacertfile = {certificates}/ca.pem\n"
-        f"ssl_options.certfile = {certificates}/rabbitmq.pem\n"
-        f"ssl_options.keyfile = {certificates}/rabbitmq.key\n"
-        "ssl_options.verify = verify_none\n"
-    )
-
-
 def redis_tls(certificates: Path, port: int) -> list[str]:
     """Arguments of redis-server for a TLS listener."""
     files = {"--tls-ca-cert-file": "ca.pem", "--tls-cert-file": "redis.pem", "--tls-key-file": "redis.key"}
     named = [part for option, name in files.items() for part in (option, str(certificates / name))]
     return ["--tls-port", str(port), "--tls-auth-clients", "no", *named]
-
-
-def definitions(vhosts: Sequence[str], password: str) -> str:
-    """Users and virtual hosts as the JSON that RabbitMQ loads at boot."""
-    everything = {"user": "guest", "configure": ".*", "write": ".*", "read": ".*"}
-    narrow = {"user": NARROW, "configure": ".*", "write": "^lorabbit\\..*", "read": ".*"}
-    return json.dumps(
-        {
-            "users": [
-                {"name": "guest", "password": password, "tags": "administrator"},
-                {"name": NARROW, "password": NARROW, "tags": ""},
-            ],
-            "vhosts": [{"name": name} for name in vhosts],
-            "permissions": [{**who, "vhost": name} for name in vhosts for who in (everything, narrow)],
-        }
-    )

@@ -158,6 +158,35 @@ def test_room_in_a_queue_lets_messages_in_again(broker):
     seen.wait(accepted + 1)
 
 
+def test_a_message_for_a_full_queue_is_sent_until_it_is_taken(broker):
+    broker.declare_queue(Queue("q", "classic", max_bytes=1000))
+    answers, seen = Seen(broker), Seen(broker)
+    while not isinstance(answers[-1] if answers else None, BrokerBusy):
+        broker.send(message(b"x" * 600), answers.add)
+        answers.wait(len(answers) + 1)
+    taken = Seen(broker)
+
+    broker.send_until_taken(message(b"last"), taken.add)
+    broker.send(message(b"x" * 600), answers.add)  # is refused behind the other one, which so was refused as well
+    answers.wait(len(answers) + 1)
+    assert isinstance(answers[-1], BrokerBusy)
+    assert taken == []
+    broker.subscribe("q", lambda delivery: (broker.ack(delivery), seen.add(delivery)))
+
+    taken.wait(1)
+    assert taken == [None]
+    seen.wait_until(lambda: b"last" in seen.bodies)
+
+
+def test_what_nobody_listens_to_is_not_sent_again_and_again(broker):
+    answers = Seen(broker)
+
+    broker.send_until_taken(message(key="nowhere"), answers.add)
+
+    answers.wait(1)
+    assert isinstance(answers[0], LoRAbbitError)
+
+
 def test_no_more_than_prefetch_is_handed_out(broker):
     broker.declare_queue(Queue("q", "quorum"))
     seen, answers = Seen(broker), Seen(broker)

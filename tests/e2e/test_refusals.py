@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import rabbitmq_files
 import services
 from processes import Federation
 
@@ -15,7 +16,7 @@ pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 @pytest.fixture
 def federation(tmp_path: Path, empty_rabbitmq_url: str, redis_server: services.Redis) -> Iterator[Federation]:
-    narrow = empty_rabbitmq_url.replace("guest:guest", f"{services.NARROW}:{services.NARROW}")
+    narrow = empty_rabbitmq_url.replace("guest:guest", f"{rabbitmq_files.NARROW}:{rabbitmq_files.NARROW}")
     started = Federation(tmp_path, empty_rabbitmq_url, redis_server.url, server={"LORABBIT_BROKER_URL": narrow})
     yield started
     started.close()

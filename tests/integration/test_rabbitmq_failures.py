@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import rabbitmq_files
 import services
 import structlog
 from proxy import Proxy
@@ -305,7 +306,7 @@ def test_a_message_that_is_too_large_is_answered_and_the_next_one_arrives(connec
     answers, seen = Seen(broker), Seen(broker)
     broker.subscribe("q", seen.add)
 
-    broker.send(message(bytes(services.MAX_MESSAGE_BYTES + 1)), answers.add)
+    broker.send(message(bytes(rabbitmq_files.MAX_MESSAGE_BYTES + 1)), answers.add)
     broker.send(message(b"small"), answers.add)
 
     answers.wait(2)

@@ -32,6 +32,13 @@ def test_what_a_killed_client_left_half_written_is_written_again(tmp_path):
     assert read(tmp_path / FILE) == KNOWN
 
 
+def test_a_client_that_has_joined_reaches_every_host_of_a_cluster_as_itself(tmp_path):
+    write(tmp_path / FILE, KNOWN)
+    settings = ClientSettings(folder=tmp_path, broker_url="amqps://a:5671,b:5671/vhost", address="host")
+
+    assert settled(settings).broker_url == "amqps://site-a:p%40ss%2Fword%3F%23@a:5671,b:5671/vhost"
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"user": "a"}', b"\xff"])
 def test_a_damaged_file_is_named(content, tmp_path):
     (tmp_path / FILE).write_bytes(content)

@@ -14,6 +14,7 @@ from lorabbit.settings import ClientSettings, ServerSettings, read_settings, str
     "broken",
     [
         ("LORABBIT_BROKER_URL", "localhost", "a URL such as amqp://HOST:PORT/ is expected"),
+        ("LORABBIT_BROKER_URL", "amqp://u:s3cret@a,,b/", "is expected, for each of the 3 hosts between its commas"),
         ("LORABBIT_BROKER_URL_FILE", "/nowhere/secret", "cannot be read"),
         ("LORABBIT_LOG_LEVEL", "LOUD", "one of DEBUG, INFO, WARNING, ERROR is expected"),
         ("LORABBIT_LOG_FORMAT", "xml", "one of auto, json, text is expected"),

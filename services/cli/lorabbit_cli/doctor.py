@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from pydantic import JsonValue
 
 from lorabbit import __version__
 from lorabbit.errors import LoRAbbitError, Retryable
 from lorabbit.settings import ClientSettings, OperatorSettings, ServerSettings, strangers, variable
+from lorabbit.tls import Trust
+from lorabbit.urls import urls_of_hosts, without_password
 from lorabbit_cli.options import read_settings
 from lorabbit_cli.units import bytes_text
 
@@ -160,22 +161,32 @@ def _packages() -> Iterator[Finding]:
 
 
 def _broker() -> Iterator[Finding]:
-    """A connection to RabbitMQ."""
+    """A connection to each host of RabbitMQ; one that is away is worth a warning where another one answers."""
+    settings = read_settings(ServerSettings)
+    troubles = {url: _trouble_of(url, settings.trust) for url in urls_of_hosts(settings.broker_url)}
+    answers = any(trouble is None for trouble in troubles.values())
+    for url, trouble in troubles.items():
+        shown = without_password(url)
+        if trouble is None:
+            yield Finding("broker", PASS, f"RabbitMQ at {shown}")
+        elif answers:
+            yield Finding("broker", WARN, f"{shown}: {trouble}; start this node, the others do without it")
+        else:
+            todo = "start RabbitMQ or set LORABBIT_BROKER_URL (`lorabbit run` needs none)"
+            yield Finding("broker", FAIL, f"{shown}: {trouble}; {todo}")
+
+
+def _trouble_of(url: str, trust: Trust) -> str | None:
+    """What keeps RabbitMQ at one host from answering within seconds; None if nothing."""
     from lorabbit.broker.rabbit import RabbitBroker  # noqa: PLC0415 - imports pika
 
-    settings = read_settings(ServerSettings)
-    url = settings.broker_url
-    broker = RabbitBroker(url, name="lorabbit-doctor", trust=settings.trust)
+    broker = RabbitBroker(url, name="lorabbit-doctor", trust=trust)
     deadline = time.monotonic() + CONNECT_SECONDS
     while (trouble := broker.trouble()) is not None and time.monotonic() < deadline:
         time.sleep(0.02)
-    shown = without_password(url)
     if trouble is None:
         broker.close()  # one that never connected has nothing to close, and would wait for it
-        yield Finding("broker", PASS, f"RabbitMQ at {shown}")
-    else:
-        todo = "start RabbitMQ or set LORABBIT_BROKER_URL (`lorabbit run` needs none)"
-        yield Finding("broker", FAIL, f"{shown}: {trouble}; {todo}")
+    return trouble
 
 
 def _store() -> Iterator[Finding]:
@@ -253,15 +264,6 @@ def _tool(what: str, command: list[str], todo: str) -> Finding:
         return Finding(what, WARN, f"{why}; {todo} if you need it")
     first = asked.stdout.strip().splitlines()[0] if asked.stdout.strip() else ""
     return Finding(what, PASS, f"{command[0]} answers{f', version {first}' if what == 'docker' else ''}")
-
-
-def without_password(url: str) -> str:
-    """Return a URL fit for a screen."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=f"{parts.username or ''}:***@{host}").geturl()
 
 
 CHECKS = (_versions, _environment, _machine, _disk, _torch, _packages, _broker, _store, _server, _docker, _kubernetes)

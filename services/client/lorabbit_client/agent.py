@@ -199,7 +199,7 @@ class Agent:
         """Publish to the server under this client's address."""
         key, body = topology.up_key(self._address), codec.encode(message)
         outgoing = Outgoing(topology.UP, key, message.type_name(), body, message_id=uuid.uuid4().hex)
-        self._broker.send(outgoing, on_done)
+        self._broker.send_until_taken(outgoing, on_done)
 
     # ---- bookkeeping ----
     def _assign(self, about: ForTask | Task) -> Assignment:

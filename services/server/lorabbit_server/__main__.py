@@ -69,7 +69,12 @@ def _make(folder: Path) -> None:
 def _serve(settings: ServerSettings) -> int:
     """Put the parts together and run the loop."""
     store = RedisStore.connect(settings.redis_url, trust=settings.trust)
-    broker: Broker = RabbitBroker(settings.broker_url, name=f"lorabbit-server@{settings.name}", trust=settings.trust)
+    broker: Broker = RabbitBroker(
+        settings.broker_url,
+        name=f"lorabbit-server@{settings.name}",
+        trust=settings.trust,
+        replicated=settings.replicates,
+    )
     service = Service(broker, store, settings, owner=f"{settings.name}:{settings.folder.resolve()}")
     measures = Measures()
     service.listen(measures.on_event)

@@ -266,7 +266,7 @@ class Reception:
             {"epoch": self._tools.epoch},
             message_id,
         )
-        self._broker.send(outgoing, lambda _: self._broker.ack(delivery))
+        self._broker.send_until_taken(outgoing, lambda _: self._broker.ack(delivery))
 
     # ---- progress ----
     def _on_progress(self, run: JobRun, message: TaskProgress) -> None:

@@ -218,7 +218,8 @@ class Uploads:
         self._meter.down(task.id, len(body))
         headers = {"epoch": self._tools.epoch}
         key = topology.control_key(entry.address)
-        self._tools.broker.send(Outgoing(topology.CONTROL, key, grant.type_name(), body, headers, f"{task.id}.grant"))
+        outgoing = Outgoing(topology.CONTROL, key, grant.type_name(), body, headers, f"{task.id}.grant")
+        self._tools.broker.send_until_taken(outgoing)
 
     def _check(self, upload: Upload) -> None:
         """Check a whole payload beside the loop, for everybody who waits for it."""

@@ -74,7 +74,7 @@ class BrokerFault(BrokerUnavailable):
 
 
 class BrokerBusy(Retryable):
-    """The broker refused a message because a queue is full or an alarm is raised."""
+    """The broker refused a message because a queue is full, or its node was lost and no other one leads it yet."""
 
 
 class BrokerRefused(LoRAbbitError):

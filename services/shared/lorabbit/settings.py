@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -23,6 +22,7 @@ from lorabbit import crash
 from lorabbit.errors import BadInput
 from lorabbit.telemetry import FORMATS, LEVELS
 from lorabbit.tls import Trust
+from lorabbit.urls import url_of, url_of_broker, urls_of_hosts
 
 Address = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 PREFIX = "LORABBIT_"
@@ -47,19 +47,6 @@ def child_environment(changes: Mapping[str, str], *, keeps_settings: bool) -> di
     """Return this process's environment with changes, for a child; without its LORABBIT_* unless they are kept."""
     kept = {name: text for name, text in os.environ.items() if keeps_settings or not name.startswith("LORABBIT_")}
     return {**kept, **changes}
-
-
-def _url_of(*schemes: str) -> Callable[[str], str]:
-    """Check that a text is a URL of one of these schemes, with a port that can be one."""
-
-    def check(text: str) -> str:
-        url = urlsplit(text)
-        _ = url.port
-        if url.scheme not in schemes or not (url.hostname or url.scheme == "unix"):
-            raise ValueError(f"a URL such as {schemes[0]}://HOST:PORT/ is expected")
-        return text
-
-    return check
 
 
 def _or_none(value: object) -> object:
@@ -102,8 +89,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
-    broker_url: Annotated[str, AfterValidator(_url_of("amqp", "amqps"))] = Field(
-        default="amqp://guest:guest@127.0.0.1:5672/", description="AMQP URL of RabbitMQ", repr=False
+    broker_url: Annotated[str, AfterValidator(url_of_broker)] = Field(
+        default="amqp://guest:guest@127.0.0.1:5672/",
+        description="AMQP URL of RabbitMQ; with commas between the hosts of a cluster, `amqp://USER:PASSWORD@A,B,C/`",
+        repr=False,
     )
     tls_ca: File = Field(
         default=None, description="certificates of the authorities to believe, PEM; the system's when absent"
@@ -134,7 +123,7 @@ Kind = TypeVar("Kind", bound=Settings)
 class ServerSettings(Settings):
     """Settings of `lorabbit server`."""
 
-    redis_url: Annotated[str, AfterValidator(_url_of("redis", "rediss", "unix"))] = Field(
+    redis_url: Annotated[str, AfterValidator(url_of("redis", "rediss", "unix"))] = Field(
         default="redis://127.0.0.1:6379/0", description="URL of Redis", repr=False
     )
     folder: Path = Field(default=Path("server"), description="the server's volume: payloads and run folders")
@@ -152,12 +141,17 @@ class ServerSettings(Settings):
         repr=False,
     )
     management_url: Annotated[
-        Annotated[str, AfterValidator(_url_of("http", "https"))] | None, BeforeValidator(_or_none)
+        Annotated[str, AfterValidator(url_of("http", "https"))] | None, BeforeValidator(_or_none)
     ] = Field(
         default=None,
         description="URL of RabbitMQ's management interface with an administrator's name and password; "
         "every client then needs a user of its own",
         repr=False,
+    )
+    replicated_queues: Annotated[bool | None, BeforeValidator(_or_none)] = Field(
+        default=None,
+        description="let a majority of a RabbitMQ cluster's nodes keep every queue, so that the loss of one stops "
+        "nobody; when absent, where the broker's URL names several hosts",
     )
     chunk_bytes: int = Field(default=2**20, ge=1024, description="bytes of a payload per message")
     max_payload_bytes: int = Field(default=4 * 2**30, ge=1024, description="largest update that is admitted")
@@ -166,6 +160,11 @@ class ServerSettings(Settings):
     lease_seconds: float = Field(default=15.0, gt=0, description="how long a server's lease lasts unrenewed")
     submit: Path | None = Field(default=None, description="a job file to submit on start, once")
     durable: bool = Field(default=True, description="fsync payloads before they are named in the store")
+
+    @property
+    def replicates(self) -> bool:
+        """Whether queues outlive the loss of a broker's node."""
+        return self.replicated_queues if self.replicated_queues is not None else len(urls_of_hosts(self.broker_url)) > 1
 
 
 class ClientSettings(Settings):

@@ -8,8 +8,9 @@ Promises of every driver (the contract suite holds each of them to it):
 
 * `send` is at-least-once and in order per driver: the message stays with the driver, through any
   number of reconnects, until the broker has confirmed it; then `on_done(None)` is called.
-  `on_done(error)` is called when the broker answered no: `BrokerBusy` (a full queue: try later),
-  `BrokerRefused` (not allowed, too large) or `LoRAbbitError` (nobody listens there: no queue is bound).
+  `on_done(error)` is called when the broker answered no: `BrokerBusy` (a queue that is full, or has just
+  lost its leader: try later, as `send_until_taken` does), `BrokerRefused` (not allowed, too large) or
+  `LoRAbbitError` (nobody listens there: no queue is bound).
 * A delivery comes back (`redelivered`) until it is `ack`ed, or came back more often than its queue allows. An `ack`
   of a delivery from before a reconnect does nothing, because the broker will deliver it again.
 * Subscriptions survive reconnects.
@@ -20,9 +21,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
-from lorabbit.errors import LoRAbbitError
+from lorabbit.backoff import Backoff
+from lorabbit.errors import BrokerBusy, LoRAbbitError
 
 OnDone: TypeAlias = Callable[[LoRAbbitError | None], None]
 
@@ -109,6 +112,18 @@ class Broker(ABC):
     @abstractmethod
     def send(self, message: Outgoing, on_done: OnDone | None = None) -> None:
         """Hand over a message; returns at once."""
+
+    def send_until_taken(self, message: Outgoing, on_done: OnDone | None = None) -> None:
+        """Hand over a message, again and again while its queue is full or looks for a new leader among its nodes."""
+        backoff = Backoff(0.05, 5.0)
+
+        def answered(error: LoRAbbitError | None) -> None:
+            if isinstance(error, BrokerBusy):
+                self.after(backoff.next_seconds(), partial(self.send, message, answered))
+            elif on_done is not None:
+                on_done(error)
+
+        self.send(message, answered)
 
     @abstractmethod
     def subscribe(self, queue: str, on_delivery: OnDelivery, *, prefetch: int = 16) -> Cancellable:

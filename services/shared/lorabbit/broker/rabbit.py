@@ -8,6 +8,7 @@ socket. Works through any number of reconnects; see the modules of the parts for
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from functools import partial
 from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker
 
+from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery, First, OnDelivery, OnDone, Outgoing, Queue, beginning
 from lorabbit.broker.loop import Loop
 from lorabbit.broker.rabbit_consumer import Consumer, Token
@@ -24,6 +26,7 @@ from lorabbit.broker.rabbit_link import Link
 from lorabbit.broker.rabbit_publisher import Publisher
 from lorabbit.errors import BrokerFault, BrokerRefused, BrokerUnavailable, LoRAbbitError
 from lorabbit.tls import Trust
+from lorabbit.urls import urls_of_hosts
 
 PATIENCE_SECONDS = 10.0
 """How long a blocking call waits for a connection."""
@@ -39,7 +42,7 @@ Step = Callable[[Channel, Callable[[object], None]], object]
 class RabbitBroker(Broker):
     """See the module's docstring; `name` is what the broker's connection list shows."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - whom to speak to, as whom, how patiently, and for how safe a keeping
         self,
         url: str,
         *,
@@ -47,17 +50,24 @@ class RabbitBroker(Broker):
         trust: Trust | None = None,
         patience_seconds: float = PATIENCE_SECONDS,
         refused_seconds: float | None = None,
+        replicated: bool = False,
     ) -> None:
         """Begin to connect, in the background; raises nothing when the broker cannot be reached yet.
 
-        `run` raises NotAllowed once the broker has known no such user for `refused_seconds`; never when None.
+        The hosts that `url` names are tried in an order drawn once, so that many processes spread over them.
+        `replicated` makes every queue one that outlives the loss of a node. `run` raises NotAllowed once the broker
+        has known no such user for `refused_seconds`; never when None.
         """
         self._patience_seconds = patience_seconds
+        self._replicated = replicated
         self._loop = Loop()
         self._consumers: set[Consumer] = set()
         self._has_sent = False
         trust = trust or Trust()
-        link = partial(Link, url, trust=trust, on_bug=self._on_bug, refused_seconds=refused_seconds)
+        hosts = urls_of_hosts(url)
+        link = partial(
+            Link, random.sample(hosts, len(hosts)), trust=trust, on_bug=self._on_bug, refused_seconds=refused_seconds
+        )
         self._publishing, self._consuming = link(f"{name} publish"), link(f"{name} consume")
         self._publisher = Publisher(self._publishing, self._loop.post)
         self._publishing.start(on_up=self._publishing_up, on_down=self._publisher.down)
@@ -71,7 +81,7 @@ class RabbitBroker(Broker):
 
     def declare_queue(self, queue: Queue) -> None:
         """Declare a durable queue with its bindings; idempotent."""
-        self._administer(*_declare(queue))
+        self._administer(*_declare(topology.replicated(queue) if self._replicated else queue))
 
     def delete_queue(self, name: str) -> None:
         """Delete a queue or stream; a missing one is fine."""

@@ -3,8 +3,8 @@
 pika's connections belong to one thread; everybody else hands functions over with `call`, which wakes
 the thread at once. The asynchronous adapter is used because it says what the blocking one keeps
 silent: a channel that the broker closed (a consumer timeout, a bad acknowledgement), a consumer that
-it cancelled, an alarm that blocks publishing. A lost connection is made again with full jitter, and
-functions that were handed over in the meantime run then.
+it cancelled, an alarm that blocks publishing. A lost connection is made again with full jitter, each time
+to the next host of several, and functions that were handed over in the meantime run then.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pika
 import structlog
@@ -58,22 +58,22 @@ class Link:
 
     def __init__(
         self,
-        url: str,
+        urls: Sequence[str],
         name: str,
         *,
         trust: Trust,
         on_bug: Callable[[BaseException], None],
         refused_seconds: float | None = None,
     ) -> None:
-        """Prepare; `start` begins to connect. `on_bug` gets an error that is not the network's.
+        """Prepare; `start` begins to connect, to the first of `urls`. `on_bug` gets an error that is not the network's.
 
         After `refused_seconds` in which the broker knows no such user or password that is NotAllowed; never when None.
         """
         self.name = name
-        self.parameters = parameters_of(url, name, trust)
+        self._hosts = [parameters_of(url, name, trust) for url in urls]
         self._on_bug = on_bug
         self._on_up = self._on_down = _nothing
-        self._where = f"{self.parameters.host}:{self.parameters.port}"
+        self._everywhere = ", ".join(map(_place, self._hosts))
         self._calls: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
         self._io: IOLoop | None = None
@@ -88,13 +88,22 @@ class Link:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._refused_seconds = refused_seconds
         self._refused_since: float | None = None
-        self._down: str | None = f"connecting to RabbitMQ at {self._where}"
+        self._down: str | None = f"connecting to RabbitMQ at {self._everywhere}"
         self._blocked: str | None = None
 
     def start(self, *, on_up: Callable[[], None], on_down: Callable[[], None]) -> None:
         """Begin to connect, in the background."""
         self._on_up, self._on_down = on_up, on_down
         self._thread.start()
+
+    @property
+    def parameters(self) -> pika.URLParameters:
+        """What is connected to, or tried next."""
+        return self._hosts[0]
+
+    @property
+    def _where(self) -> str:
+        return _place(self.parameters)
 
     def call(self, function: Callable[[], None]) -> None:
         """Run a function on the I/O thread, once there is a connection; callable from any thread."""
@@ -140,6 +149,7 @@ class Link:
             if self._is_refused_for_good():
                 self._on_bug(NotAllowed(self._down or ""))
                 return
+            self._hosts.append(self._hosts.pop(0))
             self._hurry.wait(self._backoff.next_seconds())
             self._hurry.clear()
 
@@ -188,8 +198,7 @@ class Link:
         # Once per outage; every further try that fails says the same.
         if not self._closing and (self._down is None or self._down.startswith("connecting")):
             log.warning("broker-lost", connection=self.name, where=self._where, why=_reason(error))
-        self._down = f"RabbitMQ at {self._where} cannot be reached: {_reason(error)}"
-
+        self._down = f"RabbitMQ at {self._everywhere} cannot be reached: {_reason(error)}"
         if isinstance(error, ProbableAuthenticationError) and REFUSED in str(error):
             user = getattr(self.parameters.credentials, "username", "nobody")
             self._down = f"RabbitMQ at {self._where} refuses the user {user}: it has none with this password"
@@ -224,6 +233,11 @@ class Link:
             self.connection.close()
         elif self._io is not None:
             self._io.stop()
+
+
+def _place(parameters: pika.URLParameters) -> str:
+    """A host as a person names it."""
+    return f"{parameters.host}:{parameters.port}"
 
 
 def _nothing() -> None:

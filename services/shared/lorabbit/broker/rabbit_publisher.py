@@ -4,10 +4,15 @@ A message leaves only with its confirmation. What was not confirmed when the con
 again first. Where the broker closes the channel instead of answering (no such exchange, too large, not
 allowed), it does not say for which message: the window is then sent one by one until the guilty
 one is alone, and that one is answered with the broker's words.
+
+A channel of RabbitMQ 3.10 that first meets a quorum queue while it has no leader goes on refusing messages for it
+after another node leads it; a new channel finds the leader. A channel that refuses is therefore replaced, from time
+to time and only once everything sent over it is answered.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +29,8 @@ from lorabbit.errors import BrokerBusy, BrokerRefused, LoRAbbitError
 
 WINDOW_MESSAGES = 64
 WINDOW_BYTES = 8 * 2**20
+REPLACE_SECONDS = 1.0
+"""So old is a channel before a refusal has it replaced; a queue that is merely full costs a channel as often."""
 
 log = structlog.get_logger()
 
@@ -49,6 +56,9 @@ class Publisher:
         self._unconfirmed: dict[int, _Item] = {}
         self._unconfirmed_bytes = 0
         self._channel: Channel | None = None
+        self._ready_at = 0.0
+        self._is_to_go = False
+        """Whether the channel is to be replaced, once everything is answered."""
         self._next_tag = 1
         self._suspects = 0
         """How many messages at the front must go alone."""
@@ -83,6 +93,7 @@ class Publisher:
 
     def _ready(self, channel: Channel) -> None:
         self._channel = channel
+        self._ready_at, self._is_to_go = time.monotonic(), False
         self._next_tag = 1
         self._advance()
 
@@ -105,12 +116,18 @@ class Publisher:
         """Send what the window has room for."""
         while self._waiting and self._channel is not None and self._has_room():
             self._publish(self._channel, self._waiting.popleft())
+        if self._is_to_go and self._channel is not None and not self._unconfirmed:
+            channel, self._channel = self._channel, None
+            channel.close()
+            self.up()
         if not self._waiting and not self._unconfirmed:
             callbacks, self._when_idle = self._when_idle, []
             for callback in callbacks:
                 callback()
 
     def _has_room(self) -> bool:
+        if self._is_to_go:
+            return False
         if self._suspects:
             return not self._unconfirmed
         return len(self._unconfirmed) < WINDOW_MESSAGES and self._unconfirmed_bytes < WINDOW_BYTES
@@ -145,6 +162,8 @@ class Publisher:
     def _confirmed(self, frame: pika.frame.Method) -> None:
         """Answer the messages that a confirmation speaks of."""
         method = frame.method
+        refused = isinstance(method, pika.spec.Basic.Nack)
+        self._is_to_go |= refused and time.monotonic() - self._ready_at >= REPLACE_SECONDS
         tags = [tag for tag in self._unconfirmed if tag <= method.delivery_tag] if method.multiple else None
         for tag in tags if tags is not None else [method.delivery_tag]:
             item = self._unconfirmed.pop(tag, None)
@@ -152,7 +171,7 @@ class Publisher:
                 continue
             self._unconfirmed_bytes -= len(item.message.body)
             self._suspects = max(0, self._suspects - 1)
-            self._answer(item, _verdict(item, refused=isinstance(method, pika.spec.Basic.Nack)))
+            self._answer(item, _verdict(item, refused=refused))
         self._advance()
 
     def _answer(self, item: _Item, error: LoRAbbitError | None) -> None:
@@ -171,7 +190,7 @@ def _id_of(item: _Item) -> str | None:
 def _verdict(item: _Item, *, refused: bool) -> LoRAbbitError | None:
     """What the broker's answer means to the sender."""
     if refused:
-        return BrokerBusy(f"a queue at {item.message.routing_key} is full")
+        return BrokerBusy(f"a queue at {item.message.routing_key} is full, or without a leader")
     if item.returned is not None:
         return LoRAbbitError(f"nobody listens at {item.returned}: no queue is bound there")
     return None

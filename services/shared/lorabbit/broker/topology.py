@@ -6,6 +6,8 @@ own inbox and the adapters, which is all that its permissions need to allow.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lorabbit.broker.base import Queue
 
 CONTROL = "lorabbit.control"
@@ -34,6 +36,11 @@ def inbox(address: str) -> Queue:
     """The durable queue of one client; it goes a week after its client was last seen."""
     name = f"lorabbit.client.{address}"
     return Queue(name, "classic", ((CONTROL, f"c.{address}"),), dead_letter_exchange=DEAD, expires_ms=7 * 86400 * 1000)
+
+
+def replicated(queue: Queue) -> Queue:
+    """Return a queue as it is where a majority of a cluster's nodes keeps it; streams are kept by all of them."""
+    return replace(queue, kind="quorum", delivery_limit=DELIVERIES) if queue.kind == "classic" else queue
 
 
 def control_key(address: str) -> str:

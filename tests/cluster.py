@@ -1,0 +1,68 @@
+"""A cluster of RabbitMQ: three nodes on this machine, each to be killed and started like a broker by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+
+from services import Membership, NameServer, RabbitMQ
+
+NODES = 3
+
+
+class Cluster:
+    """Nodes that share queues, users and virtual hosts; a minority of them pauses.
+
+    `nodes[n].kill()` is the loss of one, `nodes[n].start()` its return. `vhosts` virtual hosts are made at boot.
+    """
+
+    def __init__(self, vhosts: int = 1) -> None:
+        """Prepare; raises ServiceMissing where there is no binary."""
+        self._name_server = NameServer()
+        names = tuple(f"node-{number}@localhost" for number in range(NODES))
+        cookie = secrets.token_hex(16)
+        self.nodes: list[RabbitMQ] = []
+        try:
+            for name in names:
+                membership = Membership(name, names, cookie, self._name_server)
+                self.nodes.append(RabbitMQ(vhosts=vhosts, membership=membership))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def url(self) -> str:
+        """AMQP URL that names every node."""
+        return f"amqp://guest:guest@{','.join(f'127.0.0.1:{node.port}' for node in self.nodes)}/"
+
+    def empty_url(self) -> str:
+        """URL of a virtual host that nobody has used yet, at every node."""
+        vhost = self.nodes[0].empty_url().removeprefix(self.nodes[0].url)
+        return self.url + vhost
+
+    def start(self) -> None:
+        """Start every node that does not run and wait until each answers.
+
+        The first one is alone at its first start: a node that joins while virtual hosts are made may lack one of them.
+        """
+        if not any(node.host.alive() for node in self.nodes):
+            self.nodes[0].start()
+        stopped = [node for node in self.nodes if not node.host.alive()]
+        for node in stopped:
+            node.launch()
+        for node in stopped:
+            node.await_answer()
+
+    def close(self) -> None:
+        """Kill every node and forget their data."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._name_server.close)
+            for node in self.nodes:
+                stack.callback(node.close)
+
+    def members(self, vhost: str) -> dict[str, set[str]]:
+        """Which nodes keep each queue and stream of a virtual host, by name."""
+        running = next(node for node in self.nodes if node.host.alive())
+        asked = running.control("list_queues", "--silent", "-p", vhost, "--formatter=json", "name", "members")
+        return {queue["name"]: set(queue["members"]) for queue in json.loads(asked)}
