@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
 
 from services import Membership, NameServer, RabbitMQ
 
@@ -20,12 +23,12 @@ class Cluster:
     def __init__(self, vhosts: int = 1) -> None:
         """Prepare; raises ServiceMissing where there is no binary."""
         self._name_server = NameServer()
-        names = tuple(f"node-{number}@localhost" for number in range(NODES))
+        self.names = tuple(f"node-{number}@localhost" for number in range(NODES))
         cookie = secrets.token_hex(16)
         self.nodes: list[RabbitMQ] = []
         try:
-            for name in names:
-                membership = Membership(name, names, cookie, self._name_server)
+            for name in self.names:
+                membership = Membership(name, self.names, cookie, self._name_server)
                 self.nodes.append(RabbitMQ(vhosts=vhosts, membership=membership))
         except BaseException:
             self.close()
@@ -34,7 +37,7 @@ class Cluster:
     @property
     def url(self) -> str:
         """AMQP URL that names every node."""
-        return f"amqp://guest:guest@{','.join(f'127.0.0.1:{node.port}' for node in self.nodes)}/"
+        return url_of_hosts([node.url for node in self.nodes])
 
     def empty_url(self) -> str:
         """URL of a virtual host that nobody has used yet, at every node."""
@@ -61,8 +64,25 @@ class Cluster:
             for node in self.nodes:
                 stack.callback(node.close)
 
+    def leaders(self, vhost: str) -> dict[str, str]:
+        """Which node leads each queue and stream of a virtual host, by name."""
+        return {queue["name"]: queue["leader"] for queue in self._list(vhost, "leader")}
+
     def members(self, vhost: str) -> dict[str, set[str]]:
         """Which nodes keep each queue and stream of a virtual host, by name."""
+        return {queue["name"]: set(queue["members"]) for queue in self._list(vhost, "members")}
+
+    def _list(self, vhost: str, what: str) -> list[dict[str, Any]]:
         running = next(node for node in self.nodes if node.host.alive())
-        asked = running.control("list_queues", "--silent", "-p", vhost, "--formatter=json", "name", "members")
-        return {queue["name"]: set(queue["members"]) for queue in json.loads(asked)}
+        queues: list[dict[str, Any]] = json.loads(
+            running.control("list_queues", "--silent", "-p", vhost, "--formatter=json", "name", what)
+        )
+        return queues
+
+
+def url_of_hosts(urls: Sequence[str]) -> str:
+    """One URL in the place of several that differ in their hosts alone."""
+    parts = [urlsplit(url) for url in urls]
+    who = parts[0].netloc.rpartition("@")[0]
+    places = ",".join(part.netloc.rpartition("@")[2] for part in parts)
+    return parts[0]._replace(netloc=f"{who}@{places}").geturl()

@@ -28,7 +28,7 @@ def main() -> int:
     rows = [row for row in ROWS if not arguments.only or row.name in arguments.only]
     began, failed, lines = time.monotonic(), 0, [line(HEAD), line(["---"] * len(HEAD))]
     print("\n".join(lines), flush=True)
-    theatre = Theatre(len(rows))
+    theatre = Theatre(rows)
     try:
         for row in rows:
             cells, trouble = play(theatre, row)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services import ServiceMissing
+
+from chaos.faults import NotHere
 from chaos.rows import JOBS, Row
 from chaos.scene import Ground, Played, Scene
 
@@ -28,9 +32,9 @@ class Verdict:
 class Theatre:
     """Plays one row after the other on one ground; `close` it at the end."""
 
-    def __init__(self, rows: int) -> None:
-        """Start the services for so many rows."""
-        self._ground = Ground(rows + len(JOBS))
+    def __init__(self, rows: Sequence[Row]) -> None:
+        """Start the services for these rows."""
+        self._ground = Ground(len(rows) + len(JOBS), sum(row.clustered for row in rows))
         self._references: dict[str, Played] = {}
 
     def play(self, row: Row) -> Verdict:
@@ -57,7 +61,10 @@ class Theatre:
 
     def _play(self, job: str, row: Row) -> Played:
         with tempfile.TemporaryDirectory(prefix="lorabbit-chaos-") as folder:
-            scene = Scene(Path(folder), self._ground, JOBS[job])
+            try:
+                scene = Scene(Path(folder), self._ground, JOBS[job], clustered=row.clustered)
+            except ServiceMissing as missing:
+                raise NotHere(str(missing)) from missing
             try:
                 row.act(scene)
                 return scene.play_on()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from chaos import faults, scarcity, standby
+from chaos import faults, nodes, scarcity, standby
 from chaos.scene import Act, Scene
 from lorabbit.crash import Point
 
@@ -45,6 +45,8 @@ class Row:
     job: str = "chaos"
     remembers: bool = True
     """Whether everything that was acknowledged is remembered; else the bytes that were counted meanwhile are not."""
+    clustered: bool = False
+    """Whether it is played on a cluster of RabbitMQ."""
     kills_broker: bool = False
     """A broker that dies may have kept for the witness what it had not yet kept for the server, nor confirmed."""
 
@@ -123,13 +125,27 @@ def fault_rows() -> list[Row]:
     return rows
 
 
-ROWS = [*crash_rows(), *fault_rows()]
+def node_rows() -> list[Row]:
+    """One row per loss of a cluster's nodes."""
+    told: list[tuple[str, str, Act]] = [
+        ("broker-node-killed", "one of three, to which all are connected, half-way through an upload", nodes.node_dies),
+        (
+            "broker-leader-killed",
+            "one of three, which leads every queue, half-way through an upload",
+            nodes.leader_dies,
+        ),
+        ("broker-majority-killed", "two of three, half-way through an upload", nodes.majority_dies),
+    ]
+    return [Row(*each, clustered=True, kills_broker=True) for each in told]
+
+
+ROWS = [*crash_rows(), *fault_rows(), *node_rows()]
 ALWAYS = {
     *(Point.TASK_DECIDED.title, Point.MESSAGES_CONFIRMED.title, Point.CHUNK_WRITTEN.title),
     *(Point.RESULT_COUNTED.title, Point.VERSION_WRITTEN.title, Point.VERSION_COMMITTED.title),
     *(Point.TASK_JOURNALED.title, Point.TRAINING.title, Point.RESULT_IN_OUTBOX.title),
     *(Point.UPLOAD_CHUNK_CONFIRMED.title, Point.VERDICT_RECEIVED.title),
-    *("broker-killed", "store-killed", "link-cut", "server-drained", "client-drained"),
+    *("broker-killed", "broker-node-killed", "store-killed", "link-cut", "server-drained", "client-drained"),
     *("leader-killed", "leader-frozen", "leader-drained"),
 }
 """Rows that every change is tested with; the others are played by `make chaos` only."""

@@ -12,12 +12,14 @@ from typing import Any
 
 import httpx
 import redis
+from cluster import Cluster, url_of_hosts
 from outcome import Outcome
 from processes import Event, Federation, Process
 from proxy import Proxy
 from services import RabbitMQ, Redis
 
 from chaos.witness import Witness
+from lorabbit.urls import urls_of_hosts
 
 DEATH_SECONDS = 240.0
 """How long a process that is to die may take to come to its point."""
@@ -32,11 +34,13 @@ SERVER = {
 
 
 class Ground:
-    """A broker and a store for all rows; each row finds both empty."""
+    """A broker, or a cluster of them, and a store for all rows; each row finds them empty."""
 
-    def __init__(self, rows: int) -> None:
-        """Start both; `rows` scenes may stand on them."""
+    def __init__(self, rows: int, clustered: int) -> None:
+        """Start broker and store; so many scenes may stand on them, and so many on a cluster."""
         self.broker, self.store = RabbitMQ(vhosts=rows), Redis()
+        self._clustered = clustered
+        self._cluster: Cluster | None = None
         try:
             self.broker.start()
             self.store.start()
@@ -44,16 +48,31 @@ class Ground:
             self.close()
             raise
 
-    def empty_urls(self) -> tuple[str, str]:
-        """URLs of a virtual host that nobody has used, and of the store without any key."""
+    @property
+    def cluster(self) -> Cluster:
+        """Three nodes of RabbitMQ, for a row that stands on them."""
+        assert self._cluster is not None, "the scene is not clustered"
+        return self._cluster
+
+    def empty_urls(self, *, clustered: bool = False) -> tuple[str, str]:
+        """URLs of a virtual host that nobody has used, and of the store without any key.
+
+        A cluster is made for the first row that stands on one; raises ServiceMissing where that cannot be.
+        """
         with redis.Redis.from_url(self.store.url) as client:
             client.flushall()
-        return self.broker.empty_url(), self.store.url
+        if not clustered:
+            return self.broker.empty_url(), self.store.url
+        if self._cluster is None:
+            self._cluster = Cluster(vhosts=self._clustered)
+        self._cluster.start()
+        return self._cluster.empty_url(), self.store.url
 
     def close(self) -> None:
-        """Kill both and forget their data."""
-        self.broker.close()
-        self.store.close()
+        """Kill all of them and forget their data."""
+        for service in (self.broker, self.store, self._cluster):
+            if service is not None:
+                service.close()
 
 
 @dataclass(frozen=True)
@@ -72,10 +91,12 @@ class Played:
 class Scene:
     """One federation with one job; see `play`."""
 
-    def __init__(self, folder: Path, ground: Ground, job: Mapping[str, Any], **settings: str) -> None:
-        """Prepare processes, none of them started; `settings` are for the clients."""
+    def __init__(
+        self, folder: Path, ground: Ground, job: Mapping[str, Any], *, clustered: bool = False, **settings: str
+    ) -> None:
+        """Prepare processes, none of them started, over one broker or a cluster; `settings` are for the clients."""
         self.ground, self.job, self.folder = ground, dict(job), folder
-        broker_url, redis_url = ground.empty_urls()
+        broker_url, redis_url = ground.empty_urls(clustered=clustered)
         self.broker_url = f"{broker_url}?heartbeat=5"
         self.witness = Witness(broker_url)
         self.federation = Federation(folder, self.broker_url, redis_url, server=SERVER, client=settings)
@@ -102,20 +123,34 @@ class Scene:
         """The client that a row does something to."""
         return self.federation.clients["site-1"]
 
-    def start(self, *, server: Mapping[str, str] | None = None, victim: Mapping[str, str] | None = None) -> None:
-        """Start everything; the server and the victim this once with more in their environment."""
+    def start(
+        self,
+        *,
+        server: Mapping[str, str] | None = None,
+        victim: Mapping[str, str] | None = None,
+        others: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start everything; the server, the victim and the others this once with more in their environment."""
         self.server.start(**(server or {}))
         self.federation.await_server()
         if self._others:
             self.await_log(self.server, '"leading"')
         clients = self.federation.clients.values()
         for process in (*self._others, *clients):
-            process.start(**((victim or {}) if process is self.victim else {}))
+            process.start(**((victim if process is self.victim else others) or {}))
 
     def proxy(self) -> Proxy:
         """A link to the broker for one process, to be disturbed."""
         self.proxies.append(Proxy(self.broker_url))
         return self.proxies[-1]
+
+    def doors(self) -> tuple[str, list[Proxy]]:
+        """A link to each node of the cluster, none of them open but the first, and the URL that names them all."""
+        doors = [Proxy(each) for each in urls_of_hosts(self.broker_url)]
+        self.proxies += doors
+        for door in doors[1:]:
+            door.accepts = False
+        return url_of_hosts([door.url for door in doors]), doors
 
     def replace_server(self, prefix: Sequence[str]) -> None:
         """Start the server by another command."""
@@ -154,6 +189,16 @@ class Scene:
             if all(event.get(name) == value for name, value in wanted.items()):
                 return
         raise AssertionError(f"the job ended without {wanted}\n{self.federation.tails()}")
+
+    def await_wait(self, owner: str, word: str, seconds: float = 60.0) -> None:
+        """Wait until `lorabbit why` names somebody whom the job waits for, and why."""
+        deadline, waits = time.monotonic() + seconds, []
+        while time.monotonic() < deadline:
+            waits = httpx.get(f"{self.federation.url}/jobs/{self.name}", timeout=30).json().get("waits", [])
+            if any(wait["owner"] == owner and word in wait["reason"] for wait in waits):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"nobody says that the job waits for the {owner}, {word}: {waits}")
 
     def forget_events(self) -> None:
         """Follow the job from its begin again: the store's log is another one."""

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.chaos]
 
 @pytest.fixture(scope="module")
 def theatre() -> Iterator[Theatre]:
-    made = Theatre(len(ROWS))
+    made = Theatre(ROWS)
     yield made
     made.close()
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pika
 
 from lorabbit.broker import topology
+from lorabbit.urls import urls_of_hosts
 
 QUEUE = "witness"
 
@@ -21,15 +22,16 @@ class Witness:
 
     def __init__(self, url: str) -> None:
         """Declare the queue, and the exchange as the server would."""
-        self._url = url
         self._seen: set[str] = set()
         self._bytes: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
         self._ends = threading.Event()
-        with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        self._hosts = [pika.URLParameters(each) for each in urls_of_hosts(url)]
+        with pika.BlockingConnection(self._hosts) as connection:
             channel = connection.channel()
             channel.exchange_declare(topology.UP, exchange_type="topic", durable=True)
-            channel.queue_declare(QUEUE, durable=True)
+            kind = "quorum" if len(self._hosts) > 1 else "classic"
+            channel.queue_declare(QUEUE, durable=True, arguments={"x-queue-type": kind})
             channel.queue_bind(QUEUE, topology.UP, "c.*.data")
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -65,7 +67,7 @@ class Witness:
                 self._ends.wait(0.2)
 
     def _consume(self) -> None:
-        with pika.BlockingConnection(pika.URLParameters(self._url)) as connection:
+        with pika.BlockingConnection(self._hosts) as connection:
             channel = connection.channel()
             channel.basic_qos(prefetch_count=64)
             for method, properties, body in channel.consume(QUEUE, inactivity_timeout=0.2):
