@@ -27,8 +27,8 @@ in, by an operator or external, network policies, monitoring, tests. Chart {vers
 {kubernetes}.
 
 ```console
-$ helm install fed helm/lorabbit --namespace federation --create-namespace
-$ helm test fed --namespace federation
+$ helm install fed helm/lorabbit --namespace federation --create-namespace --wait --timeout 10m
+$ helm test fed --namespace federation --timeout 15m
 ```
 
 [How to install and run it](../../docs/how-to/kubernetes.md) · [what to watch](../../docs/explanation/operations.md)

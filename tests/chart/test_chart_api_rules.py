@@ -7,7 +7,21 @@ from collections.abc import Iterator
 
 import kubernetes_validate
 import pytest
-from charts import CASES, CHART, CUSTOM, Doc, containers, objects, of_kind, pod, render, title, values_of, workloads
+from charts import (
+    CASES,
+    CHART,
+    CUSTOM,
+    Doc,
+    containers,
+    named,
+    objects,
+    of_kind,
+    pod,
+    render,
+    title,
+    values_of,
+    workloads,
+)
 
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 SERVICE_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
@@ -150,6 +164,15 @@ def test_whoever_reads_an_address_reads_one_that_a_service_has(path):
     hosts = set(re.findall(r"([-a-z0-9]+)\.federation\.svc", str(docs)))
 
     assert hosts <= names | {"fed-rabbitmq"}
+
+
+def test_the_first_test_bears_pods_that_are_still_starting():
+    """A Job's pod that fails comes again after ten seconds, and each time after twice as long."""
+    first = named(render({}), "Job", "fed-test-connection")["spec"]
+
+    waits = sum(10 * 2**attempt for attempt in range(first["backoffLimit"]))
+
+    assert 300 <= waits < first["activeDeadlineSeconds"]
 
 
 def test_of_a_finite_pool_only_numbers_change_when_it_is_scaled():

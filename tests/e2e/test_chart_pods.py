@@ -138,6 +138,7 @@ def test_the_broker_exports_what_alerts_and_dashboards_read(cluster: Cluster):
 
 @pytest.mark.parametrize("name", ["connection", "round"])
 def test_the_chart_s_own_tests_pass(cluster: Cluster, name: str):
+    assert all(pod.becomes("readinessProbe") for pod in cluster.pods if "readinessProbe" in pod.container)
     test = cluster.start("Job", f"fed-test-{name}", ordinal=None)
 
     assert test.wait(300) == 0, test.logs()[-4000:]

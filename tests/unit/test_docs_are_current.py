@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from doubles_events import sample_report
 from jsonschema import Draft202012Validator
+from typer.main import get_command
 
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods import METHODS
+from lorabbit_cli.__main__ import app
 from lorabbit_cli.reference import pages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +40,32 @@ def test_every_link_leads_somewhere(page: str):
     broken = [link for link in links if link and "://" not in link and not (path.parent / link).exists()]
 
     assert not broken
+
+
+def shown(page: str) -> list[tuple[str, list[str]]]:
+    """Every `lorabbit` command of a page's consoles, with the options that it is given."""
+    found = []
+    for kind, text in re.findall(r"```(console|sh)\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):
+        for line in text.replace("\\\n", " ").splitlines():
+            if kind == "sh" or line.startswith("$ "):
+                for command, rest in re.findall(r"(?:^|[\s(])lorabbit ([a-z]+)([^|&#]*)", line.removeprefix("$ ")):
+                    found.append((command, re.findall(r"(?<=\s)--[a-z-]+", rest)))
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "reference/" not in page and shown(page)])
+def test_every_command_that_a_page_shows_is_there_with_its_options(page: str):
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+
+    wrong = [
+        (command, option)
+        for command, options in shown(page)
+        for option in [None, *options]
+        if command not in commands
+        or option not in {None, "--help", *(name for each in commands[command].params for name in each.opts)}
+    ]
+
+    assert wrong == []
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
