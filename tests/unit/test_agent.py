@@ -81,18 +81,33 @@ def test_a_welcomed_client_renews_its_lease(rig: Rig) -> None:
 
 def test_a_client_whose_address_was_taken_before_is_told_and_leaves(rig: Rig) -> None:
     left = list[str]()
-    rig.agent(ScriptedRunner()).when_taken(lambda: left.append("left"))
+    rig.agent(ScriptedRunner()).when_taken(left.append)
     rig.run()
 
     rig.tell(AddressTaken(process=rig.heard(Hello)[0].process))
     rig.run()
 
-    assert left == ["left"]
+    assert left == ["another client is at the address 'somewhere'; give this one its own with LORABBIT_ADDRESS"]
+
+
+def test_a_client_whose_set_name_another_one_took_leaves(rig: Rig) -> None:
+    left = list[str]()
+    agent = rig.agent(ScriptedRunner(), client="client-7")
+    agent.when_taken(left.append)
+    rig.run()
+    before = list(left)
+
+    rig.tell(Welcome(client="client-8", heartbeat_seconds=5.0))
+    rig.run()
+
+    assert before == []
+    assert left == ["another client took the name 'client-7'; give this one its own with LORABBIT_CLIENT"]
+    assert agent.client == "client-7"
 
 
 def test_a_client_whose_address_another_one_took_says_what_it_has_done(rig: Rig) -> None:
     left, runner = list[str](), ScriptedRunner()
-    rig.agent(runner).when_taken(lambda: left.append("left"))
+    rig.agent(runner).when_taken(left.append)
     rig.tell(rig.task("t-1", rig.publish(1.0)))
     rig.run()
     runner.finish("t-1", RESULT)

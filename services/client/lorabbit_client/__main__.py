@@ -83,8 +83,8 @@ def _work(settings: ClientSettings) -> int:
     agent.when_idle(broker.stop)
     taken: list[str] = []
 
-    def leave() -> None:
-        taken.append(settings.address)
+    def leave(why: str) -> None:
+        taken.append(why)
         broker.stop()
 
     agent.when_taken(leave)
@@ -100,7 +100,7 @@ def _work(settings: ClientSettings) -> int:
         runner.close()
         broker.close()
     if taken:
-        raise BadInput(f"another client is at the address {taken[0]!r}; give this one its own with LORABBIT_ADDRESS")
+        raise BadInput(taken[0])
     log.info("client-stopped")
     return 0
 

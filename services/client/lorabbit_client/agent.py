@@ -108,8 +108,8 @@ class Agent:
         """Have `then` called once there was no task for `settings.idle_seconds` since the last one."""
         self._presence.on_idle = then
 
-    def when_taken(self, then: Callable[[], None]) -> None:
-        """Have `then` called when another process was at this address before."""
+    def when_taken(self, then: Callable[[str], None]) -> None:
+        """Have `then` called with a sentence when another process has this one's address or identity."""
         self._presence.on_taken = then
 
     def _outbox(self) -> tuple[str, ...] | None:

@@ -21,6 +21,7 @@ from lorabbit_client.journal import Journal
 
 log = structlog.get_logger()
 
+ITS_OWN = "give this one its own with"
 FIRST_HELLO_SECONDS = 0.5
 LONGEST_HELLO_SECONDS = 10.0
 HEARTBEATS_PER_HELLO = 12
@@ -48,8 +49,8 @@ class Presence:
         """The identity; None until the server gives one."""
         self.on_idle: Callable[[], None] | None = None
         """Called once this client has had no task for `settings.idle_seconds` since its last one."""
-        self.on_taken: Callable[[], None] | None = None
-        """Called when the address was another process's before."""
+        self.on_taken: Callable[[str], None] | None = None
+        """Called with a sentence when another process has this one's address or the identity that it was to have."""
         self._welcomed = False
         self._hello_seconds = FIRST_HELLO_SECONDS
         self._hello_is_out = False
@@ -75,7 +76,10 @@ class Presence:
             self._send(Goodbye(address=self._settings.address, client=self.client, process=self._process), None)
 
     def welcomed(self, welcome: Welcome) -> None:
-        """Take the identity, and keep it."""
+        """Take the identity, and keep it; one that was set and is another's now is not made up for by a third."""
+        if self._settings.client not in {None, welcome.client} and self.on_taken is not None:
+            self.on_taken(f"another client took the name {self._settings.client!r}; {ITS_OWN} LORABBIT_CLIENT")
+            return
         if not self._welcomed or welcome.client != self.client:
             log.info("welcomed", address=self._settings.address, client=welcome.client)
         self.client = welcome.client
@@ -93,7 +97,7 @@ class Presence:
         if message.process != self._process:
             self.say_hello()
         elif self.on_taken is not None:
-            self.on_taken()
+            self.on_taken(f"another client is at the address {self._settings.address!r}; {ITS_OWN} LORABBIT_ADDRESS")
 
     def has_work(self) -> None:
         """Begin to count anew how long there is nothing to do."""
