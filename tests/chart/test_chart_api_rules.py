@@ -13,6 +13,7 @@ from charts import (
     CUSTOM,
     Doc,
     containers,
+    matches,
     named,
     objects,
     of_kind,
@@ -202,3 +203,41 @@ def test_an_uninstall_leaves_nothing_but_what_the_values_keep(path):
     assert kept == ({"PersistentVolumeClaim/fed-server"} if retains else set())
     assert {doc["spec"]["persistentVolumeClaimRetentionPolicy"]["whenDeleted"] for doc in of_kind(docs, "StatefulSet")
             if doc["spec"].get("volumeClaimTemplates")} <= {"Delete", "Retain"}  # fmt: skip
+
+
+# ---- where pods are, and how they are found ----
+def test_servers_that_lead_and_stand_by_keep_to_different_nodes_where_there_are_some():
+    (spread,) = pod(named(objects(CHART / "values-prod.yaml"), "StatefulSet", "fed-server"))["spec"][
+        "topologySpreadConstraints"
+    ]
+    labels = pod(named(objects(CHART / "values-prod.yaml"), "StatefulSet", "fed-server"))["metadata"]["labels"]
+
+    assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+    assert matches(spread["labelSelector"], labels)
+    assert "topologySpreadConstraints" not in pod(named(render({}), "StatefulSet", "fed-server"))["spec"]
+
+
+@pytest.mark.parametrize("headless", [True, False])
+def test_a_name_leads_to_a_pod_or_to_an_address_as_the_values_say(headless: bool):  # noqa: FBT001 - a parameter
+    services = of_kind(render({"services": {"headless": headless}}), "Service")
+
+    without = {each["metadata"]["name"] for each in services if each["spec"].get("clusterIP") == "None"}
+
+    assert without == ({"fed-server", "fed-rabbitmq", "fed-redis"} if headless else set()) | {"fed-pods"}
+
+
+@each_case
+def test_a_service_has_the_ports_of_its_pods(path):
+    """Nobody translates one into the other where a name leads to the pods themselves."""
+    docs = objects(path)
+    for service in of_kind(docs, "Service"):
+        for port in service["spec"].get("ports", []):
+            found = [
+                listening["containerPort"]
+                for workload in of_kind(docs, "StatefulSet")
+                if matches({"matchLabels": service["spec"]["selector"]}, pod(workload)["metadata"]["labels"])
+                for container in pod(workload)["spec"]["containers"]
+                for listening in container.get("ports", [])
+                if listening["name"] == port["targetPort"]
+            ]
+            assert found == [port["port"]]

@@ -1,3 +1,9 @@
+{{/* A Service whose name leads to its pods themselves; what is below a Service is on the same ports. */}}
+{{- define "lorabbit.headless" }}
+{{- if .Values.services.headless }}
+clusterIP: None
+{{- end }}
+{{- end }}
 {{/* Peers of network policies, each beginning with a line break. */}}
 {{- define "lorabbit.peer" }}
 - podSelector:
