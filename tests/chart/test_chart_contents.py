@@ -286,6 +286,22 @@ def test_a_client_tells_its_pool_and_what_the_pool_can_do():
     assert [told["large"].get(key) for key in asked] == ["large", None, None, "float32", "none", "20"]
 
 
+@pytest.mark.parametrize(
+    ("rabbitmq", "kept"),
+    [
+        ({"mode": "operator"}, "true"),
+        ({"mode": "operator", "replicas": 1}, None),
+        ({"mode": "builtin"}, None),
+        ({"mode": "external", "external": {"existingSecret": "broker"}}, None),
+    ],
+)
+def test_a_majority_of_several_nodes_keeps_every_queue(rabbitmq, kept):
+    server = named(render({"rabbitmq": rabbitmq}), "StatefulSet", "fed-server")
+
+    variables = environment(pod(server)["spec"]["containers"][0])
+    assert variables.get("LORABBIT_REPLICATED_QUEUES", {}).get("value") == kept
+
+
 # ---- the rest ----
 def test_the_notes_name_what_is_there_and_scale_only_what_may_be_scaled():
     texts = Chart.load(CHART).render(values_of(POOLS), name=RELEASE, namespace=NAMESPACE)

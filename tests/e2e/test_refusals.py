@@ -30,3 +30,22 @@ def test_a_server_that_may_not_publish_an_adapter_ends_the_job_and_says_why(fede
     assert (ended["kind"], ended["status"], ended["exit_code"]) == ("job-ended", "failed", 1)
     assert ended["reason"].startswith("publishing payload ")
     assert "ACCESS_REFUSED" in ended["reason"]
+
+
+def test_a_server_that_finds_queues_of_the_other_kind_ends_and_names_them(
+    tmp_path: Path, empty_rabbitmq_url: str, redis_server: services.Redis
+) -> None:
+    federation = Federation(tmp_path, empty_rabbitmq_url, redis_server.url)
+    try:
+        federation.start(1)
+        federation.run(JOB)
+        federation.server.stop()
+
+        federation.server.start(LORABBIT_REPLICATED_QUEUES="true")
+
+        assert federation.server.wait(60) == 1
+        said = federation.server.tail()
+        assert "inequivalent arg 'x-queue-type' for queue 'lorabbit." in said
+        assert "Traceback" not in said
+    finally:
+        federation.close()

@@ -6,7 +6,7 @@ import pytest
 
 from lorabbit.broker import topology
 from lorabbit.settings import ServerSettings
-from lorabbit.urls import url_of_broker, urls_of_hosts, without_password
+from lorabbit.urls import url_of_cluster, urls_of_hosts, without_password
 
 CLUSTER = "amqps://me:p%2Css%40@a:5671,b,[::1]:7/v?heartbeat=5"
 
@@ -17,7 +17,7 @@ def test_each_host_of_a_cluster_has_the_same_user_virtual_host_and_query():
         "amqps://me:p%2Css%40@b/v?heartbeat=5",
         "amqps://me:p%2Css%40@[::1]:7/v?heartbeat=5",
     )
-    assert url_of_broker(CLUSTER) == CLUSTER
+    assert url_of_cluster("amqp", "amqps")(CLUSTER) == CLUSTER
 
 
 def test_one_host_is_the_url_itself():
@@ -37,7 +37,7 @@ def test_one_host_is_the_url_itself():
 )
 def test_a_list_of_hosts_that_cannot_be_is_refused_without_its_password(url, why):
     with pytest.raises(ValueError, match=why) as caught:
-        url_of_broker(url)
+        url_of_cluster("amqp", "amqps")(url)
 
     assert "s3cret" not in str(caught.value)
 

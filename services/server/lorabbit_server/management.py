@@ -2,6 +2,7 @@
 
 A client's user may publish under its own address, read its own inbox and the adapters, and nothing else: it
 declares nothing, because the server does. Needs the plugin rabbitmq_management and an administrator.
+On a cluster every node has the interface; the one that answered last is asked first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import httpx
 from lorabbit.broker import topology
 from lorabbit.errors import BrokerUnavailable, NotAllowed
 from lorabbit.tls import Trust, distrust
+from lorabbit.urls import urls_of_hosts
 
 HASHING = "rabbit_password_hashing_sha256"
 """Which of RabbitMQ's ways to keep a password `lorabbit.enrolment.password_hash` is."""
@@ -45,17 +47,22 @@ class Management:
     def __init__(self, url: str, broker_url: str, trust: Trust) -> None:
         """Ask at `url`, whose user is an administrator, about the virtual host of `broker_url`."""
         parts = urlsplit(url)
-        self._where = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
         self._user = unquote(parts.username or "guest")
-        path = urlsplit(broker_url).path
-        self._vhost = quote(unquote(path[1:]) or "/", safe="")
-        self._http = httpx.Client(
-            base_url=f"{self._where}/api",
-            auth=(self._user, unquote(parts.password or "guest")),
-            timeout=TIMEOUT_SECONDS,
-            verify=trust.context() if parts.scheme == "https" else True,
-            trust_env=False,
-        )
+        self._vhost = quote(unquote(urlsplit(broker_url).path[1:]) or "/", safe="")
+        places = [
+            urlsplit(each)._replace(netloc=urlsplit(each).netloc.rpartition("@")[2]) for each in urls_of_hosts(url)
+        ]
+        self._where = ", ".join(place.geturl().rstrip("/") for place in places)
+        self._nodes = [
+            httpx.Client(
+                base_url=f"{place.geturl().rstrip('/')}/api",
+                auth=(self._user, unquote(parts.password or "guest")),
+                timeout=TIMEOUT_SECONDS,
+                verify=trust.context() if parts.scheme == "https" else True,
+                trust_env=False,
+            )
+            for place in places
+        ]
 
     def put_user(self, client: str, password_hash: str) -> None:
         """Make a client's user, or give it another password; raises BrokerUnavailable or NotAllowed."""
@@ -82,7 +89,8 @@ class Management:
 
     def close(self) -> None:
         """Close the connections to it."""
-        self._http.close()
+        for node in self._nodes:
+            node.close()
 
     def _put(self, path: str, body: dict[str, Any]) -> None:
         self._ask("PUT", path, json=body)
@@ -90,7 +98,7 @@ class Management:
     def _ask(self, verb: str, path: str, *, missing_is_fine: bool = False, **request: Any) -> httpx.Response:  # noqa: ANN401
         what = f"RabbitMQ's management interface at {self._where}"
         try:
-            answer = self._http.request(verb, path, **request)
+            answer = self._first_answer(verb, path, request)
         except httpx.TransportError as error:
             raise BrokerUnavailable(f"{what} cannot be reached: {distrust(error) or error}") from error
         if answer.status_code in {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}:
@@ -98,3 +106,18 @@ class Management:
         if answer.is_success or (missing_is_fine and answer.status_code == httpx.codes.NOT_FOUND):
             return answer
         raise BrokerUnavailable(f"{what} answered {verb} {path} with {answer.status_code}: {answer.text[:200]}")
+
+    def _first_answer(self, verb: str, path: str, request: dict[str, Any]) -> httpx.Response:
+        """Ask one node after the other; every request may be made twice. Raises the last one's TransportError."""
+        nodes = list(self._nodes)
+        first = nodes[0]
+        while True:
+            try:
+                answer = nodes[0].request(verb, path, **request)
+            except httpx.TransportError:
+                nodes.append(nodes.pop(0))
+                if nodes[0] is first:
+                    raise
+            else:
+                self._nodes = nodes
+                return answer

@@ -22,7 +22,7 @@ from lorabbit import crash
 from lorabbit.errors import BadInput
 from lorabbit.telemetry import FORMATS, LEVELS
 from lorabbit.tls import Trust
-from lorabbit.urls import url_of, url_of_broker, urls_of_hosts
+from lorabbit.urls import url_of, url_of_cluster, urls_of_hosts
 
 Address = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 PREFIX = "LORABBIT_"
@@ -89,7 +89,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
-    broker_url: Annotated[str, AfterValidator(url_of_broker)] = Field(
+    broker_url: Annotated[str, AfterValidator(url_of_cluster("amqp", "amqps"))] = Field(
         default="amqp://guest:guest@127.0.0.1:5672/",
         description="AMQP URL of RabbitMQ; with commas between the hosts of a cluster, `amqp://USER:PASSWORD@A,B,C/`",
         repr=False,
@@ -141,11 +141,11 @@ class ServerSettings(Settings):
         repr=False,
     )
     management_url: Annotated[
-        Annotated[str, AfterValidator(url_of("http", "https"))] | None, BeforeValidator(_or_none)
+        Annotated[str, AfterValidator(url_of_cluster("http", "https"))] | None, BeforeValidator(_or_none)
     ] = Field(
         default=None,
         description="URL of RabbitMQ's management interface with an administrator's name and password; "
-        "every client then needs a user of its own",
+        "every client then needs a user of its own; with commas between the hosts of a cluster",
         repr=False,
     )
     replicated_queues: Annotated[bool | None, BeforeValidator(_or_none)] = Field(

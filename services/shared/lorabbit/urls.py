@@ -1,4 +1,4 @@
-"""URLs of services: how they must look, and the hosts that a broker's names.
+"""URLs of services: how they must look, and the hosts that one names.
 
 A cluster's nodes stand in one URL with commas between, ``amqp://USER:PASSWORD@a:5672,b:5672,c:5672/VHOST``: user,
 virtual host and query are the same for all of them.
@@ -34,18 +34,23 @@ def url_of(*schemes: str) -> Callable[[str], str]:
     return check
 
 
-def url_of_broker(text: str) -> str:
-    """Check that a text is the URL of RabbitMQ, with commas between the hosts of a cluster."""
-    check, urls = url_of("amqp", "amqps"), urls_of_hosts(text)
-    try:
-        for url in urls:
-            check(url)
-    except ValueError as error:
-        several = f", for each of the {len(urls)} hosts between its commas" if len(urls) > 1 else ""
-        raise ValueError(f"{error}{several}") from None
-    if len(set(urls)) < len(urls):
-        raise ValueError("a host is named twice")
-    return text
+def url_of_cluster(*schemes: str) -> Callable[[str], str]:
+    """Check that a text is such a URL, with commas between the hosts where it names several."""
+    check_host = url_of(*schemes)
+
+    def check(text: str) -> str:
+        urls = urls_of_hosts(text)
+        try:
+            for url in urls:
+                check_host(url)
+        except ValueError as error:
+            several = f", for each of the {len(urls)} hosts between its commas" if len(urls) > 1 else ""
+            raise ValueError(f"{error}{several}") from None
+        if len(set(urls)) < len(urls):
+            raise ValueError("a host is named twice")
+        return text
+
+    return check
 
 
 def without_password(url: str) -> str:

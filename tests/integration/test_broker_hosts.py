@@ -1,0 +1,119 @@
+"""URLs with several hosts, some of which do not answer: TLS, the management interface, and what doctor says."""
+
+from __future__ import annotations
+
+import pytest
+import services
+from proxy import Proxy
+from services import free_port, serve
+
+from lorabbit.broker.rabbit import RabbitBroker
+from lorabbit.enrolment import password_hash
+from lorabbit.errors import BrokerUnavailable
+from lorabbit.tls import Trust
+from lorabbit_cli import doctor
+from lorabbit_cli.certificates import make
+from lorabbit_server.management import Management
+
+pytestmark = pytest.mark.services
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("certificates")
+    make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def broker(certificates):
+    """A RabbitMQ with a management interface and a TLS listener."""
+    yield from serve(lambda: services.RabbitMQ(management=True, certificates=certificates))
+
+
+@pytest.fixture
+def nobody():
+    """A place where nobody listens."""
+    return f"127.0.0.1:{free_port()}"
+
+
+@pytest.fixture
+def links(broker):
+    """Two ways to the management interface, as if to two nodes."""
+    links = [Proxy(broker.management_url) for _ in range(2)]
+    yield links
+    for link in links:
+        link.close()
+
+
+def place_of(url):
+    return url.rpartition("@")[2].rstrip("/")
+
+
+def beside(url, *places):
+    """The URL with more hosts in front of its own."""
+    return url.replace(place_of(url), ",".join([*places, place_of(url)]))
+
+
+def test_every_host_of_a_tls_url_is_checked_against_the_authority(broker, certificates, nobody):
+    driver = RabbitBroker(beside(broker.tls_url, nobody), name="hosts", trust=Trust(certificates / "ca.pem"))
+    other = RabbitBroker(beside(broker.tls_url, nobody), name="hosts", patience_seconds=5.0)
+
+    driver.declare_exchange("x")
+    with pytest.raises(BrokerUnavailable) as caught:
+        other.declare_exchange("x")
+
+    driver.close()
+    other.close()
+    assert nobody in str(caught.value)
+    assert place_of(broker.tls_url) in str(caught.value)
+
+
+def test_doctor_warns_of_a_host_that_is_away_while_another_one_answers(broker, nobody, monkeypatch):
+    monkeypatch.setenv("LORABBIT_BROKER_URL", beside(broker.url, nobody))
+
+    away, there = list(doctor._broker())
+
+    assert (away.verdict, there.verdict) == ("warn", "pass")
+    assert nobody in away.text
+    assert "cannot be reached" in away.text
+    assert there.text == f"RabbitMQ at amqp://guest:***@{place_of(broker.url)}/"
+    assert doctor.exit_code([away, there]) == 0
+
+
+def test_doctor_fails_where_no_host_answers(nobody, monkeypatch):
+    monkeypatch.setenv("LORABBIT_BROKER_URL", f"amqp://guest:s3cret@{nobody},127.0.0.1:{free_port()}/")
+
+    found = list(doctor._broker())
+
+    assert [finding.verdict for finding in found] == ["fail", "fail"]
+    assert not any("s3cret" in finding.text for finding in found)
+
+
+def test_the_node_whose_management_interface_answered_last_is_asked_first(broker, nobody, links):
+    places = ",".join([nobody, *(place_of(link.url) for link in links)])
+    management = Management(f"http://guest:guest@{places}/", broker.url, Trust())
+    hash_ = password_hash("a password of some length")
+
+    management.put_user("site-a", hash_)
+    links[0].accepts = False
+    links[0].cut()
+    seen = management.users()
+    links[0].accepts = True
+    management.delete_user("site-a")
+    management.close()
+
+    assert seen["site-a"] == hash_
+    assert (links[0].connections, links[1].connections) == (1, 1)
+
+
+def test_management_interfaces_none_of_which_answers_are_all_named_without_the_password(broker, nobody):
+    other = f"127.0.0.1:{free_port()}"
+    management = Management(f"http://guest:guest@{nobody},{other}/", broker.url, Trust())
+
+    with pytest.raises(BrokerUnavailable) as caught:
+        management.users()
+    management.close()
+
+    assert f"at http://{nobody}, http://{other} cannot be reached" in str(caught.value)
+    assert "guest" not in str(caught.value)
