@@ -18,15 +18,22 @@ from family import Family
 from hypothesis import HealthCheck, settings
 from services import serve
 
-# Property tests judge results, not how busy the machine is.
-settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+# Property tests judge results, not how busy the machine is; CI takes the same examples each time.
+IN_CI = os.environ.get("CI") == "true"
+settings.register_profile(
+    "any-machine",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=60,
+    derandomize=IN_CI,
+)
 settings.load_profile("any-machine")
 REAL_PARTS = ("services", "containers", "chaos")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where CI=true a failed test of real processes gets one more try; pytest's summary names it as rerun."""
-    if os.environ.get("CI") == "true":
+    if IN_CI:
         for item in items:
             if any(item.get_closest_marker(mark) for mark in REAL_PARTS):
                 item.add_marker(pytest.mark.flaky(reruns=1))

@@ -107,7 +107,7 @@ def test_what_top_k_leaves_out_is_smaller_by_the_share_at_least(values, share):
     kept = min(values.size, max(1, int(np.ceil(share * values.size - 1e-9))))
     wide = values.astype(np.float64) / LIMIT
 
-    left = wide - there_and_back(values, Coding(codec="top-k", share=share)) / LIMIT
+    left = wide - there_and_back(values, Coding(codec="top-k", share=share)).astype(np.float64) / LIMIT
 
     assert (left**2).sum() <= (1 - kept / values.size) * (wide**2).sum() * (1 + 1e-9)
 
