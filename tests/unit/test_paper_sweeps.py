@@ -14,12 +14,13 @@ ROOT = Path(__file__).parents[2]
 PAPERS = ROOT / "benchmarks" / "papers"
 SWEEPS = sorted(PAPERS.glob("*.yaml"))
 SMALL = [path for path in SWEEPS if not path.stem.endswith("_full")]
-PAIRED = [path for path in SMALL if not path.stem.endswith("_ablations")]
-"""Small sweeps with a full one: their ablations are there, too."""
+PAIRED = [path for path in SMALL if not path.stem.endswith(("_ablations", "_seeds"))]
+"""Small sweeps with a full one, which has their ablations, and more seeds, too."""
 METHODS = {
     "sa_fedlora": {"fedavg", "sa-fedlora"},
     "pfedlora": {"standalone", "lg-fedavg", "fml", "fedkd", "fd", "fedproto", "pfedlora"},
     "federa": {"fedavg", "federa"},
+    "federa_seeds": {"fedavg", "federa"},
     "fibecfed": {"fedavg", "slora", "adalora", "fibecfed"},
     "fibecfed_ablations": {"fedavg", "fibecfed"},
     "sa_fedlora_ablations": {"sa-fedlora"},
@@ -28,6 +29,7 @@ TRAINABLE = {
     "sa_fedlora": {"lora", "full"},
     "pfedlora": {"full"},
     "federa": {"lora", "full", "adapter", "bitfit"},
+    "federa_seeds": {"lora", "adapter", "bitfit"},
     "fibecfed": {"lora", "full", "adapter", "bitfit", "prompt", "prefix"},
     "fibecfed_ablations": {"lora"},
     "sa_fedlora_ablations": {"lora"},
@@ -36,6 +38,7 @@ CASES = {
     "sa_fedlora": {"trec", "cifar10"},
     "pfedlora": {"cifar10", "digits"},
     "federa": {"20newsgroups-0.1", "20newsgroups-1", "20newsgroups-10", "semeval-1", "wnut17", "squad"},
+    "federa_seeds": {"20newsgroups-1", "wnut17"},
     "fibecfed": {"trec", "mpqa"},
     "fibecfed_ablations": {"trec"},
     "sa_fedlora_ablations": {"trec", "cifar10"},
