@@ -34,9 +34,10 @@ class Secure:
         self.url = f"https://127.0.0.1:{port}"
         self.verify = Trust(certificates / "ca.pem").context()
         logs = {"LORABBIT_LOG_FORMAT": "json", "LORABBIT_LOG_LEVEL": "DEBUG"}
+        nobody = f"127.0.0.1:{free_port()}"  # as of a cluster's node that is away
         secrets = {
-            "BROKER_URL": rabbitmq.tls_url,
-            "MANAGEMENT_URL": rabbitmq.management_url,
+            "BROKER_URL": rabbitmq.tls_url.replace("@", f"@{nobody},"),
+            "MANAGEMENT_URL": rabbitmq.management_url.replace("@", f"@{nobody},"),
             "REDIS_URL": redis.tls_url,
             "HTTP_TOKEN": OPERATOR,
         }
@@ -53,7 +54,9 @@ class Secure:
         }
         self.server = Process("lorabbit_server", folder / "server", trust | logs | server)
         place = rabbitmq.tls_url.rpartition("@")[2]
-        self.client = trust | logs | {"LORABBIT_BROKER_URL": f"amqps://{place}", "LORABBIT_SERVER_URL": self.url}
+        self.client = (
+            trust | logs | {"LORABBIT_BROKER_URL": f"amqps://{nobody},{place}", "LORABBIT_SERVER_URL": self.url}
+        )
         self.clients = {}
 
     def start_client(self, name, **more):

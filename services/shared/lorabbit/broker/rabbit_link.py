@@ -88,6 +88,8 @@ class Link:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._refused_seconds = refused_seconds
         self._refused_since: float | None = None
+        self._refusal: str | None = None
+        """How the broker refused the user at the last try, where it did."""
         self._down: str | None = f"connecting to RabbitMQ at {self._everywhere}"
         self._blocked: str | None = None
 
@@ -146,8 +148,8 @@ class Link:
             except BaseException as error:  # noqa: BLE001 - reported where it ends the process
                 self._on_bug(error)
                 return
-            if self._is_refused_for_good():
-                self._on_bug(NotAllowed(self._down or ""))
+            if self._refusal is not None and self._is_refused_for_good():
+                self._on_bug(NotAllowed(self._refusal))
                 return
             self._hosts.append(self._hosts.pop(0))
             self._hurry.wait(self._backoff.next_seconds())
@@ -198,10 +200,11 @@ class Link:
         # Once per outage; every further try that fails says the same.
         if not self._closing and (self._down is None or self._down.startswith("connecting")):
             log.warning("broker-lost", connection=self.name, where=self._where, why=_reason(error))
-        self._down = f"RabbitMQ at {self._everywhere} cannot be reached: {_reason(error)}"
+        self._down, self._refusal = f"RabbitMQ at {self._everywhere} cannot be reached: {_reason(error)}", None
         if isinstance(error, ProbableAuthenticationError) and REFUSED in str(error):
             user = getattr(self.parameters.credentials, "username", "nobody")
-            self._down = f"RabbitMQ at {self._where} refuses the user {user}: it has none with this password"
+            self._refusal = f"RabbitMQ at {self._where} refuses the user {user}: it has none with this password"
+            self._down = self._refusal
             self._refused_since = self._refused_since or time.monotonic()
 
     def _is_refused_for_good(self) -> bool:
