@@ -44,10 +44,14 @@ class Pod:
         self.spec = self._template["spec"]
         self._claims: dict[str, Path] = {}
         (self.container,) = self.spec["containers"]
+        self.id = self._start()
+
+    def _start(self) -> str:
+        """Run what comes first to its end, then the container; its id."""
         for first in self.spec.get("initContainers", []):
             entry, *rest = first["command"]
             docker("run", "--rm", *self._flags(first), f"--entrypoint={entry}", first["image"], *rest)
-        self.id = docker(*self._command())
+        return docker(*self._command())
 
     def _command(self) -> list[str]:
         variables = self._variables()
@@ -147,10 +151,10 @@ class Pod:
         """Wait for its end; the exit code."""
         return int(docker("wait", self.id, seconds=seconds))
 
-    def kill(self) -> None:
-        """Kill it where it stands, and start it again on its volumes."""
-        docker("kill", self.id)
-        docker("start", self.id)
+    def replace(self) -> None:
+        """Kill it where it stands; another takes its name and its claims, and nothing else of it."""
+        docker("rm", "--force", self.id)
+        self.id = self._start()
 
     def logs(self) -> str:
         """What it said."""
