@@ -139,6 +139,18 @@ def test_ports_volumes_and_variables_have_possible_names(path):
     assert all(len(names) == len(set(names)) for names in _names_of_each_pod(docs))
 
 
+def test_a_variable_of_the_values_takes_the_place_of_the_chart_s():
+    """An API server keeps one variable of a name, and refuses two or takes either."""
+    extra = [{"name": "LORABBIT_LOG_FORMAT", "value": "text"}, {"name": "MORE", "value": "1"}]
+    docs = render({"server": {"extraEnv": extra}, "clientDefaults": {"extraEnv": extra}})
+    ours = [container for _, container, _ in containers(docs) if container["name"] in {"server", "client"}]
+
+    assert len(ours) == 2
+    for container in ours:
+        assert container["env"][-2:] == extra
+    assert all(len(names) == len(set(names)) for names in _names_of_each_pod(docs))
+
+
 def _names_of_each_pod(docs: list[Doc]) -> Iterator[list[str]]:
     """Names that must differ within one pod or container."""
     for workload in workloads(docs):

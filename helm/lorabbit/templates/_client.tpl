@@ -19,6 +19,42 @@ their identities. */}}
 {{ include "lorabbit.name" (dict "root" .root "part" .pool.name) }}-{{ printf "%s %v %v" (include "lorabbit.clientPod" .) .pool.replicas .pool.retries | sha256sum | trunc 8 }}
 {{- end -}}
 
+{{- define "lorabbit.clientEnv" -}}
+{{- $pool := .pool -}}
+{{ include (.root.Values.enrolment.enabled | ternary "lorabbit.joinEnv" "lorabbit.brokerEnv") .root }}
+{{- if eq $pool.kind "StatefulSet" }}
+- name: LORABBIT_CLIENT
+  valueFrom:
+    fieldRef: {fieldPath: metadata.name}
+{{- else if eq $pool.kind "IndexedJob" }}
+- name: POD_INDEX
+  valueFrom:
+    fieldRef: {fieldPath: "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
+- {name: LORABBIT_CLIENT, value: "{{ include "lorabbit.name" (dict "root" .root "part" $pool.name) }}-$(POD_INDEX)"}
+- {name: LORABBIT_IDLE_SECONDS, value: {{ $pool.idleSeconds | quote }}}
+{{- end }}
+- {name: LORABBIT_DEVICE, value: {{ eq $pool.device "cpu" | ternary "cpu" "cuda" }}}
+- {name: LORABBIT_THREADS, value: {{ int $pool.threads | quote }}}
+- {name: LORABBIT_LOG_FORMAT, value: json}
+- {name: LORABBIT_LOG_LEVEL, value: {{ .root.Values.server.logLevel }}}
+- {name: LORABBIT_POOL, value: {{ $pool.name | quote }}}
+- {name: LORABBIT_DRAIN_SECONDS, value: {{ max 0 (sub (int $pool.terminationGracePeriodSeconds) 10) | quote }}}
+- {name: LORABBIT_DTYPE, value: {{ $pool.capability.dtype }}}
+- {name: LORABBIT_QUANTISATION, value: {{ $pool.capability.quantisation }}}
+{{- with int $pool.capability.maxRank }}
+- {name: LORABBIT_MAX_RANK, value: {{ . | quote }}}
+{{- end }}
+{{- with int $pool.capability.maxBatch }}
+- {name: LORABBIT_MAX_BATCH, value: {{ . | quote }}}
+{{- end }}
+{{- with $pool.tags }}
+- {name: LORABBIT_TAGS, value: {{ join "," . | quote }}}
+{{- end }}
+{{- if $pool.data.existingClaim }}
+- {name: LORABBIT_DATA_ROOT, value: /data}
+{{- end }}
+{{- end -}}
+
 {{/* Template of a pool's pods. Nothing in it depends on the chart's version: a Job's template is immutable. */}}
 {{- define "lorabbit.clientPod" -}}
 {{- $pool := .pool -}}
@@ -63,41 +99,7 @@ spec:
       args: [client]
 {{ include "lorabbit.containerSecurity" .root | indent 6 }}
       env:
-{{ include (.root.Values.enrolment.enabled | ternary "lorabbit.joinEnv" "lorabbit.brokerEnv") .root | indent 8 }}
-{{- if eq $pool.kind "StatefulSet" }}
-        - name: LORABBIT_CLIENT
-          valueFrom:
-            fieldRef: {fieldPath: metadata.name}
-{{- else if eq $pool.kind "IndexedJob" }}
-        - name: POD_INDEX
-          valueFrom:
-            fieldRef: {fieldPath: "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
-        - {name: LORABBIT_CLIENT, value: "{{ include "lorabbit.name" (dict "root" .root "part" $pool.name) }}-$(POD_INDEX)"}
-        - {name: LORABBIT_IDLE_SECONDS, value: {{ $pool.idleSeconds | quote }}}
-{{- end }}
-        - {name: LORABBIT_DEVICE, value: {{ eq $pool.device "cpu" | ternary "cpu" "cuda" }}}
-        - {name: LORABBIT_THREADS, value: {{ int $pool.threads | quote }}}
-        - {name: LORABBIT_LOG_FORMAT, value: json}
-        - {name: LORABBIT_LOG_LEVEL, value: {{ .root.Values.server.logLevel }}}
-        - {name: LORABBIT_POOL, value: {{ $pool.name | quote }}}
-        - {name: LORABBIT_DRAIN_SECONDS, value: {{ max 0 (sub (int $pool.terminationGracePeriodSeconds) 10) | quote }}}
-        - {name: LORABBIT_DTYPE, value: {{ $pool.capability.dtype }}}
-        - {name: LORABBIT_QUANTISATION, value: {{ $pool.capability.quantisation }}}
-{{- with int $pool.capability.maxRank }}
-        - {name: LORABBIT_MAX_RANK, value: {{ . | quote }}}
-{{- end }}
-{{- with int $pool.capability.maxBatch }}
-        - {name: LORABBIT_MAX_BATCH, value: {{ . | quote }}}
-{{- end }}
-{{- with $pool.tags }}
-        - {name: LORABBIT_TAGS, value: {{ join "," . | quote }}}
-{{- end }}
-{{- if $pool.data.existingClaim }}
-        - {name: LORABBIT_DATA_ROOT, value: /data}
-{{- end }}
-{{- with $pool.extraEnv }}
-{{ toYaml . | indent 8 }}
-{{- end }}
+{{ include "lorabbit.env" (dict "own" (include "lorabbit.clientEnv" .) "extra" $pool.extraEnv) | indent 8 }}
       # A client listens nowhere: it is ready while it holds a connection, which can only be the broker's. There is no
       # liveness probe: the process ends by itself where it cannot go on, and reconnects for ever where it can.
       readinessProbe:

@@ -48,6 +48,15 @@ initContainers:
 {{- end -}}
 {{- end -}}
 
+{{/* Variables of a container: `own`, as a list in YAML, and those of the values, which take the place of any of the same name. */}}
+{{- define "lorabbit.env" -}}
+{{- $given := list -}}
+{{- range .extra }}{{ $given = append $given .name }}{{ end -}}
+{{- $kept := list -}}
+{{- range fromYamlArray .own }}{{ if not (has .name $given) }}{{ $kept = append $kept . }}{{ end }}{{ end -}}
+{{ toYaml (concat $kept .extra) }}
+{{- end -}}
+
 {{- define "lorabbit.storageClass" -}}
 {{- with . }}
 storageClassName: {{ eq . "-" | ternary "" . | quote }}
