@@ -1,10 +1,10 @@
 """Real RabbitMQ, Redis, server and client processes with null training, at several payload sizes.
 
-    python benchmarks/transport.py [--clients 8] [--payloads 0.3,4,16,64,200] [--out FILE]
+    python benchmarks/transport.py [--clients 8] [--payloads 0.3,4,16,64,200] [--cluster] [--out FILE]
 
-Starts a private broker and store on free ports, one server and the clients as processes of their
-own, and submits one null job per payload size. A round is: plan, adapter down to every client,
-update up from every client, admission, aggregation, checkpoint.
+Starts a private broker, or a cluster of three nodes on this machine, and a store on free ports, one
+server and the clients as processes of their own, and submits one null job per payload size. A round is:
+plan, adapter down to every client, update up from every client, admission, aggregation, checkpoint.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import psutil
 from measure import Sampler, Table, machine, tree, yaml_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from cluster import Cluster
 from services import RabbitMQ, Redis, free_port
 
 LORABBIT = [sys.executable, "-m", "lorabbit_cli"]
@@ -33,9 +34,9 @@ LORABBIT = [sys.executable, "-m", "lorabbit_cli"]
 class Federation:
     """One server and its clients as processes, over a private broker and store."""
 
-    def __init__(self, scratch: Path, clients: int) -> None:
+    def __init__(self, scratch: Path, clients: int, *, clustered: bool) -> None:
         """Start everything; `close` stops it."""
-        self.broker, self.store = RabbitMQ(), Redis()
+        self.broker, self.store = Cluster() if clustered else RabbitMQ(), Redis()
         self.services: dict[str, list[psutil.Process]] = {}
         for tier, service in (("broker", self.broker), ("store", self.store)):
             before = set(psutil.Process().children())
@@ -140,10 +141,10 @@ def measure(federation: Federation, megabytes: float, arguments: argparse.Namesp
 
 
 @contextlib.contextmanager
-def federation(clients: int) -> Iterator[Federation]:
+def federation(clients: int, *, clustered: bool) -> Iterator[Federation]:
     """Run a federation in a scratch folder and stop it at the end."""
     with tempfile.TemporaryDirectory() as scratch:
-        running = Federation(Path(scratch), clients)
+        running = Federation(Path(scratch), clients, clustered=clustered)
         try:
             running.wait_ready()
             yield running
@@ -157,11 +158,13 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--payloads", default="0.3,4,16,64,200")
+    parser.add_argument("--cluster", action="store_true", help="three nodes of RabbitMQ, every queue on each of them")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    with federation(arguments.clients) as running:
+    with federation(arguments.clients, clustered=arguments.cluster) as running:
         rows = [measure(running, float(size), arguments) for size in arguments.payloads.split(",")]
-    title = f"RabbitMQ and Redis, {arguments.clients} client processes, null training"
+    broker = "RabbitMQ of three nodes" if arguments.cluster else "RabbitMQ"
+    title = f"{broker} and Redis, {arguments.clients} client processes, null training"
     Table(title, rows, machine()).show(arguments.out)
 
 
