@@ -100,6 +100,7 @@ def test_over_tls_and_nothing_else_a_client_joins_and_has_a_broker_user_of_its_o
         assert comes_true(lambda: "fed-client-0" in server.run("lorabbit", "clients"))
         users = {line.split()[0] for line in broker.run("rabbitmqctl", "-q", "list_users").splitlines()[1:]}
         assert users == {"lorabbit-server", "fed-client-0"}
+        assert "pass  broker      RabbitMQ at amqps://fed-client-0:***@" in client.run("lorabbit", "doctor")
     finally:
         made.close()
 

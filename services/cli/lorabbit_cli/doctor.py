@@ -22,7 +22,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from lorabbit import __version__
-from lorabbit.errors import LoRAbbitError, Retryable
+from lorabbit.errors import LoRAbbitError, NotAllowed, Retryable
 from lorabbit.settings import ClientSettings, OperatorSettings, ServerSettings, strangers, variable
 from lorabbit.tls import Trust
 from lorabbit.urls import urls_of_hosts, without_password
@@ -162,8 +162,12 @@ def _packages() -> Iterator[Finding]:
 
 def _broker() -> Iterator[Finding]:
     """A connection to each host of RabbitMQ; one that is away is worth a warning where another one answers."""
-    settings = read_settings(ServerSettings)
-    troubles = {url: _trouble_of(url, settings.trust) for url in urls_of_hosts(settings.broker_url)}
+    from lorabbit_client import credentials  # noqa: PLC0415 - imports what joins
+
+    settings = read_settings(ClientSettings)
+    joined = credentials.read(settings.folder / credentials.FILE)  # a client asks as the user that it joined as
+    broker_url = settings.broker_url if joined is None else credentials.url_of(settings.broker_url, joined)
+    troubles = {url: _trouble_of(url, settings.trust) for url in urls_of_hosts(broker_url)}
     answers = any(trouble is None for trouble in troubles.values())
     for url, trouble in troubles.items():
         shown = without_password(url)
@@ -224,7 +228,7 @@ def _server() -> Iterator[Finding]:
         with Server(url, token=settings.http_token, trust=settings.trust) as server:
             trouble = server.ready()
             clients = sum(bool(client["present"]) for client in server.clients())
-    except Retryable as error:
+    except (Retryable, NotAllowed) as error:
         yield Finding("server", WARN, str(error))
         return
     if trouble:
