@@ -188,6 +188,48 @@ def test_the_first_test_bears_pods_that_are_still_starting():
     assert 300 <= waits < first["activeDeadlineSeconds"]
 
 
+FIXED = ("selector", "serviceName", "volumeClaimTemplates", "podManagementPolicy")
+"""What a StatefulSet or a Deployment keeps for life."""
+UPGRADES = [
+    {"server": {"logLevel": "DEBUG", "extraEnv": [{"name": "MORE", "value": "1"}], "image": {"tag": "0.2.0"}}},
+    {"clientPools": [{"name": "client", "replicas": 6, "threads": 2}, {"name": "more", "kind": "IndexedJob"}]},
+    {"clientDefaults": {"persistence": {"whenDeleted": "Retain", "whenScaled": "Delete"}, "replicas": 1}},
+    {"rabbitmq": {"tls": {"enabled": True, "existingSecret": "tls"}, "memoryHighWatermark": "512MiB"}},
+    {"enrolment": {"enabled": True}, "volumePermissions": {"enabled": True}, "networkPolicy": {"enabled": False}},
+    {"redis": {"auth": {"existingSecret": "store"}, "maxMemory": "128mb"}, "scaler": {"create": True}},
+]
+
+
+def kept_for_life(docs: list[Doc]) -> dict[str, object]:
+    """What an API server lets no upgrade change, by object; hooks are made anew each time."""
+    kept: dict[str, object] = {}
+    for doc in docs:
+        if doc["kind"] in {"StatefulSet", "Deployment"}:
+            kept[title(doc)] = {key: doc["spec"].get(key) for key in FIXED}
+        elif doc["kind"] == "Job" and "helm.sh/hook" not in doc["metadata"].get("annotations", {}):
+            kept[title(doc)] = pod(doc)
+        elif doc["kind"] == "PersistentVolumeClaim":
+            kept[title(doc)] = doc["spec"]
+        elif doc["kind"] == "Service":
+            kept[title(doc)] = doc["spec"].get("clusterIP")
+        elif doc["kind"] == "RoleBinding":
+            kept[title(doc)] = doc["roleRef"]
+    return kept
+
+
+@pytest.mark.parametrize("values", UPGRADES, ids="-".join)
+def test_an_upgrade_changes_nothing_that_an_api_server_keeps_for_life(values: Doc):
+    finite = [{"name": "client"}, {"name": "finite", "kind": "IndexedJob"}]
+    before = kept_for_life(render({"clientPools": finite}))
+
+    after = kept_for_life(render({"clientPools": finite, **values}))
+
+    assert len(before.keys() & after.keys()) >= 8
+    assert {name: each for name, each in after.items() if name in before} == {
+        name: each for name, each in before.items() if name in after
+    }
+
+
 def test_of_a_finite_pool_only_numbers_change_when_it_is_scaled():
     """An API server lets an indexed Job's completions become what its parallelism is: they begin equal."""
     jobs = [doc for doc in objects(CHART / "ci" / "pools-values.yaml") if doc["kind"] == "Job"
