@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 
 import numpy as np
+import pika
 import pytest
 import structlog
-from cluster import NODES, Cluster
+from cluster import NODES, Cluster, url_of_hosts
+from proxy import Proxy
 from seen import Seen
 from services import free_port, serve
 
@@ -25,7 +27,7 @@ pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def cluster():
-    yield from serve(lambda: Cluster(vhosts=10))
+    yield from serve(lambda: Cluster(vhosts=11))
 
 
 @pytest.fixture
@@ -223,6 +225,32 @@ def test_an_update_arrives_whole_while_the_node_of_its_queue_is_lost(cluster, ur
     uploading.join()
     assert sent == [None]
     assert arrived[0].read_bytes() == store.path(ref.sha256).read_bytes()
+
+
+def test_a_reader_leaves_a_node_that_has_no_copy_of_its_stream(cluster, url, connect):
+    here, elsewhere = urls_of_hosts(url)[:2]
+    with pika.BlockingConnection(pika.URLParameters(here)) as connection:
+        channel = connection.channel()
+        arguments = {"x-queue-type": "stream", "x-initial-cluster-size": 1, "x-queue-leader-locator": "client-local"}
+        channel.queue_declare("s", durable=True, arguments=arguments)
+        channel.basic_publish("", "s", b"chunk", pika.BasicProperties(type="test.v1"))
+    door = Proxy(here)
+    door.accepts = False
+    try:
+        reader = connect(url_of_hosts([door.url, elsewhere]))
+        seen = Seen(reader)
+        reader.read_stream("s", seen.add)
+        reader.declare_exchange("x")
+        assert node_of(cluster, reader) is cluster.nodes[1]
+        door.accepts = True
+
+        with structlog.testing.capture_logs() as logs:
+            seen.wait(1)
+    finally:
+        door.close()
+
+    assert seen.bodies == [b"chunk"]
+    assert "s has no copy at this node" in {entry.get("why") for entry in logs}
 
 
 def test_queues_of_one_node_are_not_taken_for_replicated_ones(url, connect):

@@ -5,6 +5,9 @@ lost patience) does not disturb the others: the channel is opened again, after a
 tags belong to a channel, so each delivery carries the generation of its channel, and an
 acknowledgement of an older one is dropped: the broker delivers that message again.
 
+A stream can be read only at a node of a cluster that has a copy of it. A reader that finds none for some seconds lets
+the link go to the next host.
+
 A stream that RabbitMQ lost for good can cost whoever asks for it the whole connection. A reader that had no answer
 when its connection broke therefore lets the others go first on the next one.
 """
@@ -27,7 +30,9 @@ FIRST_RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 1.0
 NOT_FOUND = 404
 NO_REPLICA = "does not have a replica on the local node"
-"""How RabbitMQ answers who reads a stream that is just being made here (406); the next try finds it."""
+"""How RabbitMQ answers who reads a stream that is just being made here (406), or at a node without a copy of it."""
+TRIES_WITHOUT_COPY = 10
+"""So often is a stream asked for, over five seconds, before its reader looks for it at another host."""
 
 log = structlog.get_logger()
 
@@ -62,6 +67,7 @@ class Consumer(Cancellable):
         self._retry_seconds = FIRST_RETRY_SECONDS
         self._is_asking = False
         """Whether the broker has not yet said that it lets this one read."""
+        self._tries_without_copy = 0
         self._wanted = True
         self.on_stopped: Callable[[], None] = lambda: None
 
@@ -119,6 +125,7 @@ class Consumer(Cancellable):
     def _reading(self, _frame: object) -> None:
         self._is_asking = False
         self._retry_seconds = FIRST_RETRY_SECONDS
+        self._tries_without_copy = 0
 
     def _closed(self, generation: int, _channel: Channel, reason: Exception) -> None:
         """Open another channel, soon; a lost connection brings its own."""
@@ -132,10 +139,15 @@ class Consumer(Cancellable):
         self._open_later()
 
     def _note_refusal(self, reason: ChannelClosedByBroker) -> None:
-        if reason.reply_code != NOT_FOUND:
-            early = NO_REPLICA in reason.reply_text
-            note = log.debug if early else log.warning
-            note("consumer-closed", queue=self._queue, code=reason.reply_code, why=reason.reply_text)
+        if reason.reply_code == NOT_FOUND:
+            return
+        early = NO_REPLICA in reason.reply_text
+        note = log.debug if early else log.warning
+        note("consumer-closed", queue=self._queue, code=reason.reply_code, why=reason.reply_text)
+        self._tries_without_copy += early
+        if self._tries_without_copy == TRIES_WITHOUT_COPY:
+            self._tries_without_copy = 0
+            self._link.move_on(f"{self._queue} has no copy at this node")
 
     def _open_later(self) -> None:
         if self._wanted:

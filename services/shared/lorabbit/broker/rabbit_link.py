@@ -121,6 +121,11 @@ class Link:
         if self._io is not None:
             self._io.call_later(seconds, lambda: function() if connection is self.connection else None)
 
+    def move_on(self, why: str) -> None:
+        """Leave this host for the next one, if there are several; for the I/O thread."""
+        if len(self._hosts) > 1 and self.connection is not None and self.connection.is_open:
+            self.connection.close(reply_text=why)
+
     def hurry(self) -> None:
         """Try to connect now instead of later, because the broker is known to be there; callable from any thread."""
         self._hurry.set()
