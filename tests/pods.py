@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import socket
 import subprocess
@@ -68,8 +69,10 @@ class Pod:
         shared, ours = self.spec["securityContext"], container["securityContext"]
         flags = [f"--user={ours.get('runAsUser', shared['runAsUser'])}:{shared['runAsGroup']}"]
         flags += [f"--ulimit=nofile={FEW_FILES}:{MOST_FILES}"]
-        memory = bytes_of(container["resources"]["limits"]["memory"])
+        limits = container["resources"]["limits"]
+        memory = bytes_of(limits["memory"])
         flags += [f"--memory={memory}", f"--memory-swap={memory}"]
+        flags += [f"--cpus={min(processors_of(limits['cpu']), os.cpu_count() or 1)}"]
         flags += [f"--cap-drop={capability}" for capability in ours["capabilities"]["drop"]]
         flags += [f"--cap-add={capability}" for capability in ours["capabilities"].get("add", [])]
         flags += ["--read-only"] if ours["readOnlyRootFilesystem"] else []
@@ -230,6 +233,11 @@ def comes_true(condition: Callable[[], bool], while_: Callable[[], bool] = lambd
 def bytes_of(quantity: str) -> int:
     """A quantity of memory as Kubernetes writes it."""
     return int(quantity[:-2]) * 1024 ** (1 + "KMG".index(quantity[-2]))
+
+
+def processors_of(quantity: str) -> float:
+    """A quantity of processors as Kubernetes writes it."""
+    return int(quantity[:-1]) / 1000 if quantity.endswith("m") else float(quantity)
 
 
 def job_of(text: str) -> str:
