@@ -244,6 +244,33 @@ def test_messages_given_away_while_the_broker_is_dead_arrive_in_order(connect, r
     assert broker.trouble() is None
 
 
+def test_what_is_perishable_is_not_sent_again_on_another_connection(connect, empty_rabbitmq_url, proxy):
+    broker, reader = connect(proxy.url), connect(empty_rabbitmq_url)
+    broker.declare_queue(Queue("q", "quorum"))
+    answers, seen = Seen(broker), Seen(reader)
+    broker.send(message(b"before", perishable=True), answers.add)
+    answers.wait(1)
+
+    def cut_once_both_are_out():
+        if len(broker._publisher._unconfirmed) < 2:
+            broker.after(0.01, cut_once_both_are_out)
+        else:
+            proxy.cut()
+
+    proxy.half_open()
+    broker.send(message(b"perishable", perishable=True), lambda error: answers.add(type(error)))
+    broker.send(message(b"lasting"), answers.add)
+    cut_once_both_are_out()
+    answers.wait(3)
+    broker.send(message(b"after", perishable=True), answers.add)
+    answers.wait(4)
+    reader.subscribe("q", seen.add, prefetch=10)
+    seen.wait(3)
+
+    assert answers == [None, BrokerUnavailable, None, None]
+    assert seen.bodies == [b"before", b"lasting", b"after"]
+
+
 def test_an_adapter_is_read_whole_over_a_broker_that_is_killed(connect, rabbitmq, store, tmp_path):
     ref = noise(store, 8)
     server, client = connect(rabbitmq.url), connect(rabbitmq.url)

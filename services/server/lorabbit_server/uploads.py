@@ -6,6 +6,7 @@ damaged is dropped, and asked for again as soon as its client has sent the other
 beside the loop before anybody believes it; one that has another hash than was announced is asked for
 once more. An upload on which nothing arrives for a while is granted again: the broker, or an earlier
 disk of this server, may have lost a chunk, and a grant itself needs no outbox for the same reason.
+Nothing can arrive while the broker is away; a second grant that it did not get by then is out of date.
 While other chunks arrive its own may be behind them in the queue, so it is given longer. A server that
 takes over first takes what the broker holds for its predecessor, and then asks for the rest. Of many
 uploads a window of them is granted at a time.
@@ -23,7 +24,7 @@ from lorabbit import codec, crash
 from lorabbit.broker import topology
 from lorabbit.broker.base import Delivery, Outgoing
 from lorabbit.chunks import index_of, is_damaged
-from lorabbit.errors import CorruptPayload, LoRAbbitError, Refused
+from lorabbit.errors import BrokerUnavailable, CorruptPayload, LoRAbbitError, Refused
 from lorabbit.messages import Grant, PayloadRef
 from lorabbit.transport import Coding
 from lorabbit.types import ClientId
@@ -116,6 +117,9 @@ class Uploads:
 
     def again(self, absent: frozenset[str]) -> None:
         """Grant what has its turn, and again what has stalled, to the clients that are not absent."""
+        if self._tools.broker.trouble() is not None:
+            self._wait_anew()
+            return
         self._advance()
         now = self._tools.now_ms()
         for upload in self._open.values():
@@ -124,6 +128,11 @@ class Uploads:
             stalled = upload.missing and now - upload.moved_ms >= patience_ms
             if stalled and (upload.granted or self._window.enter(upload.ref.sha256, upload.ref.size_bytes, now)):
                 self._grant_to_all(upload, absent)
+
+    def _wait_anew(self) -> None:
+        """Take no upload for stalled for a while."""
+        for upload in self._open.values():
+            upload.moved_ms = self._tools.now_ms()
 
     def _is_busy(self, within_ms: int) -> bool:
         """Tell whether a chunk arrived a moment ago."""
@@ -203,12 +212,12 @@ class Uploads:
         return index
 
     def _grant(self, task: TaskState, upload: Upload) -> None:
-        """Ask a client for all chunks that are missing."""
-        upload.granted = True
+        """Ask a client for all chunks that are missing; some may be on their way where it was asked before."""
+        again, upload.granted = upload.granted, True
         upload.repairs.granted(task.id)
-        self._ask(task, upload, sorted(upload.missing))
+        self._ask(task, upload, sorted(upload.missing), perishable=again)
 
-    def _ask(self, task: TaskState, upload: Upload, missing: Sequence[int]) -> None:
+    def _ask(self, task: TaskState, upload: Upload, missing: Sequence[int], *, perishable: bool = False) -> None:
         entry = self._tools.registry.get(task.client)
         if entry is None:
             return
@@ -216,10 +225,23 @@ class Uploads:
         grant = Grant(job=self._job, task=task.id, client=task.client, sha256=sha256, missing=chunks)
         body = codec.encode(grant)
         self._meter.down(task.id, len(body))
-        headers = {"epoch": self._tools.epoch}
-        key = topology.control_key(entry.address)
-        outgoing = Outgoing(topology.CONTROL, key, grant.type_name(), body, headers, f"{task.id}.grant")
-        self._tools.broker.send_until_taken(outgoing)
+        message = Outgoing(
+            topology.CONTROL,
+            topology.control_key(entry.address),
+            grant.type_name(),
+            body,
+            {"epoch": self._tools.epoch},
+            f"{task.id}.grant",
+            perishable=perishable,
+        )
+        self._tools.broker.send_until_taken(message, self._asked)
+
+    def _asked(self, error: LoRAbbitError | None) -> None:
+        """Hear whether the broker took a grant."""
+        if isinstance(error, BrokerUnavailable):
+            self._wait_anew()
+        elif error is not None:
+            log.warning("grant-not-taken", why=str(error))
 
     def _check(self, upload: Upload) -> None:
         """Check a whole payload beside the loop, for everybody who waits for it."""

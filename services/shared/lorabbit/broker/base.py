@@ -41,6 +41,8 @@ class Outgoing:
     headers: Mapping[str, str | int] = field(default_factory=dict)
     message_id: str = ""
     expires_ms: int | None = None
+    perishable: bool = False
+    """Whether it is not worth sending again on another connection; it is then answered with BrokerUnavailable."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """Publisher: messages in order, a window of them ahead of the broker's confirmations.
 
 A message leaves only with its confirmation. What was not confirmed when the connection broke is sent
-again first. Where the broker closes the channel instead of answering (no such exchange, too large, not
-allowed), it does not say for which message: the window is then sent one by one until the guilty
-one is alone, and that one is answered with the broker's words.
+again first, unless it is perishable. Where the broker closes the channel instead of answering (no such
+exchange, too large, not allowed), it does not say for which message: the window is then sent one by one
+until the guilty one is alone, and that one is answered with the broker's words.
 
 A channel of RabbitMQ 3.10 that first meets a quorum queue while it has no leader goes on refusing messages for it
 after another node leads it; a new channel finds the leader. A channel that refuses is therefore replaced, from time
@@ -25,7 +25,7 @@ from pika.exceptions import ChannelClosedByBroker
 
 from lorabbit.broker.base import OnDone, Outgoing
 from lorabbit.broker.rabbit_link import Link
-from lorabbit.errors import BrokerBusy, BrokerRefused, LoRAbbitError
+from lorabbit.errors import BrokerBusy, BrokerRefused, BrokerUnavailable, LoRAbbitError
 
 WINDOW_MESSAGES = 64
 WINDOW_BYTES = 8 * 2**20
@@ -80,7 +80,14 @@ class Publisher:
             self._link.connection.channel(on_open_callback=self._opened)
 
     def down(self) -> None:
-        """Take what was not confirmed back to the front."""
+        """Take what was not confirmed back to the front, except for what has perished with the connection."""
+        self._take_back()
+        perished = [item for item in self._waiting if item.message.perishable]
+        self._waiting = deque(item for item in self._waiting if not item.message.perishable)
+        for item in perished:
+            self._answer(item, BrokerUnavailable("the connection broke before RabbitMQ confirmed it"))
+
+    def _take_back(self) -> None:
         self._channel = None
         self._waiting.extendleft(reversed(self._unconfirmed.values()))
         self._unconfirmed.clear()
@@ -103,7 +110,7 @@ class Publisher:
             return
         log.debug("channel-closed", code=reason.reply_code, why=reason.reply_text)
         suspects = list(self._unconfirmed.values())
-        self.down()
+        self._take_back()
         if len(suspects) == 1:
             self._waiting.popleft()
             self._suspects = max(0, self._suspects - 1)
