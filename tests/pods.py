@@ -213,10 +213,15 @@ class Cluster:
         made.chmod(mode)
         return made
 
+    def remove(self, gone: Pod) -> None:
+        """Remove one pod."""
+        docker("rm", "--force", "--volumes", gone.id)
+        self.pods.remove(gone)
+
     def close(self) -> None:
         """Remove everything."""
-        for each in self.pods:
-            docker("rm", "--force", "--volumes", each.id)
+        for each in [*self.pods]:
+            self.remove(each)
         docker("network", "rm", self.network)
 
 

@@ -96,7 +96,8 @@ def test_an_image_says_what_it_is_and_how_it_runs(path: Path):
 
     labels = re.findall(r"org\.opencontainers\.image\.([\w.]+)=", text)
     assert set(labels) == {"title", "description", "licenses", "base.name", "version", "revision"}
-    for line in ("USER 10001", "STOPSIGNAL SIGTERM", "HEALTHCHECK ", 'ENTRYPOINT ["lorabbit"]', "WORKDIR "):
+    entry = 'ENTRYPOINT ["dumb-init", "--single-child", "--", "lorabbit"]'
+    for line in ("USER 10001", "STOPSIGNAL SIGTERM", "HEALTHCHECK ", entry, "WORKDIR "):
         assert re.search(rf"^{re.escape(line)}", text, re.MULTILINE), line
 
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import pytest
 from charts import CHART, Doc, render, values_of
-from pods import MOST_FILES, Cluster, comes_true, job_of
+from pods import MOST_FILES, Cluster, comes_true, docker, job_of
 from tree import ROOT
 
 LESS = ["--set", "rounds=2", "--set", "data.limit=400", "--set", "local.steps=6", "--set", "clients=2"]
@@ -110,6 +110,17 @@ def test_every_pod_starts_and_becomes_ready_as_rendered(cluster: Cluster):
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             if probe in pod.container:
                 assert pod.becomes(probe), f"{pod.name} {probe}\n{pod.logs()[-4000:]}"
+
+
+@pytest.mark.parametrize("name", ["server", "client"])
+def test_a_pod_that_is_told_to_leave_while_it_starts_leaves(cluster: Cluster, name: str):
+    """The first process of a container hears only what it has a handler for: it must not be ours."""
+    early = cluster.start("StatefulSet", f"fed-{name}", ordinal=9)
+
+    docker("exec", early.id, "sh", "-c", "kill -TERM 1")
+
+    assert early.wait(30) in {0, 143}
+    cluster.remove(early)
 
 
 def test_no_pod_runs_as_root_or_can_write_its_image(cluster: Cluster):
