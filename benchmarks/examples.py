@@ -4,7 +4,7 @@
 
 Runs `lorabbit run examples/NAME.yaml` for each, one after the other, with one thread for each process. CPU seconds are
 those of all its processes together: on idle cores a job takes at most so long, and less where clients train beside each
-other. Began is the main metric where it was first scored, ended where it was last. With `--out`, examples that were
+other, so that either less than three minutes of them or three minutes by the clock will do. Began is the main metric where it was first scored, ended where it was last. With `--out`, examples that were
 measured earlier keep their line.
 """
 
@@ -46,7 +46,7 @@ def measured(name: str) -> dict[str, object]:
         "example": name,
         "method": report["method"]["name"],
         "CPU seconds": round(cpu),
-        "within 3 minutes": "yes" if cpu < LIMIT_SECONDS else "no",
+        "within 3 minutes": "yes" if min(cpu, wall) < LIMIT_SECONDS else "no",
         "wall seconds here": round(wall),
         "metric": metric,
         "began": round(scored[0], 4),
