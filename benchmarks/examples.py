@@ -4,8 +4,8 @@
 
 Runs `lorabbit run examples/NAME.yaml` for each, one after the other, with one thread for each process. CPU seconds are
 those of all its processes together: on idle cores a job takes at most so long, and less where clients train beside each
-other, so that either less than three minutes of them or three minutes by the clock will do. Began is the main metric where it was first scored, ended where it was last. With `--out`, examples that were
-measured earlier keep their line.
+other, so that either less than three minutes of them or three minutes by the clock will do. Began is the main metric
+where it was first scored, ended where it was last. With `--out`, examples that were measured earlier keep their line.
 """
 
 from __future__ import annotations
