@@ -33,7 +33,7 @@ def federation(clients: int, chunk_bytes: int) -> Iterator[Federation]:
     before = os.environ.get("LORABBIT_CHUNK_BYTES")
     os.environ["LORABBIT_CHUNK_BYTES"] = str(chunk_bytes)
     with tempfile.TemporaryDirectory() as scratch:
-        running = Federation(Path(scratch), clients)
+        running = Federation(Path(scratch), clients, clustered=False)
         try:
             running.wait_ready()
             yield running
