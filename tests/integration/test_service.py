@@ -471,6 +471,25 @@ def test_a_server_that_was_stopped_for_longer_than_a_lease_loses_no_client_that_
     assert status_of(rig.store, "job").lost == ()
 
 
+def test_a_client_whose_identity_goes_back_to_another_one_keeps_what_it_declared(rig):
+    stayed, returned = rig.clients
+    stayed.declared = {"device": "cuda", "tags": ("fast",), "max_rank": 4, "quantisation": "int4"}
+    rig.serve()
+    stayed.start()
+    rig.idle()
+
+    returned.wanted = "client-1"
+    returned.start()
+    rig.idle()
+    stayed.alive()
+    rig.idle()
+
+    found = {entry.address: (name, json.loads(entry.record)) for name, entry in rig.store.clients().items()}
+    assert (stayed.client, found["host-1"][0], found["host-2"][0]) == ("client-2", "client-2", "client-1")
+    assert found["host-1"][1] == found["host-1"][1] | stayed.declared | {"tags": ["fast"]}
+    assert "fast" not in found["host-2"][1]["tags"]
+
+
 def test_a_client_that_fell_silent_while_the_server_was_stopped_is_lost_a_lease_later(rig):
     rig.clients[1].work = lambda _, task: task.phase == TRAIN
     started(rig)

@@ -164,7 +164,7 @@ class Reception:
         if client is None:
             claimed = ClientId(message.client)
             taken = claimed in self._registry.present
-            self._on_hello(Hello(address=message.address, client=None if taken else claimed), delivery)
+            self._on_hello(self._registry.introduction(message.address, None if taken else claimed), delivery)
             return
         if client != message.client:
             welcome = Welcome(client=client, heartbeat_seconds=self._tools.settings.heartbeat_seconds)

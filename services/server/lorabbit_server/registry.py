@@ -52,6 +52,8 @@ class Registry:
         self._lease_ms = lease_ms
         self._clients: dict[ClientId, Client] = {}
         self._by_address: dict[str, ClientId] = {}
+        self._introduced: dict[str, Hello] = {}
+        """What whoever is at an address said of itself last, also where its identity is another's now."""
         self._heard: set[ClientId] = set()
         self._asked_ms = 0
         """When it was asked last whose lease has ended."""
@@ -85,6 +87,7 @@ class Registry:
             message.address, message.client, record=json.dumps(declared), now_ms=now_ms, expires_ms=expires
         )
         client = ClientId(name)
+        self._introduced[message.address] = message
         before = self._by_address.get(message.address)
         if before is not None and before != client:
             self._clients[before].present = False
@@ -97,6 +100,11 @@ class Registry:
             client, message.address, **own, expires_ms=expires, heard_ms=now_ms, present=True
         )
         return client
+
+    def introduction(self, address: str, wanted: ClientId | None) -> Hello:
+        """Return the hello of a client that lost its identity, or that this server knows nothing of."""
+        said = self._introduced.get(address, Hello(address=address))
+        return said.model_copy(update={"client": wanted, "outbox": ()})
 
     def heard(self, address: str, now_ms: int) -> tuple[ClientId | None, bool]:
         """Renew the lease of the client at an address; its identity, and whether it was absent before."""
@@ -112,6 +120,7 @@ class Registry:
     def leave(self, address: str) -> ClientId | None:
         """End the lease of the client at an address; its identity is free."""
         client = self._by_address.get(address)
+        self._introduced.pop(address, None)
         if client is None:
             return None
         entry = self._clients[client]
