@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import services
 from proxy import Proxy
@@ -105,6 +107,20 @@ def test_the_node_whose_management_interface_answered_last_is_asked_first(broker
 
     assert seen["site-a"] == hash_
     assert (links[0].connections, links[1].connections) == (1, 1)
+
+
+def test_a_user_that_two_servers_make_at_once_is_there_for_both(broker):
+    two = [Management(broker.management_url, broker.url, Trust()) for _ in range(2)]
+    hash_ = password_hash("a password of some length")
+
+    with ThreadPoolExecutor(2) as threads:
+        for number in range(40):
+            made = [threads.submit(each.put_user, f"twin-{number}", hash_) for each in two]
+            assert [future.exception() for future in made] == [None, None]
+
+    assert sum(name.startswith("twin-") for name in two[0].users()) == 40
+    for each in two:
+        each.close()
 
 
 def test_management_interfaces_none_of_which_answers_are_all_named_without_the_password(broker, nobody):

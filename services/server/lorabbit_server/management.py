@@ -20,6 +20,7 @@ from lorabbit.urls import urls_of_hosts
 
 HASHING = "rabbit_password_hashing_sha256"
 """Which of RabbitMQ's ways to keep a password `lorabbit.enrolment.password_hash` is."""
+ALREADY_THERE = "already_exists"
 TIMEOUT_SECONDS = 10.0
 MOST_CONNECTIONS = 8
 """Of one client: it needs two, and may not know yet that old ones are gone."""
@@ -93,7 +94,13 @@ class Management:
             node.close()
 
     def _put(self, path: str, body: dict[str, Any]) -> None:
-        self._ask("PUT", path, json=body)
+        """Write one thing; of two who make it at once RabbitMQ refuses one, whose second try finds it there."""
+        try:
+            self._ask("PUT", path, json=body)
+        except BrokerUnavailable as error:
+            if ALREADY_THERE not in str(error):
+                raise
+            self._ask("PUT", path, json=body)
 
     def _ask(self, verb: str, path: str, *, missing_is_fine: bool = False, **request: Any) -> httpx.Response:  # noqa: ANN401
         what = f"RabbitMQ's management interface at {self._where}"
