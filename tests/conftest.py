@@ -9,6 +9,7 @@ ask for them are skipped on a laptop and fail where CI=true.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -28,15 +29,23 @@ settings.register_profile(
     derandomize=IN_CI,
 )
 settings.load_profile("any-machine")
-REAL_PARTS = ("services", "containers", "chaos")
+LINKS = (" publish", " consume")
+"""How the names of the two threads of a connection to RabbitMQ end."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where CI=true a failed test of real processes gets one more try; pytest's summary names it as rerun."""
-    if IN_CI:
-        for item in items:
-            if any(item.get_closest_marker(mark) for mark in REAL_PARTS):
-                item.add_marker(pytest.mark.flaky(reruns=1))
+def links() -> set[threading.Thread]:
+    """The threads of this process that keep a connection to RabbitMQ."""
+    return {thread for thread in threading.enumerate() if thread.name.endswith(LINKS)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def every_broker_is_closed() -> Iterator[None]:
+    """A connection that a module leaves open would try for ever, beside the tests of the next one."""
+    before = links()
+    yield
+    for thread in links() - before:
+        thread.join(10.0)
+    assert not links() - before, "a broker is not closed"
 
 
 @pytest.fixture(autouse=True)

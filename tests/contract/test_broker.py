@@ -141,12 +141,18 @@ def test_a_full_queue_says_busy(broker):
     assert isinstance(answers[-1], BrokerBusy)
 
 
-def test_room_in_a_queue_lets_messages_in_again(broker):
+def fill(broker):
+    """Send to a small queue until it is full; the answers, of which the last is no."""
     broker.declare_queue(Queue("q", "classic", max_bytes=1000))
-    answers, seen = Seen(broker), Seen(broker)
+    answers = Seen(broker)
     while not isinstance(answers[-1] if answers else None, BrokerBusy):
         broker.send(message(b"x" * 600), answers.add)
         answers.wait(len(answers) + 1)
+    return answers
+
+
+def test_room_in_a_queue_lets_messages_in_again(broker):
+    answers, seen = fill(broker), Seen(broker)
     accepted = len(answers) - 1
 
     broker.subscribe("q", lambda delivery: (broker.ack(delivery), seen.add(delivery)))
@@ -159,11 +165,7 @@ def test_room_in_a_queue_lets_messages_in_again(broker):
 
 
 def test_a_message_for_a_full_queue_is_sent_until_it_is_taken(broker):
-    broker.declare_queue(Queue("q", "classic", max_bytes=1000))
-    answers, seen = Seen(broker), Seen(broker)
-    while not isinstance(answers[-1] if answers else None, BrokerBusy):
-        broker.send(message(b"x" * 600), answers.add)
-        answers.wait(len(answers) + 1)
+    answers, seen = fill(broker), Seen(broker)
     taken = Seen(broker)
 
     broker.send_until_taken(message(b"last"), taken.add)

@@ -14,17 +14,9 @@ from lorabbit.enrolment import password_hash
 from lorabbit.errors import BrokerUnavailable
 from lorabbit.tls import Trust
 from lorabbit_cli import doctor
-from lorabbit_cli.certificates import make
 from lorabbit_server.management import Management
 
 pytestmark = pytest.mark.services
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("certificates")
-    make(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

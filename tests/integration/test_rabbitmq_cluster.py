@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import numpy as np
 import pika
@@ -38,16 +39,9 @@ def url(cluster):
 
 
 @pytest.fixture
-def connect():
-    opened = []
-
-    def connect(url, **options):
-        opened.append(RabbitBroker(url, name="cluster", replicated=True, **options))
-        return opened[-1]
-
-    yield connect
-    for broker in opened:
-        broker.close()
+def connect(connect):
+    """Drivers that declare every queue with copies."""
+    return partial(connect, replicated=True)
 
 
 @pytest.fixture

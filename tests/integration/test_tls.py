@@ -23,13 +23,6 @@ pytestmark = pytest.mark.services
 
 
 @pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("certificates")
-    make(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def trust(certificates):
     return Trust(certificates / "ca.pem")
 

@@ -188,8 +188,7 @@ def _trouble_of(url: str, trust: Trust) -> str | None:
     deadline = time.monotonic() + CONNECT_SECONDS
     while (trouble := broker.trouble()) is not None and time.monotonic() < deadline:
         time.sleep(0.02)
-    if trouble is None:
-        broker.close()  # one that never connected has nothing to close, and would wait for it
+    broker.close()
     return trouble
 
 

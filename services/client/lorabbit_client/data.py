@@ -191,15 +191,18 @@ def describe(spec: JobSpec, population: int, data_root: Path = Path()) -> DataOu
 
 _STAMPS: dict[_Request, Stamp] = {}
 """What the files looked like from which a dataset was read."""
+MOST_STAMPS = 8
+"""As many as there are datasets whose keys are kept."""
 
 
 def forget_what_changed() -> bool:
-    """Forget everything where a file is no longer as it was read; tell whether that was so.
+    """Forget everything where a file is no longer as it was read, or much was read; tell whether that was so.
 
     To be called where a job begins, so that one job is of one state of its files.
     """
     with _LOCK:
-        if all(stamp(request.spec, request.root) == before for request, before in _STAMPS.items()):
+        is_as_read = all(stamp(request.spec, request.root) == before for request, before in _STAMPS.items())
+        if is_as_read and len(_STAMPS) <= MOST_STAMPS:
             return False
         for known in (_encoded, _shares, _keys, _read):
             known.cache_clear()
@@ -225,7 +228,7 @@ def _shares(request: _Request, population: int) -> tuple[Share, ...]:
     return partition(request.spec.partition, population, request.seed, train=train, test=test)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=MOST_STAMPS)
 def _keys(request: _Request) -> tuple[tuple[str, ...], Keys, Keys]:
     """Return the label table and the keys of both splits."""
     split = _read(request)

@@ -21,6 +21,7 @@ from lorabbit.urls import urls_of_hosts
 HASHING = "rabbit_password_hashing_sha256"
 """Which of RabbitMQ's ways to keep a password `lorabbit.enrolment.password_hash` is."""
 ALREADY_THERE = "already_exists"
+"""What RabbitMQ says to one of two who make the same thing at once; the second try finds it there."""
 TIMEOUT_SECONDS = 10.0
 MOST_CONNECTIONS = 8
 """Of one client: it needs two, and may not know yet that old ones are gone."""
@@ -94,18 +95,14 @@ class Management:
             node.close()
 
     def _put(self, path: str, body: dict[str, Any]) -> None:
-        """Write one thing; of two who make it at once RabbitMQ refuses one, whose second try finds it there."""
-        try:
-            self._ask("PUT", path, json=body)
-        except BrokerUnavailable as error:
-            if ALREADY_THERE not in str(error):
-                raise
-            self._ask("PUT", path, json=body)
+        self._ask("PUT", path, json=body)
 
     def _ask(self, verb: str, path: str, *, missing_is_fine: bool = False, **request: Any) -> httpx.Response:  # noqa: ANN401
         what = f"RabbitMQ's management interface at {self._where}"
         try:
             answer = self._first_answer(verb, path, request)
+            if answer.status_code == httpx.codes.BAD_REQUEST and ALREADY_THERE in answer.text:
+                answer = self._first_answer(verb, path, request)
         except httpx.TransportError as error:
             raise BrokerUnavailable(f"{what} cannot be reached: {distrust(error) or error}") from error
         if answer.status_code in {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}:

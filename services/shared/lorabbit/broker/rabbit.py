@@ -8,7 +8,6 @@ socket. Works through any number of reconnects; see the modules of the parts for
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from functools import partial
 from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker
 
+from lorabbit.backoff import shuffled
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery, First, OnDelivery, OnDone, Outgoing, Queue, beginning
 from lorabbit.broker.loop import Loop
@@ -65,9 +65,7 @@ class RabbitBroker(Broker):
         self._has_sent = False
         trust = trust or Trust()
         hosts = urls_of_hosts(url)
-        link = partial(
-            Link, random.sample(hosts, len(hosts)), trust=trust, on_bug=self._on_bug, refused_seconds=refused_seconds
-        )
+        link = partial(Link, shuffled(hosts), trust=trust, on_bug=self._on_bug, refused_seconds=refused_seconds)
         self._publishing, self._consuming = link(f"{name} publish"), link(f"{name} consume")
         self._publisher = Publisher(self._publishing, self._loop.post)
         self._publishing.start(on_up=self._publishing_up, on_down=self._publisher.down)
