@@ -51,6 +51,18 @@ def test_a_value_that_cannot_be_is_refused_with_its_variable(kind, variable, val
         read_settings(kind)
 
 
+def test_a_lease_that_ends_between_two_heartbeats_is_refused_also_where_one_of_them_is_the_default(monkeypatch):
+    monkeypatch.setenv("LORABBIT_HEARTBEAT_SECONDS", "30")
+
+    with pytest.raises(
+        BadInput, match="LORABBIT_CLIENT_LEASE_SECONDS: at least twice LORABBIT_HEARTBEAT_SECONDS, which is 30"
+    ):
+        read_settings(ServerSettings)
+
+    monkeypatch.setenv("LORABBIT_CLIENT_LEASE_SECONDS", "60")
+    assert read_settings(ServerSettings).client_lease_seconds == 60
+
+
 def test_a_password_in_a_url_that_cannot_be_is_not_shown(monkeypatch):
     monkeypatch.setenv("LORABBIT_BROKER_URL", "amqp://site:s3cret@broker:99999/")
 

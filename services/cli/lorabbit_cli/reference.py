@@ -181,6 +181,7 @@ def _exit_codes() -> dict[int, str]:
         errors.Retryable.exit_code: "a service cannot be reached: the broker, the store, or the server",
         errors.NotAllowed.exit_code: "not allowed: a token, a password, or a client that was revoked",
         130: "interrupted (Ctrl-C)",
+        143: "a client that ends by itself (`LORABBIT_IDLE_SECONDS`) was told to leave before: start it again",
     }
 
 

@@ -2,7 +2,9 @@
 
 It imports no torch: a client that waits costs less than 80 MB, and the executor loads what a task needs when
 the first one comes. On SIGTERM it stops training at the next step, says goodbye and exits; the
-journal has what is unfinished, and a restart goes on with it.
+journal has what is unfinished, and a restart goes on with it. Exit code 0 says that it has no more to do: a
+client that ends by itself (LORABBIT_IDLE_SECONDS) and is told to leave before that exits as one that the signal
+ended, so that a Job of Kubernetes starts another in its place.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from lorabbit_client.runners import ThreadRunner
 
 log = structlog.get_logger()
 INTERRUPTED = 130
+SIGNALLED = 128
+"""Exit code of whatever a signal ends, less the signal's number."""
 REFUSED_SECONDS = 20.0
 """How long a client with a user of its own bears that the broker does not know it, which a server that starts mends."""
 REVOKED = "where the server's operator revoked it, it needs another join token in LORABBIT_JOIN_TOKEN"
@@ -80,19 +84,24 @@ def _work(settings: ClientSettings) -> int:
     )
     runner = ThreadRunner(ConfinedExecutor(executor, settings.data_root), durable=settings.durable)
     agent = Agent(broker, runner, settings)
-    agent.when_idle(broker.stop)
+    finished: list[bool] = []
     taken: list[str] = []
+
+    def finish() -> None:
+        finished.append(True)
+        broker.stop()
 
     def leave(why: str) -> None:
         taken.append(why)
         broker.stop()
 
+    agent.when_idle(finish)
     agent.when_taken(leave)
     for said in strangers():
         log.warning("variable-not-read", why=said)
     log.info("client-started", version=__version__, address=settings.address, folder=str(settings.folder))
     try:
-        with _signals(broker, agent, settings.drain_seconds):
+        with _signals(broker, agent, settings.drain_seconds) as told:
             broker.post(agent.start)
             broker.run()
         agent.close()
@@ -102,7 +111,8 @@ def _work(settings: ClientSettings) -> int:
     if taken:
         raise BadInput(taken[0])
     log.info("client-stopped")
-    return 0
+    is_left_over = told and settings.idle_seconds is not None and not finished
+    return SIGNALLED + told[0] if is_left_over else 0
 
 
 def _capability(settings: ClientSettings) -> Capability:
@@ -110,8 +120,11 @@ def _capability(settings: ClientSettings) -> Capability:
 
 
 @contextmanager
-def _signals(broker: Broker, agent: Agent, drain_seconds: float) -> Iterator[None]:
-    """Let SIGTERM finish what is under way, if that takes no longer; a second one, or SIGINT, ends the loop at once."""
+def _signals(broker: Broker, agent: Agent, drain_seconds: float) -> Iterator[list[int]]:
+    """Let SIGTERM finish what is under way, if that takes no longer; a second one, or SIGINT, ends the loop at once.
+
+    Yields the signals that came so far.
+    """
     told: list[int] = []
 
     def drain() -> None:
@@ -128,7 +141,7 @@ def _signals(broker: Broker, agent: Agent, drain_seconds: float) -> Iterator[Non
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield told
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)

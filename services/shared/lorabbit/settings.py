@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError, ValidationInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lorabbit import crash
@@ -70,6 +70,14 @@ def _crash_point(text: str | None) -> str | None:
     if text is not None:
         crash.parse(text)
     return text
+
+
+def _two_heartbeats(lease: float, settings: ValidationInfo) -> float:
+    """Check that a client does not count as lost between two heartbeats."""
+    heartbeat = settings.data.get("heartbeat_seconds", 0.0)
+    if lease < 2 * heartbeat:
+        raise ValueError(f"at least twice LORABBIT_HEARTBEAT_SECONDS, which is {heartbeat:g}, is expected")
+    return lease
 
 
 def _split(value: object) -> object:
@@ -156,7 +164,12 @@ class ServerSettings(Settings):
     chunk_bytes: int = Field(default=2**20, ge=1024, description="bytes of a payload per message")
     max_payload_bytes: int = Field(default=4 * 2**30, ge=1024, description="largest update that is admitted")
     heartbeat_seconds: float = Field(default=5.0, gt=0, description="how often a client renews its lease")
-    client_lease_seconds: float = Field(default=15.0, gt=0, description="silence after which a client counts as lost")
+    client_lease_seconds: Annotated[float, AfterValidator(_two_heartbeats)] = Field(
+        default=15.0,
+        gt=0,
+        validate_default=True,
+        description="silence after which a client counts as lost; at least two heartbeats",
+    )
     lease_seconds: float = Field(default=15.0, gt=0, description="how long a server's lease lasts unrenewed")
     submit: Path | None = Field(default=None, description="a job file to submit on start, once")
     durable: bool = Field(default=True, description="fsync payloads before they are named in the store")
@@ -216,7 +229,10 @@ class ClientSettings(Settings):
         default=20.0, ge=0, description="how long SIGTERM waits for the task under way; 0 hands it back at once"
     )
     idle_seconds: float | None = Field(
-        default=None, gt=0, description="leave after so long without a task since the last one; never when absent"
+        default=None,
+        gt=0,
+        description="leave after so long without a task since the last one; never when absent; "
+        "told to leave before that, the client exits with 143, so that a Job of Kubernetes starts it again",
     )
 
 
