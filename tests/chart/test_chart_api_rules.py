@@ -93,10 +93,13 @@ WORDS = ["on", "no", "true", "null", "e5"]
 """Names that are something else where YAML reads them bare."""
 
 
+@pytest.mark.parametrize("enrolled", [True, False])
 @pytest.mark.parametrize("word", WORDS)
-def test_a_name_is_a_name_whatever_else_yaml_takes_it_for(word: str):
+def test_a_name_is_a_name_whatever_else_yaml_takes_it_for(word: str, enrolled: bool):  # noqa: FBT001 - a parameter
     data = {"existingClaim": word, "subPath": word}
-    kinds = (("StatefulSet", word), ("IndexedJob", f"{word}-1"), ("Deployment", "sim"))
+    kinds = [("StatefulSet", word), ("Deployment", "sim")]
+    if not enrolled:
+        kinds.append(("IndexedJob", f"{word}-1"))
     pools = [{"name": name, "kind": kind, "data": data if name != "sim" else {}, "runtimeClassName": word}
              for kind, name in kinds]  # fmt: skip
     values = {
@@ -106,7 +109,7 @@ def test_a_name_is_a_name_whatever_else_yaml_takes_it_for(word: str):
         "server": {"persistence": {"existingClaim": word}},
         "rabbitmq": {"auth": {"existingSecret": word}, "tls": {"enabled": True, "existingSecret": word}},
         "redis": {"auth": {"existingSecret": word}, "persistence": {"storageClass": word}},
-        "enrolment": {"enabled": True, "tokenSecret": word},
+        "enrolment": {"enabled": enrolled, "tokenSecret": word},
         "scaler": {"create": True},
     }
 
@@ -195,7 +198,12 @@ UPGRADES = [
     {"clientPools": [{"name": "client", "replicas": 6, "threads": 2}, {"name": "more", "kind": "IndexedJob"}]},
     {"clientDefaults": {"persistence": {"whenDeleted": "Retain", "whenScaled": "Delete"}, "replicas": 1}},
     {"rabbitmq": {"tls": {"enabled": True, "existingSecret": "tls"}, "memoryHighWatermark": "512MiB"}},
-    {"enrolment": {"enabled": True}, "volumePermissions": {"enabled": True}, "networkPolicy": {"enabled": False}},
+    {
+        "enrolment": {"enabled": True},
+        "volumePermissions": {"enabled": True},
+        "networkPolicy": {"enabled": False},
+        "clientPools": [{"name": "client"}],
+    },
     {"redis": {"auth": {"existingSecret": "store"}, "maxMemory": "128mb"}, "scaler": {"create": True}},
 ]
 

@@ -7,9 +7,11 @@ import re
 import runpy
 import ssl
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import certifi
 import pytest
+import redis
 import yaml
 from charts import (
     CASES,
@@ -129,6 +131,7 @@ def test_a_cuda_client_gets_a_gpu_or_a_slice_of_one():
 
 
 def test_a_jetson_client_gets_its_gpu_by_the_runtime_class_alone():
+    """The resource of a GPU, which the defaults name, is a cuda client's."""
     spec, container = device_of("values-jetson.yaml", "jetson")
 
     assert spec["runtimeClassName"] == "nvidia"
@@ -174,14 +177,15 @@ def test_the_broker_is_configured_as_under_compose():
 
 
 def test_the_broker_s_limits_are_those_of_the_values():
-    docs = render({"rabbitmq": {"memoryHighWatermark": "3GiB", "diskFreeLimit": "7GB"}})
+    room = {"resources": {"limits": {"memory": "5Gi"}}}
+    docs = render({"rabbitmq": {"memoryHighWatermark": "3GiB", "diskFreeLimit": "7GB", **room}})
     conf = named(docs, "ConfigMap", "fed-rabbitmq")["data"]["rabbitmq.conf"]
 
     assert re.findall(r"^(?:vm_memory|disk_free).*= (.*)$", conf, re.MULTILINE) == ["3GiB", "7GB"]
 
 
 def test_passwords_come_through_a_url_whatever_they_hold():
-    password = "p@ss/word:%#?"
+    password = "p@ss/word:%#? +2"
     docs = render({
         "rabbitmq": {"auth": {"serverPassword": password, "clientPassword": "c"}},
         "redis": {"auth": {"password": password}},
@@ -193,7 +197,28 @@ def test_passwords_come_through_a_url_whatever_they_hold():
     assert (parameters.credentials.username, parameters.credentials.password) == ("lorabbit-server", password)
     assert (parameters.host, parameters.port) == ("fed-rabbitmq.federation.svc", 5672)
     assert json.loads(secrets["fed-rabbitmq"]["definitions.json"])["users"][0]["password"] == password
-    assert secrets["fed-redis"]["url"] == "redis://:p%40ss%2Fword%3A%25%23%3F@fed-redis.federation.svc:6379/0"
+    store = redis.ConnectionPool.from_url(secrets["fed-redis"]["url"]).connection_kwargs
+    assert (store["password"], store["host"], store["port"]) == (password, "fed-redis.federation.svc", 6379)
+
+
+def test_a_password_comes_through_the_url_of_the_management_interface_too():
+    password = "p@ss/word:%#? +2"
+    docs = render({"enrolment": {"enabled": True}, "rabbitmq": {"auth": {"serverPassword": password}}})
+    url = named(docs, "Secret", "fed-rabbitmq")["stringData"]["management-url"]
+
+    assert unquote(urlsplit(url).password or "") == password  # as the server reads it
+
+
+@pytest.mark.parametrize(("given", "made"), [("", None), ("-", ""), ("fast", "fast")])
+def test_the_operator_is_told_the_storage_class_that_the_claims_of_the_built_in_broker_have(
+    given: str, made: str | None
+):
+    values = {"persistence": {"storageClass": given}}
+    (cluster,) = of_kind(render({"rabbitmq": {"mode": "operator", **values}}), "RabbitmqCluster")
+    (claim,) = named(render({"rabbitmq": values}), "StatefulSet", "fed-rabbitmq")["spec"]["volumeClaimTemplates"]
+
+    assert cluster["spec"]["persistence"].get("storageClassName") == made
+    assert claim["spec"].get("storageClassName") == made
 
 
 def test_over_tls_a_client_checks_the_broker_s_certificate_and_name():

@@ -267,6 +267,18 @@ def test_clients_that_join_reach_the_server_and_the_server_alone_manages_the_bro
     assert edges == {("client", "server"), ("test", "server"), ("server", "rabbitmq")}
 
 
+def test_whoever_may_read_the_broker_s_metrics_can_without_the_prometheus_operator():
+    prometheus = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    docs = render({"networkPolicy": {"metricsFrom": prometheus}})
+    (policy,) = [p for p in of_kind(docs, "NetworkPolicy") if p["metadata"]["name"] == "fed-rabbitmq"]
+    (service,) = [doc for doc in of_kind(docs, "Service") if doc["metadata"]["name"] == "fed-rabbitmq"]
+    (broker,) = [container for place, container, _ in containers(docs) if place.startswith("StatefulSet/fed-rabbitmq")]
+
+    assert {"ports": [{"port": 15692}], "from": prometheus} in policy["spec"]["ingress"]
+    assert 15692 in {port["port"] for port in service["spec"]["ports"]}
+    assert 15692 in {port["containerPort"] for port in broker["ports"]}
+
+
 def test_an_external_broker_and_store_are_reached_in_their_networks_alone():
     docs = objects(CHART / "ci" / "external-values.yaml")
     policies = {policy["metadata"]["name"]: policy["spec"] for policy in of_kind(docs, "NetworkPolicy")}

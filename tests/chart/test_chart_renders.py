@@ -13,6 +13,8 @@ from jsonschema import Draft7Validator
 
 KUBERNETES = ["1.29", "1.32", "1.37"]
 """The oldest that the chart allows, one that is widely run, and a new one."""
+ENROLMENT: Doc = {"enrolment": {"enabled": True}}
+AUTOSCALED: Doc = {"name": "a", "autoscaling": {"enabled": True}}
 case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 
 
@@ -143,6 +145,10 @@ def test_an_upgrade_replaces_a_finite_pool_only_where_its_clients_change():
         ({"clientPools": [{"name": "a", "replicas": "many"}]}, "/replicas': got string, want integer"),
         ({"rabbitmq": {"mode": "bitnami"}}, "'builtin', 'operator', 'external'"),
         ({"server": {"resources": {"limits": {"memory": "lots"}}}}, "/server/resources/limits/memory"),
+        ({"server": {"resources": {"requests": {"memory": "10K"}}}}, "/server/resources/requests/memory"),
+        ({"redis": {"persistence": {"size": "10K"}}}, "/redis/persistence/size"),
+        ({"redis": {"maxMemory": "0"}}, "/redis/maxMemory"),
+        ({"enrolment": {"httpToken": "short"}}, "/enrolment/httpToken"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_its_path(values: Doc, said: str):
@@ -158,7 +164,34 @@ def test_a_value_that_cannot_be_is_refused_by_its_path(values: Doc, said: str):
         ({"clientPools": [{"name": "a"}, {"name": "a"}]}, 'two pools named "a"'),
         ({"clientPools": [{"name": "a", "kind": "Deployment", "data": {"subPath": "x"}}]}, "no lasting identity"),
         ({"clientPools": [{"name": "a", "kind": "IndexedJob", "autoscaling": {"enabled": True}}]}, "fixed number"),
-        ({"server": {"replicas": 2}}, "set server.persistence.accessMode to ReadWriteMany"),
+        ({"clientPools": [{"name": "a", "kind": "IndexedJob", "replicas": 0}]}, "an IndexedJob of 0 clients is over"),
+        ({"clientPools": [{"name": "a", "data": {"subPath": "x"}}]}, "name that too"),
+        ({"clientPools": [{"name": "a", "capability": {"dtype": "float16"}}]}, "float16 is for GPUs"),
+        ({"clientPools": [{"name": "a", "device": "jetson"}]}, "set runtimeClassName, such as nvidia"),
+        (
+            {"clientPools": [AUTOSCALED | {"autoscaling": {"enabled": True, "min": 5, "max": 2}}]},
+            "5, is more than .*, 2",
+        ),
+        ({"clientPools": [AUTOSCALED]}, "autoscaling needs networkPolicy.httpFrom: say where KEDA runs"),
+        (
+            {"clientPools": [{"name": "a", "kind": "IndexedJob"}], **ENROLMENT},
+            "with enrolment.enabled a client's password",
+        ),
+        (
+            {"clientDefaults": {"persistence": {"enabled": False}}, **ENROLMENT},
+            "with enrolment.enabled a client's password",
+        ),
+        ({"clientDefaults": {"persistence": {"whenScaled": "Delete"}}, **ENROLMENT}, "persistence.whenScaled: Retain"),
+        ({"server": {"replicas": 2}}, "accessMode to ReadWriteMany from the first installation on"),
+        ({"server": {"heartbeatSeconds": 30}}, "server.clientLeaseSeconds: at least twice .* which is 30"),
+        ({"redis": {"maxMemory": "4gb"}}, "redis.maxMemory: 4gb is not below redis.resources.limits.memory, 512Mi"),
+        ({"redis": {"maxMemory": "512mb"}}, "redis.maxMemory: 512mb is not below"),
+        ({"rabbitmq": {"memoryHighWatermark": "10GiB"}}, "10GiB is more than 60 % of .*, 2Gi"),
+        ({"rabbitmq": {"memoryHighWatermark": "1300MB"}}, "1300MB is more than 60 % of .*, 2Gi"),
+        (
+            {"rabbitmq": {"mode": "operator", "auth": {"serverPassword": "s"}}},
+            "rabbitmq.auth: of the built-in broker alone",
+        ),
         ({"rabbitmq": {"mode": "external"}}, "rabbitmq.external.existingSecret: name the secret"),
         ({"redis": {"mode": "external"}}, "redis.auth.existingSecret: name the secret"),
         ({"rabbitmq": {"tls": {"enabled": True}}}, "rabbitmq.tls: name a secret in existingSecret"),
@@ -169,6 +202,24 @@ def test_a_value_that_cannot_be_is_refused_by_its_path(values: Doc, said: str):
 def test_values_that_do_not_go_together_are_refused_in_a_sentence(values: Doc, said: str):
     with pytest.raises(Exception, match=said):
         render(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"redis": {"maxMemory": "511mb"}},
+        {"redis": {"maxMemory": "600mb", "resources": {"limits": {"memory": 1000000000}}}},
+        {"rabbitmq": {"memoryHighWatermark": "1280MB"}},
+        {"rabbitmq": {"memoryHighWatermark": "1200MiB"}},
+        {"server": {"heartbeatSeconds": 7.5, "resources": {"requests": {"cpu": 0.5, "memory": "1k"}}}},
+        {"clientPools": [{"name": "sim", "kind": "Deployment", "persistence": {"enabled": False}}], **ENROLMENT},
+        {"clientPools": [AUTOSCALED], "networkPolicy": {"enabled": False}},
+    ],
+)
+def test_values_that_go_together_only_just_are_taken(values: Doc):
+    for doc in render(values):
+        if doc["kind"] not in CUSTOM:
+            kubernetes_validate.validate(doc, KUBERNETES[0], strict=True)
 
 
 @pytest.mark.parametrize("name", ["1", "1fed", "my.release"])

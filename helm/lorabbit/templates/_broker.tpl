@@ -41,11 +41,16 @@
 {{- end -}}
 {{- end -}}
 
+{{/* A text inside a URL: what reads it takes no + for a space. */}}
+{{- define "lorabbit.quoted" -}}
+{{ urlquery . | replace "+" "%20" }}
+{{- end -}}
+
 {{/* The built-in broker's URL for `who`: a user with its password and an @, or nobody. */}}
 {{- define "lorabbit.brokerUrl" -}}
 {{- $tls := .root.Values.rabbitmq.tls.enabled -}}
 {{ ternary "amqps" "amqp" $tls }}://{{ .who }}{{ include "lorabbit.brokerHost" .root }}:{{ include "lorabbit.brokerPort" .root }}/
-{{- if $tls }}?ssl_options={{ dict "cafile" "/run/lorabbit/broker-ca/ca.crt" | toJson | urlquery }}{{ end }}
+{{- if $tls }}?ssl_options={{ dict "cafile" "/run/lorabbit/broker-ca/ca.crt" | toJson | include "lorabbit.quoted" }}{{ end }}
 {{- end -}}
 
 {{/* Port of the built-in broker's management interface, where clients have users of their own; empty elsewhere. */}}
@@ -55,6 +60,13 @@
 {{- fail "enrolment.enabled: the chart gives clients users of their own on the built-in broker alone" -}}
 {{- end -}}
 {{ ternary 15671 15672 .Values.rabbitmq.tls.enabled }}
+{{- end -}}
+{{- end -}}
+
+{{/* Port of the built-in broker's metrics, where somebody is to read them; empty elsewhere. */}}
+{{- define "lorabbit.metricsPort" -}}
+{{- if or .Values.monitoring.serviceMonitor .Values.networkPolicy.metricsFrom -}}
+15692
 {{- end -}}
 {{- end -}}
 

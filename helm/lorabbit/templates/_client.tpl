@@ -1,15 +1,7 @@
 {{/* A pool with everything that it does not say itself taken from clientDefaults. */}}
 {{- define "lorabbit.pool" -}}
 {{- $pool := include "lorabbit.over" (list .root.Values.clientDefaults .pool) | fromYaml -}}
-{{- if has $pool.name (list "server" "rabbitmq" "redis" "pods") -}}
-{{- fail (printf "clientPools: a pool cannot be named %q, which another part of the release is" $pool.name) -}}
-{{- end -}}
-{{- if and (eq $pool.kind "Deployment") $pool.data.subPath -}}
-{{- fail (printf "clientPools %q: the clients of a Deployment have no lasting identity, so data.subPath cannot name one" $pool.name) -}}
-{{- end -}}
-{{- if and (eq $pool.kind "IndexedJob") $pool.autoscaling.enabled -}}
-{{- fail (printf "clientPools %q: an IndexedJob has a fixed number of clients; autoscaling needs a StatefulSet or a Deployment" $pool.name) -}}
-{{- end -}}
+{{- include "lorabbit.refusePool" (dict "root" .root "pool" $pool) -}}
 {{- toYaml $pool -}}
 {{- end -}}
 
@@ -109,7 +101,7 @@ spec:
         timeoutSeconds: 5
       resources:
 {{- $resources := deepCopy $pool.resources }}
-{{- if and (ne $pool.device "cpu") $pool.gpu.resource }}
+{{- if and (eq $pool.device "cuda") $pool.gpu.resource }}
 {{- $_ := set $resources "limits" (set $resources.limits $pool.gpu.resource (int $pool.gpu.count)) }}
 {{- end }}
 {{ toYaml $resources | indent 8 }}
