@@ -381,6 +381,40 @@ def test_a_result_that_comes_while_a_version_is_made_belongs_to_the_next_one():
     assert pace.staleness(state, tasks[1]) == 1
 
 
+def folding_again(schedule):
+    """A job whose first version is folded again without the update that could not be, and the tasks of both."""
+    state, tasks, _ = training(job(schedule, rounds=9, min_clients=1))
+    state, first = answered(state, tasks[0])
+    (alone,) = of(first, steps.Aggregate)[0].tasks
+    state, _ = answered(state, tasks[1])
+    state, commands = decide(state, steps.ResultsUseless(1, {alone.id: "scaling: not the server's"}))
+    return state, tasks, of(commands, steps.Aggregate)
+
+
+KEEPS = sc.Quorum(quorum=0.25, over_select=4.0, late="keep")
+
+
+@pytest.mark.parametrize("schedule", [sc.Buffered(buffer=1), KEEPS])
+def test_what_came_while_a_useless_update_was_folded_is_folded_in_its_place_and_is_not_late(schedule):
+    state, tasks, (again,) = folding_again(schedule)
+
+    assert [t.id for t in again.tasks] == [tasks[1].id]
+    assert pace.staleness(state, again.tasks[0]) == 0
+    assert resume(state)[0] == again
+
+
+@pytest.mark.parametrize("schedule", [sc.Buffered(buffer=1), KEEPS])
+def test_what_comes_while_a_round_is_folded_a_second_time_belongs_to_the_next_version(schedule):
+    state, tasks, (again,) = folding_again(schedule)
+    state, _ = answered(state, tasks[2])
+    assert resume(state)[0] == again, "the next server folds the same"
+
+    state, commands = aggregated(state)
+
+    assert events(commands, "round-closed")[0].accepted == 1
+    assert [t.id for t in of(commands, steps.Aggregate)[0].tasks] == [tasks[2].id]
+
+
 def test_no_more_clients_train_at_a_time_than_the_job_says():
     state, tasks, _ = training(job(sc.Buffered(buffer=2, concurrency=2)))
     assert len(tasks) == 2
@@ -543,6 +577,21 @@ def test_central_scores_pass_on_from_a_lost_client_and_are_awaited_where_nobody_
     assert [task.client for task in state.tasks.values()] == [NAMES[3]]
     state, commands = decide(state, steps.ClientArrived(NAMES[3], NAMES[3:], at_ms=10))
     state, _ = answered(state, sent(commands, EVALUATE)[0])
+    assert (state.stage, state.outcome) == ("ended", "done")
+
+
+@pytest.mark.parametrize("schedule", [sc.Quorum(quorum=1.0), sc.Buffered(buffer=4)])
+@pytest.mark.parametrize("on", ["clients", "central"])
+def test_when_all_were_lost_scores_wait_for_the_first_who_is_back_and_for_no_other(schedule, on):
+    state, _ = scoring(schedule, on)
+    for gone in range(4):
+        state, _ = decide(state, steps.ClientLeft(NAMES[gone], NAMES[gone + 1 :], 9))
+
+    state, commands = decide(state, steps.ClientArrived(NAMES[1], NAMES[1:2], at_ms=10))
+
+    (asked,) = sent(commands, EVALUATE)
+    assert (asked.client, tuple(state.tasks)) == (NAMES[1], (asked.id,))
+    state, _ = answered(state, asked)
     assert (state.stage, state.outcome) == ("ended", "done")
 
 

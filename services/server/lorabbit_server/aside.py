@@ -40,14 +40,14 @@ def set_aside(state: JobState, client: ClientId, reason: str, at_ms: int, *, exi
     return state, (told, *(CancelTask(task.id, client) for task in off), *commands)
 
 
-def scores_without(state: JobState, client: ClientId, at_ms: int) -> Decision:
-    """Where no round waits for everybody, let the others who are here score what a lost client was to score."""
+def scores_without_lost(state: JobState, at_ms: int) -> Decision:
+    """Where no round waits for everybody, let those who are here score what lost clients were to score."""
     here = any(state.clients[index] not in state.lost for index in evaluators(state))
     if isinstance(state.spec.schedule, str) or not here:
         return state, ()
-    mine = [task for task in in_order(state.tasks) if task.client == client and task.phase == EVALUATE]
-    off = {task.id: task for task in mine if task.status != "accepted"}
-    commands: tuple[Command, ...] = tuple(CancelTask(id_, client) for id_ in off)
+    theirs = [task for task in in_order(state.tasks) if task.client in state.lost and task.phase == EVALUATE]
+    off = {task.id: task for task in theirs if task.status != "accepted"}
+    commands: tuple[Command, ...] = tuple(CancelTask(task.id, task.client) for task in off.values())
     state = replace(state, tasks={id_: task for id_, task in state.tasks.items() if id_ not in off})
     for number in sorted({task.round for task in off.values()}):
         state, more = _score_on(state, number, at_ms)

@@ -18,7 +18,7 @@ from lorabbit import joining
 from lorabbit.methods import METHODS
 from lorabbit.types import INITIALISE, ClientId
 from lorabbit_server import cohort, pace, results, rounds
-from lorabbit_server.aside import scores_without, set_aside
+from lorabbit_server.aside import scores_without_lost, set_aside
 from lorabbit_server.asking import ask, in_order, send
 from lorabbit_server.jobstate import Declared, JobState
 from lorabbit_server.steps import (
@@ -94,17 +94,24 @@ def _presence(state: JobState, event: JobOpened | ClientArrived | ClientLeft) ->
         return _gather(state, event)
     match event:
         case ClientArrived() if event.client in state.clients:
-            return _welcome_back(state, event)
+            state, commands = _welcome_back(state, event)
         case ClientArrived() if _joins(state, event):
-            return _join(state, event)
+            state, commands = _join(state, event)
         case ClientLeft() if event.client in state.clients and event.client not in state.lost:
-            lost = [*state.lost]
-            insort(lost, event.client, key=cohort.natural)
-            state, scores = scores_without(replace(state, lost=tuple(lost)), event.client, event.at_ms)
-            state, commands = rounds.ask_on(state, event.at_ms)
-            return state, (Record(ev.ClientLost(at_ms=event.at_ms, client=event.client)), *scores, *commands)
+            state, commands = _lose(state, event)
         case _:
             return state, ()
+    state, scores = scores_without_lost(state, event.at_ms)
+    state, trainings = rounds.ask_on(state, event.at_ms)
+    return state, (*commands, *scores, *trainings)
+
+
+def _lose(state: JobState, event: ClientLeft) -> Decision:
+    """Count a client among those who are lost."""
+    lost = [*state.lost]
+    insort(lost, event.client, key=cohort.natural)
+    told = Record(ev.ClientLost(at_ms=event.at_ms, client=event.client))
+    return replace(state, lost=tuple(lost)), (told,)
 
 
 def _dismissed(state: JobState, event: ClientDismissed) -> Decision:
@@ -153,8 +160,7 @@ def _join(state: JobState, event: ClientArrived) -> Decision:
     """Give a client that comes later the next index of a job whose clients hold data of their own."""
     index = len(state.clients)
     told = Record(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device, index=index))
-    state, commands = rounds.ask_on(replace(state, clients=(*state.clients, event.client)), event.at_ms)
-    return state, (told, *commands)
+    return replace(state, clients=(*state.clients, event.client)), (told,)
 
 
 def _joins(state: JobState, event: ClientArrived) -> bool:
@@ -182,8 +188,7 @@ def _welcome_back(state: JobState, event: ClientArrived) -> Decision:
         tasks[task.id] = again
         commands += send(again, event.at_ms)
     lost = tuple(client for client in state.lost if client != event.client)
-    state, more = rounds.ask_on(replace(state, lost=lost, tasks=tasks), event.at_ms)
-    return state, (*commands, *more)
+    return replace(state, lost=lost, tasks=tasks), tuple(commands)
 
 
 def _after_the_end(state: JobState, event: Event) -> Decision:

@@ -124,9 +124,11 @@ def aggregation(state: JobState) -> Aggregate:
 
 
 def fold_on(state: JobState, at_ms: int) -> Decision:
-    """Fold what is left of a round; where that is nothing, train again."""
-    if aggregation(state).tasks:
+    """Fold what is left of a round, or what has arrived meanwhile; where that is nothing, train again."""
+    if state.batch:
         return state, (aggregation(state),)
+    if pace.counted(state):
+        return close(state, at_ms)
     state = replace(state, stage="training", since_ms=at_ms)
     asked = budget.within(state, pace.to_ask(state))
     state, commands = ask(state, TRAIN, asked, round_number=state.round, at_ms=at_ms)
