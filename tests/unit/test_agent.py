@@ -389,6 +389,20 @@ def test_an_order_given_again_on_purpose_after_its_end_is_done_again(rig: Rig) -
     assert runner.submitted == ["t-1", "t-1"]
 
 
+def test_an_order_that_was_called_off_is_done_when_it_is_given_again(rig: Rig) -> None:
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    order = rig.task("t-1", rig.publish(1.0))
+    rig.tell(order)
+    rig.run()
+    rig.tell(CancelTask(**IDS))
+
+    rig.tell(order)
+    rig.run()
+
+    assert runner.submitted == ["t-1", "t-1"]
+
+
 def test_an_order_of_a_server_that_lost_its_lease_is_ignored(rig: Rig) -> None:
     runner = ScriptedRunner()
     rig.agent(runner)

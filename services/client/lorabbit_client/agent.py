@@ -193,7 +193,13 @@ class Agent:
         elif isinstance(message, Deny):
             assignment.settled(accepted=False, reason=message.reason)
         elif isinstance(message, CancelTask):
-            assignment.cancel()
+            self._call_off(assignment)
+
+    def _call_off(self, assignment: Assignment) -> None:
+        """Drop a task that is not wanted; where it is wanted after all, the server gives the same order again."""
+        assignment.cancel()
+        if assignment.order is not None:
+            self._finished.pop(_order_id(assignment.order), None)
 
     def _send(self, message: Message, on_done: OnDone | None) -> None:
         """Publish to the server under this client's address."""
