@@ -77,6 +77,10 @@ class Cluster:
     watching: Watching = field(default_factory=Watching)
     quota: int = 1000
     unschedulable: frozenset[str] = frozenset()
+    forbidden: str = ""
+    """Why no pod can be made."""
+    held: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Pods that are made and never ready: reason and message of the event that says so."""
     version: int = 100
     watchers: int = 0
     stopped: bool = False
@@ -126,30 +130,40 @@ class Cluster:
 
     def _make(self) -> bool:
         """Make one missing pod, or be refused one."""
-        for (_, name), workload in self.workloads.items():
+        for (plural, name), workload in self.workloads.items():
             mine = {pod for pod in self.pods if self.pods[pod]["metadata"]["ownerReferences"][0]["name"] == name}
             for index in range(self.wanted(workload)):
                 if f"{name}-{index}" in mine:
                     continue
-                if len(mine) >= self.quota:
-                    return self._refuse(name, index)
+                if len(mine) >= self.quota or self.forbidden:
+                    return self._refuse(plural, name, index)
+                pod = f"{name}-{index}"
                 self._put("ADDED", self._pod(name, index, workload["metadata"]["labels"], ready=False))
+                if pod in self.held:
+                    self.tell("Pod", pod, *self.held[pod])
                 return True
         return False
 
-    def _refuse(self, name: str, index: int) -> bool:
-        """Tell of a pod that the quota refuses; False when that was told already."""
-        said = (
-            f'pods "{name}-{index}" is forbidden: exceeded quota: small, requested: pods=1, limited: pods={self.quota}'
-        )
+    def _refuse(self, plural: str, name: str, index: int) -> bool:
+        """Tell of a pod that may not be made; False when that was told already."""
+        why = self.forbidden or f"exceeded quota: small, requested: pods=1, limited: pods={self.quota}"
+        said = f'pods "{name}-{index}" is forbidden: {why}'
         if any(event["message"] == said for event in self.events):
             return False
-        self.version += 1
-        meta = {"name": f"refused.{self.version}", "uid": str(self.version), "resourceVersion": str(self.version)}
-        about = {"kind": "StatefulSet", "name": name}
-        self.events.append({"metadata": meta, "involvedObject": about, "reason": "FailedCreate", "message": said})
-        self.changed.notify_all()
+        kind, maker = ("ReplicaSet", f"{name}-6d4cf56db6") if plural == "deployments" else (KINDS[plural], name)
+        self.tell(kind, maker, "FailedCreate", said)
         return True
+
+    def tell(self, kind: str, name: str, reason: str, message: str) -> None:
+        """Add an event, of the type Warning."""
+        with self.changed:
+            self.version += 1
+            meta = {"name": f"{name}.{self.version}", "uid": str(self.version), "resourceVersion": str(self.version)}
+            self.events.append({
+                "metadata": meta, "involvedObject": {"kind": kind, "name": name}, "type": "Warning", "reason": reason,
+                "message": message, "lastTimestamp": f"2026-01-01T00:00:{self.version % 60:02}Z",
+            })  # fmt: skip
+            self.changed.notify_all()
 
     def _move(self) -> bool:
         """Make one pod ready, or let one go that nobody wants."""
@@ -163,7 +177,7 @@ class Cluster:
                     leaving = {**pod["metadata"], "deletionTimestamp": "2026-01-01T00:00:00Z"}
                     self._put("MODIFIED", {**pod, "metadata": leaving})
                 return True
-            if not _is_ready(pod) and name not in self.unschedulable:
+            if not _is_ready(pod) and name not in self.unschedulable | self.held.keys():
                 self._put("MODIFIED", self._pod(owner, index, pod["metadata"]["labels"], ready=True))
                 return True
         return False
@@ -175,7 +189,9 @@ class Cluster:
             said = "0/1 nodes are available: 1 Insufficient memory."
             conditions.append({"type": "PodScheduled", "status": "False", "message": said})
         meta = {"name": name, "labels": labels, "ownerReferences": [{"name": owner}]}
-        return {"metadata": meta, "status": {"phase": "Running" if ready else "Pending", "conditions": conditions}}
+        state = {"running": {}} if ready else {"waiting": {"reason": "ContainerCreating"}}
+        status = {"phase": "Running" if ready else "Pending", "containerStatuses": [{"name": "client", "state": state}]}
+        return {"metadata": meta, "status": {**status, "conditions": conditions}}
 
     def _put(self, kind: str, pod: Json) -> None:
         self.version += 1
@@ -193,8 +209,12 @@ def _is_ready(pod: Json) -> bool:
 
 
 def _chosen(query: dict[str, str], thing: Json) -> bool:
-    """Whether a label selector takes a thing; `key=value` and `key` alone."""
+    """Whether selectors take a thing: of labels `key=value` and `key` alone, of fields `key=value`."""
     labels = thing["metadata"].get("labels", {})
+    for part in filter(None, query.get("fieldSelector", "").split(",")):
+        key, _, value = part.partition("=")
+        if thing[key] != value:
+            return False
     for part in filter(None, query.get("labelSelector", "").split(",")):
         key, _, value = part.partition("=")
         if key not in labels or (value and labels[key] != value):

@@ -7,10 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from kubernetes import client
 from kubernetes_api import Api, Fault, Refusal, serve
 from typer.testing import CliRunner, Result
 
 from lorabbit_cli.__main__ import app
+from lorabbit_cli.scaling.base import OverQuota
+from lorabbit_cli.scaling.cluster_access import find_access
+from lorabbit_cli.scaling.cluster_events import Warnings
+from lorabbit_cli.scaling.cluster_pools import Workload
 
 Scale = Callable[..., Result]
 
@@ -163,6 +168,86 @@ def test_a_pod_without_a_node_ends_the_wait_with_the_schedulers_reason(api: Api,
     assert result.exit_code == 1, result.output
     assert "4 of 5 clients are ready after 1 s: fed-client-3 has no node" in result.stderr
     assert "Insufficient memory" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("plural", "maker"),
+    [
+        ("statefulsets", "statefulset/fed-client"),
+        ("deployments", "replicaset/fed-client-6d4cf56db6"),
+        ("jobs", "job/fed-client-1a2b3c4d"),
+    ],
+)
+def test_pods_that_may_not_be_made_end_the_wait_with_the_controllers_reason(
+    api: Api, scale: Scale, plural: str, maker: str
+):
+    api.cluster.add_pool(plural, "client", 3)
+    api.cluster.forbidden = 'violates PodSecurity "restricted": runAsNonRoot != true'
+
+    result = scale(6, "--patience", 1)
+
+    assert result.exit_code == 1, result.output
+    assert f"3 of 6 clients are ready after 1 s: {maker}, FailedCreate: " in result.stderr
+    assert 'violates PodSecurity "restricted": runAsNonRoot != true' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "hint"),
+    [
+        ("FailedMount", 'MountVolume.SetUp failed for volume "broker" : secret "fed-join" not found', ""),
+        ("Unhealthy", "Readiness probe failed: ", "kubectl logs pod/fed-client-4 says why not"),
+    ],
+)
+def test_a_pod_that_is_held_up_ends_the_wait_with_what_the_node_said_of_it(
+    api: Api, scale: Scale, reason: str, message: str, hint: str
+):
+    api.cluster.add_pool("statefulsets", "client", 3)
+    api.cluster.held = {"fed-client-4": (reason, message)}
+
+    result = scale(5, "--patience", 1)
+
+    assert result.exit_code == 1, result.output
+    assert f"4 of 5 clients are ready after 1 s: pod/fed-client-4, {reason}: {message.strip()}" in result.stderr
+    assert hint in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "others"),
+    [("StatefulSet", "StatefulSet/fed-client", "StatefulSet/fed-client-gpu"),
+     ("Deployment", "ReplicaSet/fed-client-6d4cf56db6", "ReplicaSet/fed-client-gpu-6d4cf56db6"),
+     ("StatefulSet", "StatefulSet/fed-client", "Pod/fed-client-gpu-0")],
+)  # fmt: skip
+def test_what_is_said_of_a_pool_with_a_longer_name_is_not_taken_for_this_one_s(
+    api: Api, kind: str, own: str, others: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
+    access = find_access(None, None)
+    warnings = Warnings(client.CoreV1Api(access.api), access.namespace)
+    workload = Workload(kind, "fed-client", "fed", "client", "2026-01-01T00:00:00Z", scales_itself=False)
+
+    api.cluster.tell(*others.split("/"), "FailedCreate", "exceeded quota: theirs")
+    warnings.raise_over_quota(workload)
+    before = warnings.newest(workload, {"fed-client-0"})
+    api.cluster.tell(*own.split("/"), "FailedCreate", "exceeded quota: ours")
+
+    with pytest.raises(OverQuota, match="ours"):
+        warnings.raise_over_quota(workload)
+    assert before == ""
+    assert warnings.newest(workload, {"fed-client-0"}).endswith("exceeded quota: ours")
+    access.api.close()
+
+
+@pytest.mark.parametrize("condition", ["Complete", "Failed"])
+def test_a_finite_pool_whose_run_is_over_is_left_alone_with_what_to_do(api: Api, scale: Scale, condition: str):
+    api.cluster.add_pool("jobs", "client", 3)
+    conditions = [{"type": "Suspended", "status": "False"}, {"type": condition, "status": "True"}]
+    api.cluster.workloads["jobs", "fed-client-1a2b3c4d"]["status"] = {"conditions": conditions}
+
+    said = sentence(scale(6))
+
+    assert f"job/fed-client-1a2b3c4d is over ({condition})" in said
+    assert "kubectl delete job/fed-client-1a2b3c4d, and helm upgrade" in said
+    assert api.cluster.patches() == []
 
 
 def test_a_watch_that_ends_goes_on_where_it_ended(api: Api, scale: Scale):

@@ -10,14 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import urllib3
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
 from lorabbit.errors import BadInput
-from lorabbit_cli.scaling.base import OverQuota, Scaler, Standing, no_such_pool
-from lorabbit_cli.scaling.cluster_access import FORBIDDEN, QUOTA, Access, Away, answers, asked, plain, refusal
+from lorabbit_cli.scaling.base import Scaler, Standing, no_such_pool
+from lorabbit_cli.scaling.cluster_access import Access, Away, answers, asked, plain, refusal
+from lorabbit_cli.scaling.cluster_events import Warnings
 from lorabbit_cli.scaling.cluster_pods import Pods, lines
 from lorabbit_cli.scaling.cluster_pools import Pools, Workload
 
@@ -36,8 +38,8 @@ class Cluster(Scaler):
         self._access, self._release = access, release
         self._core = client.CoreV1Api(access.api)
         self._pools = Pools(client.AppsV1Api(access.api), client.BatchV1Api(access.api), access.namespace)
+        self._warnings = Warnings(self._core, access.namespace)
         self._found: dict[str, Workload] = {}
-        self._refused_before: set[tuple[str, str]] = set()
 
     def count(self, pool: str) -> int:
         """Return how many clients the workload asks for; raises BadInput where it is not there or scales itself."""
@@ -52,7 +54,7 @@ class Cluster(Scaler):
     def resize(self, pool: str, number: int) -> None:
         """Set the number; a conflict with another writer is tried again."""
         workload = self._workload(pool)
-        self._refused_before = set(self._refusals(workload))
+        self._warnings.begin()
         with answers(f"scale {workload}"):
             for rest in reversed(range(TRIES)):
                 try:
@@ -67,9 +69,9 @@ class Cluster(Scaler):
     def standing(self, pool: str) -> Standing:
         """List the pool's pods, and see whether the controllers were refused some."""
         workload, pods = self._workload(pool), Pods()
-        self._raise_over_quota(workload)
+        self._warnings.raise_over_quota(workload)
         self._list(workload, pods)
-        return pods.standing()
+        return self._explained(workload, pods)
 
     def watch(self, pool: str, deadline: float) -> Iterator[Standing]:
         """Yield how the pool stands at first and after each change; an API that is away for a while is waited for."""
@@ -79,7 +81,7 @@ class Cluster(Scaler):
                 if not pods.version:
                     self._list(workload, pods)
                 yield pods.standing()
-                self._raise_over_quota(workload)
+                self._warnings.raise_over_quota(workload)
                 yield from self._changes(workload, pods, min(WATCH_SECONDS, deadline - time.monotonic()))
             except Away:
                 if time.monotonic() >= deadline:
@@ -87,7 +89,7 @@ class Cluster(Scaler):
                 pods.version = ""
                 time.sleep(BREATH_SECONDS)
             if time.monotonic() >= deadline:
-                yield pods.standing()
+                yield self._explained(workload, pods)
                 return
 
     def close(self) -> None:
@@ -121,30 +123,14 @@ class Cluster(Scaler):
         except urllib3.exceptions.HTTPError as error:
             raise Away(f"the cluster's API broke off a command to {what}") from error
 
+    def _explained(self, workload: Workload, pods: Pods) -> Standing:
+        """How the pool stands, with what the cluster said of it where the pods themselves tell no trouble."""
+        standing = pods.standing()
+        return replace(standing, trouble=standing.trouble or self._warnings.newest(workload, pods.waiting))
+
     def _list(self, workload: Workload, pods: Pods) -> None:
         with answers(f"list the pods of {workload}"):
             pods.put(plain(self._core.list_namespaced_pod, self._access.namespace, label_selector=workload.pods))
-
-    def _refusals(self, workload: Workload) -> dict[tuple[str, str], str]:
-        """What the controllers said of pods that they could not make: by event, and how often it was said."""
-        try:
-            with answers("read events"):
-                told = plain(
-                    self._core.list_namespaced_event, self._access.namespace, field_selector="reason=FailedCreate"
-                )
-        except Away:
-            return {}
-        except BadInput as error:
-            if isinstance(error.__cause__, ApiException) and error.__cause__.status == FORBIDDEN:
-                return {}  # the pods tell enough, only later
-            raise
-        about = [each for each in told["items"] if each["involvedObject"].get("name", "").startswith(workload.name)]
-        return {(e["metadata"]["uid"], e["metadata"]["resourceVersion"]): e.get("message", "") for e in about}
-
-    def _raise_over_quota(self, workload: Workload) -> None:
-        for event, message in self._refusals(workload).items():
-            if event not in self._refused_before and QUOTA in message:
-                raise OverQuota(f"--pool: the namespace's quota lets {workload} have no more clients: {message}")
 
     # ---- which pool ----
     def _workload(self, pool: str) -> Workload:

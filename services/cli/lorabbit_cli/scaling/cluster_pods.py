@@ -43,11 +43,21 @@ class Pods:
 
     def standing(self) -> Standing:
         """Count: a pod that has ended well is there as little as one that failed for good."""
-        alive = [pod for pod in self._pods.values() if pod.get("status", {}).get("phase") not in OVER]
-        staying = [pod for pod in alive if not pod["metadata"].get("deletionTimestamp")]
+        staying = self._staying()
         waiting = [pod for pod in staying if not _is_ready(pod)]
         troubles = filter(None, map(_trouble, waiting))
-        return Standing(len(alive), len(staying) - len(waiting), next(troubles, ""))
+        return Standing(len(self._alive()), len(staying) - len(waiting), next(troubles, ""))
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """Names of the pods that are to stay and are not ready."""
+        return frozenset(pod["metadata"]["name"] for pod in self._staying() if not _is_ready(pod))
+
+    def _alive(self) -> list[Json]:
+        return [pod for pod in self._pods.values() if pod.get("status", {}).get("phase") not in OVER]
+
+    def _staying(self) -> list[Json]:
+        return [pod for pod in self._alive() if not pod["metadata"].get("deletionTimestamp")]
 
 
 def lines(parts: Iterable[bytes]) -> Iterator[Json]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from kubernetes import client
 
+from lorabbit.errors import BadInput
 from lorabbit_cli.scaling.cluster_access import Json, answers, plain
 
 NAME, RELEASE, COMPONENT, POOL = (
@@ -16,6 +17,8 @@ NAME, RELEASE, COMPONENT, POOL = (
 CLIENTS = f"{NAME}=lorabbit,{COMPONENT}=client,{POOL}"
 AUTOSCALED = "lorabbit/autoscaled"
 """Annotation of a pool whose number follows the jobs."""
+OVER = frozenset({"Complete", "Failed", "SuccessCriteriaMet", "FailureTarget"})
+"""Conditions of a Job that has ended, or will once its last pods have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +44,16 @@ class Pools:
         return found
 
     def number(self, workload: Workload) -> int:
-        """Return how many clients a workload asks for; raises ApiException."""
+        """Return how many clients a workload asks for; raises ApiException, and BadInput for a Job that is over."""
         if workload.kind == "Job":
-            return int(plain(self.batch.read_namespaced_job, workload.name, self.namespace)["spec"]["parallelism"])
+            job = plain(self.batch.read_namespaced_job, workload.name, self.namespace)
+            for condition in job.get("status", {}).get("conditions") or []:
+                if condition["type"] in OVER and condition["status"] == "True":
+                    raise BadInput(
+                        f"--pool: {workload} is over ({condition['type']}) and takes no more clients; "
+                        f"kubectl delete {workload}, and helm upgrade makes it anew"
+                    )
+            return int(job["spec"]["parallelism"])
         read = {
             "StatefulSet": self.apps.read_namespaced_stateful_set_scale,
             "Deployment": self.apps.read_namespaced_deployment_scale,
