@@ -16,11 +16,12 @@ from lorabbit.privacy import epsilon_of_steps
 from lorabbit.types import ADAPTER, INITIALISE
 from lorabbit_cli.local import Means, run_local
 from lorabbit_client import private_training
+from lorabbit_client.example_gradients import ExampleGradients, separate_owners
 from lorabbit_client.execution import Work
 from lorabbit_client.executor import Executor
 from lorabbit_client.learning import LearningWorkspace
 from lorabbit_client.private import PrivateState
-from lorabbit_client.private_training import PrivateTrainer, _linear_owners, _per_example, planned
+from lorabbit_client.private_training import PrivateTrainer, planned
 from lorabbit_client.trainer import Clock
 
 MODELS = [
@@ -29,6 +30,9 @@ MODELS = [
     ("tiny:vit", "image-classification", "lora"),
     ("tiny:bert", "token-classification", "head"),
     ("tiny:bert", "text-classification", "bitfit"),
+    ("tiny:albert", "text-classification", "lora"),
+    ("tiny:deberta-v2", "text-classification", "lora"),
+    ("tiny:deberta-v2", "text-classification", "head"),
 ]
 PRIVACY = {"level": "example", "noise": 1.0, "clip": 0.1, "seeded": True}
 
@@ -77,7 +81,7 @@ def test_gradients_are_those_of_each_example_by_itself(name, task, trainable, tm
     moving = moving_of(model)
     batch = space._data(0, spec.clients).train.batch(np.arange(3))
 
-    parts = list(_per_example(model.model, moving, batch))
+    parts = list(gradients_of(model, moving, batch).of(batch))
 
     expected = one_by_one(model.model, moving, batch)
     for key in moving:
@@ -85,11 +89,64 @@ def test_gradients_are_those_of_each_example_by_itself(name, task, trainable, tm
         assert torch.allclose(found, expected[key], atol=1e-5), key
 
 
-def test_lora_and_head_take_one_pass_for_all_examples(tmp_path: Path):
-    spec = spec_of(tmp_path)
-    model = space_of(tmp_path, spec)._model
+def gradients_of(model, moving, batch) -> ExampleGradients:
+    """What a private trainer finds out about a model."""
 
-    assert _linear_owners(model.model, moving_of(model)) is not None
+    def run(rows):
+        return model.model(**rows)
+
+    return ExampleGradients(run, moving, separate_owners(model.model, moving, run, batch))
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable", "together"),
+    [
+        ("tiny:bert", "lora", True),
+        ("tiny:bert", "bitfit", False),  # norms
+        ("tiny:albert", "lora", True),  # one layer in every block
+        ("tiny:deberta-v2", "lora", False),  # the table of positions passes through the queries' layer
+        ("tiny:deberta-v2", "head", True),
+    ],
+)
+def test_one_pass_serves_all_examples_where_they_stay_apart_in_every_layer(name, trainable, together, tmp_path: Path):
+    spec = spec_of(tmp_path, name, trainable=trainable)
+    space = space_of(tmp_path, spec)
+    space._model.model.eval()
+    batch = space._data(0, spec.clients).train.batch(np.arange(3))
+
+    assert gradients_of(space._model, moving_of(space._model), batch).together is together
+
+
+class Rows(torch.nn.Module):
+    """A model that looks at each example's numbers in an order of its own choice."""
+
+    def __init__(self, look) -> None:
+        super().__init__()
+        self.linear, self.look = torch.nn.Linear(2, 3, bias=False), look
+
+    def forward(self, x, labels):
+        logits = self.look(self.linear, x)
+        return {"logits": logits, "loss": torch.nn.functional.cross_entropy(logits, labels)}
+
+
+@pytest.mark.parametrize(
+    ("look", "apart"),
+    [
+        (lambda linear, x: linear(x).sum(1), True),
+        (lambda linear, x: linear(x).sum(1) + linear(x.flip(1)).sum(1), True),
+        (lambda linear, x: linear(x.transpose(0, 1)).sum(0), False),  # tokens first
+        (lambda linear, x: linear(x).sum(1) + linear(torch.ones(4, 2)).sum(0), False),  # as many rows as examples
+        (lambda linear, x: (x @ linear.weight.T).sum(1), False),  # a weight used without its layer
+    ],
+)
+def test_a_layer_keeps_examples_apart_where_its_first_axis_follows_their_number(look, apart):
+    model = Rows(look)
+    tensors = dict(model.named_parameters())
+    batch = {"x": torch.randn(4, 4, 2), "labels": torch.tensor([0, 1, 2, 0])}  # as many tokens as examples
+
+    owners = separate_owners(model, tensors, lambda rows: model(**rows), batch)
+
+    assert (owners is not None) is apart
 
 
 def trainer_of(folder: Path, spec: JobSpec) -> PrivateTrainer:

@@ -27,6 +27,9 @@ MODELS = [
     ("tiny:bert", "question-answering"),
     ("tiny:bert", "token-classification"),
     ("tiny:vit", "image-classification"),
+    ("tiny:albert", "text-classification"),
+    ("tiny:deberta-v2", "text-classification"),
+    ("tiny:deberta-v2", "question-answering"),
 ]
 
 

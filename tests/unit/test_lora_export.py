@@ -174,4 +174,10 @@ def test_lora_goes_to_the_attention_of_every_family_by_default(name: str):
     """Queries and values, as in LoRA's paper (GPT-2 keeps both in one layer)."""
     targets = default_targets(transformers.AutoModel.from_config(tiny.tiny_config(name)))
 
-    assert targets in (["query", "value"], ["q_proj", "v_proj"], ["q_lin", "v_lin"], ["c_attn"])
+    assert targets in (
+        ["query", "value"],
+        ["q_proj", "v_proj"],
+        ["query_proj", "value_proj"],
+        ["q_lin", "v_lin"],
+        ["c_attn"],
+    )

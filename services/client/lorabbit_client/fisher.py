@@ -10,7 +10,6 @@ whose factors are no linear layers (convolutions, embeddings) take one pass for 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch import nn
 from lorabbit.types import Tensors
 from lorabbit_client.arrays import to_numpy
 from lorabbit_client.data import Examples
-from lorabbit_client.features import Batch
+from lorabbit_client.example_gradients import ExampleGradients, Gradients, Run, separate_owners
 from lorabbit_client.probing import (
     CHUNK,
     OnChunk,
@@ -30,16 +29,11 @@ from lorabbit_client.probing import (
     chunks,
     factors,
     in_float32,
-    inner_names,
     looking,
-    losses,
     unwatched,
 )
 from lorabbit_client.tables import Codes
 from lorabbit_client.trainable import TrainableModel
-
-Gradients = dict[str, torch.Tensor]
-"""By wire name: (examples, *shape of the factor), float32."""
 
 
 def per_example_gradients(  # noqa: PLR0913 - what is looked at, and how
@@ -53,19 +47,19 @@ def per_example_gradients(  # noqa: PLR0913 - what is looked at, and how
 ) -> Iterator[tuple[Codes, Gradients]]:
     """Yield places in `positions` and the gradients of -log p(y|x) of the examples there, chunk by chunk.
 
-    `loop` takes each example by itself, whatever the layers are.
+    By wire name: (examples, *shape of the factor), float32. `loop` takes each example by itself, whatever the layers
+    are.
     """
     rows = np.asarray(positions, dtype=np.int64)
-    layers = _linear_layers(model)
-    one_by_one = loop or layers is None
     with looking(model), torch.enable_grad():
-        stand_ins = in_float32(model)
-        for places in chunks(examples, positions, 1 if one_by_one else chunk, on_chunk=on_chunk):
-            batch = batch_at(model, examples, rows[places])
-            if layers is None or loop:
-                yield places, _gradients_of_one(model, stand_ins, batch)
-            else:
-                yield places, _gradients_of_batch(model, stand_ins, batch, layers=layers)
+        run, leaves = _free(model, factors(model))
+        owners = None
+        if len(rows) and not loop:
+            owners = separate_owners(model.model, factors(model), run, batch_at(model, examples, rows[:1]))
+        gradients = ExampleGradients(run, leaves, owners)
+        for places in chunks(examples, positions, chunk if gradients.together else 1, on_chunk=on_chunk):
+            (found,) = gradients.of(batch_at(model, examples, rows[places]))
+            yield places, found
 
 
 def traces(
@@ -103,90 +97,26 @@ def shares(
 
     Of any model, one example after the other; all ones where no gradient is above zero.
     """
-    values, own = model.parameters(), {id(value): name for name, value in model.model.named_parameters()}
+    values = model.parameters()
     sums = {name: torch.zeros(value.shape, device=value.device) for name, value in values.items()}
     with looking(model), torch.enable_grad():
-        stand_ins = in_float32(model)
-        names = {name: own[id(value)] for name, value in values.items()}
-        leaves = {
-            name: stand_ins.get(names[name], value).detach().clone().requires_grad_() for name, value in values.items()
-        }
-        replaced = {**stand_ins, **{names[name]: leaf for name, leaf in leaves.items()}}
+        gradients = ExampleGradients(*_free(model, values), owners=None)
         for places in chunks(examples, positions, 1, on_chunk=on_chunk):
             batch = batch_at(model, examples, np.asarray(positions, dtype=np.int64)[places])
-            found = torch.autograd.grad(call(model, replaced, batch).loss, list(leaves.values()), allow_unused=True)
-            for name, gradient in zip(leaves, found, strict=True):
-                if gradient is not None:
-                    sums[name] += gradient.float().square()
+            for name, gradient in gradients.alone(batch).items():
+                sums[name] += gradient[0].float().square()
     most = max((float(value.max()) for value in sums.values() if value.numel()), default=0.0)
     return {name: value / most if most > 0 else torch.ones_like(value) for name, value in sums.items()}
 
 
-# ---- one pass for a batch ----
-@dataclass(slots=True)
-class _Seen:
-    """What one linear layer saw in a forward pass."""
+def _free(model: TrainableModel, values: Mapping[str, nn.Parameter]) -> tuple[Run, dict[str, torch.Tensor]]:
+    """Return a model that computes with copies of some parameters, all in float32, and the copies, by wire name.
 
-    went_in: torch.Tensor
-    came_out: torch.Tensor
-
-
-def _linear_layers(model: TrainableModel) -> dict[str, nn.Module] | None:
-    """Return the linear layer of each factor, by wire name; None when a factor belongs to another kind."""
-    owners = {id(value): module for module in model.model.modules() for value in module.parameters(recurse=False)}
-    layers = {name: owners[id(value)] for name, value in factors(model).items()}
-    plain = all(isinstance(layer, nn.Linear) and layer.bias is None for layer in layers.values())
-    return layers if plain and len({id(layer) for layer in layers.values()}) == len(layers) else None
-
-
-def _gradients_of_batch(
-    model: TrainableModel, stand_ins: Mapping[str, torch.Tensor], batch: Batch, *, layers: Mapping[str, nn.Module]
-) -> Gradients:
-    """Watch every factor's layer through one forward and one backward pass."""
-    seen: dict[str, _Seen] = {}
-
-    def watch(name: str) -> Any:  # noqa: ANN401 - a hook
-        def hook(module: nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:  # noqa: ARG001
-            seen[name] = _Seen(given[0].detach(), out)
-
-        return hook
-
-    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        leaves = _leaves(model, stand_ins)
-        total = losses(call(model, {**stand_ins, **leaves}, batch), batch).sum()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    names = [name for name in layers if name in seen]
-    back = torch.autograd.grad(total, [seen[name].came_out for name in names], allow_unused=True)
-    shapes = {name: value.shape for name, value in factors(model).items()}
-    rows = len(next(iter(batch.values())))
-    gradients = {name: torch.zeros((rows, *shape), device=total.device) for name, shape in shapes.items()}
-    for name, gradient in zip(names, back, strict=True):
-        if gradient is not None:
-            x = seen[name].went_in.reshape(rows, -1, shapes[name][1])
-            g = gradient.reshape(rows, -1, shapes[name][0])
-            gradients[name] = torch.bmm(g.transpose(1, 2), x).float()
-    return gradients
-
-
-def _leaves(model: TrainableModel, stand_ins: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return copies of the factors that a graph hangs on, by the model's own names; the factors stay untouched."""
-    own, values = inner_names(model), factors(model)
-    return {
-        own[name]: stand_ins.get(own[name], value).detach().clone().requires_grad_() for name, value in values.items()
+    Gradients reach the copies; the parameters stay untouched.
+    """
+    own, stand_ins = {id(value): name for name, value in model.model.named_parameters()}, in_float32(model)
+    leaves = {
+        name: stand_ins.get(own[id(value)], value).detach().clone().requires_grad_() for name, value in values.items()
     }
-
-
-# ---- one pass for each example ----
-def _gradients_of_one(model: TrainableModel, stand_ins: Mapping[str, torch.Tensor], batch: Batch) -> Gradients:
-    """Differentiate the model's own loss of a batch of one example."""
-    leaves = _leaves(model, stand_ins)
-    loss = call(model, {**stand_ins, **leaves}, batch).loss
-    own = inner_names(model)
-    back = torch.autograd.grad(loss, [leaves[name] for name in own.values()], allow_unused=True)
-    return {
-        name: (torch.zeros_like(leaves[own[name]]) if gradient is None else gradient).unsqueeze(0)
-        for name, gradient in zip(own, back, strict=True)
-    }
+    replaced = {**stand_ins, **{own[id(values[name])]: leaf for name, leaf in leaves.items()}}
+    return lambda batch: call(model, replaced, batch), leaves

@@ -28,7 +28,12 @@ TASK_TYPES = {
     "question-answering": TaskType.QUESTION_ANS,
     "causal-lm": TaskType.CAUSAL_LM,
 }
-OWN_TARGETS = {"cnn": ["fc1", "fc2"], "distilbert": ["q_lin", "v_lin"], "vit": ["q_proj", "v_proj"]}
+OWN_TARGETS = {
+    "albert": ["query", "value"],
+    "cnn": ["fc1", "fc2"],
+    "distilbert": ["q_lin", "v_lin"],
+    "vit": ["q_proj", "v_proj"],
+}
 """Targets where PEFT's table has none, or names layers that this version of transformers renamed."""
 
 

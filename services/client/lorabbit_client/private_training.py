@@ -5,9 +5,8 @@ itself with probability q = batch_size / n, from the operating system's random b
 
     g = 1/(q n) ( sum_i g_i min(1, C / ||g_i||) + N(0, sigma^2 C^2 I) )
 
-over everything that moves. Momentum, Adam and decay see g alone. One forward and backward pass gives the gradients
-of all examples where every moving tensor belongs to a linear layer, as in `lorabbit_client.fisher`: the gradient of
-one example is the product of what went into the layer and of what came back. Otherwise each example takes its own.
+over everything that moves. Momentum, Adam and decay see g alone. `example_gradients` has how one pass gives every
+example's own.
 """
 
 from __future__ import annotations
@@ -27,9 +26,10 @@ from lorabbit.privacy import epsilon_of_steps, normal
 from lorabbit.seeds import derive_seed
 from lorabbit.types import Json
 from lorabbit_client.batching import steps_of
+from lorabbit_client.example_gradients import ExampleGradients, separate_owners
 from lorabbit_client.features import Batch
 from lorabbit_client.pieces import cut
-from lorabbit_client.probing import losses
+from lorabbit_client.probing import looking
 from lorabbit_client.tables import Codes
 from lorabbit_client.trainer import Trainer
 
@@ -96,6 +96,7 @@ class PrivateTrainer(Trainer):
     """See the module's docstring."""
 
     privacy: PrivacySpec
+    _found: ExampleGradients | None = None
 
     def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[Codes]]:
         """Draw each step's examples independently; a step may have none."""
@@ -122,14 +123,25 @@ class PrivateTrainer(Trainer):
         if len(positions):
             batch = {name: value.to(self._device) for name, value in self.examples.batch(positions).items()}
             for _, piece, _ in cut(self.examples.features, batch, self._capability.max_batch or len(positions)):
-                for gradients in _per_example(self._model.model, moving, piece):
-                    _add_clipped(sums, gradients, self.privacy.clip)
+                for found in self._gradients(moving, piece).of(piece):
+                    _add_clipped(sums, found, self.privacy.clip)
         scale = min(self.local.batch_size, len(self.examples))
         for name, value in moving.items():
             seed = derive_seed(self._seed, "noise", step, name) if self.privacy.seeded else None
             noise = normal(tuple(value.shape), self.privacy.noise * self.privacy.clip, seed)
             value.grad = (sums[name] + torch.from_numpy(noise).to(value)) / scale
         return torch.zeros((), device=self._device)
+
+    def _gradients(self, moving: Mapping[str, nn.Parameter], batch: Batch) -> ExampleGradients:
+        """Find out once how this model's examples are told apart, for it is the same in every step of a training."""
+        if self._found is None:
+            with looking(self._model):
+                owners = separate_owners(self._model.model, moving, self._answer, batch)
+            self._found = ExampleGradients(self._answer, moving, owners)
+        return self._found
+
+    def _answer(self, batch: Batch) -> Any:  # noqa: ANN401 - a model's output
+        return self._model.model(**batch)
 
 
 def _add_clipped(sums: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor], clip: float) -> None:
@@ -140,58 +152,3 @@ def _add_clipped(sums: Mapping[str, torch.Tensor], gradients: Mapping[str, torch
         raise LoRAbbitError("an example's gradient is not finite: lower local.learning_rate")
     for name, value in gradients.items():
         sums[name].add_(torch.tensordot(share.to(value), value, dims=1))
-
-
-def _per_example(
-    model: nn.Module, moving: Mapping[str, nn.Parameter], batch: Batch
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield gradients (examples, *shape) of everything that moves: of all at once, or of one after the other."""
-    layers = _linear_owners(model, moving)
-    if layers is not None:
-        yield _at_once(model, moving, batch, layers)
-        return
-    for row in range(len(next(iter(batch.values())))):
-        one = {name: value[row : row + 1] for name, value in batch.items()}
-        loss = model(**one).loss
-        back = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
-        yield {
-            name: (torch.zeros_like(value) if gradient is None else gradient).unsqueeze(0)
-            for (name, value), gradient in zip(moving.items(), back, strict=True)
-        }
-
-
-def _linear_owners(model: nn.Module, moving: Mapping[str, nn.Parameter]) -> dict[str, nn.Module] | None:
-    """The linear layer of each moving weight or bias; None where one belongs to something else."""
-    owners = {id(value): module for module in model.modules() for value in module.parameters(recurse=False)}
-    layers = {name: owners[id(value)] for name, value in moving.items()}
-    return layers if all(type(layer) is nn.Linear for layer in layers.values()) else None
-
-
-def _at_once(
-    model: nn.Module, moving: Mapping[str, nn.Parameter], batch: Batch, layers: Mapping[str, nn.Module]
-) -> dict[str, torch.Tensor]:
-    """Watch every layer through one forward and one backward pass."""
-    seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-
-    def watch(module: nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        seen.setdefault(id(module), []).append((given[0].detach(), out))
-
-    hooks = [layer.register_forward_hook(watch) for layer in set(layers.values())]
-    try:
-        total = losses(model(**batch), batch).sum()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    outs = [(key, x, out) for key, calls in seen.items() for x, out in calls]
-    back = torch.autograd.grad(total, [out for _, _, out in outs], allow_unused=True)
-    rows = len(next(iter(batch.values())))
-    gradients = {name: value.new_zeros((rows, *value.shape)) for name, value in moving.items()}
-    for (key, x, _), gradient in zip(outs, back, strict=True):
-        for name, layer in layers.items():
-            if id(layer) == key and gradient is not None:
-                g = gradient.reshape(rows, -1, gradient.shape[-1])
-                if moving[name] is layer.weight:
-                    gradients[name] += torch.bmm(g.transpose(1, 2), x.reshape(rows, -1, x.shape[-1]))
-                else:
-                    gradients[name] += g.sum(1)
-    return gradients

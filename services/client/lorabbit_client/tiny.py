@@ -13,7 +13,9 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    AlbertConfig,
     BertConfig,
+    DebertaV2Config,
     DistilBertConfig,
     GPT2Config,
     LlamaConfig,
@@ -35,15 +37,29 @@ WORD_PIECES = {
     "mask_token": "[MASK]",
 }
 BYTE_PAIRS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-NAMES = ("bert", "distilbert", "gpt2", "llama", "roberta", "vit")
+NAMES = ("albert", "bert", "deberta-v2", "distilbert", "gpt2", "llama", "roberta", "vit")
+
+LIKE_BERT: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "albert": (AlbertConfig, {"embedding_size": WIDTH // 2}),
+    "bert": (BertConfig, {}),
+    "deberta-v2": (
+        DebertaV2Config,
+        {
+            "relative_attention": True, "position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "pooler_dropout": 0.0,
+        },
+    ),
+    "roberta": (RobertaConfig, {"max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1}),
+}  # fmt: skip
+"""Configuration classes with BERT's names, and what each has of its own: DeBERTa the switches of its version 3."""
 
 
 def tiny_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """Make the tokeniser of a tiny text model: byte-level BPE for gpt2 and llama, else WordPiece."""
     if name in {"gpt2", "llama"}:
         return _byte_pairs()
-    inputs = ["input_ids", "token_type_ids", "attention_mask"] if name == "bert" else ["input_ids", "attention_mask"]
-    return _word_pieces(inputs)
+    pairs = ["token_type_ids"] if name in {"albert", "bert", "deberta-v2"} else []
+    return _word_pieces(["input_ids", *pairs, "attention_mask"])
 
 
 def tiny_config(name: str, **extra: Any) -> PretrainedConfig:  # noqa: ANN401 - passed on to the config class
@@ -76,13 +92,12 @@ def tiny_config(name: str, **extra: Any) -> PretrainedConfig:  # noqa: ANN401 - 
             dim=WIDTH, hidden_dim=2 * WIDTH, n_layers=LAYERS, n_heads=HEADS, max_position_embeddings=POSITIONS,
             dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, qa_dropout=0.0, **ids, **extra,
         )  # fmt: skip
-    config_class, positions = (RobertaConfig, POSITIONS + 2) if name == "roberta" else (BertConfig, POSITIONS)
-    types: dict[str, Any] = {"type_vocab_size": 1 if name == "roberta" else 2}
-    return config_class(
-        hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=2 * WIDTH,
-        max_position_embeddings=positions, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        **types, **ids, **extra,
-    )  # fmt: skip
+    config_class, own = LIKE_BERT[name]
+    common: dict[str, Any] = {
+        "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 2 * WIDTH,
+        "max_position_embeddings": POSITIONS, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
+    return config_class(**{**common, **own, **ids, **extra})
 
 
 def _pairs() -> list[str]:
