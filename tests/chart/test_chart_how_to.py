@@ -8,7 +8,8 @@ import subprocess
 import kubernetes_validate
 import pytest
 import yaml
-from charts import CHART, Doc, named, objects, of_kind, render
+from charts import CHART, NAMESPACE, RELEASE, Doc, containers, named, objects, of_kind, render
+from helm_python import Chart
 from tree import ROOT
 
 PAGE = (ROOT / "docs" / "how-to" / "kubernetes.md").read_text(encoding="utf-8")
@@ -77,6 +78,33 @@ def test_the_page_takes_the_images_that_the_chart_wants():
 
     assert set(saved.split()) == wanted
     assert wanted <= there
+
+
+def test_every_image_for_the_cpu_is_built_with_torch_s_cpu_builds():
+    builds = re.findall(r"^\$ (.*(?:--target cpu|docker buildx bake).*)$", PAGE, re.MULTILINE)
+
+    assert len(builds) == 2
+    assert all("TORCH_INDEX=" in build or "TORCH_CPU_INDEX=" in build for build in builds)
+
+
+@pytest.mark.parametrize("where", ["page", "notes"])
+def test_the_join_token_s_secret_of_an_earlier_installation_is_replaced(where: str):
+    values = {"enrolment": {"enabled": True}}
+    texts = Chart.load(CHART).render(values, name=RELEASE, namespace=NAMESPACE)
+    said = PAGE if where == "page" else texts["lorabbit/templates/NOTES.txt"]
+    (command,) = re.findall(r"kubectl .* create secret generic fed-join .*", said)
+
+    assert command.endswith(" --dry-run=client -o yaml | kubectl -n federation apply -f -")
+
+
+def test_images_that_podman_built_are_found_as_the_page_says():
+    (values,) = re.findall(r"podman and buildah .* install with `(\S+)`", PAGE)
+    key, _, registry = values.partition("=")
+    assert key == "image.registry"
+
+    images = {container["image"] for _, container, _ in containers(render({"image": {"registry": registry}}))}
+
+    assert {"localhost/lorabbit-server:0.1.0", "localhost/lorabbit-client:0.1.0", "redis:8"} <= images
 
 
 def test_the_size_that_the_page_names_is_what_a_release_asks_for():
