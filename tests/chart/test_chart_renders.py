@@ -208,6 +208,7 @@ def test_values_that_do_not_go_together_are_refused_in_a_sentence(values: Doc, s
     "values",
     [
         {"redis": {"maxMemory": "511mb"}},
+        {"redis": {"maxMemory": "8gb", "resources": {"limits": {"memory": None}}}, "rabbitmq": {"resources": None}},
         {"redis": {"maxMemory": "600mb", "resources": {"limits": {"memory": 1000000000}}}},
         {"rabbitmq": {"memoryHighWatermark": "1280MB"}},
         {"rabbitmq": {"memoryHighWatermark": "1200MiB"}},

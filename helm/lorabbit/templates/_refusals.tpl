@@ -52,13 +52,13 @@
 {{- if and (ne .mode "builtin") (or .auth.existingSecret .auth.serverPassword .auth.clientPassword) -}}
 {{- fail "rabbitmq.auth: of the built-in broker alone; the operator makes a user itself, and an external broker's are in rabbitmq.external.existingSecret" -}}
 {{- end -}}
-{{- $limit := (.resources.limits | default dict).memory -}}
+{{- $limit := dig "limits" "memory" "" (.resources | default dict) -}}
 {{- if and $limit (ne .mode "external") (gt (float64 (include "lorabbit.bytes" .memoryHighWatermark)) (mulf 0.6 (include "lorabbit.bytes" $limit))) -}}
 {{- fail (printf "rabbitmq.memoryHighWatermark: %s is more than 60 %% of rabbitmq.resources.limits.memory, %v: the broker would be killed before publishers wait" .memoryHighWatermark $limit) -}}
 {{- end -}}
 {{- end -}}
 {{- with .Values.redis -}}
-{{- $limit := (.resources.limits | default dict).memory -}}
+{{- $limit := dig "limits" "memory" "" (.resources | default dict) -}}
 {{- if and $limit (eq .mode "builtin") (ge (float64 (include "lorabbit.bytes" .maxMemory)) (float64 (include "lorabbit.bytes" $limit))) -}}
 {{- fail (printf "redis.maxMemory: %s is not below redis.resources.limits.memory, %v: the store would be killed before it refuses writes" .maxMemory $limit) -}}
 {{- end -}}
