@@ -60,6 +60,13 @@ def test_fedprox_local_training_rests_between_target_and_global_tensors():
     assert update.tensors["w"] == pytest.approx((1.0 * 2.0 + 3.0 * 10.0) / 4.0)
 
 
+def test_a_pull_that_makes_its_own_steps_diverge_is_bad_input():
+    settings = {"method": {"name": "fedprox", "mu": 200}, "local": {"learning_rate": 0.01}}
+
+    with pytest.raises(BadInput, match=r"method\.mu: 200\.0 times the learning rate 0\.01 must be below 1"):
+        build(JobSpec.model_validate(settings))
+
+
 def test_fedprox_with_mu_zero_is_fedavg_to_the_bit():
     state = ServerState({"w": np.array([3.3])})
 

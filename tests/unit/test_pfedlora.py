@@ -274,6 +274,7 @@ def test_the_second_phase_may_have_epochs_of_its_own():
     [
         ({"mu": 0.6}, r"method\.mu: 0\.6 .*at most 0\.5"),
         ({"combine": "sum", "infer": "mix"}, r"method\.infer"),
+        ({"combine": "sum", "mu": 0.3}, r"method\.mu: with combine 'sum' there is one loss"),
         ({"site": "body"}, r"method\.site"),
     ],
 )
@@ -291,7 +292,3 @@ def test_clients_are_sent_the_adapter_for_scoring_only_where_it_answers(settings
     plan = federation.method.scoring(federation.state, federation.open(0).client)
 
     assert list(plan.payloads) == expected
-
-
-def test_a_sum_does_not_read_mu():
-    assert build(job(method={"combine": "sum", "mu": 0.9})).mu == 0.9

@@ -67,6 +67,18 @@ def test_an_explicit_rank_outside_the_bounds_is_refused():
         golden("explicit", explicit=(64,))
 
 
+@pytest.mark.parametrize("shape", ["cubic", "constant", "reverse"])
+def test_a_list_of_ranks_that_no_schedule_reads_is_refused(shape):
+    with pytest.raises(ValueError, match=f"{shape!r} reads no list of ranks"):
+        golden(shape, explicit=(16, 8))
+
+
+@pytest.mark.parametrize(("shape", "more"), [("constant", {}), ("explicit", {"explicit": (16, 8)})])
+def test_a_ladder_under_ranks_that_do_not_fall_by_a_formula_is_refused(shape, more):
+    with pytest.raises(ValueError, match="leave ladder out"):
+        golden(shape, ladder=(4, 32), **more)
+
+
 def test_a_ladder_without_the_highest_rank_is_refused():
     with pytest.raises(ValueError, match="ladder"):
         golden("cubic", ladder=(4, 16))

@@ -98,6 +98,7 @@ def test_U1_the_schedule_of_a_job_of_fifty_rounds_is_the_golden_one():
         ({"r_min": 16}, r"method\.schedule: r_min is 16, above r_max"),
         ({"t_heat": 6, "t_cool": 4}, "leave none to fall in"),
         ({"t0": 12}, r"method\.t0: 12 leaves no round"),
+        ({"ranks": [8, 4, 2]}, r"method\.schedule: 'cubic' reads no list of ranks"),
     ],
 )
 def test_U1_a_schedule_without_sense_is_bad_input(settings, named):

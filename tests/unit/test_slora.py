@@ -163,6 +163,16 @@ def test_a_mask_covers_the_density_that_a_job_asks_for():
     assert len(method_of(density=0.5).positions(Q, 20, 30)) == 300
 
 
+def test_a_rank_above_the_smaller_side_of_a_weight_is_bad_input():
+    wide = {name: np.zeros((17, value.shape[1]) if ".lora_A." in name else (len(value), 17), np.float32)
+            for name, value in FIRST.items() if ".lora_" in name}  # fmt: skip
+
+    with pytest.raises(
+        BadInput, match=rf"model\.lora\.rank: {V}: a 25 x 16 weight has 16 components, not 17; lower it"
+    ):
+        method_of().initialise(QuadraticSession(wide))
+
+
 def test_a_first_stage_as_long_as_the_job_is_bad_input():
     with pytest.raises(BadInput, match=r"method\.sparse_rounds"):
         method_of(rounds=2)

@@ -41,6 +41,10 @@ class RankSchedule:
             raise ValueError(f"r_min is {self.lowest}, above r_max ({self.highest})")
         if self.shape == "explicit" and not self.explicit:
             raise ValueError("an explicit schedule needs its list of ranks")
+        if self.explicit and self.shape != "explicit":
+            raise ValueError(f"{self.shape!r} reads no list of ranks; leave ranks out, or set it to 'explicit'")
+        if self.ladder and self.shape in {"constant", "explicit"}:
+            raise ValueError(f"{self.shape!r} has no ranks to round up; leave ladder out")
         if any(not self.lowest <= rank <= self.highest for rank in self.explicit):
             raise ValueError(f"a rank of the list is not between r_min ({self.lowest}) and r_max ({self.highest})")
         if self.shape not in {"constant", "explicit"} and self.heat >= self._fall_end:

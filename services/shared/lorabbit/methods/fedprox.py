@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from lorabbit.errors import BadInput
+from lorabbit.jobspec import JobSpec
 from lorabbit.methods.averaging import Averaging
 from lorabbit.methods.base import Session
 from lorabbit.types import ClientUpdate, Plan
@@ -31,6 +33,13 @@ class FedProx(Averaging):
     schedules: ClassVar[frozenset[str]] = frozenset({"sync", "quorum", "buffered"})
 
     mu: float = Field(default=0.01, ge=0, description="strength of the proximal term; 0 is FedAvg")
+
+    def check(self, job: JobSpec) -> None:
+        """The term alone must not overshoot."""
+        super().check(job)
+        rate = job.local.learning_rate
+        if rate * self.mu >= 1:
+            raise BadInput(f"method.mu: {self.mu} times the learning rate {rate} must be below 1, or steps diverge")
 
     def local_update(self, plan: Plan, session: Session) -> ClientUpdate:
         """(1): tune with mu (w - w^t) added to every gradient."""

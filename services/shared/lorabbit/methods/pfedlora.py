@@ -47,8 +47,15 @@ class PFedLora(Method):
     )
     personal: ClassVar[bool] = True
 
-    rank: int = Field(default=8, ge=1, le=1024, description="of the adapter; above the number of classes adds little")
-    mu: float = Field(default=0.5, ge=0, le=1, description="weight of the adapter's loss in (1); 0 is standalone")
+    rank: int = Field(
+        default=8,
+        ge=1,
+        le=1024,
+        description="of the adapter, whatever model.lora says; above the number of classes adds little",
+    )
+    mu: float = Field(
+        default=0.5, ge=0, le=1, description="two_loss: weight of the adapter's loss in (1); 0 is standalone"
+    )
     site: Literal["fc_stack", "head", "peft_slots"] = Field(
         default="fc_stack", description="beside the whole head, beside its last layer, or within attention layers"
     )
@@ -72,6 +79,8 @@ class PFedLora(Method):
                 f"method.mu: {self.mu} lets an adapter that knows little at first outweigh the own model's loss;"
                 f" it is at most {MOST_MU}"
             )
+        if self.combine == "sum" and "mu" in self.model_fields_set:
+            raise BadInput("method.mu: with combine 'sum' there is one loss and none to weigh; leave it out")
         if self.combine == "sum" and self.infer == "mix":
             raise BadInput("method.infer: with combine 'sum' the answer is the sum already; leave it 'local'")
         if self.site == "peft_slots" and self.align == "linear":

@@ -85,6 +85,19 @@ class SLora(Averaging):
         return True
 
     # ---- client ----
+    def initialise(self, session: Session) -> Tensors:
+        """The first adapter; no weight may have fewer components than (2) takes."""
+        adapter = session.tensors()
+        for module in lora.modules(adapter):
+            like = lora.read(adapter, module)
+            d_out, d_in = _shape(like)
+            if like.rank > min(d_out, d_in):
+                raise BadInput(
+                    f"model.lora.rank: {module}: a {d_out} x {d_in} weight has {min(d_out, d_in)} components, "
+                    f"not {like.rank}; lower it"
+                )
+        return adapter
+
     def local_update(self, plan: Plan, session: Session) -> ClientUpdate:
         """(1) or (3), as the plan says."""
         if plan.settings.get("stage") != "sparse":
