@@ -454,6 +454,40 @@ def test_F11_the_shared_tensors_are_the_mean_weighted_by_examples() -> None:
         np.testing.assert_allclose(value, 0.25 * updates[0].tensors[name] + 0.75 * updates[1].tensors[name], rtol=1e-6)
 
 
+def test_by_used_examples_a_client_counts_with_those_of_its_prefix() -> None:
+    made = method(warmup_steps=0, weights="used", keep_order=True)
+    sessions = [client(0, num_examples=10), client(1, num_examples=2)]
+    state = prepared(made, sessions)
+
+    after, updates = one_round(made, state, [again(s, 1) for s in sessions])
+
+    used = [update.facts["n_used"] for update in updates]
+    assert used == [4, 2]
+    for name, value in after.tensors.items():
+        mean = (4 * updates[0].tensors[name] + 2 * updates[1].tensors[name]) / 6
+        np.testing.assert_allclose(value, mean, rtol=1e-6)
+
+
+def test_a_round_tells_the_error_of_averaging_shared_factors_apart() -> None:
+    made = method(warmup_steps=0)
+    sessions = [client(0, num_examples=10), client(1, num_examples=30)]
+    state = prepared(made, sessions)
+
+    after, updates = one_round(made, state, [again(s, 1) for s in sessions])
+
+    missed = size = 0.0
+    for block in after.facts["gal"]:
+        a, b = factor(block, "A"), factor(block, "B")
+        products = [update.tensors[b].astype(float) @ update.tensors[a] for update in updates]
+        mean = 0.25 * products[0] + 0.75 * products[1]
+        missed += float(np.sum((mean - after.tensors[b].astype(float) @ after.tensors[a]) ** 2))
+        size += float(np.sum(mean**2))
+    assert after.report["aggregation_error"] == pytest.approx(math.sqrt(missed / size), rel=1e-4)
+    assert after.report["aggregation_error"] > 0
+    assert "saved_batches" in after.report
+    assert {update.facts["scaling"] for update in updates} == {2.0}
+
+
 def test_F11_the_local_steps_are_those_of_gradient_descent_in_closed_form() -> None:
     made = method(beta=1.0, warmup_steps=0)
     session = client()

@@ -218,8 +218,7 @@ class _Round:
         self._frozen = state.shared.get(exchange.FROZEN, {})
         self._moving = frozenset(lora.modules(state.tensors))
         self._folds = _folds(state)
-        self._examples = received.examples
-        self._weights = self._norms() if setting.rule.by_norm else self._examples
+        self._weights = self._norms() if setting.rule.by_norm else received.weights
         self._missed = self._size = 0.0
 
     def module(self, module: str) -> Folded:
@@ -230,11 +229,11 @@ class _Round:
         kept = lora.read(self._present, module, setting.scaling) if module in self._moving else None
         target = Target(setting.rank, setting.scaling, seed, kept)
         folded = setting.rule.fold(list(zip(self._weights, factors, strict=True)), target)
-        self._measure(list(zip(self._examples, factors, strict=True)), folded.product())
+        self._measure(list(zip(self._received.weights, factors, strict=True)), folded.product())
         return folded
 
     def error(self) -> float:
-        """||mean(s B A) - what was aggregated|| / ||mean(s B A)|| over all modules, weights by examples; 6 digits."""
+        """||mean(s B A) - what was aggregated|| / ||mean(s B A)|| over all modules, in the given weights; 6 digits."""
         error = math.sqrt(self._missed / self._size) if self._size > LEAST_NORM else 0.0
         return float(f"{error:.6g}")
 
@@ -250,17 +249,18 @@ class _Round:
             yield Factors(self._frozen[a] if a in self._frozen else update.tensors[a], update.tensors[b], scaling)
 
     def _norms(self) -> list[float]:
-        """Norm of each client's whole update; examples where every update is zero."""
-        squares = [0.0] * len(self._examples)
+        """Norm of each client's whole update; the weights received where every update is zero."""
+        squares = [0.0] * len(self._received.weights)
         for module in lora.modules(self._received.names):
             for place, factors in enumerate(self._factors(module)):
                 squares[place] += lora.norm(factors) ** 2
-        return [math.sqrt(square) for square in squares] if any(squares) else self._examples
+        return [math.sqrt(square) for square in squares] if any(squares) else self._received.weights
 
 
 def _mean(received: Received, name: str) -> Array:
-    """The mean of one tensor, weighted by examples; the others are not read."""
-    return weighted_mean((u.num_examples, {name: u.tensors[name]}) for u in received)[name]
+    """The weighted mean of one tensor; the others are not read."""
+    weighted = zip(received.weights, received, strict=True)
+    return weighted_mean((weight, {name: u.tensors[name]}) for weight, u in weighted)[name]
 
 
 def _folds(state: ServerState) -> int:

@@ -14,23 +14,28 @@ HELD = 64
 class Received(Iterable[ClientUpdate]):
     """The updates of one round, all of the same names, in the order given."""
 
-    def __init__(self, updates: Iterable[ClientUpdate], check: Callable[[ClientUpdate], None] | None = None) -> None:
-        """Walk once, and check each; raises Refused ("names") for unlike ones, ValueError where there are none."""
+    def __init__(
+        self,
+        updates: Iterable[ClientUpdate],
+        check: Callable[[ClientUpdate], None] | None = None,
+        weigh: Callable[[ClientUpdate], float] = lambda update: update.num_examples,
+    ) -> None:
+        """Walk once, check and weigh each; raises Refused ("names") for unlike ones, ValueError where are none."""
         self._source: Iterable[ClientUpdate] = list(updates) if isinstance(updates, Iterator) else updates
         self.names: tuple[str, ...] = ()
-        self.examples: list[float] = []
+        self.weights: list[float] = []
         held: list[ClientUpdate] = []
         for update in self._source:
             if check is not None:
                 check(update)
-            if not self.examples:
+            if not self.weights:
                 self.names = tuple(update.tensors)
             elif update.tensors.keys() != set(self.names):
                 raise Refused("names", "updates of one round hold different tensors")
-            self.examples.append(float(update.num_examples))
+            self.weights.append(float(weigh(update)))
             if len(held) <= HELD:
                 held.append(update)
-        if not self.examples:
+        if not self.weights:
             raise ValueError("a round needs at least one update")
         if len(held) <= HELD:
             self._source = held

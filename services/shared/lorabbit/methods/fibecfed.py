@@ -26,6 +26,7 @@ import numpy as np
 from pydantic import Field
 
 from lorabbit import aggregation, blocks, curriculum, neurons
+from lorabbit.aggregation import Received
 from lorabbit.blocks import LEFT, OUTSIDE
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec
@@ -33,7 +34,7 @@ from lorabbit.methods.base import LocalResult, Method, Session
 from lorabbit.methods.session import Difficulty, Direction, Sensitivity
 from lorabbit.savings import Work, summed
 from lorabbit.seeds import derive_seed
-from lorabbit.tensors import count, subset, weighted_mean
+from lorabbit.tensors import count, subset
 from lorabbit.types import ADAPTER, EVALUATE, ClientProfile, ClientUpdate, Facts, Json, Plan, ServerState, Tensors
 
 CHOICE = ("gal_version", "gal", "left")
@@ -127,18 +128,20 @@ class FibecFed(Method):
             return self._choose(state, [(u.num_examples, u.facts) for u in updates if u.num_examples])
         told: list[tuple[int, Facts]] = []
 
-        def weighted() -> Iterable[tuple[float, Tensors]]:
-            for update in updates:
-                if update.facts.get("gal_version") != state.facts["gal_version"]:
-                    raise Refused("gal-version", f"{update.client} tuned the blocks of another choice")
-                told.append((update.num_examples, update.facts))
-                used = update.facts.get("n_used") if self.weights == "used" else None
-                yield float(used) if isinstance(used, int) else update.num_examples, update.tensors
+        def check(update: ClientUpdate) -> None:
+            if update.facts.get("gal_version") != state.facts["gal_version"]:
+                raise Refused("gal-version", f"{update.client} tuned the blocks of another choice")
+            told.append((update.num_examples, update.facts))
 
-        mean = weighted_mean(weighted())
-        folded = ServerState(mean, {**state.facts, "report": summed(facts for _, facts in told)}, state.shared)
+        mean = aggregation.of(self.job).fold(state, Received(updates, check, self._weight))
+        folded = replace(mean, facts={**mean.facts, "report": {**mean.report, **summed(facts for _, facts in told)}})
         measured = [(number, facts) for number, facts in told if number and "sensitivities" in facts]
         return self._choose(folded, measured) if measured else folded
+
+    def _weight(self, update: ClientUpdate) -> float:
+        """n_k of (8)."""
+        used = update.facts.get("n_used") if self.weights == "used" else None
+        return used if isinstance(used, int) else update.num_examples
 
     def _choose(self, state: ServerState, answers: Sequence[tuple[int, Facts]]) -> ServerState:
         """Weigh all answers and choose G: (4)."""
@@ -182,9 +185,9 @@ class FibecFed(Method):
             return ClientUpdate(me.client, me.index, {}, session.num_examples, math.nan, facts)
         work = Work(n_all=session.num_examples)
         gap, shared = self._load(plan, session), plan.payloads[ADAPTER]
+        version: Facts = {"gal_version": plan.settings["gal_version"]}
         if not session.num_examples:
-            facts, tensors = {"gal_version": plan.settings["gal_version"]}, subset(session.tensors(), shared)
-            return ClientUpdate(me.client, me.index, tensors, 0, math.nan, facts)
+            return ClientUpdate(me.client, me.index, subset(session.tensors(), shared), 0, math.nan, version)
         batches = self._batches(session, work)
         share = curriculum.competence(self.pacing, session.round - 1, self.job.rounds, beta=self.beta, alpha=self.alpha)
         easy = batches[: curriculum.batches_used(share, len(batches))]  # (3), in the server's rounds
@@ -194,9 +197,9 @@ class FibecFed(Method):
         result = session.train(mask=masks or None, batches=self._ordered(easy, session))
         self._keep(session, result, outside, easy, work=work)
         anew = self._sensitivities(session, work) if self._chooses_after(session.round) else {}
-        facts = {**work.told(session, result, masks), **anew, "gap": gap, "gal_version": plan.settings["gal_version"]}
-        tensors = subset(result.tensors, shared)
-        return ClientUpdate(me.client, me.index, tensors, result.num_examples, result.loss, facts)
+        facts = {**work.told(session, result, masks), **anew, **version, "gap": gap}
+        sent = replace(result, tensors=subset(result.tensors, shared))
+        return aggregation.answer(plan, session, sent, scaling=aggregation.of(self.job).scaling, facts=facts)
 
     def _chooses_after(self, number: int) -> bool:
         """Tell whether a round's cohort chooses G anew; after the last one nothing is tuned any more."""
@@ -214,11 +217,9 @@ class FibecFed(Method):
 
     def _sensitivities(self, session: Session, work: Work) -> dict[str, Json]:
         """I_k^l of every block, at the session's present tensors."""
-        how, noise = self.noise_direction, self.noise
+        how, kind = self.noise_direction, self.sensitivity
         work.extra += min(self.probes, session.num_examples) if how == "adversarial" else 0
-        found = session.sensitivity(
-            noise=noise, draws=self.draws, probes=self.probes, variant=self.sensitivity, direction=how
-        )
+        found = session.sensitivity(noise=self.noise, draws=self.draws, probes=self.probes, variant=kind, direction=how)
         return {"sensitivities": [float(value) for value in found]}
 
     def _load(self, plan: Plan, session: Session) -> int:
@@ -269,9 +270,8 @@ class FibecFed(Method):
             known = {**self._fisher(session, outside, easy, work=work), **known}
             session.private_tensors[FISHER] = subset(known, outside)
         measured = session.private.get("lossless_share")
-        share = self.update_share
-        if share is None:
-            share = measured if isinstance(measured, float) else 0.5
+        usual = measured if isinstance(measured, float) else 0.5
+        share = usual if self.update_share is None else self.update_share
         return {name: neurons.mask(known[name], share, self.granularity) for name in outside}
 
     def _fisher(self, session: Session, outside: list[str], easy: list[list[int]], *, work: Work) -> Tensors:
