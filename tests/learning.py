@@ -60,6 +60,16 @@ def data_of(folder: Path, task: str, copies: int = 8) -> dict[str, Any]:
     return {"source": str(path)}
 
 
+def write_normed(folder: Path) -> Path:
+    """Write a small ResNet, since every model built from code does without BatchNorm; returns its folder."""
+    import transformers  # noqa: PLC0415 - heavy, and for few tests
+
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=10)
+    transformers.ResNetForImageClassification(config).save_pretrained(folder / "resnet")
+    transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "resnet")
+    return folder / "resnet"
+
+
 def job(folder: Path, **parts: Any) -> JobSpec:
     """Make a job of two clients on `reviews.jsonl`; `parts` replace or extend its sections."""
     sections: dict[str, Any] = {
@@ -107,7 +117,11 @@ def fingerprint(folder: Path) -> str:
     model = {"dropout": 0.1, "lora": {"rank": 4, "dropout": 0.1, "targets": ["query", "key", "value", "dense"]}}
     spec, executor = job(folder, model=model), Executor()
     start, end = folder / "start.safetensors", folder / "end.safetensors"
-    first = executor.execute(Work(task_of(spec, phase=INITIALISE), {}, start, folder / "private"), silent)
-    then = executor.execute(Work(task_of(spec), {ADAPTER: start}, end, folder / "private"), silent)
+    first = executor.execute(
+        Work(task_of(spec, phase=INITIALISE), {}, start, folder / "private", folder / "privacy.json"), silent
+    )
+    then = executor.execute(
+        Work(task_of(spec), {ADAPTER: start}, end, folder / "private", folder / "privacy.json"), silent
+    )
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (start, end)]
     return json.dumps([digests, first.base_sha256, first.metrics.facts, then.metrics.loss])

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learning import data_of, job, silent, task_of, write_reviews
+from learning import data_of, job, silent, task_of, write_normed, write_reviews
 
 from lorabbit.errors import LoRAbbitError
 from lorabbit.jobspec import JobSpec
 from lorabbit.privacy import epsilon_of_steps
-from lorabbit.types import ADAPTER, INITIALISE
+from lorabbit.types import ADAPTER, EVALUATE, INITIALISE
 from lorabbit_cli.local import Means, run_local
-from lorabbit_client import private_training
+from lorabbit_client.capability import Capability
 from lorabbit_client.example_gradients import ExampleGradients, separate_owners
-from lorabbit_client.execution import Work
+from lorabbit_client.execution import Cancelled, OnProgress, Work
 from lorabbit_client.executor import Executor
 from lorabbit_client.learning import LearningWorkspace
 from lorabbit_client.private import PrivateState
-from lorabbit_client.private_training import PrivateTrainer, planned
+from lorabbit_client.private_training import PrivateTrainer
 from lorabbit_client.trainer import Clock
 
 MODELS = [
@@ -35,6 +35,7 @@ MODELS = [
     ("tiny:deberta-v2", "text-classification", "head"),
 ]
 PRIVACY = {"level": "example", "noise": 1.0, "clip": 0.1, "seeded": True}
+DEMANDED = {**PRIVACY, "seeded": False}
 
 
 def spec_of(folder: Path, name="tiny:bert", task="text-classification", trainable="lora", **more: Any) -> JobSpec:
@@ -194,15 +195,42 @@ def test_every_example_is_drawn_by_itself_at_the_rate_of_the_batch(seeded, tmp_p
     assert len({len(step) for step in drawn}) > 2
 
 
+def test_statistics_of_batches_travel_as_they_came(tmp_path: Path):
+    spec = spec_of(tmp_path, str(write_normed(tmp_path)), "image-classification", "full")
+    session = space_of(tmp_path, spec).session(task_of(spec), PrivateState(), silent)
+    begun = session.tensors()
+
+    trained = session.train().tensors
+
+    kept = {name for name, value in trained.items() if np.array_equal(value, begun[name])}
+    statistics = {name for name in trained if name.rpartition(".")[2].startswith(("running_", "num_batches"))}
+    assert kept == statistics != set()
+
+
 # ---- through a client ----
-def train(folder: Path, spec: JobSpec, round_number: int = 1, executor: Executor | None = None):
+def train(
+    folder: Path,
+    spec: JobSpec,
+    round_number: int = 1,
+    *,
+    executor: Executor | None = None,
+    on_progress: OnProgress = silent,
+    **order: Any,
+):
+    """Do a task of one client, whose folder keeps what earlier ones have left; of a process of its own if no other."""
     executor = executor or Executor(data_root=folder)
+    kept = (folder / "private", folder / "privacy.json")
     adapter = folder / "adapter.safetensors"
     if not adapter.exists():
-        first = task_of(spec, 0, INITIALISE)
-        executor.execute(Work(first, {}, adapter, folder / "private"), silent)
-    task = task_of(spec, 0).model_copy(update={"round": round_number, "task": f"r{round_number}"})
-    return executor.execute(Work(task, {ADAPTER: adapter}, folder / f"r{round_number}", folder / "private"), silent)
+        Executor(data_root=folder).execute(Work(task_of(spec, 0, INITIALISE), {}, adapter, *kept), silent)
+    task = task_of(spec, 0).model_copy(update={"round": round_number, "task": f"r{round_number}", **order})
+    return executor.execute(Work(task, {ADAPTER: adapter}, folder / task.task, *kept), on_progress)
+
+
+def cost_of(folder: Path, *, steps: int) -> float:
+    """Epsilon of so many steps of the jobs of this file."""
+    rows = len(space_of(folder, spec_of(folder))._data(0, 2).train)
+    return epsilon_of_steps(1.0, 4 / rows, steps, 1e-5)
 
 
 def test_a_client_tells_what_it_has_spent_and_neither_loss_nor_labels(tmp_path: Path):
@@ -243,14 +271,6 @@ def test_a_budget_smaller_than_one_round_is_bad_input(tmp_path: Path):
     assert str(outcome.error).startswith("privacy.epsilon: one round of 3 steps")
 
 
-def test_steps_at_unlike_rates_all_count_at_the_highest(tmp_path: Path):
-    trainer = trainer_of(tmp_path, spec_of(tmp_path))
-
-    plan = planned(trainer.privacy, trainer, {"steps": 5, "rate": 0.9})
-
-    assert plan.epsilon == epsilon_of_steps(1.0, 0.9, 8, 1e-5)
-
-
 def test_a_method_that_names_its_batches_is_refused(tmp_path: Path):
     spec = spec_of(tmp_path)
     session = space_of(tmp_path, spec).session(task_of(spec), PrivateState(), silent)
@@ -259,8 +279,70 @@ def test_a_method_that_names_its_batches_is_refused(tmp_path: Path):
         session.train(batches=[[0, 1]])
 
 
-def test_the_ledgers_name_is_the_fact_that_the_server_reads():
-    assert private_training.LEDGER == "privacy"
+def test_a_task_that_is_asked_for_again_is_another_release(tmp_path: Path):
+    write_reviews(tmp_path)
+    one = cost_of(tmp_path, steps=3)
+    spec = spec_of(tmp_path, privacy={**DEMANDED, "epsilon": 1.01 * one})
+
+    first, again = train(tmp_path, spec), train(tmp_path, spec)
+
+    assert first.error is None
+    assert "another round would cost" in str(again.error)
+
+
+def test_what_a_crash_did_not_let_out_counts_and_a_training_that_was_called_off_does_not(tmp_path: Path):
+    write_reviews(tmp_path)
+    spec = spec_of(tmp_path, privacy=DEMANDED)
+
+    def call_off(*_: object) -> None:
+        raise Cancelled
+
+    train(tmp_path, spec)
+    with pytest.raises(Cancelled):
+        train(tmp_path, spec, 2, on_progress=call_off)
+    (tmp_path / "r1").unlink()
+    third = train(tmp_path, spec)
+
+    assert third.metrics.facts["privacy"]["steps"] == 6
+
+
+# ---- what a client's owner demands ----
+def test_the_owners_budget_holds_over_jobs_and_at_the_owners_delta(tmp_path: Path):
+    write_reviews(tmp_path)
+    one, two = (cost_of(tmp_path, steps=steps) for steps in (3, 6))
+    spec = spec_of(tmp_path, privacy={**DEMANDED, "delta": 0.5, "epsilon": 100.0})
+    executor = Executor(data_root=tmp_path, capability=Capability(epsilon=(one + two) / 2))
+
+    first, second = (train(tmp_path, spec, executor=executor, job=name, task=name) for name in ("job-a", "job-b"))
+
+    assert first.metrics.facts["privacy"]["spent"] is True
+    assert str(second.error).startswith("LORABBIT_PRIVACY_EPSILON: another round would cost")
+    assert not (tmp_path / "job-b").exists()
+
+
+@pytest.mark.parametrize("privacy", [None, {"level": "client"}, PRIVACY])
+def test_an_owner_who_demands_privacy_takes_part_in_no_job_without(privacy, tmp_path: Path):
+    write_reviews(tmp_path)
+
+    outcome = train(tmp_path, spec_of(tmp_path, privacy=privacy), executor=demanding(tmp_path))
+
+    assert outcome.bad_input
+    assert str(outcome.error).startswith("privacy: this client's owner demands noise from its own process")
+
+
+def test_an_owner_who_demands_privacy_tells_no_scores(tmp_path: Path):
+    write_reviews(tmp_path)
+    spec = spec_of(tmp_path, privacy=DEMANDED)
+
+    told, kept = (train(tmp_path, spec, phase=EVALUATE, executor=executor) for executor in (None, demanding(tmp_path)))
+
+    assert told.metrics.values
+    assert kept.error is None
+    assert (kept.metrics.num_examples, kept.metrics.loss, kept.metrics.values) == (0, None, {})
+
+
+def demanding(folder: Path) -> Executor:
+    return Executor(data_root=folder, capability=Capability(epsilon=100.0))
 
 
 def test_a_run_ends_with_a_sentence_when_its_clients_have_spent_their_budgets(tmp_path: Path):

@@ -214,8 +214,10 @@ def test_an_adapter_learnt_over_four_bits_is_as_good_on_the_whole_model(name: st
 def sha256_of(spec: JobSpec, folder: Path, capability: Capability) -> str:
     executor = Executor(data_root=folder, device="cpu", capability=capability)
     start, end = folder / "start.safetensors", folder / "end.safetensors"
-    executor.execute(Work(task_of(spec, phase=INITIALISE), {}, start, folder / "private"), silent)
-    executor.execute(Work(task_of(spec), {ADAPTER: start}, end, folder / "private"), silent)
+    executor.execute(
+        Work(task_of(spec, phase=INITIALISE), {}, start, folder / "private", folder / "privacy.json"), silent
+    )
+    executor.execute(Work(task_of(spec), {ADAPTER: start}, end, folder / "private", folder / "privacy.json"), silent)
     return hashlib.sha256(end.read_bytes()).hexdigest()
 
 
@@ -251,7 +253,13 @@ def test_a_job_that_needs_the_whole_base_is_refused_by_a_quantised_client(
 ):
     write_reviews(tmp_path)
     executor = Executor(data_root=tmp_path, device="cpu", capability=Capability(quantisation="int4"))
-    work = Work(task_of(job(tmp_path, **parts), phase=INITIALISE), {}, tmp_path / "out", tmp_path / "private")
+    work = Work(
+        task_of(job(tmp_path, **parts), phase=INITIALISE),
+        {},
+        tmp_path / "out",
+        tmp_path / "private",
+        tmp_path / "privacy.json",
+    )
 
     outcome = executor.execute(work, silent)
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
-from learning import first, job, score, silent, task_of, write_reviews
+from learning import first, job, score, silent, task_of, write_normed, write_reviews
 
 from lorabbit.errors import BadInput, Refused
 from lorabbit.jobspec import JobSpec
@@ -264,20 +263,11 @@ def test_a_text_longer_than_the_model_reads_is_bad_input(tmp_path: Path):
         session(workspace(spec), spec)
 
 
-@pytest.fixture
-def normed(tmp_path: Path) -> Path:
-    """A small ResNet in a folder, since every model built from code does without BatchNorm."""
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=10)
-    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
-    transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "resnet")
-    return tmp_path / "resnet"
-
-
 @pytest.mark.parametrize("kind", ["full", "bitfit", "head"])
-def test_statistics_move_where_they_travel_and_nowhere_else(kind: str, normed: Path, tmp_path: Path):
+def test_statistics_move_where_they_travel_and_nowhere_else(kind: str, tmp_path: Path):
     spec = job(
         tmp_path,
-        model={"name": str(normed), "task": "image-classification", "trainable": kind},
+        model={"name": str(write_normed(tmp_path)), "task": "image-classification", "trainable": kind},
         data={"source": "digits", "limit": 40},
         local={"steps": 3},
     )

@@ -33,7 +33,7 @@ def outcome_of(executor: Recording, root: Path, source: str) -> Outcome:
     task = Task.model_validate({**ids, **numbers, "payloads": {}, "settings": {}, "spec": spec})
     outcomes: list[Outcome] = []
     runner = InlineRunner(ConfinedExecutor(executor, root))
-    runner.submit(Work(task, {}, root / "output", root), lambda *_: None, outcomes.append)
+    runner.submit(Work(task, {}, root / "output", root, root / "privacy.json"), lambda *_: None, outcomes.append)
     return outcomes[0]
 
 

@@ -28,7 +28,9 @@ def work(folder: Path, spec: JobSpec, phase: str = TRAIN, index: int = 0, **extr
     task = task_of(spec, index, phase, **extra)
     adapter = folder / "adapter.safetensors"
     inputs = {ADAPTER: adapter} if phase != INITIALISE and adapter.exists() else {}
-    return Work(task, inputs, folder / f"{task.task}.safetensors", folder / f"private-{index}")
+    return Work(
+        task, inputs, folder / f"{task.task}.safetensors", folder / f"private-{index}", folder / f"privacy-{index}.json"
+    )
 
 
 def initialise(executor: Executor, folder: Path, spec: JobSpec) -> Outcome:
@@ -176,7 +178,9 @@ def test_an_upload_with_a_frozen_half_leaves_it_out(folder: Path):
     for role, half in halves.items():
         codec.write_tensors(paths[role], half)
 
-    outcome = executor.execute(Work(task_of(spec), paths, folder / "up.safetensors", folder / "private"), silent)
+    outcome = executor.execute(
+        Work(task_of(spec), paths, folder / "up.safetensors", folder / "private", folder / "privacy.json"), silent
+    )
 
     assert outcome.error is None
     assert set(codec.read_tensors(folder / "up.safetensors")) == set(halves[ADAPTER])
@@ -312,7 +316,7 @@ def test_the_null_model_runs_every_phase_without_torch(folder: Path):
         folder = Path(sys.argv[1])
         spec, executor, before = job(folder, model={"name": "null:4KB"}), Executor(), {}
         for phase in ("initialise", "train", "evaluate"):
-            work = Work(task_of(spec, 1, phase), dict(before), folder / phase, folder / "p")
+            work = Work(task_of(spec, 1, phase), dict(before), folder / phase, folder / "p", folder / "privacy.json")
             outcome = executor.execute(work, silent)
             assert outcome.error is None, outcome
             before = {ADAPTER: folder / "initialise"}

@@ -53,7 +53,7 @@ def do(  # noqa: PLR0913, PLR0917
     for role, tensors in roles.items():
         codec.write_tensors(paths[role], tensors)
     order = task_of(spec, phase=phase, task=task)
-    outcome = executor.execute(Work(order, paths, folder / task, folder / "private"), silent)
+    outcome = executor.execute(Work(order, paths, folder / task, folder / "private", folder / "privacy.json"), silent)
     assert outcome.error is None
     return codec.read_tensors(folder / task) if outcome.has_tensors else outcome.metrics
 

@@ -74,7 +74,7 @@ class Federation:
         """Everything that travelled, in either direction."""
         self.told: list[Metrics] = []
         first = self.folder / "first.safetensors"
-        self.run(Work(task_of(self.spec, phase=INITIALISE), {}, first, self.private(0)))
+        self.run(Work(task_of(self.spec, phase=INITIALISE), {}, first, self.private(0), self.folder / "privacy.json"))
         self.state: ServerState = self.method.start(codec.read_tensors(first))
 
     def private(self, index: int) -> Path:
@@ -98,7 +98,13 @@ class Federation:
             self.spec, index, phase, round=number, task=f"{phase}-{number}-{index}", settings=dict(plan.settings),
             seed=derive_seed(self.spec.seed, phase, number, index),
         )  # fmt: skip
-        return Work(task, inputs, self.folder / f"update-{number}-{index}.safetensors", self.private(index))
+        return Work(
+            task,
+            inputs,
+            self.folder / f"update-{number}-{index}.safetensors",
+            self.private(index),
+            self.folder / "privacy.json",
+        )
 
     def round(self, number: int, cohort: Sequence[int] = range(CLIENTS)) -> list[ClientUpdate]:
         updates = []

@@ -73,7 +73,7 @@ def work_of(tmp_path: Path, *, task: str = "t-1", client: str = "client-1", phas
         job="job", task=task, client=client, index=int(client.removeprefix("client-")), population=4, round=1,
         attempt=1, epoch=1, phase=phase, seed=0, payloads={}, settings={}, spec=spec,
     )  # fmt: skip
-    return Work(wire, {}, tmp_path / f"{task}.safetensors", tmp_path)
+    return Work(wire, {}, tmp_path / f"{task}.safetensors", tmp_path, tmp_path / "privacy.json")
 
 
 @pytest.fixture

@@ -334,7 +334,7 @@ class Leaking(Standalone):
 def test_no_method_can_send_a_tensor_of_the_own_model(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "standalone", Leaking)
     spec = JobSpec.model_validate({**DIGITS, "method": {"name": "standalone"}, "local": {"steps": 1}})
-    work = Work(task_of(spec, 0), {}, tmp_path / "out", tmp_path / "private")
+    work = Work(task_of(spec, 0), {}, tmp_path / "out", tmp_path / "private", tmp_path / "privacy.json")
 
     outcome = Executor(device="cpu").execute(work, lambda *_: None)
 

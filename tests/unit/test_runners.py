@@ -97,7 +97,7 @@ def work_of(folder: Path, task: str) -> Work:
         settings={},
         spec=JobSpec(),
     )
-    return Work(wire, {}, folder / task, folder)
+    return Work(wire, {}, folder / task, folder, folder / "privacy.json")
 
 
 def test_a_thread_runner_executes_in_order_in_one_thread_of_its_own(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def _initialise(spec: JobSpec, means: Means, scratch: Path, *, index: int = 0) -
     )
     path = scratch / "first.safetensors"
     executor = Executor(threads=means.threads, data_root=means.data_root, device=means.device)
-    outcome = executor.execute(Work(task, {}, path, scratch), lambda *_: None)
+    outcome = executor.execute(Work(task, {}, path, scratch, scratch / "privacy.json"), lambda *_: None)
     if outcome.error is not None:
         raise BadInput(outcome.error) if outcome.bad_input else RunFailed(outcome.error)
     return outcome, path

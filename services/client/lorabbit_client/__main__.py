@@ -116,7 +116,13 @@ def _work(settings: ClientSettings) -> int:
 
 
 def _capability(settings: ClientSettings) -> Capability:
-    return Capability(settings.max_batch, settings.dtype, settings.quantisation)
+    return Capability(
+        settings.max_batch,
+        settings.dtype,
+        settings.quantisation,
+        epsilon=settings.privacy_epsilon,
+        delta=settings.privacy_delta,
+    )
 
 
 @contextmanager

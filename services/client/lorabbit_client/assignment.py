@@ -112,6 +112,7 @@ class Assignment:
             {role: self._desk.shelf.path(ref.sha256) for role, ref in order.payloads.items()},
             self._desk.journal.output(self.task),
             self._desk.journal.private(order.job, order.client),
+            self._desk.journal.ledger,
             () if self._reads is None else self._reads.recipes,
         )
         due = time.monotonic() + PROGRESS_SECONDS

@@ -23,6 +23,15 @@ class Capability:
     """What a training computes with: float32 (as the model is), bfloat16 or float16."""
     quantisation: str = "none"
     """How frozen linear weights under LoRA are kept: none (as the model has them), int8 or int4."""
+    epsilon: float | None = None
+    """Most that all jobs together may cost one of this client's examples; None where its owner demands no privacy."""
+    delta: float = 1e-5
+    """At which `epsilon` is counted."""
+
+    @property
+    def tells_scores(self) -> bool:
+        """Whether the server is told scores on data of this client, which no noise covers."""
+        return self.epsilon is None
 
     def check(self, device: str) -> None:
         """Raise BadInput where a kind of device, such as ``cpu`` or ``cuda:0``, cannot train in this dtype."""
@@ -32,12 +41,18 @@ class Capability:
             )
 
     def check_job(self, spec: JobSpec) -> None:
-        """Raise BadInput where a job needs weights of the base model that this client keeps quantised."""
+        """Raise BadInput where a job needs weights that this client keeps quantised, or lacks privacy it demands."""
         why = methods.build(spec).needs_whole_base() if self.quantisation != "none" else ""
         if why:
             raise BadInput(
                 f"LORABBIT_QUANTISATION: {self.quantisation} keeps the base model in fewer bits, and {why}; "
                 "set it to none for such jobs"
+            )
+        privacy = spec.privacy
+        if self.epsilon is not None and (privacy is None or privacy.level != "example" or privacy.seeded):
+            raise BadInput(
+                "privacy: this client's owner demands noise from its own process (LORABBIT_PRIVACY_EPSILON); set "
+                "privacy.level to 'example' and leave privacy.seeded out"
             )
 
 

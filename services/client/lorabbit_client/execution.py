@@ -34,6 +34,8 @@ class Work:
     """Where to write the result's tensors; not written when nothing but metrics returns."""
     private: Path
     """Folder of the client's private state for this job."""
+    ledger: Path
+    """File of the client's privacy ledger, over all jobs."""
     recipes: tuple[Recipe, ...] = ()
     """How to make the input files that came coded."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lorabbit import codec, coding, methods, personal
@@ -23,6 +23,7 @@ from lorabbit_client.capability import UNLIMITED, Capability
 from lorabbit_client.execution import Cancelled, OnProgress, Outcome, Work
 from lorabbit_client.failures import failed
 from lorabbit_client.null import NullWorkspace, is_null
+from lorabbit_client.privacy_ledger import PrivacyLedger
 from lorabbit_client.private import PrivateState, read_private, write_private
 from lorabbit_client.workspace import TaskSession, Workspace
 
@@ -72,6 +73,7 @@ class Executor:
             coding.restore(recipe)
         method = methods.build(task.spec)
         private = read_private(work.private, task.task)
+        private.ledger = PrivacyLedger.read(work.ledger)
         session = workspace.session(task, private, on_progress)
         if task.phase == INITIALISE:
             initial = workspace.initialise(task, method.initialise(session))
@@ -79,20 +81,23 @@ class Executor:
             codec.write_tensors(work.output, initial.tensors)
             write_private(work.private, task.task, private)
             first = Metrics(num_examples=initial.num_examples, facts=dict(initial.facts))
-            return _without_examples(first, task.spec, private.values), True
+            return _without_examples(first, task.spec, private.ledger), True
         plan = Plan(task.phase, _payloads(work), task.settings)
+        if task.phase == EVALUATE and not self._capability.tells_scores:
+            return Metrics(num_examples=0), False
         if task.phase == EVALUATE:
             method.restore(plan, session)
             return workspace.evaluate(task, session, on_progress), False
         with workspace.counting() as counted:
             update = method.local_update(plan, session)
         personal.check_outgoing(update.tensors)
+        private.ledger.write()
         sent = 0
         if update.tensors:
             sent = _write_update(work, update.tensors, private)
         write_private(work.private, task.task, private)
         metrics = _metrics(update, session).model_copy(update={"flops": float(counted.flops), "parameters": sent})
-        return _without_examples(metrics, task.spec, private.values), bool(update.tensors)
+        return _without_examples(metrics, task.spec, private.ledger), bool(update.tensors)
 
     def _open(self, spec: JobSpec, job: str) -> Workspace:
         """Return the workspace of a job, made anew when the job or its data differ from the last one's."""
@@ -181,10 +186,10 @@ def _metrics(update: ClientUpdate, session: TaskSession) -> Metrics:
     )
 
 
-def _without_examples(metrics: Metrics, spec: JobSpec, private: Mapping[str, Json]) -> Metrics:
+def _without_examples(metrics: Metrics, spec: JobSpec, ledger: PrivacyLedger) -> Metrics:
     """Where examples are private, keep what tells of them without noise: the loss, and the counts of labels."""
     if spec.privacy is None or spec.privacy.level != "example":
         return metrics
     facts = {name: fact for name, fact in metrics.facts.items() if name != "label_counts"}
-    spent = {"privacy": private["privacy"]} if "privacy" in private else {}
+    spent: dict[str, Json] = {"privacy": ledger.told} if ledger.told else {}
     return metrics.model_copy(update={"loss": None, "facts": {**facts, **spent}})

@@ -44,6 +44,8 @@ class Journal:
         self._private = folder / "private"
         self._identity = folder / "identity.json"
         self._held = folder / "held.json"
+        self.ledger = folder / "privacy.json"
+        """File of the client's privacy ledger; never sent."""
         for part in (self._tasks, self._outbox, self._private):
             part.mkdir(parents=True, exist_ok=True)
         self._private.chmod(PRIVATE_FOLDER_MODE)
@@ -51,7 +53,7 @@ class Journal:
     def accept(self, task: Task) -> None:
         """Promise to do a task."""
         if self._durable:
-            _replace(self._tasks / f"{task.task}.json", codec.encode(task))
+            replace_file(self._tasks / f"{task.task}.json", codec.encode(task))
 
     def output(self, task: str) -> Path:
         """Where the tensors of a task's result are written and stay until `forget`."""
@@ -65,7 +67,7 @@ class Journal:
         """Put a result into the outbox; its tensors are on the disk already."""
         if self._durable:
             crash.reached(crash.Point.RESULT_WRITTEN)
-            _replace(self._outbox / f"{offer.task}.json", codec.encode(offer))
+            replace_file(self._outbox / f"{offer.task}.json", codec.encode(offer))
             crash.reached(crash.Point.RESULT_IN_OUTBOX)
             (self._tasks / f"{offer.task}.json").unlink(missing_ok=True)
 
@@ -93,7 +95,7 @@ class Journal:
     def remember_identity(self, client: str) -> None:
         """Keep the identity over restarts: the data on this machine belongs to it."""
         if self._durable and client != self.identity():
-            _replace(self._identity, json.dumps({"client": client}).encode())
+            replace_file(self._identity, json.dumps({"client": client}).encode())
 
     def held(self) -> dict[str, str]:
         """Payloads that are kept for the next task: what for, and which sha256."""
@@ -110,7 +112,7 @@ class Journal:
     def remember_held(self, held: Mapping[str, str], read: Mapping[str, Mapping[str, int]]) -> None:
         """Keep the list of payloads, and what was counted for them, over restarts."""
         if self._durable:
-            _replace(self._held, json.dumps({**held, _READ: read}, sort_keys=True).encode())
+            replace_file(self._held, json.dumps({**held, _READ: read}, sort_keys=True).encode())
 
     def _is_whole(self, offer: Offer) -> bool:
         """Tell whether a result's tensors are still there; where they are not, the task is done again."""
@@ -145,7 +147,7 @@ def _read_json(path: Path) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _replace(path: Path, body: bytes) -> None:
+def replace_file(path: Path, body: bytes) -> None:
     """Write a file in one step that survives a power cut."""
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("wb") as file:

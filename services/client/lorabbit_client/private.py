@@ -23,6 +23,7 @@ from pathlib import Path
 from lorabbit import codec, crash
 from lorabbit.errors import LoRAbbitError
 from lorabbit.types import Json, Tensors
+from lorabbit_client.privacy_ledger import PrivacyLedger
 
 FILE = "private.json"
 SUFFIX = ".safetensors"
@@ -91,6 +92,8 @@ class PrivateState:
 
     values: dict[str, Json] = field(default_factory=dict)
     tensors: PrivateTensors = field(default_factory=PrivateTensors)
+    ledger: PrivacyLedger = field(default_factory=PrivacyLedger)
+    """What this client has released, in all jobs: the one part that no task finds as it was before."""
 
     values_before: dict[str, Json] = field(init=False)
     files_before: dict[str, str] = field(init=False)

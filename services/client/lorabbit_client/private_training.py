@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,8 @@ from torch import nn
 
 from lorabbit.defences import PrivacySpec
 from lorabbit.errors import BadInput, LoRAbbitError
-from lorabbit.privacy import epsilon_of_steps, normal
+from lorabbit.privacy import normal
 from lorabbit.seeds import derive_seed
-from lorabbit.types import Json
 from lorabbit_client.batching import steps_of
 from lorabbit_client.example_gradients import ExampleGradients, separate_owners
 from lorabbit_client.features import Batch
@@ -33,63 +31,7 @@ from lorabbit_client.probing import looking
 from lorabbit_client.tables import Codes
 from lorabbit_client.trainer import Trainer
 
-LEDGER = "privacy"
-"""Under which a client's private state keeps what it has spent."""
 LEAST = 1e-12
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """What one training will spend, beside what earlier ones did."""
-
-    spec: PrivacySpec
-    rate: float
-    steps: int
-    before: int
-
-    @property
-    def epsilon(self) -> float:
-        """After this training."""
-        return self._after(1)
-
-    def check(self) -> None:
-        """Raise where the budget does not bear it: BadInput in a client's first training, LoRAbbitError later."""
-        budget = self.spec.epsilon
-        if budget is None or self.epsilon <= budget:
-            return
-        if self.before == 0:
-            raise BadInput(
-                f"privacy.epsilon: one round of {self.steps} steps at a sampling rate of {self.rate:.3g} costs "
-                f"{self.epsilon:.3g}, and the budget is {budget}; raise privacy.noise or privacy.epsilon"
-            )
-        raise LoRAbbitError(f"privacy.epsilon: another round would cost {self.epsilon:.3g} of a budget of {budget}")
-
-    def told(self) -> dict[str, Json]:
-        """The ledger after this training; `spent` where no further one like it fits the budget."""
-        budget = self.spec.epsilon
-        spent = budget is not None and self._after(2) > budget
-        return {
-            "steps": self.before + self.steps,
-            "rate": self.rate,
-            "epsilon": float(f"{self.epsilon:.6g}"),
-            "spent": spent,
-        }
-
-    def _after(self, rounds: int) -> float:
-        steps = self.before + rounds * self.steps
-        return epsilon_of_steps(self.spec.noise, self.rate, steps, self.spec.delta)
-
-
-def planned(spec: PrivacySpec, trainer: Trainer, ledger: Json) -> Planned:
-    """Work out what a training will spend; the ledger is what `told` returned last.
-
-    Where the data or the batches have changed since, the highest sampling rate counts for all steps.
-    """
-    known = ledger if isinstance(ledger, dict) else {}
-    before, earlier = known.get("steps"), known.get("rate")
-    rows = len(trainer.examples)
-    rate = max(min(1.0, trainer.local.batch_size / rows), earlier if isinstance(earlier, float) else 0.0)
-    return Planned(spec, rate, steps_of(trainer.local, rows), before if isinstance(before, int) else 0)
 
 
 class PrivateTrainer(Trainer):
@@ -97,6 +39,13 @@ class PrivateTrainer(Trainer):
 
     privacy: PrivacySpec
     _found: ExampleGradients | None = None
+
+    def _train_mode(self) -> None:
+        """Switch dropout on, and statistics nowhere: they mix the examples of a batch, and no noise covers them."""
+        self._model.model.train()
+        for module in self._model.model.modules():
+            if isinstance(getattr(module, "running_mean", None), torch.Tensor):
+                module.eval()
 
     def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[Codes]]:
         """Draw each step's examples independently; a step may have none."""

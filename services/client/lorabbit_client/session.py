@@ -32,6 +32,7 @@ from lorabbit_client.data import ClientData
 from lorabbit_client.execution import OnProgress
 from lorabbit_client.lora_layers import LoraLayers
 from lorabbit_client.prefix import GROUP, Prefix, PrefixCache, Usage, find_prefix
+from lorabbit_client.privacy_budget import count, release_of
 from lorabbit_client.private import PrivateState
 from lorabbit_client.trainable import TrainableModel
 from lorabbit_client.trainer import Clock, Trainer
@@ -60,6 +61,7 @@ class TorchSession:
         self.client = ClientProfile(ClientId(task.client), task.index)
         self.private: MutableMapping[str, Json] = private.values
         self.private_tensors: MutableMapping[str, Tensors] = private.tensors
+        self._ledger = private.ledger
         self.round = task.round
         self.seed = task.seed
         self.num_examples = data.train.num_examples
@@ -157,20 +159,18 @@ class TorchSession:
         self._tell(self._fraction, None)
 
     def _trainer(self, model: TrainableModel, local: LocalSpec, clock: Clock, seed: int) -> Trainer:
-        """Make what trains; one that adds noise writes down beforehand what that spends."""
+        """Make what trains; what one that adds noise spends is counted beforehand."""
         spec, data = self._task.spec.privacy, self._data.train
         if spec is None or spec.level != "example":
             return Trainer(
                 model, data, local, clock=clock, seed=seed, find_prefix=self._find_prefix, capability=self._capability
             )
-        from lorabbit_client.private_training import LEDGER, PrivateTrainer, planned  # noqa: PLC0415
+        from lorabbit_client.private_training import PrivateTrainer  # noqa: PLC0415
 
         limit = replace(self._capability, dtype="float32")
         trainer = PrivateTrainer(model, data, local, clock=clock, seed=seed, capability=limit)
         trainer.privacy = spec
-        plan = planned(spec, trainer, self.private.get(LEDGER))
-        plan.check()
-        self.private[LEDGER] = plan.told()
+        count(release_of(spec, local, len(data)), spec, self._task.job, self._ledger, self._capability)
         return trainer
 
     def _find_prefix(self, moving: Sequence[torch.Tensor], rows: int) -> Prefix | None:

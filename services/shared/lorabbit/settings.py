@@ -222,6 +222,13 @@ class ClientSettings(Settings):
         description="bits of the frozen linear weights under LoRA: none for all of them, int8, int4; "
         "jobs that change or read the base model go without this client",
     )
+    privacy_epsilon: Annotated[float | None, BeforeValidator(_or_none)] = Field(
+        default=None,
+        gt=0,
+        description="largest epsilon that all jobs together may cost an example of this client; it then refuses jobs "
+        "without `privacy: {level: example}` and tells no scores; no demand when absent",
+    )
+    privacy_delta: float = Field(default=1e-5, gt=0, lt=1, description="at which LORABBIT_PRIVACY_EPSILON is counted")
     durable: bool = Field(
         default=True, description="journal tasks and fsync results; false is for simulated clients that nobody restarts"
     )

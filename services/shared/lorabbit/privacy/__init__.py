@@ -3,9 +3,9 @@
 See docs/explanation/privacy.md for what each promises, to whom, and what it leaves open.
 """
 
-from lorabbit.privacy.accounting import epsilon_of_rounds, epsilon_of_steps
+from lorabbit.privacy.accounting import Sampled, epsilon_of, epsilon_of_rounds, epsilon_of_steps
 from lorabbit.privacy.choice import check
 from lorabbit.privacy.mechanism import protect, spending
 from lorabbit.privacy.noise import normal
 
-__all__ = ["check", "epsilon_of_rounds", "epsilon_of_steps", "normal", "protect", "spending"]
+__all__ = ["Sampled", "check", "epsilon_of", "epsilon_of_rounds", "epsilon_of_steps", "normal", "protect", "spending"]
