@@ -175,6 +175,13 @@ class RabbitMQ(Service):
         assert vhost, f"more tests want an empty broker than the {len(self._vhosts)} virtual hosts made at boot"
         return self.url + vhost
 
+    def empty(self, url: str) -> None:
+        """Lose everything that a virtual host holds, and its connections, as with a volume; users stay."""
+        vhost = url.rpartition("/")[2] or "/"
+        self.control("delete_vhost", vhost)
+        self.control("add_vhost", vhost)
+        self.control("set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
+
     def launch(self) -> None:
         if self._name_server is not None:
             self._name_server.start()

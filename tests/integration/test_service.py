@@ -590,6 +590,25 @@ def test_a_client_that_the_server_forgot_is_welcomed_again_when_it_renews_its_le
     assert report.clients == ["client-1", "client-2"]
 
 
+def test_a_client_that_was_away_for_longer_than_its_inbox_is_kept_gets_another(rig):
+    rig.serve()
+    rig.start_clients()
+    rig.idle()
+    away = rig.clients[1]
+    inbox = topology.inbox(away.address)
+    away.leave()
+    for _ in range(10):
+        rig.now += inbox.expires_ms / 1000 / 8
+        rig.idle()
+    assert inbox.name not in rig.broker._queues
+
+    away.start()
+    rig.service.submit(spec())
+    rig.run_to_end("job")
+
+    assert rig.report("job").status == "done"
+
+
 def test_a_lost_chunk_is_asked_for_again_after_a_while(rig):
     lost = []
 

@@ -110,6 +110,7 @@ class Presence:
         self._hello_is_out = False
         if error is not None:
             log.info("server-not-there", address=self._settings.address, why=str(error))
+            self._was_in_trouble = True
 
     def _beat(self, seconds: float) -> None:
         """Renew the lease; after a break of the broker, or idle for long, say who we are instead."""

@@ -37,6 +37,7 @@ from lorabbit.messages import (
 )
 from lorabbit.types import ClientId
 from lorabbit_server import steps
+from lorabbit_server.inboxes import Inboxes
 from lorabbit_server.jobrun import JobRun
 from lorabbit_server.meter import header_bytes
 from lorabbit_server.occupancy import Occupancy
@@ -56,7 +57,7 @@ class Reception:
         self._tools, self._running, self._tell = tools, running, tell
         self._broker, self._registry, self._now = tools.broker, tools.registry, tools.now_ms
         self._progress: dict[str, TaskProgressed] = {}
-        self._inboxes: set[str] = set()
+        self._inboxes = Inboxes(tools.broker)
         self._occupancy = Occupancy()
 
     def on_data(self, delivery: Delivery) -> None:
@@ -100,8 +101,7 @@ class Reception:
     def send_away(self, clients: Iterable[str]) -> None:
         """Let go of clients that were revoked: their inboxes, their leases, their part in the job."""
         for address in clients:
-            self._broker.delete_queue(topology.inbox(address).name)
-            self._inboxes.discard(address)
+            self._inboxes.delete(address)
             self._occupancy.forget(address)
             client = self._registry.leave(address)
             if client is not None:
@@ -147,11 +147,9 @@ class Reception:
         """Give a client its inbox, its identity and what it has to do; with users of their own, identity is address."""
         if self._tools.access.is_enrolled:
             message = message.model_copy(update={"client": message.address})
-        if message.address not in self._inboxes:
-            self._broker.declare_queue(topology.inbox(message.address))
-            self._inboxes.add(message.address)
         known = self._registry.at(message.address)
         was_here = known is not None and known in self._registry.present
+        self._inboxes.declare(message.address, may_be_gone=not was_here)
         client = self._registry.hello(message, self._now())
         log.info("client-arrived", client=client, address=message.address, device=message.device)
         welcome = Welcome(client=client, heartbeat_seconds=self._tools.settings.heartbeat_seconds)
@@ -166,6 +164,7 @@ class Reception:
             taken = claimed in self._registry.present
             self._on_hello(self._registry.introduction(message.address, None if taken else claimed), delivery)
             return
+        self._inboxes.declare(message.address)
         if client != message.client:
             welcome = Welcome(client=client, heartbeat_seconds=self._tools.settings.heartbeat_seconds)
             self._reply(message.address, welcome, f"welcome.{uuid.uuid4().hex}", delivery)
@@ -216,6 +215,8 @@ class Reception:
     def _on_task_message(self, message: ForTask, delivery: Delivery, address: str) -> None:
         """Bring a message about a task to its job."""
         client, back = self._registry.heard(address, self._now())
+        if client is not None:
+            self._inboxes.declare(address)
         if client is not None and back:
             self._came_back(client)
         run = self._running()

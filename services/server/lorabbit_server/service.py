@@ -17,7 +17,7 @@ import structlog
 
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery
-from lorabbit.errors import FilesMissing, Retryable
+from lorabbit.errors import FilesMissing, NotDeclared, Retryable
 from lorabbit.events import AnyEvent
 from lorabbit.jobspec import JobSpec
 from lorabbit.methods import build
@@ -83,6 +83,7 @@ class Service:
     # ---- for everybody ----
     def start(self) -> None:
         """Take the lease as soon as it is free, and go on from there."""
+        self.broker.when_emptied(lambda: self._step_down(NotDeclared("RabbitMQ lost all it had")))
         self._loop.post(self._stand_by)
 
     def submit(self, spec: JobSpec, *, operation: str = "") -> str:

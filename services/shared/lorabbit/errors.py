@@ -77,6 +77,10 @@ class BrokerBusy(Retryable):
     """The broker refused a message because a queue is full, or its node was lost and no other one leads it yet."""
 
 
+class NotDeclared(BrokerBusy):
+    """The broker has no such exchange: no server declared it yet, or the broker lost everything it had."""
+
+
 class BrokerRefused(LoRAbbitError):
     """The broker will never take a message as it is: a missing permission, a size beyond its limit."""
 

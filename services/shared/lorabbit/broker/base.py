@@ -104,6 +104,10 @@ class Broker(ABC):
         """Declare a durable topic exchange; idempotent. Blocks; raises BrokerUnavailable."""
 
     @abstractmethod
+    def when_emptied(self, callback: Callable[[], None]) -> None:
+        """Call back on the loop thread each time the broker comes back without what was declared, its volume lost."""
+
+    @abstractmethod
     def declare_queue(self, queue: Queue) -> None:
         """Declare a durable queue with its bindings; idempotent. Blocks; raises BrokerUnavailable."""
 

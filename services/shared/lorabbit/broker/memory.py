@@ -16,7 +16,7 @@ from lorabbit.broker.base import Broker, Cancellable, Delivery, First, OnDeliver
 from lorabbit.broker.loop import Clock, Loop
 from lorabbit.broker.resting import ExistingQueue, Reader, Stored, Token
 from lorabbit.broker.routing import Exchange
-from lorabbit.errors import BrokerBusy, LoRAbbitError
+from lorabbit.errors import BrokerBusy, LoRAbbitError, NotDeclared
 
 
 class MemoryBroker(Broker):
@@ -31,10 +31,15 @@ class MemoryBroker(Broker):
         self._queues: dict[str, ExistingQueue] = {}
         self._waiting: dict[str, list[Reader]] = {}
         self._numbers = 0
+        self._on_emptied: Callable[[], None] = lambda: None
 
     def declare_exchange(self, name: str) -> None:
         """Declare a topic exchange; idempotent."""
         self._exchanges.setdefault(name, Exchange())
+
+    def when_emptied(self, callback: Callable[[], None]) -> None:
+        """Call back after each `empty`."""
+        self._on_emptied = callback
 
     def declare_queue(self, queue: Queue) -> None:
         """Declare a queue with its bindings; idempotent, and whoever waited for it starts reading."""
@@ -46,7 +51,7 @@ class MemoryBroker(Broker):
             raise LoRAbbitError(f"queue {queue.name} exists with other properties; delete it first")
         for exchange, pattern in queue.bindings:
             if exchange not in self._exchanges:
-                raise LoRAbbitError(f"queue {queue.name} cannot be bound: there is no exchange {exchange}")
+                raise NotDeclared(f"queue {queue.name} cannot be bound: there is no exchange {exchange}")
             self._exchanges[exchange].bind(pattern, queue.name)
         for reader in self._waiting.pop(queue.name, []):
             self._attach(reader)
@@ -109,6 +114,13 @@ class MemoryBroker(Broker):
         for existing in self._queues.values():
             self._give_back(existing, list(existing.readers))
 
+    def empty(self) -> None:
+        """Do what a broken connection to a broker that lost its volume does: only the readers are left, and wait."""
+        for name in list(self._queues):
+            self.delete_queue(name)
+        self._exchanges.clear()
+        self._loop.post(self._on_emptied)
+
     def post(self, callback: Callable[[], None]) -> None:
         """Run a function on the loop thread soon; callable from any thread."""
         self._loop.post(callback)
@@ -140,6 +152,8 @@ class MemoryBroker(Broker):
 
     def _publish(self, message: Outgoing) -> LoRAbbitError | None:
         """Put a message into every queue it is routed to; the answer that a broker would give."""
+        if message.exchange and message.exchange not in self._exchanges:
+            return NotDeclared(f"there is no exchange {message.exchange}")
         targets = list(self._route(message))
         if not targets:
             where = f"{message.exchange}/{message.routing_key}" if message.exchange else message.routing_key
@@ -156,8 +170,7 @@ class MemoryBroker(Broker):
 
     def _route(self, message: Outgoing) -> Iterator[ExistingQueue]:
         if message.exchange:
-            exchange = self._exchanges.get(message.exchange)
-            names = sorted(exchange.route(message.routing_key)) if exchange else []
+            names = sorted(self._exchanges[message.exchange].route(message.routing_key))
         else:
             names = [message.routing_key]
         for name in names:

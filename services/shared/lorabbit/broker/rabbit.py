@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
 
+import structlog
 from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker
 
@@ -22,11 +23,13 @@ from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery, First, OnDelivery, OnDone, Outgoing, Queue, beginning
 from lorabbit.broker.loop import Loop
 from lorabbit.broker.rabbit_consumer import Consumer, Token
-from lorabbit.broker.rabbit_link import Link
+from lorabbit.broker.rabbit_link import NOT_FOUND, Link
 from lorabbit.broker.rabbit_publisher import Publisher
-from lorabbit.errors import BrokerFault, BrokerRefused, BrokerUnavailable, LoRAbbitError
+from lorabbit.errors import BrokerFault, BrokerRefused, BrokerUnavailable, LoRAbbitError, NotDeclared
 from lorabbit.tls import Trust
 from lorabbit.urls import urls_of_hosts
+
+log = structlog.get_logger()
 
 PATIENCE_SECONDS = 10.0
 """How long a blocking call waits for a connection."""
@@ -63,6 +66,9 @@ class RabbitBroker(Broker):
         self._loop = Loop()
         self._consumers: set[Consumer] = set()
         self._has_sent = False
+        self._exchange: str | None = None
+        """One that was declared: where it is not, the broker has lost everything."""
+        self._on_emptied: Callable[[], None] = lambda: None
         trust = trust or Trust()
         hosts = urls_of_hosts(url)
         link = partial(Link, shuffled(hosts), trust=trust, on_bug=self._on_bug, refused_seconds=refused_seconds)
@@ -76,6 +82,11 @@ class RabbitBroker(Broker):
         self._administer(
             lambda channel, done: channel.exchange_declare(name, exchange_type="topic", durable=True, callback=done)
         )
+        self._exchange = name
+
+    def when_emptied(self, callback: Callable[[], None]) -> None:
+        """Call back on the loop thread each time the broker comes back without what was declared."""
+        self._on_emptied = callback
 
     def declare_queue(self, queue: Queue) -> None:
         """Declare a durable queue with its bindings; idempotent."""
@@ -159,7 +170,20 @@ class RabbitBroker(Broker):
         return consumer
 
     def _publishing_up(self) -> None:
+        """Send on, but only after word that everything is lost, where it is."""
         self._consuming.hurry()
+        if self._exchange is None:
+            self._publisher.up()
+            return
+        answer: Future[None] = Future()
+        answer.add_done_callback(self._send_on)
+        look = partial(_look_for, self._exchange)
+        _perform(self._publishing, (look,), answer)
+
+    def _send_on(self, answer: Future[None]) -> None:
+        if isinstance(answer.exception(), NotDeclared):
+            log.warning("broker-emptied", connection=self._publishing.name)
+            self._loop.post(self._on_emptied)
         self._publisher.up()
 
     def _consuming_up(self) -> None:
@@ -217,6 +241,8 @@ def _perform(link: Link, steps: Iterable[Step], answer: Future[None]) -> None:
             resolve(BrokerUnavailable(f"RabbitMQ cannot answer yet: {reason}"))
         elif _STARTING in reason.reply_text:
             resolve(BrokerFault(f"RabbitMQ cannot use the queue: {reason.reply_text}"))
+        elif reason.reply_code == NOT_FOUND:
+            resolve(NotDeclared(f"RabbitMQ lacks something: {reason.reply_text}"))
         else:
             resolve(BrokerRefused(f"RabbitMQ refuses: {reason.reply_text}"))
 
@@ -227,6 +253,10 @@ def _perform(link: Link, steps: Iterable[Step], answer: Future[None]) -> None:
 
     channel = link.connection.channel(on_open_callback=advance)
     channel.add_on_close_callback(closed)
+
+
+def _look_for(exchange: str, channel: Channel, done: Callable[[object], None]) -> None:
+    channel.exchange_declare(exchange, passive=True, callback=done)
 
 
 def _arguments(queue: Queue) -> dict[str, str | int]:

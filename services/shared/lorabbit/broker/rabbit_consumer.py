@@ -24,11 +24,10 @@ from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker
 
 from lorabbit.broker.base import Cancellable, Delivery, OnDelivery
-from lorabbit.broker.rabbit_link import Link
+from lorabbit.broker.rabbit_link import NOT_FOUND, Link
 
 FIRST_RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 1.0
-NOT_FOUND = 404
 NO_REPLICA = "does not have a replica on the local node"
 """How RabbitMQ answers who reads a stream that is just being made here (406), or at a node without a copy of it."""
 TRIES_WITHOUT_COPY = 10

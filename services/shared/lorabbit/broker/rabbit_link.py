@@ -30,6 +30,8 @@ BLOCKED_SECONDS = 300.0
 CONNECT_SECONDS = 10.0
 REFUSED = "ACCESS_REFUSED"
 """How RabbitMQ answers a name and a password that do not belong together."""
+NOT_FOUND = 404
+"""How the broker answers whoever names an exchange or a queue that it does not have."""
 RECEIVE_BYTES = 128 * 1024
 """pika reads 4 KiB at a time and joins them to frames of 128 KiB; larger reads take a third off the time per chunk."""
 

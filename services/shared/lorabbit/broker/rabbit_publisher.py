@@ -24,8 +24,8 @@ from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker
 
 from lorabbit.broker.base import OnDone, Outgoing
-from lorabbit.broker.rabbit_link import Link
-from lorabbit.errors import BrokerBusy, BrokerRefused, BrokerUnavailable, LoRAbbitError
+from lorabbit.broker.rabbit_link import NOT_FOUND, Link
+from lorabbit.errors import BrokerBusy, BrokerRefused, BrokerUnavailable, LoRAbbitError, NotDeclared
 
 WINDOW_MESSAGES = 64
 WINDOW_BYTES = 8 * 2**20
@@ -114,7 +114,8 @@ class Publisher:
         if len(suspects) == 1:
             self._waiting.popleft()
             self._suspects = max(0, self._suspects - 1)
-            self._answer(suspects[0], BrokerRefused(f"RabbitMQ refuses the message: {reason.reply_text}"))
+            error = NotDeclared if reason.reply_code == NOT_FOUND else BrokerRefused
+            self._answer(suspects[0], error(f"RabbitMQ refuses the message: {reason.reply_text}"))
         else:
             self._suspects = max(self._suspects, len(suspects))
         self.up()
