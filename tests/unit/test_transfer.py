@@ -10,7 +10,7 @@ from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing, Queue
 from lorabbit.broker.memory import MemoryBroker
 from lorabbit.chunks import CHUNK, WINDOW, Chunks
-from lorabbit.errors import BrokerUnavailable, LoRAbbitError
+from lorabbit.errors import BrokerUnavailable, LoRAbbitError, StoreUnavailable
 from lorabbit.payloads import PayloadStore
 from lorabbit.publishing import MAX_STREAMS, AdapterPublisher
 from lorabbit.transfer import MAX_DAMAGES, AdapterReader, ChunkSender, DamagedStream
@@ -312,6 +312,57 @@ def test_a_payload_is_not_published_again_for_ever(broker, server_store, ref):
     assert publisher.number(ref.sha256) == MAX_STREAMS
 
 
+class Successive:
+    """Tells whether a server still leads, as a store does that may be away."""
+
+    def __init__(self):
+        self.answer = True
+
+    def __call__(self):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def held(broker):
+    """How many chunks each stream holds."""
+    return {name: len(queue.messages) for name, queue in broker._queues.items() if name.startswith(topology.ADAPTERS)}
+
+
+def test_a_server_that_was_replaced_publishes_and_withdraws_nothing(broker, server_store, ref):
+    leads, done = Successive(), []
+    late = AdapterPublisher(broker, server_store, leads=leads)
+    AdapterPublisher(broker, server_store).publish(ref)
+    broker.run_until_idle()
+    before = held(broker)
+
+    leads.answer = False
+    late.publish(ref, done.append)
+    broker.run_until_idle()
+    late.withdraw(ref.sha256)
+    broker.run_until_idle()
+
+    assert before == held(broker) == {topology.adapter_stream(ref.sha256).name: ref.chunks}
+    assert done == []
+
+
+@pytest.mark.parametrize("still", [True, False])
+def test_whether_a_server_leads_is_asked_until_the_store_answers(broker, clock, server_store, ref, still):
+    leads = Successive()
+    leads.answer = StoreUnavailable("Redis is away")
+    publisher, done = AdapterPublisher(broker, server_store, leads=leads), []
+    publisher.publish(ref, done.append)
+    broker.run_until_idle()
+    assert held(broker) == {}
+
+    leads.answer = still
+    clock.now += 60
+    broker.run_until_idle()
+
+    assert held(broker) == ({topology.adapter_stream(ref.sha256).name: ref.chunks} if still else {})
+    assert done == ([None] if still else [])
+
+
 def test_a_stream_with_a_flipped_byte_is_refused(broker, server_store, client_store, ref):
     stream = topology.adapter_stream(ref.sha256)
     broker.declare_queue(stream)
@@ -342,9 +393,10 @@ def test_a_stream_of_something_else_is_refused(broker, client_store, ref, header
     assert [type(answer) for answer in answers] == [DamagedStream]
 
 
-def test_a_read_on_which_nothing_arrives_ends(broker, clock, client_store, ref):
+def silence(broker, clock, store, ref):
+    """What a reader says of a stream that is not there, after as many seconds as it has patience for."""
     answers = []
-    AdapterReader(broker, client_store, ref, answers.append, patience_seconds=10)
+    AdapterReader(broker, store, ref, answers.append, patience_seconds=10)
     broker.run_until_idle()
 
     clock.now = 9.9
@@ -352,8 +404,27 @@ def test_a_read_on_which_nothing_arrives_ends(broker, clock, client_store, ref):
     assert answers == []
     clock.now = 10.0
     broker.run_until_idle()
+    (answer,) = answers
+    return answer
 
-    assert [type(answer) for answer in answers] == [BrokerUnavailable]
+
+def test_a_read_on_which_nothing_arrives_though_the_broker_answers_ends_and_names_the_stream(
+    broker, clock, client_store, ref
+):
+    answer = silence(broker, clock, client_store, ref)
+
+    assert isinstance(answer, DamagedStream)
+    assert answer.ref == ref
+    assert "24 chunks that the server announced are not there" in str(answer)
+
+
+def test_a_read_on_which_nothing_arrives_as_the_broker_is_away_says_so(broker, clock, client_store, ref):
+    broker.trouble = lambda: "no route to host"
+
+    answer = silence(broker, clock, client_store, ref)
+
+    assert isinstance(answer, BrokerUnavailable)
+    assert "no route to host" in str(answer)
 
 
 def test_a_cancelled_read_tells_nothing(broker, server_store, client_store, ref):

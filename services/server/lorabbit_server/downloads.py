@@ -82,7 +82,7 @@ class Downloads:
         """Delete files beside the loop, unless another server leads by then: on a shared volume they are its own."""
 
         def fenced() -> None:
-            if self._tools.store.newest_epoch() == self._tools.epoch:
+            if self._tools.store.is_newest(self._tools.epoch):
                 delete()
 
         self._tools.loop.work(fenced, _done, _done)

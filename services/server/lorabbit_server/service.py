@@ -180,7 +180,7 @@ class Service:
             self.broker.declare_queue(queue)
         self._registry = Registry(self.store, lease_ms=round(self.settings.client_lease_seconds * 1000))
         self._registry.load(self._now())
-        publisher = AdapterPublisher(self.broker, self.payloads)
+        publisher = AdapterPublisher(self.broker, self.payloads, leads=partial(self.store.is_newest, self._epoch))
         parts = (self._loop, self.broker, self.store, self.payloads, publisher, self._registry, self.access)
         self._tools = Tools(*parts, self.settings, self._now, self._epoch, VERSIONS, self.refused)
         reception = Reception(self._tools, lambda: self._run, self._tell)

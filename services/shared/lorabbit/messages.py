@@ -47,7 +47,7 @@ class PayloadRef(BaseModel):
     size_bytes: int = Field(ge=0, le=2**40)
     chunk_bytes: int = Field(ge=1024, le=128 * 2**20)
     stream: int = Field(default=0, ge=0, le=100)
-    """Which stream of this content to read: another one where the broker lost the first for good."""
+    """Which stream of this content to read: another one where the first was lost, cut or damaged."""
 
     @property
     def content(self) -> dict[str, str | int]:
@@ -167,7 +167,7 @@ class TaskFailed(ForTask):
     bad_input: bool = False
     """The job itself is wrong (exit code 2), so no other client will manage either."""
     damaged: PayloadRef | None = None
-    """What the task named, where its stream holds something else; the server gives it another stream."""
+    """What the task named, where its stream holds something else, or less; the server gives it another stream."""
 
 
 class Offer(ForTask):

@@ -2,7 +2,9 @@
 
 A stream is begun empty: what an earlier server left there may be only a part. RabbitMQ 3.10 loses a stream for good
 when it is killed while it makes it, and no request repairs or deletes it: then the payload gets another stream, and
-whoever is told of it is told its number. So it does where a client finds that the stream holds something else.
+whoever is told of it is told its number. So it does where a client finds that the stream holds something else, or
+lacks a part. A stream keeps its name when another server takes over, because tasks under way name it: a server that
+was replaced must therefore delete and make none any more.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from lorabbit.backoff import Backoff
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, OnDone, Queue
 from lorabbit.chunks import Chunks, Outbound
-from lorabbit.errors import BrokerFault, BrokerRefused, BrokerUnavailable, LoRAbbitError
+from lorabbit.errors import BrokerFault, BrokerRefused, LoRAbbitError, Retryable
 from lorabbit.messages import PayloadRef
 from lorabbit.payloads import PayloadStore
 
@@ -33,9 +35,12 @@ log = structlog.get_logger()
 class AdapterPublisher:
     """Publishes payloads for whole cohorts, each as a stream of its own, once."""
 
-    def __init__(self, broker: Broker, store: PayloadStore) -> None:
-        """Publish from this store."""
-        self._broker, self._store = broker, store
+    def __init__(self, broker: Broker, store: PayloadStore, *, leads: Callable[[], bool] = lambda: True) -> None:
+        """Publish from this store; `leads` is asked before a stream is touched, and may raise a `Retryable`.
+
+        Where it says no, nothing more is published or withdrawn: the streams are another server's.
+        """
+        self._broker, self._store, self._leads = broker, store, leads
         self._streams: dict[str, _Stream] = {}
         self._withdrawals: list[_Retried] = []
 
@@ -62,7 +67,7 @@ class AdapterPublisher:
         return 0 if stream is None else stream.names.number
 
     def renew(self, ref: PayloadRef) -> None:
-        """Publish a payload again, in another stream: that which `ref` names holds something else.
+        """Publish a payload again, in another stream: that which `ref` names holds something else, or not the whole.
 
         Nothing is done where that was done already, or so often that the payload itself must be damaged.
         """
@@ -88,14 +93,15 @@ class AdapterPublisher:
 
     def _withdraw(self, names: _Names) -> None:
         def attempt() -> None:
-            with suppress(BrokerRefused):
-                names.attempt(lambda stream: self._broker.delete_queue(stream.name))
+            if self._leads():
+                with suppress(BrokerRefused):
+                    names.attempt(lambda stream: self._broker.delete_queue(stream.name))
 
         self._withdrawals.append(_until_available(self._broker, attempt))
 
     def _begin(self, ref: PayloadRef, number: int = 0) -> _Stream:
         path = self._store.path(ref.sha256)
-        stream = _Stream(self._broker, ref, path, lambda: self._forget(ref.sha256), number)
+        stream = _Stream(self._broker, ref, path, number, leads=self._leads, on_failed=lambda: self._forget(ref.sha256))
         self._streams[ref.sha256] = stream
         return stream
 
@@ -106,8 +112,18 @@ class AdapterPublisher:
 class _Stream(Cancellable):
     """One payload on its way into its stream, then there."""
 
-    def __init__(self, broker: Broker, ref: PayloadRef, path: Path, on_failed: Callable[[], None], number: int) -> None:
-        self._broker, self.ref, self._path, self._on_failed = broker, ref, path, on_failed
+    def __init__(  # noqa: PLR0913 - what, from where and into which stream, and whom to ask and tell
+        self,
+        broker: Broker,
+        ref: PayloadRef,
+        path: Path,
+        number: int,
+        *,
+        leads: Callable[[], bool],
+        on_failed: Callable[[], None],
+    ) -> None:
+        self._broker, self.ref, self._path = broker, ref, path
+        self._leads, self._on_failed = leads, on_failed
         self.names = _Names(ref.sha256, number)
         self._waiting: list[OnDone] | None = []
         self._readers: list[Callable[[], None]] | None = []
@@ -142,6 +158,8 @@ class _Stream(Cancellable):
 
     def _open(self) -> None:
         """Begin an empty stream: what an earlier server left there may be only a part."""
+        if not self._leads():
+            return
         try:
             name = self.names.attempt(self._make)
         except BrokerRefused as error:
@@ -196,7 +214,7 @@ class _Names:
 
 
 class _Retried(Cancellable):
-    """A function that is tried until the broker can be reached."""
+    """A function that is tried until the services that it needs can be reached."""
 
     def __init__(self, broker: Broker, function: Callable[[], None]) -> None:
         self._broker, self._function = broker, function
@@ -209,7 +227,7 @@ class _Retried(Cancellable):
         try:
             self._function()
             self.is_open = False
-        except BrokerUnavailable:
+        except Retryable:
             self._timer = self._broker.after(self._backoff.next_seconds(), self.attempt)
 
     def cancel(self) -> None:
@@ -218,5 +236,5 @@ class _Retried(Cancellable):
 
 
 def _until_available(broker: Broker, function: Callable[[], None]) -> _Retried:
-    """Call a function now, and again later as long as it raises BrokerUnavailable."""
+    """Call a function now, and again later as long as it raises a `Retryable`."""
     return _Retried(broker, function)

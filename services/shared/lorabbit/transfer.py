@@ -33,7 +33,7 @@ log = structlog.get_logger()
 
 
 class DamagedStream(CorruptPayload):
-    """A payload's stream holds something else than was announced."""
+    """A payload's stream holds something else than was announced, or less."""
 
     def __init__(self, ref: PayloadRef, why: str) -> None:
         """Name the payload, and the stream with it."""
@@ -79,7 +79,8 @@ class AdapterReader(Cancellable):
 
     `on_done(None)` is called once, when the payload is in the store, checked. `on_done(DamagedStream)` when what
     arrived is not what was announced, or one chunk arrived damaged `MAX_DAMAGES` times: the stream holds something
-    else. `on_done(BrokerUnavailable)` when no chunk arrives for `patience_seconds`.
+    else; and when no chunk arrives for `patience_seconds`: it is gone or was cut, or its server is away.
+    `on_done(BrokerUnavailable)` when none arrives for so long and the broker cannot be reached.
     """
 
     def __init__(
@@ -195,9 +196,12 @@ class AdapterReader(Cancellable):
             self._moved = False
             self._watch = self._broker.after(self._patience_seconds, self._check_progress)
             return
-        why = trouble or f"{len(self._missing)} chunks that the server announced are not there"
         waited = f"no chunk of payload {self._ref.sha256[:12]} arrived for {self._patience_seconds:.0f} s"
-        self._end(BrokerUnavailable(f"{waited}: {why}"))
+        if trouble is not None:
+            self._end(BrokerUnavailable(f"{waited}: {trouble}"))
+            return
+        lacking = f"{len(self._missing)} chunks that the server announced are not there"
+        self._end(DamagedStream(self._ref, f"{waited}: {lacking}"))
 
     def _end(self, *result: LoRAbbitError | None) -> None:
         """Stop reading and tell the result, if there is one to tell."""

@@ -123,6 +123,10 @@ class StateStore(ABC):
     def newest_epoch(self) -> int:
         """Return the epoch given last; 0 when none ever was. Who works in an older one has been replaced."""
 
+    def is_newest(self, epoch: int) -> bool:
+        """Tell whether nobody took the lease after the server of this epoch: it has not been replaced."""
+        return self.newest_epoch() == epoch
+
     @abstractmethod
     def lease_holder(self) -> str | None:
         """Who holds the lease now."""
