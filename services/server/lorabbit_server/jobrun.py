@@ -111,10 +111,11 @@ class JobRun:
         self._ledger.state, commands = decide(before, event)
         for command in commands:
             self._perform(command)
-        if self.state.head is before.head and before.tasks.keys() <= self.state.tasks.keys():
+        gone = self.uploads.keep(self.state.tasks)
+        if not gone and self.state.head is before.head and before.tasks.keys() <= self.state.tasks.keys():
             return  # the common case, once a message: nothing has become superfluous
         self._meter.keep(self.state.tasks.keys())
-        gone = self._versions.keep(self.state.versions) | (before.payloads - self.state.payloads)
+        gone |= self._versions.keep(self.state.versions) | (before.payloads - self.state.payloads)
         if gone:
             self._ledger.afterwards(lambda: self._downloads.sweep(gone))
 
@@ -166,7 +167,6 @@ class JobRun:
             case steps.SendTask(task):
                 self._send_task(task)
             case steps.CancelTask(id_, client):
-                self.uploads.forget(id_)
                 self._post(client, CancelTask(job=self.job, task=id_, client=client), f"{id_}.cancel")
             case steps.DenyUpload(id_, client, reason):
                 self._tools.refused[reason] += 1

@@ -9,12 +9,13 @@ disk of this server, may have lost a chunk, and a grant itself needs no outbox f
 Nothing can arrive while the broker is away; a second grant that it did not get by then is out of date.
 While other chunks arrive its own may be behind them in the queue, so it is given longer. A server that
 takes over first takes what the broker holds for its predecessor, and then asks for the rest. Of many
-uploads a window of them is granted at a time.
+uploads a window of them is granted at a time. A task has one: what it offered before, or was too late with, is awaited
+no longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -58,6 +59,12 @@ class Upload:
     waiting: dict[str, tuple[TaskState, Expected]] = field(default_factory=dict)
     repairs: Repairs = field(default_factory=Repairs)
 
+    def is_offered_by(self, task: TaskState | None) -> bool:
+        """Tell whether a task still offers it, or was sent again and may do so once more."""
+        if task is None or task.offered is None:
+            return task is not None
+        return task.offered.payload is not None and task.offered.payload.sha256 == self.ref.sha256
+
     def is_awaited_from(self, client: ClientId | None, task: str) -> bool:
         """Tell whether a client is to bring it for a task."""
         return task in self.waiting and self.waiting[task][0].client == client
@@ -93,7 +100,7 @@ class Uploads:
         upload.waiting[task.id] = (task, expected)
         upload.moved_ms = self._tools.now_ms()
         if not upload.missing:
-            self._check(upload)
+            self._check(upload, task, expected)
         elif upload.moved_ms < self._inherited_until_ms or (upload.granted and self._is_busy(INHERITED_MS)):
             upload.is_under_way = True
         elif self._window.enter(ref.sha256, ref.size_bytes, upload.moved_ms):
@@ -108,12 +115,20 @@ class Uploads:
         self._repeated.add(task.id)
         return True
 
-    def forget(self, task: str) -> None:
-        """Await nothing for a task any more."""
+    def keep(self, tasks: Mapping[str, TaskState]) -> frozenset[str]:
+        """Await nothing any more that no task offers as it stands; returns the hashes that nobody is to bring now."""
+        dropped = []
         for sha256, upload in list(self._open.items()):
-            if upload.waiting.pop(task, None) is not None and upload.missing and not upload.waiting:
-                del self._open[sha256]
-                self._window.leave(sha256)
+            upload.waiting = {id_: who for id_, who in upload.waiting.items() if upload.is_offered_by(tasks.get(id_))}
+            if not upload.waiting:
+                self._close(upload)
+                dropped.append(sha256)
+        return frozenset(dropped)
+
+    def _close(self, upload: Upload) -> None:
+        """Forget an upload that is here, or that nobody is to bring."""
+        del self._open[upload.ref.sha256]
+        self._window.leave(upload.ref.sha256)
 
     def again(self, absent: frozenset[str]) -> None:
         """Grant what has its turn, and again what has stalled, to the clients that are not absent."""
@@ -169,7 +184,8 @@ class Uploads:
             last = upload.missing == {index}
             upload.missing.discard(index)
             if last:
-                self._check(upload)
+                for each, expected in list(upload.waiting.values()):
+                    self._check(upload, each, expected)
                 self._window.leave(upload.ref.sha256)
                 self._advance()
         self._tools.broker.ack(delivery)
@@ -243,21 +259,16 @@ class Uploads:
         elif error is not None:
             log.warning("grant-not-taken", why=str(error))
 
-    def _check(self, upload: Upload) -> None:
-        """Check a whole payload beside the loop, for everybody who waits for it."""
-        waiting, upload.waiting = upload.waiting, {}
-        for task, expected in waiting.values():
-            self._check_for(upload, task, expected)
-
-    def _check_for(self, upload: Upload, task: TaskState, expected: Expected) -> None:
-        payloads, sha256 = self._tools.payloads, upload.ref.sha256
+    def _check(self, upload: Upload, task: TaskState, expected: Expected) -> None:
+        """Check a whole payload beside the loop, for one task that waits for it."""
+        payloads = self._tools.payloads
 
         def work() -> Coding:
             return check_update(payloads.finish(upload.ref), expected)
 
         def done(found: Coding | Exception) -> None:
-            if not upload.waiting and self._open.get(sha256) is upload:
-                del self._open[sha256]
+            if self._open.get(upload.ref.sha256) is upload:
+                self._close(upload)  # who offers it now finds it on the disk, or brings it once more
             crash.reached(crash.Point.UPLOAD_CHECKED)
             self._on_checked(task, found)
 
