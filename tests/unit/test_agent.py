@@ -669,6 +669,24 @@ def test_a_result_whose_file_was_cut_short_is_made_again(rig: Rig) -> None:
     assert after.submitted == ["t-1"]
 
 
+def test_what_belongs_to_no_result_goes_from_the_outbox_when_a_client_starts(rig: Rig) -> None:
+    before, after = ScriptedRunner(), ScriptedRunner()
+    first = rig.agent(before)
+    for name in ("t-1", "t-2"):
+        rig.tell(rig.task(name, rig.publish(1.0)))
+    rig.run()
+    before.finish("t-1", RESULT)
+    rig.run()
+    rig.kill(first)
+    for left in ("t-0.safetensors", "t-2.safetensors", "t-2.safetensors.tmp"):
+        (rig.folder / "somewhere" / "outbox" / left).write_bytes(b"a task that was cancelled, or killed as it wrote")
+
+    rig.agent(after)
+
+    assert files(rig.folder / "somewhere") == ["t-1.json", "t-1.safetensors", "t-2.json"]
+    assert after.submitted == ["t-2"]
+
+
 def test_a_journal_entry_that_was_cut_short_is_left_out(rig: Rig) -> None:
     runner = ScriptedRunner()
     folder = rig.folder / "somewhere" / "journal"

@@ -47,10 +47,13 @@ class Scripted:
             while True:
                 time.sleep(0.02)
                 on_progress(0.5, 0.25)
-        if phase == "write":
+        if phase == "late":
+            while not (work.private / "go").exists():
+                time.sleep(0.02)
+        if phase in {"write", "late"}:
             work.output.write_bytes(b"tensors")
         details = {"loaded": self.loaded, "pid": str(os.getpid())}
-        return Outcome(Metrics(num_examples=work.task.index), has_tensors=phase == "write", details=details)
+        return Outcome(Metrics(num_examples=work.task.index), has_tensors=phase in {"write", "late"}, details=details)
 
 
 class Answers:
@@ -148,6 +151,21 @@ def test_a_cancelled_task_stops_and_its_worker_works_on(runner: ForkRunner, tmp_
 
     assert after.next().error is None
     assert answers.outcomes.empty()
+
+
+def test_a_task_that_is_cancelled_while_it_writes_leaves_no_result(runner: ForkRunner, tmp_path: Path) -> None:
+    answers, after = Answers(), Answers()
+    after.submit(runner, work_of(tmp_path, task="t-0"))
+    assert after.next().error is None, "a worker is there, and has nothing to do"
+    answers.submit(runner, work_of(tmp_path, task="t-1", phase="late"))
+
+    runner.cancel("t-1")
+    (tmp_path / "go").touch()
+    after.submit(runner, work_of(tmp_path, task="t-2", phase="write"))
+
+    assert after.next().error is None
+    assert answers.outcomes.empty()
+    assert {path.name for path in tmp_path.iterdir()} == {"go", "t-2.safetensors"}
 
 
 def test_queued_work_can_be_cancelled(runner: ForkRunner, tmp_path: Path) -> None:

@@ -33,6 +33,21 @@ class Gated:
         return Outcome(Metrics(num_examples=1), has_tensors=True)
 
 
+class Late:
+    """An executor whose tasks report progress, then wait at a gate, then write."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.reported = threading.Event()
+
+    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:
+        on_progress(1.0, 1.0)
+        self.reported.set()
+        assert self.gate.wait(PATIENCE)
+        work.output.write_bytes(b"tensors")
+        return Outcome(Metrics(num_examples=1), has_tensors=True)
+
+
 class Endless:
     """An executor whose tasks report progress for ever."""
 
@@ -142,6 +157,23 @@ def test_a_cancelled_task_ends_at_its_next_progress_and_says_nothing(tmp_path: P
     assert first == "last"
     assert finished.empty()
     assert not (tmp_path / "running").exists()
+
+
+def test_a_task_that_is_cancelled_while_it_writes_leaves_no_result(tmp_path: Path) -> None:
+    executor = Late()
+    runner = ThreadRunner(executor)
+    finished: queue.Queue[str] = queue.Queue()
+    runner.submit(work_of(tmp_path, "writing"), lambda *_: None, lambda _: finished.put("writing"))
+    assert executor.reported.wait(PATIENCE)
+
+    runner.cancel("writing")
+    executor.gate.set()
+    runner.submit(work_of(tmp_path, "next"), lambda *_: None, lambda _: finished.put("next"))
+    first = finished.get(timeout=PATIENCE)
+    runner.close()
+
+    assert first == "next"
+    assert [path.name for path in tmp_path.iterdir()] == ["next"]
 
 
 def test_closing_stops_what_runs_and_ends_the_thread(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class Agent:
     def start(self) -> None:
         """Take up what the journal holds, listen, and say hello."""
         self._desk.holdings.tidy()
+        self._journal.tidy()
         for offer in self._journal.results():
             assignment = self._assign(offer)
             assignment.resume(offer)

@@ -64,7 +64,7 @@ class Runner(Protocol):
         """Queue work; work of one client runs in the order submitted."""
 
     def cancel(self, task: str) -> None:
-        """Stop a task soon; its `on_done` is not called."""
+        """Stop a task soon; its `on_done` is not called, and no result of it stays, though it had just been written."""
 
     def close(self) -> None:
         """Stop everything and give back what it holds."""

@@ -27,13 +27,14 @@ from lorabbit_client.execution import OnProgress, Outcome, Work
 CLOSE_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Queued:
     """Work that waits for a worker, or is with one."""
 
     work: Work
     on_progress: OnProgress
     on_done: Callable[[Outcome], None]
+    cancelled: bool = False
 
     @property
     def client(self) -> tuple[str, str]:
@@ -95,6 +96,7 @@ class ForkRunner:
             self._queue = deque(q for q in self._queue if q.work.task.task != task)
             for slot, queued in self._running.items():
                 if queued.work.task.task == task:
+                    queued.cancelled = True
                     self._tell(slot, nursery.Cancel(task))
 
     def close(self) -> None:
@@ -192,8 +194,10 @@ class ForkRunner:
             queued = self._running.get(slot)
             if not isinstance(message, nursery.Progressed):
                 self._running.pop(slot, None)
+                if queued is not None and queued.cancelled:
+                    queued.work.output.unlink(missing_ok=True)  # before the next work may write there
                 self._hand_out()
-        if queued is None:
+        if queued is None or queued.cancelled:
             return
         if isinstance(message, nursery.Progressed):
             queued.on_progress(message.fraction, message.loss)

@@ -78,6 +78,14 @@ class Journal:
             (self._outbox / f"{task}.json").unlink(missing_ok=True)
         self.output(task).unlink(missing_ok=True)
 
+    def tidy(self) -> None:
+        """Delete what an earlier process left in the outbox that is no result of a task that counts."""
+        if self._durable:
+            whole = {self.output(offer.task) for offer in self.results()}
+            for path in self._outbox.iterdir():
+                if path.suffix != ".json" and path not in whole:
+                    path.unlink()
+
     def results(self) -> list[Offer]:
         """Results that wait for a verdict, oldest first."""
         return [offer for offer in _read(self._outbox, Offer) if self._is_whole(offer)]

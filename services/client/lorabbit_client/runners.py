@@ -163,5 +163,7 @@ class ThreadRunner:
             outcome = execute_and_seal(self._executor, queued.work, report, durable=self._durable)
         except Cancelled:
             return
-        if not queued.cancelled.is_set():
+        if queued.cancelled.is_set():
+            queued.work.output.unlink(missing_ok=True)
+        else:
             queued.on_done(outcome)
