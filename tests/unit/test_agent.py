@@ -6,7 +6,7 @@ from scripted_server import CHUNK_BYTES, Rig, ScriptedRunner
 
 from lorabbit import codec
 from lorabbit.broker import topology
-from lorabbit.broker.base import Delivery, Outgoing
+from lorabbit.broker.base import Delivery, OnDone, Outgoing
 from lorabbit.messages import (
     AddressTaken,
     Alive,
@@ -19,11 +19,13 @@ from lorabbit.messages import (
     Offer,
     TaskAccepted,
     TaskFailed,
+    TaskProgress,
     Verdict,
     Welcome,
 )
 from lorabbit.payloads import PayloadStore
 from lorabbit.types import ADAPTER, EVALUATE
+from lorabbit_client import assignment
 
 RESULT = {"w": np.arange(1500, dtype=np.float32)}
 IDS = {"job": "job", "task": "t-1", "client": "client-7"}
@@ -337,7 +339,7 @@ def test_progress_is_told_twice_a_second_at_most(rig: Rig, monkeypatch: pytest.M
     for step in range(1, 31):
         clock[0] = 100.0 + step / 10
         on_progress(step / 30, 1.0)
-    rig.run()
+        rig.run()
 
     told = [message for message in rig.said if message.kind == "task-progress"]
     assert len(told) == 6
@@ -541,6 +543,30 @@ def test_a_task_without_memory_is_handed_back_after_a_rest(rig: Rig) -> None:
     rig.run(seconds=0.1)
 
     assert rig.heard(TaskFailed) == [TaskFailed(**IDS, reason="no memory")]
+
+
+def test_of_progress_made_while_the_broker_is_away_only_the_newest_is_kept(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assignment, "PROGRESS_SECONDS", 0.0)
+    runner = ScriptedRunner()
+    rig.agent(runner)
+    rig.tell(rig.task("t-1", rig.publish(1.0)))
+    rig.run()
+    kept: list[tuple[Outgoing, OnDone | None]] = []
+    monkeypatch.setattr(rig.broker, "send", lambda message, on_done=None: kept.append((message, on_done)))
+
+    _, on_progress, _ = runner.work["t-1"]
+    for step in range(1000):
+        on_progress(step / 1000, 1.0)
+        rig.run()
+    assert [message.type for message, _ in kept] == [TaskProgress.type_name()]
+    monkeypatch.undo()
+    for message, on_done in kept:
+        rig.broker.send(message, on_done)
+    rig.run()
+
+    assert [told.fraction for told in rig.heard(TaskProgress)] == [0.0, 0.999]
 
 
 def test_a_payload_that_is_corrupt_fails_the_task(rig: Rig) -> None:

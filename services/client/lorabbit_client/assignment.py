@@ -26,12 +26,12 @@ from lorabbit.messages import (
     Task,
     TaskAccepted,
     TaskFailed,
-    TaskProgress,
 )
 from lorabbit.transfer import ChunkSender, DamagedStream
 from lorabbit_client.desk import Desk
 from lorabbit_client.execution import Outcome, Work
 from lorabbit_client.holdings import Reads
+from lorabbit_client.progress import Progress
 
 log = structlog.get_logger()
 
@@ -51,6 +51,7 @@ class Assignment:
         self._desk = desk
         self._ids = {"job": job, "task": task, "client": client}
         self._log = log.bind(**self._ids)
+        self._progress = Progress(desk.send, self._ids)
         self.task = task
         self.client = client
         self.stage = "new"
@@ -132,13 +133,13 @@ class Assignment:
 
     def _progressed(self, fraction: float, loss: float | None) -> None:
         if self.stage == "running":
-            finite = loss if loss is not None and abs(loss) < float("inf") else None
-            self._desk.send(TaskProgress(**self._ids, fraction=min(1.0, max(0.0, fraction)), loss=finite), None)
+            self._progress.tell(fraction, loss)
 
     def _finished(self, order: Task, outcome: Outcome) -> None:
         """Put a result into the outbox and offer it, or report the failure."""
         if self.stage != "running":
             return
+        self._progress.stop()
         if outcome.error is not None:
             self._log.warning("task-failed", why=outcome.error, **outcome.details)
             self._desk.holdings.owe(order)
@@ -261,6 +262,7 @@ class Assignment:
     def stop(self) -> None:
         """Stop without forgetting: the process ends, and the journal has the task."""
         self._stop_timer()
+        self._progress.stop()
         if self._sender is not None:
             self._sender.cancel()
         self.stage = "gone"
