@@ -1,6 +1,8 @@
 import contextlib
+import itertools
 import json
 import struct
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,8 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lorabbit import codec
+from lorabbit.coding import write_coded
 from lorabbit.errors import BadInput, CorruptPayload, Refused
 from lorabbit.messages import FROM_CLIENT, FROM_SERVER, Commit, Deny, Grant, Hello, Metrics, Offer, PayloadRef, Verdict
+from lorabbit.transport import Coding
 
 SHA = "ab" * 32
 FOR_TASK = {"job": "j", "task": "t", "client": "client-0"}
@@ -254,6 +258,36 @@ def test_a_header_may_not_be_larger_than_the_bound(file):
 
     with pytest.raises(CorruptPayload, match="header"):
         codec.read_tensors(file)
+
+
+def factors(layers, matrices):
+    """Pairs of factors that hold nothing, under names as PEFT gives them."""
+    empty = np.zeros((0, 18432), np.float32)
+    sides = ("lora_A", "lora_B")
+    names = itertools.product(range(layers), matrices, sides)
+    return {f"base_model.model.model.layers.{n}.{matrix}.{side}.weight": empty for n, matrix, side in names}
+
+
+DENSE = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+OF_60_EXPERTS = DENSE[:4] + [f"mlp.experts.{n}.{part}_proj" for n in range(60) for part in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize(("layers", "matrices"), [(126, DENSE), (24, OF_60_EXPERTS)], ids=["dense", "experts"])
+def test_adapters_of_every_matrix_of_large_models_have_room_to_spare_in_a_header(file, layers, matrices):
+    adapter = factors(layers, matrices)
+
+    codec.write_tensors(file, adapter)
+
+    assert len(codec.read_tensors(file)) == len(adapter) == 2 * layers * len(matrices)
+    assert file.stat().st_size < codec.MAX_HEADER_BYTES / 2
+
+
+@pytest.mark.parametrize("write", [codec.write_tensors, partial(write_coded, coding=Coding(codec="bf16"))])
+def test_nobody_writes_a_header_that_nobody_reads(file, write):
+    with pytest.raises(BadInput, match="train fewer matrices"):
+        write(file, factors(150, OF_60_EXPERTS))
+
+    assert list(file.parent.iterdir()) == []
 
 
 def test_writing_holds_one_tensor_at_a_time(file):

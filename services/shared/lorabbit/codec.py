@@ -30,7 +30,9 @@ from lorabbit.types import Array, Facts, Json, Tensors
 
 MAX_MESSAGE_BYTES = 2**20
 """Control messages are small; anything larger is refused unread."""
-MAX_HEADER_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 4 * 2**20
+"""Some 25,000 tensors: LoRA on every matrix of a dense model of 126 blocks are 1,764, of 24 blocks of 60 experts 8,800.
+To read as many costs some 100 MiB."""
 MAX_NUMBER = 1e300
 """Of facts; their squares are no infinity in the sums of a few clients' weights."""
 FACTS = "lorabbit.facts"
@@ -44,6 +46,7 @@ __all__ = [
     "SHOWN",
     "FileTensors",
     "StoredTensors",
+    "check_header",
     "decode",
     "describe",
     "encode",
@@ -175,7 +178,8 @@ def write_tensors(path: Path, tensors: Tensors, facts: Facts | None = None, *, d
     """Write tensors and facts as a safetensors file, atomically; returns the file's sha256.
 
     A tensor is asked for twice, once for the header and once for its values, so a mapping that computes them
-    costs no memory. `durable` means on the disk when this returns. Raises BadInput for a type that cannot travel.
+    costs no memory. `durable` means on the disk when this returns. Raises BadInput for a type that cannot travel, and
+    for so many tensors that nobody would read them.
     """
     digest = hashlib.sha256()
     unfinished = path.with_name(path.name + ".tmp")
@@ -234,12 +238,22 @@ def _serialise(tensors: Tensors, facts: Facts, put: Callable[[bytes | memoryview
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
+    check_header(text, len(names))
     put(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
     for name in names:
         dtype, shape = described[name]
         value = np.ascontiguousarray(tensors[name], dtype=dtype)
         if value.size:
             put(value.reshape(-1).view(np.uint8).data)
+
+
+def check_header(text: bytes, tensors: int) -> None:
+    """Raise BadInput where the names and shapes of so many tensors are more than any reader takes."""
+    if len(text) > MAX_HEADER_BYTES:
+        raise BadInput(
+            f"the names, shapes and facts of {tensors} tensors take {len(text)} bytes, and may take "
+            f"{MAX_HEADER_BYTES}; train fewer matrices (model.lora.targets, model.lora.layers)"
+        )
 
 
 def describe(tensors: Tensors, name: str) -> tuple[np.dtype[np.generic], tuple[int, ...]]:

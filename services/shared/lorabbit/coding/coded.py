@@ -186,6 +186,8 @@ def _index(file: codec.FileTensors) -> dict[str, tuple[np.dtype[np.generic], tup
 
 
 def index_of(described: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """Write the index: wire name of the type and shape by name."""
+    """Write the index: wire name of the type and shape by name. Raises BadInput where nobody would read it."""
     entries = [[name, kind, list(shape)] for name, (kind, shape) in sorted(described.items())]
-    return sections.squeeze(json.dumps(entries, separators=(",", ":")).encode())
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    codec.check_header(text, len(entries))
+    return sections.squeeze(text)
