@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 from broken_jobs import BROKEN
+from pydantic import TypeAdapter
+from pydantic.fields import FieldInfo
 from services import free_port
 from typer.testing import CliRunner, Result
 
 from lorabbit import __version__, jobfile
-from lorabbit.jobspec import JobSpec
+from lorabbit.choices import CHOICES
+from lorabbit.jobspec import JobSpec, ModelSpec
 from lorabbit.methods import METHODS
 from lorabbit_cli.__main__ import app
 from lorabbit_cli.doctor import Finding, exit_code
@@ -92,12 +95,29 @@ def test_a_setting_that_cannot_be_is_named_by_its_variable(monkeypatch: pytest.M
 
 
 def test_version_and_methods_are_printed_for_people_and_programs() -> None:
-    methods = json.loads(lorabbit("methods", "--format", "json").stdout)
+    listed, text = json.loads(lorabbit("methods", "--format", "json").stdout), lorabbit("methods").stdout
 
     assert lorabbit("version").stdout.strip() == __version__
     assert json.loads(lorabbit("version", "--format", "json").stdout) == {"lorabbit": __version__}
-    assert [method["name"] for method in methods] == list(METHODS)
-    assert all(name in lorabbit("methods").stdout for name in METHODS)
+    assert [method["name"] for method in listed["methods"]] == list(METHODS)
+    assert all(f"\n{name} " in text for name in METHODS)
+    assert all(f"\n{word} " in text for words in CHOICES.values() for word in words)
+    assert "  method.schedule (cubic, geometric, linear, cosine, constant, explicit, reverse; default " in text
+
+
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [
+        ("model.trainable", ModelSpec.model_fields["trainable"]),
+        ("aggregation", JobSpec.model_fields["aggregation"]),
+        ("method.difficulty", METHODS["fibecfed"].model_fields["difficulty"]),
+    ],
+)
+def test_every_word_of_a_choice_has_a_line(key: str, field: FieldInfo) -> None:
+    schema = TypeAdapter(field.annotation).json_schema()
+    allowed = [word for part in (schema, *schema.get("anyOf", ())) for word in part.get("enum", [part.get("const")])]
+
+    assert set(CHOICES[key]) == set(allowed) - {None}
 
 
 def test_init_writes_a_job_file_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The four measures of how hard an example is."""
+"""The five measures of how hard an example is."""
 
 from __future__ import annotations
 
@@ -52,16 +52,19 @@ def test_length_counts_tokens(tmp_path: Path) -> None:
     assert difficulties(model, rows, "length").tolist() == rows.lengths.tolist()
 
 
-def test_rarity_is_the_mean_of_minus_the_logarithm_of_its_tokens_shares(tmp_path: Path) -> None:
-    texts = ["a a a", "a a a", "a a b", "a a a"]
+@pytest.mark.parametrize(("kind", "of"), [("rarity", np.sum), ("rarity-mean", np.mean)])
+def test_rarity_is_the_sum_of_minus_the_logarithms_of_its_tokens_shares_or_their_mean(
+    kind: Any, of: Any, tmp_path: Path
+) -> None:
+    texts = ["a a a", "a a a a a", "a a b", "a a a"]
     lines = [{"text": text, "label": "xy"[i % 2]} for i, text in enumerate(texts)] * 2
     (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     model, rows = client(tmp_path, clients=1)
 
-    found = difficulties(model, rows, "rarity")
-    tokens = [rows.batch(np.array([i]))["input_ids"][0].tolist() for i in range(len(rows))]
+    found = difficulties(model, rows, kind)
+    tokens = [rows.batch(np.array([i]))["input_ids"][0].tolist() for i in range(len(rows))]  # none is padded
     flat = [token for row in tokens for token in row]
-    expected = [np.mean([-np.log(flat.count(token) / len(flat)) for token in row]) for row in tokens]
+    expected = [of([-np.log(flat.count(token) / len(flat)) for token in row]) for row in tokens]
 
     np.testing.assert_allclose(found, expected)
     assert len(set(found.round(6))) > 1

@@ -173,27 +173,26 @@ def init(
 
 
 def methods(output: Output = Format.TEXT) -> None:
-    """List the federated methods and their settings.
+    """List the federated methods and their settings, and the other words of a job that make a baseline.
 
     Example: lorabbit methods --format json
     """
-    from lorabbit.methods import METHODS  # noqa: PLC0415 - as above
+    from lorabbit.choices import CHOICES  # noqa: PLC0415 - as above
+    from lorabbit.methods import METHODS  # noqa: PLC0415
+    from lorabbit_cli.schema_text import field_rows  # noqa: PLC0415
 
     if output is Format.JSON:
-        print_json(
-            [
-                {
-                    "name": m.name,
-                    "summary": m.summary,
-                    "paper": m.paper,
-                    "settings": m.model_json_schema()["properties"],
-                }
-                for m in METHODS.values()
-            ]
-        )
+        listed = [
+            {"name": m.name, "summary": m.summary, "paper": m.paper, "settings": m.model_json_schema()["properties"]}
+            for m in METHODS.values()
+        ]
+        print_json({"methods": listed, "choices": {key: dict(words) for key, words in CHOICES.items()}})
         return
     print_table(("method", "what it does"), [(m.name, m.summary) for m in METHODS.values()])
+    for key, words in CHOICES.items():
+        typer.echo()
+        print_table((key, "what it is"), list(words.items()))
     for method in METHODS.values():
         typer.echo(f"\n{method.name}\n  {method.paper}")
-        for name, field in method.model_fields.items():
-            typer.echo(f"  method.{name} (default {field.default}): {field.description}")
+        for name, kind, default, meaning in field_rows(method):
+            typer.echo(f"  method.{name} ({kind}; default {default}): {meaning}".replace("`", ""))

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from lorabbit import errors, events, jobspec, messages, schedules, settings
+from lorabbit.choices import CHOICES
 from lorabbit.methods import METHODS
 from lorabbit.report import report_schema
 from lorabbit_cli.reference_cli import cli_page
@@ -151,6 +152,9 @@ def _methods() -> str:
         rows = [(f"`method.{key}`", kind, default, meaning) for key, kind, default, meaning in field_rows(method)]
         lines += [table(("key", *FIELDS[1:]), rows) if rows else "No hyper-parameters of its own.", ""]
         lines += [f"[Formulas, departures, when to use it](../methods/{name}.md)", ""]
+    for key, words in CHOICES.items():
+        described = [(f"`{word}`", meaning) for word, meaning in words.items()]
+        lines += [f"## `{key}`", "", table(("word", "what it is"), described), ""]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""How hard each training example of a client is, by four measures; a curriculum goes from low to high."""
+"""How hard each training example of a client is, by five measures; a curriculum goes from low to high."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def difficulties(
     """Return the difficulty of every example, float64 (num_examples,); BadInput for a measure that the data lack.
 
     fisher: squared norm of the gradient of log p(y|x) over the LoRA factors; loss: -log p(y|x), a mean
-    over target tokens; length: tokens; rarity: mean of -log(share) of a text's tokens in these data. An
-    example of several rows has the mean of theirs.
+    over target tokens; length: tokens; rarity: sum of -log(share) of a text's tokens in these data, as Platanios et
+    al. (2019) have it for words; rarity-mean: their mean. An example of several rows has the mean of theirs.
     """
     if kind == "fisher":
         return _by_example(examples, fisher.traces(model, examples, range(len(examples)), on_chunk=on_chunk))
@@ -33,7 +33,8 @@ def difficulties(
         return _by_example(examples, _losses(model, examples, on_chunk))
     if kind == "length":
         return _by_example(examples, examples.lengths.astype(np.float64))
-    return _by_example(examples, _rarities(examples))
+    rarities = _rarities(examples)
+    return _by_example(examples, rarities if kind == "rarity" else rarities / np.maximum(examples.lengths, 1))
 
 
 def classes(examples: Examples) -> NDArray[np.int64]:
@@ -67,7 +68,7 @@ def _losses(model: TrainableModel, examples: Examples, on_chunk: OnChunk) -> NDA
 
 
 def _rarities(examples: Examples) -> NDArray[np.float64]:
-    """Return the mean of -log(count / all) over each text's tokens (Platanios et al., 2019, up to the mean)."""
+    """Return the sum of -log(count / all) over each text's tokens."""
     texts: list[NDArray[np.int64]] = []
     for position in range(len(examples)):
         batch = examples.batch(np.array([position]))
@@ -77,4 +78,4 @@ def _rarities(examples: Examples) -> NDArray[np.float64]:
     counts = Counter(int(token) for text in texts for token in text)
     everything = sum(counts.values())
     rarity = {token: -np.log(count / everything) for token, count in counts.items()}
-    return np.array([np.mean([rarity[int(token)] for token in text]) if len(text) else 0.0 for text in texts])
+    return np.array([sum(rarity[int(token)] for token in text) for text in texts], dtype=np.float64)

@@ -22,7 +22,7 @@ Part: TypeAlias = Literal["adapter", "whole"]
 """Which tensors of a model a session speaks of: what the job's `model.trainable` names, or everything."""
 Place: TypeAlias = Literal["features", "representation"]
 """Where a classifier is looked into: what its trunk sees, or the input of its last layer."""
-Difficulty: TypeAlias = Literal["fisher", "loss", "length", "rarity"]
+Difficulty: TypeAlias = Literal["fisher", "loss", "length", "rarity", "rarity-mean"]
 Sensitivity: TypeAlias = Literal["relative", "abs", "gain"]
 Direction: TypeAlias = Literal["random", "adversarial"]
 
@@ -139,7 +139,7 @@ class Session(ClientSession, Protocol):
         """How hard each training example is, float64 (num_examples,), at the selected tensors' present values.
 
         fisher: squared norm of the gradient of log p(y|x) over the LoRA factors; loss: -log p(y|x);
-        length: tokens; rarity: mean -log frequency of its tokens in this client's data.
+        length: tokens; rarity: sum of -log frequency of its tokens in this client's data; rarity-mean: their mean.
         """
 
     def fisher(self, examples: Sequence[int]) -> Tensors:
