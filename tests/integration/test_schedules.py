@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from lorabbit import codec, jobfile
 from lorabbit.errors import BadInput
 from lorabbit.jobspec import JobSpec
+from lorabbit.messages import Metrics, Offer
 from lorabbit.schedules import Buffered, Quorum
-from lorabbit.types import TRAIN
+from lorabbit.types import INITIALISE, TRAIN
 from lorabbit_cli.__main__ import app
 from lorabbit_cli.local import Audience, Means, run_local
 from lorabbit_cli.replay import replay
@@ -237,6 +238,39 @@ def test_a_run_that_kept_its_updates_is_made_again_to_the_same_sha256(tmp_path, 
 
     assert [(v.round, v.is_same) for v in versions] == [(number, True) for number in (1, 2, 3, 4)]
     assert versions[-1].sha256 == ended.report.adapter.sha256
+
+
+FACTORS = {"m.lora_A.weight": np.ones((2, 3), np.float32), "m.lora_B.weight": np.ones((4, 2), np.float32)}
+
+
+def one_from_another_start(rig):
+    """Let clients make factors of a layer; the first client says that its own are of a start that nobody knows."""
+
+    def work(client, task):
+        if task.phase == TRAIN:
+            start = "0" * 64 if task.index == 0 else task.settings["init"]
+            ref = client.store.add_tensors({name: value + task.round for name, value in FACTORS.items()})
+            told = Metrics(num_examples=10, loss=0.5, facts={"init": start})
+            client.offers[task.task] = Offer(**client.about(task), payload=ref, metrics=told)
+            client.send(client.offers[task.task])
+        elif task.phase == INITIALISE:
+            client.offer(task, FACTORS)
+        else:
+            client.tell(task, accuracy=0.5)
+        return True
+
+    for client in rig.clients:
+        client.work = work
+
+
+@pytest.mark.parametrize("schedule", ["sync", Buffered(buffer=1), Buffered(buffer=2), Quorum(quorum=0.3, late="keep")])
+def test_a_run_in_which_an_update_could_not_be_folded_is_made_again_from_the_others(rig, schedule):
+    one_from_another_start(rig)
+
+    report = rig.run(spec(schedule, rounds=4, method={"name": "federa"}, output={"keep_updates": True}))
+
+    assert (report.status, list(report.set_aside)) == ("done", ["client-1"])
+    assert [v.is_same for v in replay(rig.runs(report.job))] == [True] * 4
 
 
 def test_an_update_that_was_changed_after_the_run_shows_in_the_replay(tmp_path):

@@ -21,7 +21,7 @@ from lorabbit.methods import Method, build
 from lorabbit.payloads import CHUNK_BYTES, PayloadStore
 from lorabbit.schedules import worth
 from lorabbit.transport import Coding
-from lorabbit.types import ADAPTER, INITIALISE, TRAIN, ClientId, ClientProfile, ServerState, Tensors
+from lorabbit.types import ADAPTER, TRAIN, ClientId, ClientProfile, ServerState, Tensors
 from lorabbit_server.aggregator import Background, aggregate
 from lorabbit_server.evidence import FOLDER, LOG
 from lorabbit_server.jobstate import Offered, TaskState
@@ -61,27 +61,46 @@ def _log(folder: Path) -> list[ev.AnyEvent]:
 
 
 def _versions(spec: JobSpec, log: list[ev.AnyEvent], payloads: PayloadStore) -> Iterator[Replayed]:
+    """Go through the log as the server did; `waiting` are the results that count and are in no version yet."""
     method = build(spec)
     clients = _population(log)
     accepted = [event for event in log if isinstance(event, ev.UpdateAccepted)]
     states: dict[int, ServerState] = {}
-    for event in accepted:
-        if event.phase == INITIALISE:
-            adapter: Tensors = {} if event.sha256 is None else codec.read_tensors(_path(payloads, event.sha256))
-            states[0] = method.start(adapter)
+    waiting: list[ev.UpdateAccepted] = []
     newest = 0
-    for closed in (event for event in log if isinstance(event, ev.RoundClosed)):
-        made_of = [
-            each for each in accepted if each.phase == TRAIN and each.started + 1 + each.staleness == closed.round
-        ]
-        tasks = [_task(each, clients.index(each.client), payloads) for each in made_of]
-        background = _background(method, states, list(zip(made_of, tasks, strict=True)), newest=newest)
-        states[closed.round] = aggregate(method, states[newest], tasks, payloads=payloads, background=background)
-        newest = closed.round
-        needed = {each.started for each in accepted if each.started + 1 + each.staleness > newest}
-        states = {number: state for number, state in states.items() if number in needed or number == newest}
-        sha256 = codec.tensors_sha256(method.export(states[newest]).tensors)
-        yield Replayed(closed.round, len(tasks), sha256, closed.sha256)
+    for event in log:
+        if isinstance(event, ev.UpdateAccepted):
+            waiting.append(event)
+        elif isinstance(event, ev.UpdateRejected):
+            waiting = _without(waiting, event)
+        elif isinstance(event, ev.AdapterInitialised):
+            first = waiting.pop().sha256
+            states[0] = method.start({} if first is None else codec.read_tensors(_path(payloads, first)))
+        elif isinstance(event, ev.RoundClosed):
+            made_of = [each for each in waiting if _version_of(each) == event.round]
+            tasks = [_task(each, clients.index(each.client), payloads) for each in made_of]
+            background = _background(method, states, list(zip(made_of, tasks, strict=True)), newest=newest)
+            states[event.round] = aggregate(method, states[newest], tasks, payloads=payloads, background=background)
+            newest = event.round
+            waiting = [each for each in waiting if _version_of(each) > newest]
+            needed = {newest, *(each.started for each in accepted if _version_of(each) > newest)}
+            states = {number: state for number, state in states.items() if number in needed}
+            sha256 = codec.tensors_sha256(method.export(states[newest]).tensors)
+            yield Replayed(event.round, len(tasks), sha256, event.sha256)
+
+
+def _version_of(update: ev.UpdateAccepted) -> int:
+    """The version that an update becomes a part of."""
+    return update.started + 1 + update.staleness
+
+
+def _without(waiting: Sequence[ev.UpdateAccepted], useless: ev.UpdateRejected) -> list[ev.UpdateAccepted]:
+    """Leave out a result that could not be folded; where it was the last of its version, those that wait are folded."""
+    which = (useless.client, useless.started, useless.turn)
+    left = [each for each in waiting if (each.client, each.started, each.turn) != which]
+    if any(_version_of(each) == useless.round for each in left):
+        return left
+    return [each.model_copy(update={"staleness": useless.round - 1 - each.started}) for each in left]
 
 
 def _population(log: list[ev.AnyEvent]) -> tuple[str, ...]:

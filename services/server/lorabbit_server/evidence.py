@@ -64,6 +64,8 @@ def _matters(event: ev.AnyEvent) -> bool:
     """Tell whether an event says what a version is made of."""
     if isinstance(event, ev.UpdateAccepted):
         return event.phase != EVALUATE
+    if isinstance(event, ev.UpdateRejected):
+        return event.started is not None
     if isinstance(event, ev.ClientJoined):
         return event.index is not None
     return isinstance(event, ev.JobStarted | ev.AdapterInitialised | ev.RoundClosed)

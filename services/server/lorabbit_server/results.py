@@ -182,7 +182,15 @@ def useless(state: JobState, event: ResultsUseless) -> Decision:
     for task in found:
         why = event.reasons[task.id]
         reason = why.partition(":")[0]
-        told = ev.UpdateRejected(at_ms=event.at_ms, round=state.round, client=task.client, reason=reason, detail=why)
+        told = ev.UpdateRejected(
+            at_ms=event.at_ms,
+            round=state.round,
+            client=task.client,
+            reason=reason,
+            detail=why,
+            started=task.round - 1 if task.phase == TRAIN else 0,
+            turn=task.turn,
+        )
         what = f"the {task.phase} result of {task.client} cannot be used: {why}"
         state, more = set_aside(state, task.client, what, event.at_ms)
         commands += (Record(told), *more)

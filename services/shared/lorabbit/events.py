@@ -124,6 +124,10 @@ class UpdateRejected(Event):
     client: str
     reason: str
     detail: str
+    started: int | None = None
+    """Version that it started from, where it had counted before it was found that it cannot be folded."""
+    turn: int = 0
+    """Number of the training then, in a job whose clients never wait."""
 
 
 class RoundClosed(Event):
