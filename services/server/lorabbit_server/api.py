@@ -202,7 +202,8 @@ def _add_health(app: FastAPI, service: Service, measures: Measures) -> None:
         except StoreUnavailable as error:
             checks["store"] = str(error)
         if not service.is_leading and not standby:
-            checks["lease"] = "another server leads, or none does yet; this one stands by"
+            own = service.setbacks.newest(service.now_ms())
+            checks["lease"] = own.reason if own else "another server leads, or none does yet; this one stands by"
         troubles = [str(trouble) for trouble in checks.values() if trouble]
         if troubles:
             return JSONResponse({"error": "; ".join(troubles), "checks": checks}, 503)

@@ -1,21 +1,23 @@
-"""Setbacks: what this server itself lacks to go on, room on its disk or a job's files, and since when.
+"""Setbacks: what keeps this server from going on: no room on its disk, a store without writes, a job without files.
 
-Broker, store and lease are looked at from outside, see `surroundings`; these two are only found by trying.
+Broker, store and lease are looked at from outside, see `surroundings`; these are only found by trying.
 """
 
 from __future__ import annotations
 
 import threading
 
-from lorabbit.errors import FilesMissing
+from lorabbit.errors import FilesMissing, StoreRefuses
 from lorabbit.payloads import PayloadStore
 from lorabbit_server.guarded import is_no_room
 from lorabbit_server.jobstate import JobState
+from lorabbit_server.surroundings import STORE
 from lorabbit_server.waits import Wait
 
 SERVER = "server"
 SHORTEST_MS = 10_000
 _NO_ROOM = "no deadline; the server tries again every second, and goes on once there is room"
+_NO_WRITES = "no deadline; the server tries again every second, and goes on once Redis takes writes again"
 _NO_FILES = "no deadline; start the server on the volume that has them, or cancel the job"
 
 
@@ -31,8 +33,11 @@ class Setbacks:
 
     def note(self, error: Exception, now_ms: int) -> None:
         """Remember an error that made the server step down, if it is one of these."""
+        owner = SERVER
         if isinstance(error, FilesMissing):
             reason, ends = str(error), _NO_FILES
+        elif isinstance(error, StoreRefuses):
+            owner, reason, ends = STORE, str(error), _NO_WRITES
         elif is_no_room(error):
             reason, ends = f"the server's disk is full: {error}", _NO_ROOM
         else:
@@ -40,7 +45,7 @@ class Setbacks:
         with self._lock:
             before = self._newest(now_ms)
             since = before.since_ms if before is not None and before.ends == ends else now_ms
-            self._found, self._seen_ms = Wait(owner=SERVER, reason=reason, since_ms=since, ends=ends), now_ms
+            self._found, self._seen_ms = Wait(owner=owner, reason=reason, since_ms=since, ends=ends), now_ms
 
     def check_files(self, state: JobState, payloads: PayloadStore) -> None:
         """Raise FilesMissing where a job that goes on stands on files that are not here.
@@ -55,7 +60,7 @@ class Setbacks:
                 f"({lacking[0][:12]} is the first)"
             )
         with self._lock:
-            if self._found is not None and self._found.ends == _NO_FILES:
+            if self._found is not None and self._found.ends in {_NO_FILES, _NO_WRITES}:  # a job is claimed by a write
                 self._found = None
 
     def newest(self, now_ms: int) -> Wait | None:

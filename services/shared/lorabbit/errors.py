@@ -89,6 +89,10 @@ class StoreUnavailable(Retryable):
     """The state store cannot be reached."""
 
 
+class StoreRefuses(StoreUnavailable):
+    """The state store answers and takes no writes: out of memory, a replica, a disk that it cannot write."""
+
+
 class FilesMissing(Retryable):
     """The store names files of a job that this server's volume does not have."""
 

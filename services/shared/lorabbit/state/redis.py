@@ -16,9 +16,16 @@ from dataclasses import asdict
 from typing import Any, Self, TypeVar
 
 import redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import (
+    ClusterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 
-from lorabbit.errors import Fenced, StoreUnavailable
+from lorabbit.errors import Fenced, StoreRefuses, StoreUnavailable
 from lorabbit.state import connection, scripts, streams
 from lorabbit.state.answers import text_of
 from lorabbit.state.base import (
@@ -40,6 +47,10 @@ Answer = TypeVar("Answer")
 SLICE_SECONDS = 2.0
 """A blocking read is cut into slices well under the socket's timeout."""
 PROGRESS_KEPT = 2000
+REFUSALS = (OutOfMemoryError, ReadOnlyError, ClusterDownError, TryAgainError)
+"""Answers of a Redis that takes no writes for a while; redis-py strips the word by which they begin."""
+NAMELESS_REFUSALS = ("MISCONF", "NOREPLICAS", "BUSY")
+"""The same, where redis-py has no class for them and leaves the word."""
 _SERVER = "lorabbit:{server}:"
 
 
@@ -212,7 +223,10 @@ class RedisStore(StateStore):
             with self._redis.pipeline(transaction=False) as pipe:
                 for event in events:
                     pipe.xadd(stream, {"e": event}, maxlen=PROGRESS_KEPT, approximate=True)
-                pipe.execute()
+                answers = pipe.execute(raise_on_error=False)  # which would put words before the answer's own
+            for answer in answers:
+                if isinstance(answer, RedisError):
+                    raise answer
 
         self._call(append)
 
@@ -260,8 +274,8 @@ class RedisStore(StateStore):
         try:
             return ask()
         except ResponseError as error:
-            if str(error).startswith(("OOM", "READONLY", "MISCONF", "LOADING", "MASTERDOWN")):
-                raise StoreUnavailable(f"Redis takes no writes: {error}") from error
+            if isinstance(error, REFUSALS) or str(error).startswith(NAMELESS_REFUSALS):
+                raise StoreRefuses(f"Redis takes no writes: {error}") from error
             raise
         except (RedisError, OSError) as error:
             raise StoreUnavailable(f"Redis does not answer: {distrust(error) or error}") from error
