@@ -1,5 +1,5 @@
-"""Two servers: on one volume, whoever has been replaced deletes nothing that the new one needs; on two, who has the
-files of a job goes on with it.
+"""Two servers: on one volume, whoever has been replaced deletes nothing that the new one needs and writes nothing into
+the run; on two, who has the files of a job goes on with it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import pytest
 from scripted_client import ScriptedClient
 from server_rig import Paused, Rig
 
+from lorabbit.errors import StoreUnavailable
 from lorabbit.jobspec import JobSpec
 from lorabbit.state.redis import RedisStore
 from lorabbit.types import TRAIN
@@ -79,6 +80,107 @@ def test_a_server_that_leads_still_deletes_what_nothing_needs(rig):
     worker.wake()
 
     assert files(rig) == set()
+
+
+# ---- what a server that slept writes ----
+
+
+class Drowsy(Paused):
+    """Falls asleep at the n-th piece of work."""
+
+    def __init__(self, number):
+        super().__init__()
+        self._left = number
+
+    def submit(self, fn, /, *args, **kwargs):
+        self.sleeps |= self._left == 0
+        self._left -= 1
+        return super().submit(fn, *args, **kwargs)
+
+
+class Watched(RedisStore):
+    """Does something behind the n-th look at the newest epoch, whose answer is an old one by then."""
+
+    def behind_look(self, number, do):
+        self._looks, self._do = number, do
+
+    def newest_epoch(self):
+        answer = super().newest_epoch()
+        if getattr(self, "_do", None):
+            self._looks -= 1
+            if self._looks == 0:
+                do, self._do = self._do, None
+                do()
+        return answer
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+WORKS = 20
+"""More than a server does in this job."""
+
+
+@pytest.mark.parametrize("look", [0, 1, 2, 3, 4])
+def test_a_server_that_slept_changes_nothing_in_the_folder_of_a_run_that_another_one_ended(tmp_path, look):
+    slept = [number for number in range(WORKS) if slept_at(tmp_path / str(number), number, look)]
+
+    assert slept == list(range(len(slept)))
+    assert len(slept) >= (8 if look < 4 else 4)
+
+
+def slept_at(folder, work, look):
+    """Let a server sleep at a piece of work, from before it or from behind a look at its lease, until the job is over.
+
+    False where it does not get so far.
+    """
+    rig = Rig(folder)
+    rig.store, worker = Watched.embedded(), Drowsy(work)
+    first = rig.serve(owner="first", worker=worker)
+    rig.start_clients()
+    job = first.submit(JobSpec(name="job", clients=2, rounds=2, output={"keep_updates": True, "keep_checkpoints": 1}))
+    rig.idle()
+    found = []
+
+    def sleep():
+        take_over(rig)
+        rig.run_to_end(job)
+        rig.idle()
+        found.append(contents(rig.runs(job)))
+
+    if look:
+        rig.store.behind_look(look, sleep)
+    elif worker.sleeps:
+        sleep()
+    worker.wake()
+    rig.pass_seconds(30)
+
+    assert rig.report(job).status == "done"
+    assert len(rig.report(job).rounds) == 2
+    assert not found or contents(rig.runs(job)) == found[0]
+    assert not list(rig.runs(job).rglob("*.part*"))
+    return bool(found)
+
+
+def test_a_store_that_is_away_when_a_file_is_about_to_get_its_name_costs_no_file_and_ends_no_job(rig):
+    def away():
+        raise StoreUnavailable("Redis does not answer")
+
+    rig.store = Watched.embedded()
+    rig.serve()
+    rig.start_clients()
+    job = rig.service.submit(JobSpec(name="job", clients=2, rounds=1))
+    rig.idle()
+    rig.store.behind_look(2, away)
+    for client in rig.clients:
+        client.work = lambda _client, _task: False
+        client.do(client.tasks[-1])
+    rig.run_to_end(job)
+
+    assert rig.store.newest_epoch() == 2, "it stepped down, and led again"
+    assert rig.report(job).status == "done"
+    assert len((rig.runs(job) / "rounds.jsonl").read_text().splitlines()) == 1
 
 
 # ---- one that stands by ----

@@ -12,7 +12,8 @@ from torch import nn
 
 from lorabbit import codec, prompts
 from lorabbit.payloads import PayloadStore
-from lorabbit_server.exports import Exports, WholeFiles
+from lorabbit_server.exports import Exports
+from lorabbit_server.wholefiles import WholeFiles
 
 
 def encoder(rows: int = 3, width: int = 5) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -62,9 +62,10 @@ class Downloads:
         def delete() -> None:
             for sha256 in gone | stale:
                 if not self._needs(sha256):
+                    self._tools.fence()
                     self._tools.payloads.delete(sha256)
 
-        self._delete_by(delete)
+        self._tools.loop.work(delete, _done, _done)
 
     def tidy(self) -> None:
         """Delete every file that nothing needs: what a killed server left, uploads that broke off among it."""
@@ -73,19 +74,11 @@ class Downloads:
             for path in self._tools.payloads.folder.iterdir():
                 sha256 = path.name.partition(".")[0]
                 if not self._needs(sha256):
+                    self._tools.fence()
                     self._tools.payloads.delete(sha256)
                     path.unlink(missing_ok=True)
 
-        self._delete_by(delete)
-
-    def _delete_by(self, delete: Callable[[], None]) -> None:
-        """Delete files beside the loop, unless another server leads by then: on a shared volume they are its own."""
-
-        def fenced() -> None:
-            if self._tools.store.is_newest(self._tools.epoch):
-                delete()
-
-        self._tools.loop.work(fenced, _done, _done)
+        self._tools.loop.work(delete, _done, _done)
 
 
 def _done(_: object) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from lorabbit import events as ev
 from lorabbit.payloads import PayloadStore
 from lorabbit.types import EVALUATE
-from lorabbit_server.exports import WholeFiles
+from lorabbit_server.wholefiles import WholeFiles
 
 FOLDER = "updates"
 LOG = "log.jsonl"

@@ -7,9 +7,7 @@ described (`AdapterInitialised`), and what a version overrides of them (`RoundCl
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from pydantic import JsonValue
 from lorabbit import codec, prompts
 from lorabbit import events as ev
 from lorabbit.payloads import PayloadStore
+from lorabbit_server.wholefiles import WholeFiles
 
 WEIGHTS = {"transformers": "model.safetensors"}
 """Name of the tensors' file by format; PEFT's for every other."""
@@ -27,42 +26,6 @@ BASE_FOLDER = "base"
 BASE_WEIGHTS = "model.safetensors"
 EXPORT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.json")
 _Files = Mapping[str, JsonValue]
-
-
-@dataclass(frozen=True, slots=True)
-class WholeFiles:
-    """Writes files that appear whole or not at all: beside their place, and then renamed."""
-
-    durable: bool
-
-    def write(self, path: Path, text: str) -> None:
-        """Write a text."""
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(text, encoding="utf-8")
-        self._settle(beside, path)
-
-    def copy(self, source: Path, path: Path) -> None:
-        """Copy a file."""
-        beside = path.with_name(path.name + ".part")
-        shutil.copyfile(source, beside)
-        self._settle(beside, path)
-
-    def append(self, path: Path, text: str) -> None:
-        """Add lines to a text; a power cut leaves whole files, and here a part of the last line at worst."""
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            if self.durable:
-                os.fsync(file.fileno())
-
-    def _settle(self, beside: Path, path: Path) -> None:
-        """Put a file in its place, after its bytes, so that its name survives a power cut too."""
-        if self.durable:
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-        beside.replace(path)
-        if self.durable:
-            codec.sync_folder(path.parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +92,7 @@ class Exports:
         """Copy a version's tensors; p-tuning's encoder travels, and PEFT reads the prompt that it makes."""
         tensors = codec.read_tensors(source)
         if prompts.has_encoder(tensors):
-            codec.write_tensors(path, prompts.finished(tensors), durable=self.files.durable)
+            self.files.write_tensors(path, prompts.finished(tensors))
         else:
             self.files.copy(source, path)
 

@@ -12,10 +12,13 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+import structlog
+
 from lorabbit.broker.base import Broker, Cancellable
 from lorabbit.errors import Fenced, LoRAbbitError, Retryable
 from lorabbit.state.base import Conflict
 
+log = structlog.get_logger()
 Result = TypeVar("Result")
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
@@ -66,13 +69,18 @@ class GuardedLoop:
         then: Callable[[Result], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        """Do heavy work beside the loop, in the order asked for; `then` or `failed` is called on the loop."""
+        """Do heavy work beside the loop, in the order asked for; `then` or `failed` is called on the loop.
+
+        Neither is after work that was fenced off.
+        """
 
         def run() -> None:
             try:
                 result = job()
+            except Fenced as error:
+                log.info("work-left", why=str(error))  # it is another server's; the next commit tells the service
             except Exception as error:  # noqa: BLE001 - whatever it was, its owner must hear of it
-                told = self._on_setback if is_no_room(error) else failed
+                told = self._on_setback if is_no_room(error) or isinstance(error, Retryable) else failed
                 self.post(partial(told, error))
             else:
                 self.post(lambda: then(result))

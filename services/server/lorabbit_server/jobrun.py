@@ -35,6 +35,7 @@ from lorabbit_server.runfolder import RunFolder
 from lorabbit_server.tools import Tools
 from lorabbit_server.uploads import Uploads, refusal
 from lorabbit_server.versions import Versions
+from lorabbit_server.wholefiles import WholeFiles
 
 log = structlog.get_logger()
 _Step = Callable[[], None]
@@ -59,7 +60,8 @@ class JobRun:
         self._downloads = Downloads(tools, self._needs, self._step_failed)
         self._deadline = Deadline(tools, self.apply)
         folder = tools.settings.folder / "runs" / job
-        self._folder = RunFolder(folder, job, spec, tools.payloads, durable=tools.settings.durable)
+        files = WholeFiles(tools.settings.durable, tools.epoch, tools.fence)
+        self._folder = RunFolder(folder, job, spec, tools.payloads, files)
         self._ledger = Ledger(tools, state, record, self._meter, self._step_failed)
         self._ledger.on_events = self._told
 

@@ -1,8 +1,8 @@
 """RunFolder: what a run leaves behind for its user, kept current after every round.
 
 Everything here is made from committed events and from payload files, so a restarted server makes
-what is missing again. A file appears whole or not at all: it is written beside its place and then
-renamed. `told` belongs to the loop; the work it returns may run on any one thread, in order.
+what is missing again. How a file gets there: see `wholefiles`. `told` belongs to the loop; the work
+it returns may run on any one thread, in order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from lorabbit.jobspec import JobSpec
 from lorabbit.payloads import PayloadStore
 from lorabbit.report import Report, begin, fold
 from lorabbit_server.evidence import Evidence
-from lorabbit_server.exports import Exports, WholeFiles
+from lorabbit_server.exports import Exports
+from lorabbit_server.wholefiles import WholeFiles
 
 PAYLOADS_REMEMBERED = 1000
 """So many payloads, the latest ones, may a stopped server have left in streams."""
@@ -29,11 +30,11 @@ _Work = Callable[[], None]
 class RunFolder:
     """See the module's docstring."""
 
-    def __init__(self, folder: Path, job: str, spec: JobSpec, payloads: PayloadStore, *, durable: bool) -> None:
-        """Keep the run of a job in this folder."""
+    def __init__(self, folder: Path, job: str, spec: JobSpec, payloads: PayloadStore, files: WholeFiles) -> None:
+        """Keep the run of a job in this folder, which `files` writes."""
         self.folder = folder
         self.report: Report = begin(job, spec)
-        self._spec, self._files = spec, WholeFiles(durable)
+        self._spec, self._files = spec, files
         self._exports = Exports(payloads, self._files)
         self._evidence = Evidence(folder, payloads, self._files, wanted=spec.output.keep_updates)
         self._published: deque[str] = deque(maxlen=PAYLOADS_REMEMBERED)
@@ -44,7 +45,7 @@ class RunFolder:
         committed = list(events)
         for event in committed:
             self._fold(event)
-        works = [*self._evidence.recover(committed), self._write_job()]
+        works = [self._inherit, *self._evidence.recover(committed), self._write_job()]
         if self.report.rounds:
             last = max((r.round for r in self.report.rounds if r.sha256), default=0)
             works += [self._version(last), self._best()]
@@ -79,6 +80,9 @@ class RunFolder:
         if isinstance(event, ev.PayloadPublished):
             self._published.append(event.sha256)
 
+    def _inherit(self) -> None:
+        self._files.inherit(self.folder)
+
     # ---- adapters ----
     def _version(self, number: int) -> _Work:
         """Export the adapter of a round as the newest, and as a checkpoint where one is due."""
@@ -101,6 +105,7 @@ class RunFolder:
     def _prune(self) -> None:
         """Delete the oldest checkpoints beyond the number that is kept."""
         found = [(int(p.name.removeprefix("checkpoint-")), p) for p in self.folder.glob("checkpoint-[0-9]*")]
+        self._files.fence()
         for _, path in sorted(found)[: -self._spec.output.keep_checkpoints]:
             shutil.rmtree(path)
 

@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from lorabbit import __version__
 from lorabbit.broker.base import Broker
+from lorabbit.errors import Fenced
 from lorabbit.payloads import PayloadStore
 from lorabbit.publishing import AdapterPublisher
 from lorabbit.settings import ServerSettings
@@ -57,6 +58,11 @@ class Tools:
     """Of what this server runs on, for the report."""
     refused: Counter[str] = field(default_factory=Counter)
     """Messages and chunks that were no such thing, and offers that nobody wants, by reason."""
+
+    def fence(self) -> None:
+        """Raise Fenced where another server leads: on a shared volume the files are its own. For any thread."""
+        if not self.store.is_newest(self.epoch):
+            raise Fenced(f"another server leads, in an epoch after {self.epoch}")
 
     def traffic_of(self, job: str) -> Path | None:
         """Where the bytes of a job's tasks are counted; nowhere when this server dies with its store."""
