@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from lorabbit.errors import Fenced, StoreUnavailable
-from lorabbit.state.base import START, Change, Conflict
+from lorabbit.state.base import START, Change, ClientEntry, Conflict
 from lorabbit.state.redis import RedisStore
 
 OWNER = "server-a"
@@ -94,7 +94,8 @@ def test_the_newest_epoch_is_that_of_whoever_took_the_lease_last(store):
 
 
 def identity(store, address, wanted=None, *, now=0, expires=100):
-    return store.lease_identity(address, wanted, record=RECORD, now_ms=now, expires_ms=expires)
+    entry = ClientEntry(wanted or "", address, RECORD, expires)
+    return store.lease_identity(entry, now_ms=now, epoch=store.newest_epoch())
 
 
 def test_clients_without_an_identity_get_the_lowest_free_one(store):
@@ -122,11 +123,24 @@ def test_a_client_that_said_goodbye_frees_its_identity_and_nobody_frees_it_for_a
     identity(store, "h1")
     identity(store, "h2")
 
-    store.free_identity("client-1", "h2")
+    store.free_identity("client-1", "h2", epoch=0)
     assert identity(store, "h3") == "client-3"
-    store.free_identity("client-1", "h1")
+    store.free_identity("client-1", "h1", epoch=0)
 
     assert identity(store, "h4") == "client-1"
+
+
+def test_a_server_that_was_replaced_gives_and_frees_no_identity(store, epoch):
+    identity(store, "h1")
+    before = store.clients()
+    store.acquire_lease(OWNER, 30.0)
+
+    with pytest.raises(Fenced):
+        store.free_identity("client-1", "h1", epoch=epoch)
+    with pytest.raises(Fenced):
+        store.lease_identity(ClientEntry("client-1", "h2", RECORD, 100), now_ms=0, epoch=epoch)
+
+    assert store.clients() == before
 
 
 def test_a_client_that_names_its_identity_gets_it_wherever_it_comes_from(store):

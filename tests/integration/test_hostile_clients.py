@@ -83,7 +83,7 @@ class Breaking(Fuse):
 
     def effect(self, function):
         def effect(*arguments, **more):
-            if function.__name__ == "lease_identity" and "poison" in arguments:
+            if function.__name__ == "lease_identity" and arguments[0].address == "poison":
                 raise TypeError("a fault of the server")
             return function(*arguments, **more)
 

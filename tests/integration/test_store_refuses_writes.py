@@ -13,7 +13,7 @@ from services import Redis, free_port
 
 from lorabbit.errors import StoreRefuses
 from lorabbit.jobspec import JobSpec
-from lorabbit.state.base import Change
+from lorabbit.state.base import Change, ClientEntry
 from lorabbit.state.redis import RedisStore
 from lorabbit.types import TRAIN
 from lorabbit_server.status import Lookout
@@ -78,7 +78,7 @@ def test_every_write_that_redis_refuses_is_one_to_try_again_and_nothing_of_it_is
     befall(admin, redis_server)
     writes = {
         "renew_lease": lambda: store.renew_lease("a", epoch, 600.0),
-        "lease_identity": lambda: store.lease_identity("host", None, record="{}", now_ms=0, expires_ms=1),
+        "lease_identity": lambda: store.lease_identity(ClientEntry("", "host"), now_ms=0, epoch=epoch),
         "touch_clients": lambda: store.touch_clients({"client-1": 5}),
         "enqueue": lambda: store.enqueue("job", "{}"),
         "claim_job": lambda: store.claim_job("job", epoch),

@@ -51,6 +51,16 @@ def test_a_goodbye_of_the_first_leaves_the_second_in_its_place(occupancy: Occupa
     assert not occupancy.leave("jetson", "b")
 
 
+def test_a_goodbye_of_a_former_process_that_comes_late_leaves_the_present_one_in_its_place(
+    occupancy: Occupancy,
+) -> None:
+    told(occupancy, "b")
+
+    assert occupancy.leave("jetson", "a")
+    assert told(occupancy, "bb") == [False, False]
+    assert not occupancy.leave("jetson", "b")
+
+
 def test_a_goodbye_of_somebody_unknown_is_taken_as_that_of_the_only_one(occupancy: Occupancy) -> None:
     assert not occupancy.leave("jetson", "")
 

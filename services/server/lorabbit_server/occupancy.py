@@ -31,13 +31,17 @@ class Occupancy:
         return process in self._surplus.get(address, ())
 
     def leave(self, address: str, process: str) -> bool:
-        """Forget a process that ends; tell whether another one stays at its address."""
+        """Forget a process that ends; tell whether another one stays at its address.
+
+        The goodbye of a former process may come late, when a frozen server had it: one that is unknown here is such.
+        """
         heard = self._heard.get(address, [])
-        stays = process in self._surplus.get(address, ()) or (process in heard and heard[-1] != process)
+        stays = process in self._surplus.get(address, ()) or bool(process and heard and heard[-1] != process)
         if not stays:
             self.forget(address)
             return False
-        heard.remove(process)
+        if process in heard:
+            heard.remove(process)
         self._surplus[address] = set(heard[1:]) & self._surplus.get(address, set())
         return True
 

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 
 from lorabbit.messages import Hello
-from lorabbit.state.base import StateStore
+from lorabbit.state.base import ClientEntry, StateStore
 from lorabbit.types import ClientId
 from lorabbit_server.jobstate import Declared
 
@@ -46,9 +46,9 @@ class Client:
 class Registry:
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, store: StateStore, *, lease_ms: int) -> None:
-        """Keep leases of this length."""
-        self._store = store
+    def __init__(self, store: StateStore, epoch: int = 0, *, lease_ms: int) -> None:
+        """Keep leases of this length, as the server that leads in this epoch."""
+        self._store, self._epoch = store, epoch
         self._lease_ms = lease_ms
         self._clients: dict[ClientId, Client] = {}
         self._by_address: dict[str, ClientId] = {}
@@ -81,11 +81,8 @@ class Registry:
 
     def hello(self, message: Hello, now_ms: int) -> ClientId:
         """Give a client its identity; it is present from now on."""
-        declared = message.model_dump(mode="json", include=DECLARED)
         expires = now_ms + self._lease_ms
-        name = self._store.lease_identity(
-            message.address, message.client, record=json.dumps(declared), now_ms=now_ms, expires_ms=expires
-        )
+        name = self._lease(message, now_ms, expires)
         client = ClientId(name)
         self._introduced[message.address] = message
         before = self._by_address.get(message.address)
@@ -101,19 +98,28 @@ class Registry:
         )
         return client
 
+    def _lease(self, message: Hello, now_ms: int, expires_ms: int) -> str:
+        """Have the store lease an identity to whoever says hello."""
+        record = json.dumps(message.model_dump(mode="json", include=DECLARED))
+        wanted = ClientEntry(message.client or "", message.address, record, expires_ms)
+        return self._store.lease_identity(wanted, now_ms=now_ms, epoch=self._epoch)
+
     def introduction(self, address: str, wanted: ClientId | None) -> Hello:
         """Return the hello of a client that lost its identity, or that this server knows nothing of."""
         said = self._introduced.get(address, Hello(address=address))
         return said.model_copy(update={"client": wanted, "outbox": ()})
 
     def heard(self, address: str, now_ms: int) -> tuple[ClientId | None, bool]:
-        """Renew the lease of the client at an address; its identity, and whether it was absent before."""
+        """Renew the lease of the client at an address, or lease it anew; its identity, and whether it was absent."""
         client = self._by_address.get(address)
         if client is None:
             return None, False
-        entry = self._clients[client]
+        entry, expires = self._clients[client], now_ms + self._lease_ms
+        if not entry.expires_ms:
+            own = {key: getattr(entry, key) for key in DECLARED}
+            self._lease(Hello(address=address, client=client, **own), now_ms, expires)
         back = not entry.present
-        entry.present, entry.heard_ms, entry.expires_ms = True, now_ms, now_ms + self._lease_ms
+        entry.present, entry.heard_ms, entry.expires_ms = True, now_ms, expires
         self._heard.add(client)
         return client, back
 
@@ -126,7 +132,7 @@ class Registry:
         entry = self._clients[client]
         entry.present, entry.expires_ms = False, 0
         self._heard.discard(client)
-        self._store.free_identity(client, address)
+        self._store.free_identity(client, address, epoch=self._epoch)
         return client
 
     def expire(self, now_ms: int, every_ms: int) -> list[ClientId]:

@@ -178,7 +178,7 @@ class Service:
             self.broker.declare_exchange(exchange)
         for queue in topology.QUEUES:
             self.broker.declare_queue(queue)
-        self._registry = Registry(self.store, lease_ms=round(self.settings.client_lease_seconds * 1000))
+        self._registry = Registry(self.store, self._epoch, lease_ms=round(self.settings.client_lease_seconds * 1000))
         self._registry.load(self._now())
         publisher = AdapterPublisher(self.broker, self.payloads, leads=partial(self.store.is_newest, self._epoch))
         parts = (self._loop, self.broker, self.store, self.payloads, publisher, self._registry, self.access)

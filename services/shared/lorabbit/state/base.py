@@ -137,10 +137,10 @@ class StateStore(ABC):
 
     # ---- clients ----
     @abstractmethod
-    def lease_identity(self, address: str, wanted: str | None, *, record: str, now_ms: int, expires_ms: int) -> str:
-        """Give the client at an address its identity and remember what it declared.
+    def lease_identity(self, wanted: ClientEntry, *, now_ms: int, epoch: int) -> str:
+        """Give the client at an address its identity and remember what it declared. Raises Fenced.
 
-        A `wanted` identity is its own. Without one it gets the identity its address held before,
+        The client that is `wanted` is its own. Without a name it gets the identity its address held before,
         or else the lowest ``client-<n>`` that nobody alive holds.
         """
 
@@ -149,8 +149,8 @@ class StateStore(ABC):
         """Move the end of leases."""
 
     @abstractmethod
-    def free_identity(self, client: str, address: str) -> None:
-        """End a client's lease now, if it is still at that address."""
+    def free_identity(self, client: str, address: str, *, epoch: int) -> None:
+        """End a client's lease now, if it is still at that address. Raises Fenced."""
 
     @abstractmethod
     def clients(self) -> dict[str, ClientEntry]:

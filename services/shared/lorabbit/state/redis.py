@@ -16,14 +16,8 @@ from dataclasses import asdict
 from typing import Any, Self, TypeVar
 
 import redis
-from redis.exceptions import (
-    ClusterDownError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-    TryAgainError,
-)
+from redis import exceptions as said
+from redis.exceptions import RedisError, ResponseError
 
 from lorabbit.errors import Fenced, StoreRefuses, StoreUnavailable
 from lorabbit.state import connection, scripts, streams
@@ -47,7 +41,7 @@ Answer = TypeVar("Answer")
 SLICE_SECONDS = 2.0
 """A blocking read is cut into slices well under the socket's timeout."""
 PROGRESS_KEPT = 2000
-REFUSALS = (OutOfMemoryError, ReadOnlyError, ClusterDownError, TryAgainError)
+REFUSALS = (said.OutOfMemoryError, said.ReadOnlyError, said.ClusterDownError, said.TryAgainError)
 """Answers of a Redis that takes no writes for a while; redis-py strips the word by which they begin."""
 NAMELESS_REFUSALS = ("MISCONF", "NOREPLICAS", "BUSY")
 """The same, where redis-py has no class for them and leaves the word."""
@@ -114,19 +108,21 @@ class RedisStore(StateStore):
         return max(0, int(self._call(lambda: self._redis.pttl(_SERVER + "lease")))) / 1000
 
     # ---- clients ----
-    def lease_identity(self, address: str, wanted: str | None, *, record: str, now_ms: int, expires_ms: int) -> str:
+    def lease_identity(self, wanted: ClientEntry, *, now_ms: int, epoch: int) -> str:
         """See `StateStore.lease_identity`."""
-        keys = _server("clients", "addresses", "alive")
-        return text_of(self._run(scripts.IDENTITY, keys, address, wanted or "", record, now_ms, expires_ms)[1])
+        values = (wanted.address, wanted.client, wanted.record, now_ms, wanted.expires_ms, epoch)
+        answer = self._run(scripts.IDENTITY, _server("clients", "addresses", "alive", "epoch"), *values)
+        self._fenced(answer)
+        return text_of(answer[1])
 
     def touch_clients(self, expires_ms: Mapping[str, int]) -> None:
         """See `StateStore.touch_clients`."""
         if expires_ms:
             self._call(lambda: self._redis.zadd(_SERVER + "alive", dict(expires_ms), xx=True))
 
-    def free_identity(self, client: str, address: str) -> None:
+    def free_identity(self, client: str, address: str, *, epoch: int) -> None:
         """See `StateStore.free_identity`."""
-        self._run(scripts.FREE, _server("clients", "addresses", "alive"), client, address)
+        self._fenced(self._run(scripts.FREE, _server("addresses", "alive", "epoch"), client, address, epoch))
 
     def clients(self) -> dict[str, ClientEntry]:
         """See `StateStore.clients`."""

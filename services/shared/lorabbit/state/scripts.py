@@ -28,8 +28,9 @@ end
 return {'ok'}
 """
 
-# KEYS: clients, addresses, alive; ARGV: address, wanted, record, now, expires
+# KEYS: clients, addresses, alive, epoch; ARGV: address, wanted, record, now, expires, epoch
 IDENTITY = """
+if (redis.call('GET', KEYS[4]) or '0') ~= ARGV[6] then return {'fenced'} end
 local address, client, now = ARGV[1], ARGV[2], tonumber(ARGV[4])
 local held = redis.call('HGET', KEYS[2], address)
 if client == '' then
@@ -54,9 +55,10 @@ redis.call('ZADD', KEYS[3], ARGV[5], client)
 return {'ok', client}
 """
 
-# KEYS: clients, addresses, alive; ARGV: client, address
+# KEYS: addresses, alive, epoch; ARGV: client, address, epoch
 FREE = """
-if redis.call('HGET', KEYS[2], ARGV[2]) == ARGV[1] then redis.call('ZREM', KEYS[3], ARGV[1]) end
+if (redis.call('GET', KEYS[3]) or '0') ~= ARGV[3] then return {'fenced'} end
+if redis.call('HGET', KEYS[1], ARGV[2]) == ARGV[1] then redis.call('ZREM', KEYS[2], ARGV[1]) end
 return {'ok'}
 """
 
