@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from lorabbit.errors import Fenced
 from lorabbit_server import meter as meter_module
 from lorabbit_server.meter import Meter
 from lorabbit_server.steps import Traffic
+from lorabbit_server.wholefiles import WholeFiles
 
 
 @pytest.fixture
@@ -48,19 +50,54 @@ def test_a_line_that_a_power_cut_left_half_is_left_out(path):
     assert Meter(path).read("t").bytes_up == 100
 
 
-def test_the_file_holds_no_more_than_the_tasks_under_way(path, monkeypatch):
+def test_what_two_servers_counted_of_one_message_counts_once_for_the_next_one(path):
+    asleep, second = Meter(path), Meter(path)
+    for meter in (asleep, second):
+        meter.up("t", payload=100, message="a-0")
+        meter.up("u", payload=10, message="a-0")
+
+    after = Meter(path)
+    assert (after.read("t").bytes_up, after.read("u").bytes_up) == (100, 10)
+
+
+def test_memory_and_file_do_not_grow_with_the_messages_of_a_task(path, monkeypatch):
     monkeypatch.setattr(meter_module, "STALE_LINES", 10)
+    monkeypatch.setattr(meter_module, "MAX_IDS", 5)
     meter = Meter(path)
-    for number in range(20):
+    for number in range(200):
         meter.up("old", payload=1, message=f"o-{number}")
         meter.up("new", payload=2, overhead=3, message=f"n-{number}")
+        assert len(meter._seen) <= 5
+        assert len(path.read_text().splitlines()) <= 2 + 10
+
+    for each in (meter, Meter(path)):
+        each.up("new", payload=2, message="n-199")
+        each.up("old", payload=1, message="o-198")
+        assert (each.read("old"), each.read("new")) == (Traffic(200, 0, 0), Traffic(400, 600, 0))
+
+
+def test_tasks_that_are_over_are_forgotten_with_their_ids(path):
+    meter = Meter(path)
+    meter.up("old", payload=1, message="o")
+    meter.up("new", payload=2, message="n")
     meter.keep({"new"})
 
-    assert len(path.read_text().splitlines()) == 1
-    after = Meter(path)
-    assert (after.read("old"), after.read("new")) == (Traffic(), Traffic(40, 60, 0))
-    after.up("new", payload=2, message="n-7")
-    assert after.read("new").bytes_up == 40
+    assert (meter.read("old"), meter.read("new")) == (Traffic(), Traffic(2, 0, 0))
+    assert set(meter._seen) == {("new", "n")}
+
+
+def test_a_server_that_was_replaced_leaves_the_file_of_the_next_one(path):
+    def fence():
+        raise Fenced("another server leads")
+
+    asleep = Meter(path, WholeFiles(durable=False, fence=fence))
+    Meter(path).up("t", payload=100)
+    before = path.read_bytes()
+
+    with pytest.raises(Fenced):
+        asleep.keep(())
+
+    assert path.read_bytes() == before
 
 
 def test_no_file_is_left_without_a_task(path):

@@ -51,7 +51,8 @@ class JobRun:
         self.on_end: Callable[[], None] = lambda: None
         state = JobState(job, spec) if record.header is None else load_state(record.header, spec, record.tasks)
         self._is_new = record.header is None
-        self._tools, self._meter = tools, Meter(tools.traffic_of(job))
+        files = WholeFiles(tools.settings.durable, tools.epoch, tools.fence)
+        self._tools, self._meter = tools, Meter(tools.traffic_of(job), files)
         self._method = build(spec)
         self._versions = Versions(self._method, tools.payloads, tools.settings.chunk_bytes, spec.transport.downloads)
         self._planner = Planner(self._method, self._versions, tools.registry, epoch=tools.epoch)
@@ -60,7 +61,6 @@ class JobRun:
         self._downloads = Downloads(tools, self._needs, self._step_failed)
         self._deadline = Deadline(tools, self.apply)
         folder = tools.settings.folder / "runs" / job
-        files = WholeFiles(tools.settings.durable, tools.epoch, tools.fence)
         self._folder = RunFolder(folder, job, spec, tools.payloads, files)
         self._ledger = Ledger(tools, state, record, self._meter, self._step_failed)
         self._ledger.on_events = self._told

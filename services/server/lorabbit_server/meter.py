@@ -6,27 +6,32 @@ TCP add below is not counted.
 
 Counts are kept in a file, written before a delivery is acknowledged, so the next server goes on
 with them. A message is known by its id, which is another one each time it is sent: what the broker
-delivers twice counts once, what a client sends twice counts twice.
+delivers twice counts once, what a client sends twice counts twice. Only what was not acknowledged is
+delivered twice, so the ids of the newest messages are enough.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
+from itertools import islice
 from pathlib import Path
 
 import structlog
 
 from lorabbit.broker.base import Delivery
 from lorabbit_server.steps import Traffic
+from lorabbit_server.wholefiles import WholeFiles
 
 log = structlog.get_logger()
 MAX_TASKS = 65_536
 """Tasks that are counted at once; names that clients make up must not fill the memory."""
 MAX_NAME = 128
+MAX_IDS = 16_384
+"""Messages that are known by their id; far more than servers have in their hands, unacknowledged."""
 STALE_LINES = 10_000
-"""The file is written anew when so many of its lines may speak of tasks that are over."""
+"""The file is written anew when it has so many more lines than the last time."""
 
 
 @dataclass(slots=True)
@@ -34,28 +39,27 @@ class _Counts:
     bytes_up: int = 0
     overhead_up: int = 0
     overhead_down: int = 0
-    seen: set[str] = field(default_factory=set)
-    """Ids of the messages that are counted."""
 
 
 class Meter:
     """Counts until a task's result is accepted; for the loop thread."""
 
-    def __init__(self, path: Path | None = None) -> None:
-        """Go on with what a file holds, and keep it there; in memory alone where there is no path."""
-        self._path = path
+    def __init__(self, path: Path | None = None, files: WholeFiles | None = None) -> None:
+        """Go on with what a file holds, and keep it there, written by `files`; in memory alone without a path."""
+        self._path, self._files = path, files or WholeFiles(durable=False)
         self._tasks: dict[str, _Counts] = {}
+        self._seen: dict[tuple[str, str], None] = {}
+        """Tasks and ids of the newest messages that are counted, oldest first."""
         self._lines = 0
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._files.inherit(path.parent)
             self._load(path)
 
     def up(self, task: str, *, payload: int = 0, overhead: int = 0, message: str = "") -> None:
         """Count bytes from a client; `message` is the id under which they were sent, empty for none."""
-        counts = self._tasks.get(task)
-        if counts is None and (len(self._tasks) >= MAX_TASKS or len(task) > MAX_NAME):
-            return
-        if counts is None or not message or message not in counts.seen:
+        is_known = task in self._tasks or (len(self._tasks) < MAX_TASKS and len(task) <= MAX_NAME)
+        if is_known and (task, message) not in self._seen:
             self._count(task, payload, overhead, 0, message)
 
     def down(self, task: str, overhead: int) -> None:
@@ -68,13 +72,14 @@ class Meter:
         return Traffic(counts.bytes_up, counts.overhead_up, counts.overhead_down)
 
     def keep(self, tasks: Collection[str]) -> None:
-        """Forget every task but these."""
+        """Forget every task but these; raises Fenced where another server keeps the file."""
         self._tasks = {task: counts for task, counts in self._tasks.items() if task in tasks}
-        if self._path is not None and (self._lines > STALE_LINES or not self._tasks):
-            self._write_anew(self._path)
+        self._seen = {seen: None for seen in self._seen if seen[0] in self._tasks}
+        if not self._tasks:
+            self._write_anew()
 
     def _count(self, task: str, up: int, overhead_up: int, overhead_down: int, *seen: str) -> None:
-        """Write a line, then add it."""
+        """Write a line, then add it; raises Fenced where another server keeps the file."""
         ids = tuple(filter(None, seen))
         if self._path is not None:
             with self._path.open("ab", buffering=0) as file:
@@ -82,13 +87,21 @@ class Meter:
                 file.write(json.dumps(line).encode() + b"\n")
             self._lines += 1
         self._add(task, up, overhead_up, overhead_down, *ids)
+        if self._lines > STALE_LINES:
+            self._write_anew()
 
-    def _add(self, task: str, up: int, overhead_up: int, overhead_down: int, *seen: str) -> None:
+    def _add(self, task: str, up: int, overhead_up: int, overhead_down: int, *ids: str) -> None:
+        """Add a line, unless it is of a message that counts already, as one may that two servers had in their hands."""
+        new = [(task, id_) for id_ in ids if (task, id_) not in self._seen]
+        if ids and not new:
+            return
         counts = self._tasks.setdefault(task, _Counts())
         counts.bytes_up += up
         counts.overhead_up += overhead_up
         counts.overhead_down += overhead_down
-        counts.seen.update(seen)
+        self._seen.update(dict.fromkeys(new))
+        for oldest in list(islice(self._seen, max(0, len(self._seen) - MAX_IDS))):
+            del self._seen[oldest]
 
     def _load(self, path: Path) -> None:
         if not path.exists():
@@ -100,17 +113,20 @@ class Meter:
             except (ValueError, TypeError):
                 log.warning("traffic-line-damaged", path=str(path))
 
-    def _write_anew(self, path: Path) -> None:
+    def _write_anew(self) -> None:
         """One line per task; no file without any."""
-        if not self._tasks:
-            path.unlink(missing_ok=True)
-            self._lines = 0
+        self._lines = 0
+        if self._path is None:
             return
-        beside = path.with_name(path.name + ".part")
-        totals = [[task, *astuple(counts)[:3], *sorted(counts.seen)] for task, counts in self._tasks.items()]
-        beside.write_text("".join(json.dumps(line) + "\n" for line in totals), encoding="utf-8")
-        beside.replace(path)
-        self._lines = len(totals)
+        if not self._tasks:
+            self._files.fence()
+            self._path.unlink(missing_ok=True)
+            return
+        ids: dict[str, list[str]] = {task: [] for task in self._tasks}
+        for task, id_ in self._seen:
+            ids[task].append(id_)
+        totals = [[task, *astuple(counts), *ids[task]] for task, counts in self._tasks.items()]
+        self._files.write(self._path, "".join(json.dumps(line) + "\n" for line in totals))
 
 
 def header_bytes(delivery: Delivery) -> int:
