@@ -105,6 +105,7 @@ def fault_rows() -> list[Row]:
         ("link-stalled", "half-way through an upload, for 3 s", faults.link_stalls),
         ("link-slow", "40 ms and 100 KB/s, all the time", faults.link_is_slow),
         ("server-link-half-open", "half-way through an upload", faults.server_link_is_half_open),
+        ("store-full", "Redis at its maxmemory, half-way through an upload", scarcity.store_is_full),
         ("disk-full", "the server's, half-way through an upload", scarcity.disk_is_full),
         ("memory-alarm", "the broker's, half-way through an upload", scarcity.memory_alarm),
         ("leader-killed", "half-way, a standby takes over", standby.leader_dies),

@@ -1,4 +1,4 @@
-"""What runs out while a scene plays: the server's disk, the broker's memory, a client's memory."""
+"""What runs out while a scene plays: the server's disk, the memory of broker, store and client."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import redis
+
 from chaos.faults import SLOW_BYTES_PER_SECOND, NotHere, come_midway, midway
 from chaos.scene import Scene
 from lorabbit_client.failures import FAILED, OUT_OF_MEMORY
 
 DISK = "16m"
+LESS_THAN_NOTHING = "1mb"
+"""Memory that an empty Redis has in use already."""
 END_SECONDS = 30.0
 SPARING = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Lets glibc keep nothing in reserve: a tensor is given back after use, and the next one has to be asked for."""
@@ -25,6 +29,15 @@ def memory_alarm(scene: Scene) -> None:
         scene.proxies[0].bytes_per_second = None
         scene.await_log(scene.victim, "broker-blocked")
         scene.ground.broker.control("set_vm_memory_high_watermark", "0.6")
+
+
+def store_is_full(scene: Scene) -> None:
+    """Let Redis refuse every write for lack of memory until the operator is told, and make room again."""
+    with midway(scene), redis.Redis.from_url(scene.ground.store.url) as store:
+        store.config_set("maxmemory", LESS_THAN_NOTHING)
+        scene.proxies[0].bytes_per_second = None
+        scene.await_wait("store", "takes no writes")
+        store.config_set("maxmemory", "0")
 
 
 def disk_is_full(scene: Scene) -> None:
