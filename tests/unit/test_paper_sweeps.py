@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lorabbit.methods import build
 from lorabbit_cli.compare_sweep import Sweep, read
 from lorabbit_client.data import describe
 
@@ -14,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 PAPERS = ROOT / "benchmarks" / "papers"
 SWEEPS = sorted(PAPERS.glob("*.yaml"))
 SMALL = [path for path in SWEEPS if not path.stem.endswith("_full")]
-PAIRED = [path for path in SMALL if not path.stem.endswith(("_ablations", "_seeds"))]
-"""Small sweeps with a full one, which has their ablations, and more seeds, too."""
+PAIRED = [path for path in SMALL if not path.stem.endswith(("_ablations", "_seeds", "_rates"))]
+"""Small sweeps with a full one, which has their ablations, and more seeds and rates, too."""
 METHODS = {
     "sa_fedlora": {"fedavg", "sa-fedlora"},
     "pfedlora": {"standalone", "lg-fedavg", "fml", "fedkd", "fd", "fedproto", "pfedlora"},
@@ -23,6 +24,7 @@ METHODS = {
     "federa_seeds": {"fedavg", "federa"},
     "fibecfed": {"fedavg", "slora", "adalora", "fibecfed"},
     "fibecfed_ablations": {"fedavg", "fibecfed"},
+    "fibecfed_rates": {"fedavg", "slora", "adalora", "fibecfed"},
     "sa_fedlora_ablations": {"sa-fedlora"},
 }
 TRAINABLE = {
@@ -32,6 +34,7 @@ TRAINABLE = {
     "federa_seeds": {"lora", "adapter", "bitfit"},
     "fibecfed": {"lora", "full", "adapter", "bitfit", "prompt", "prefix"},
     "fibecfed_ablations": {"lora"},
+    "fibecfed_rates": {"lora", "adapter", "bitfit", "prompt", "prefix"},
     "sa_fedlora_ablations": {"lora"},
 }
 CASES = {
@@ -41,6 +44,7 @@ CASES = {
     "federa_seeds": {"20newsgroups-1", "wnut17"},
     "fibecfed": {"trec", "mpqa"},
     "fibecfed_ablations": {"trec"},
+    "fibecfed_rates": {"mpqa"},
     "sa_fedlora_ablations": {"trec", "cifar10"},
 }
 
@@ -77,6 +81,26 @@ def test_a_small_sweep_compares_the_papers_baselines_on_its_data(path: Path, mon
     assert {job.method.name for job in jobs} == METHODS[path.stem]
     assert {job.model.trainable for job in jobs} == TRAINABLE[path.stem]
     assert set(made.cases) == CASES[path.stem]
+
+
+@pytest.mark.parametrize("name", ["fibecfed_ablations", "fibecfed_full"])
+def test_the_curriculum_by_word_rarity_is_its_papers(name: str, monkeypatch: pytest.MonkeyPatch):
+    made = sweep(PAPERS / f"{name}.yaml", monkeypatch)
+    settings = [planned.spec.method.settings for planned in made.planned if planned.label == "curriculum-rarity"]
+
+    assert settings
+    assert all((s["difficulty"], s["pacing"], s["gal_ratio"]) == ("rarity", "sqrt", 1.0) for s in settings)
+
+
+@pytest.mark.parametrize("name", ["sa_fedlora_ablations", "sa_fedlora_full"])
+def test_the_constant_rank_sends_as_much_as_the_falling_one(name: str, monkeypatch: pytest.MonkeyPatch):
+    made = sweep(PAPERS / f"{name}.yaml", monkeypatch)
+
+    def sent(label: str) -> list[int]:
+        schedules = [build(p.spec).ranks_by_round for p in made.planned if p.label == label]
+        return [sum(s.rank(t) for t in range(s.start, s.rounds)) for s in schedules]
+
+    assert sent("mean-rank") == pytest.approx(sent("sa-fedlora"), rel=0.05)
 
 
 @pytest.mark.parametrize("path", PAIRED, ids=[path.stem for path in PAIRED])
