@@ -503,6 +503,7 @@ def test_a_sender_is_only_a_window_ahead(server_store, ref):
 
 def test_chunks_for_nobody_end_the_upload(server_store, ref):
     broker, answers = MemoryBroker(), []
+    broker.declare_exchange(topology.UP)
 
     ChunkSender(broker, "host-1", ref, server_store.path(ref.sha256), range(ref.chunks), answers.append)
     broker.run_until_idle()
