@@ -26,7 +26,7 @@ Gradients = dict[str, torch.Tensor]
 """By the tensor's name: (examples, *shape of the tensor)."""
 Run: TypeAlias = Callable[[Batch], Any]
 """A model's answer to a batch, its loss included."""
-PROBED = (2, 3)
+PROBED = (1, 2)
 """Sizes of the batches that show which axis follows the number of examples; no other axis has both."""
 
 
