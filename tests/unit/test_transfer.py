@@ -418,6 +418,25 @@ def test_a_read_on_which_nothing_arrives_though_the_broker_answers_ends_and_name
     assert "24 chunks that the server announced are not there" in str(answer)
 
 
+def test_a_stream_that_lost_its_end_is_found_out_although_its_beginning_is_read_again(
+    broker, clock, server_store, client_store, ref
+):
+    AdapterPublisher(broker, server_store).publish(ref)
+    broker.run_until_idle()
+    (stream,) = held(broker)
+    while len(broker._queues[stream].messages) > 5:
+        broker._queues[stream].messages.pop()
+    answers = []
+    reader = AdapterReader(broker, client_store, ref, answers.append, patience_seconds=10)
+    for second in range(31):
+        clock.now = float(second)
+        broker.run_until_idle()
+
+    assert [type(answer) for answer in answers] == [DamagedStream]
+    assert "19 chunks that the server announced are not there" in str(answers[0])
+    assert reader.received_bytes == 2 * 5 * 1024
+
+
 def test_a_read_on_which_nothing_arrives_as_the_broker_is_away_says_so(broker, clock, client_store, ref):
     broker.trouble = lambda: "no route to host"
 

@@ -79,7 +79,7 @@ class AdapterReader(Cancellable):
 
     `on_done(None)` is called once, when the payload is in the store, checked. `on_done(DamagedStream)` when what
     arrived is not what was announced, or one chunk arrived damaged `MAX_DAMAGES` times: the stream holds something
-    else; and when no chunk arrives for `patience_seconds`: it is gone or was cut, or its server is away.
+    else; and when no missing chunk arrives for `patience_seconds`: it is gone or was cut, or its server is away.
     `on_done(BrokerUnavailable)` when none arrives for so long and the broker cannot be reached.
     """
 
@@ -100,6 +100,7 @@ class AdapterReader(Cancellable):
         self._on_done: OnDone | None = on_done
         self._patience_seconds = patience_seconds
         self._moved = False
+        """Whether a chunk came since the last look that was missing; those that are here already bring nothing."""
         self._missing = set(store.missing(ref))
         self._lowest = 0
         """The first chunk that is missing; for any thread."""
@@ -144,7 +145,6 @@ class AdapterReader(Cancellable):
             return
         self._broker.ack(delivery)
         self.received_bytes += len(delivery.body)
-        self._moved = True
         try:
             index = index_of(delivery)
             if is_damaged(delivery):
@@ -155,6 +155,7 @@ class AdapterReader(Cancellable):
         except CorruptPayload as error:
             self._end(DamagedStream(self._ref, str(error)))
             return
+        self._moved = self._moved or index in self._missing
         self._missing.discard(index)
         is_early = index > self._lowest
         self._note_lowest()
