@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lorabbit_client.execution import Cancelled, OnProgress, Work
 from lorabbit_client.executor import Executor
 from lorabbit_client.learning import LearningWorkspace
 from lorabbit_client.private import PrivateState
-from lorabbit_client.private_training import PrivateTrainer
+from lorabbit_client.private_training import PrivateTrainer, _add_clipped
 from lorabbit_client.trainer import Clock
 
 MODELS = [
@@ -205,6 +206,15 @@ def test_statistics_of_batches_travel_as_they_came(tmp_path: Path):
     kept = {name for name, value in trained.items() if np.array_equal(value, begun[name])}
     statistics = {name for name in trained if name.rpartition(".")[2].startswith(("running_", "num_batches"))}
     assert kept == statistics != set()
+
+
+def test_an_example_without_a_finite_gradient_adds_nothing_and_says_nothing():
+    rows = torch.tensor([[3.0, 4.0], [math.inf, 0.0], [math.nan, 1.0], [0.03, 0.04]])
+    sums = {"w": torch.zeros(2)}
+
+    _add_clipped(sums, {"w": rows}, clip=0.1)
+
+    assert torch.allclose(sums["w"], torch.tensor([0.09, 0.12]))
 
 
 # ---- through a client ----

@@ -94,10 +94,13 @@ class PrivateTrainer(Trainer):
 
 
 def _add_clipped(sums: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor], clip: float) -> None:
-    """Add the gradients of some examples, each cut to a norm over all tensors together."""
+    """Add the gradients of some examples, each cut to a norm over all tensors together.
+
+    One that is not finite adds nothing: a task that failed of it would tell of the example, and no noise covers that.
+    """
     squares = torch.stack([value.double().flatten(1).square().sum(1) for value in gradients.values()]).sum(0)
-    share = (clip / squares.sqrt().clamp(min=LEAST)).clamp(max=1.0)
-    if not bool(torch.isfinite(squares).all()):
-        raise LoRAbbitError("an example's gradient is not finite: lower local.learning_rate")
+    finite = squares.isfinite()
+    share = torch.where(finite, (clip / squares.sqrt().clamp(min=LEAST)).clamp(max=1.0), 0.0)
     for name, value in gradients.items():
-        sums[name].add_(torch.tensordot(share.to(value), value, dims=1))
+        kept = torch.where(finite.reshape(-1, *(1 for _ in value.shape[1:])), value, 0.0)
+        sums[name].add_(torch.tensordot(share.to(value), kept, dims=1))
