@@ -33,8 +33,8 @@ def difficulties(
         return _by_example(examples, _losses(model, examples, on_chunk))
     if kind == "length":
         return _by_example(examples, examples.lengths.astype(np.float64))
-    rarities = _rarities(examples)
-    return _by_example(examples, rarities if kind == "rarity" else rarities / np.maximum(examples.lengths, 1))
+    fold = sum if kind == "rarity" else np.mean
+    return _by_example(examples, np.array([fold(text) if text else 0.0 for text in _rarities(examples)]))
 
 
 def classes(examples: Examples) -> NDArray[np.int64]:
@@ -67,8 +67,8 @@ def _losses(model: TrainableModel, examples: Examples, on_chunk: OnChunk) -> NDA
     return found
 
 
-def _rarities(examples: Examples) -> NDArray[np.float64]:
-    """Return the sum of -log(count / all) over each text's tokens."""
+def _rarities(examples: Examples) -> list[list[float]]:
+    """Return -log(count / all) of each text's tokens."""
     texts: list[NDArray[np.int64]] = []
     for position in range(len(examples)):
         batch = examples.batch(np.array([position]))
@@ -78,4 +78,4 @@ def _rarities(examples: Examples) -> NDArray[np.float64]:
     counts = Counter(int(token) for text in texts for token in text)
     everything = sum(counts.values())
     rarity = {token: -np.log(count / everything) for token, count in counts.items()}
-    return np.array([sum(rarity[int(token)] for token in text) for text in texts], dtype=np.float64)
+    return [[rarity[int(token)] for token in text] for text in texts]
