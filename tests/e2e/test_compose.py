@@ -82,7 +82,12 @@ class Compose:
         self._run(["docker", "volume", "rm", *listed.split()], 60)
 
     def close(self) -> None:
-        self("down", "--volumes", "--remove-orphans", "--timeout", "5")
+        """Remove everything; an engine that keeps the network of containers that are gone fails no test."""
+        try:
+            self("down", "--volumes", "--remove-orphans", "--timeout", "5")
+        except pytest.fail.Exception as failure:
+            if "has active endpoints" not in str(failure):
+                raise
         if "LORABBIT_TEST_TAG" in os.environ:
             return
         self._run(["docker", "image", "rm", f"lorabbit-server:{self.tag}", f"lorabbit-client:{self.tag}"], 60)
