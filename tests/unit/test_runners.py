@@ -115,14 +115,20 @@ def work_of(folder: Path, task: str) -> Work:
     return Work(wire, {}, folder / task, folder, folder / "privacy.json")
 
 
+def submit(runner: ThreadRunner, folder: Path, *tasks: str) -> "queue.Queue[str]":
+    """Submit tasks; the queue gets the name of each one that is said to be done."""
+    finished: queue.Queue[str] = queue.Queue()
+    for task in tasks:
+        runner.submit(work_of(folder, task), lambda *_: None, lambda _, task=task: finished.put(task))
+    return finished
+
+
 def test_a_thread_runner_executes_in_order_in_one_thread_of_its_own(tmp_path: Path) -> None:
     executor = Gated()
     executor.gate.set()
     runner = ThreadRunner(executor)
-    finished: queue.Queue[str] = queue.Queue()
 
-    for task in ("a", "b", "c"):
-        runner.submit(work_of(tmp_path, task), lambda *_: None, lambda _, task=task: finished.put(task))
+    finished = submit(runner, tmp_path, "a", "b", "c")
     order = [finished.get(timeout=PATIENCE) for _ in range(3)]
     runner.close()
 
@@ -143,9 +149,7 @@ def test_a_result_is_sealed_with_the_sha256_of_its_file(tmp_path: Path) -> None:
 def test_a_cancelled_task_ends_at_its_next_progress_and_says_nothing(tmp_path: Path) -> None:
     executor = Gated()
     runner = ThreadRunner(executor)
-    finished: queue.Queue[str] = queue.Queue()
-    for task in ("running", "queued", "last"):
-        runner.submit(work_of(tmp_path, task), lambda *_: None, lambda _, task=task: finished.put(task))
+    finished = submit(runner, tmp_path, "running", "queued", "last")
     executor.started.get(timeout=PATIENCE)
 
     runner.cancel("running")
@@ -162,25 +166,22 @@ def test_a_cancelled_task_ends_at_its_next_progress_and_says_nothing(tmp_path: P
 def test_a_task_that_is_cancelled_while_it_writes_leaves_no_result(tmp_path: Path) -> None:
     executor = Late()
     runner = ThreadRunner(executor)
-    finished: queue.Queue[str] = queue.Queue()
-    runner.submit(work_of(tmp_path, "writing"), lambda *_: None, lambda _: finished.put("writing"))
+    cancelled = submit(runner, tmp_path, "writing")
     assert executor.reported.wait(PATIENCE)
 
     runner.cancel("writing")
     executor.gate.set()
-    runner.submit(work_of(tmp_path, "next"), lambda *_: None, lambda _: finished.put("next"))
-    first = finished.get(timeout=PATIENCE)
+    submit(runner, tmp_path, "next").get(timeout=PATIENCE)
     runner.close()
 
-    assert first == "next"
+    assert cancelled.empty()
     assert [path.name for path in tmp_path.iterdir()] == ["next"]
 
 
 def test_closing_stops_what_runs_and_ends_the_thread(tmp_path: Path) -> None:
     executor = Endless()
     runner = ThreadRunner(executor)
-    finished: queue.Queue[str] = queue.Queue()
-    runner.submit(work_of(tmp_path, "a"), lambda *_: None, lambda _: finished.put("a"))
+    finished = submit(runner, tmp_path, "a")
     assert executor.started.wait(PATIENCE)
 
     runner.close()

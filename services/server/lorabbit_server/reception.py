@@ -217,8 +217,8 @@ class Reception:
         client, back = self._registry.heard(address, self._now())
         if client is not None:
             self._inboxes.declare(address)
-        if client is not None and back:
-            self._came_back(client)
+            if back:
+                self._came_back(client)
         run = self._running()
         if run is None or run.job != message.job or client is None:
             self._on_other_job(message, delivery, address)

@@ -32,7 +32,7 @@ MAX_MESSAGE_BYTES = 2**20
 """Control messages are small; anything larger is refused unread."""
 MAX_HEADER_BYTES = 8 * 2**20
 """Some 50,000 tensors: LoRA on every matrix of 126 dense blocks are 1,764, of 48 blocks of 128 experts each 37,248.
-To read as many costs some 200 MiB."""
+One that was made to cost takes 200 MiB to read."""
 MAX_NUMBER = 1e300
 """Of facts; their squares are no infinity in the sums of a few clients' weights."""
 FACTS = "lorabbit.facts"

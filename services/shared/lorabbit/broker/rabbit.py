@@ -35,8 +35,8 @@ PATIENCE_SECONDS = 10.0
 """How long a blocking call waits for a connection."""
 CLOSE_SECONDS = 5.0
 _STARTING = "is down or inaccessible"
-_INTERNAL_ERROR = 541
 """Part of the words in which a node says that a queue is not ready yet, or lost for good (404, of all codes)."""
+_INTERNAL_ERROR = 541
 
 Step = Callable[[Channel, Callable[[object], None]], object]
 """One request on a channel; calls back with the broker's answer."""
