@@ -24,7 +24,7 @@ help: ## list the targets
 # What a run needs; the development environment below holds it too.
 .venv/run.stamp: .venv/made.stamp pyproject.toml constraints.txt
 	@echo "installing LoRAbbit with torch and transformers (one to three minutes)" >&2
-	@$(PIP) -e '.[server,client,cli,demo]'
+	@$(PIP) -e '.[server,client,cli,bench,demo]'
 	@touch $@
 
 .venv/dev.stamp: .venv/made.stamp pyproject.toml constraints.txt
@@ -65,7 +65,7 @@ contracts: .venv/dev.stamp ## check who may import whom
 	$(BIN)/lint-imports --no-cache
 
 docs: .venv/dev.stamp ## write the reference pages that are generated from the code, and the chart's README
-	$(BIN)/python -m lorabbit_cli.reference docs/reference
+	$(BIN)/python tools/reference_pages.py docs/reference
 	$(BIN)/python helm/readme.py helm/lorabbit
 
 compose-test: .venv/dev.stamp ## build the images and run the quickstart under compose

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from measure import Table, machine
 
-from lorabbit import jobfile
-from lorabbit_cli.local import Means, run_local
+from lorabbit import job_loader
+from lorabbit_cli.local.embedded_run import Means, run_local
 
 CODINGS: dict[str, tuple[str, ...]] = {
     "fp32": (),
@@ -38,7 +38,7 @@ def run(job: Path, rounds: int | None, seed: int, coding: Sequence[str]) -> dict
     settings = [f"seed={seed}", *(f"transport.{each}" for each in coding)]
     settings += [] if rounds is None else [f"rounds={rounds}"]
     with tempfile.TemporaryDirectory() as scratch:
-        report = run_local(jobfile.load(job, settings), Path(scratch), means=Means(workers=1)).report
+        report = run_local(job_loader.load(job, settings), Path(scratch), means=Means(workers=1)).report
     return {
         "accuracy": report.final.metrics["accuracy"],
         "loss": report.final.metrics["loss"],
@@ -65,7 +65,7 @@ def main() -> None:
         row["loss"] = f"{mean['loss']:.4f}"
         rows.append({**row, "MB up": mean["up"], "MB down": mean["down"], "MB": mean["up"] + mean["down"]})
         print(rows[-1], flush=True)
-        rounds = arguments.rounds or jobfile.load(arguments.job).rounds
+        rounds = arguments.rounds or job_loader.load(arguments.job).rounds
         title = f"{arguments.job.name}, {rounds} rounds, seeds {', '.join(str(seed) for seed in arguments.seeds)}"
         Table(title, rows, machine()).show(arguments.out)
 

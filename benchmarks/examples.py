@@ -21,7 +21,7 @@ from pathlib import Path
 from measure import Table, machine
 from transport import LORABBIT
 
-from lorabbit.ranking import LOWER_IS_BETTER
+from lorabbit.events.report import LOWER_IS_BETTER
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LIMIT_SECONDS = 180

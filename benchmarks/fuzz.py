@@ -36,13 +36,13 @@ from hypothesis import strategies as st
 from served import Served
 from server_rig import Rig
 
-from lorabbit import codec
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing
 from lorabbit.errors import Refused
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import FROM_CLIENT, FROM_SERVER
-from lorabbit_server.admission import Template
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol import codec
+from lorabbit.protocol.messages import FROM_CLIENT, FROM_SERVER
+from lorabbit_server.aggregation.update_validation import Template
 
 ACCEPTED = "accepted"
 FLIPS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)

@@ -20,8 +20,8 @@ from pathlib import Path
 from measure import Table, machine, run_measured
 from transport import LORABBIT, federation
 
-from lorabbit import jobfile
-from lorabbit.jobspec import JobSpec
+from lorabbit import job_loader
+from lorabbit.job.spec import JobSpec
 
 
 def bare(spec: JobSpec) -> dict[str, float]:
@@ -36,8 +36,8 @@ def build(spec: JobSpec):  # noqa: ANN201 - a PEFT model, ClientData
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
     from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: PLC0415
 
-    from lorabbit_client.data import load_client  # noqa: PLC0415 - the same rows as the federation's
-    from lorabbit_client.model_source import resolve  # noqa: PLC0415
+    from lorabbit_client.dataset import load_client  # noqa: PLC0415 - the same rows as the federation's
+    from lorabbit_client.models.source import resolve  # noqa: PLC0415
 
     folder = resolve(spec.model.name).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -64,7 +64,8 @@ def average(spec: JobSpec, model, clients) -> dict[str, float]:  # noqa: ANN001 
     import torch  # noqa: PLC0415
     from peft import get_peft_model_state_dict, set_peft_model_state_dict  # noqa: PLC0415
 
-    from lorabbit_client.trainer import batches, steps_of  # noqa: PLC0415 - the same batches
+    from lorabbit_client.training.batching import steps_of  # noqa: PLC0415 - the same batches
+    from lorabbit_client.training.trainer import batches  # noqa: PLC0415
 
     state = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
     scores: dict[str, float] = {}
@@ -126,7 +127,7 @@ def time_embedded(job: Path) -> float:
 
 def time_services(job: Path) -> float:
     """Submit the job to a server with client processes over RabbitMQ and Redis, all started before."""
-    spec = jobfile.load(job)
+    spec = job_loader.load(job)
     with federation(spec.clients) as running:
         began = time.perf_counter()
         running.command("submit", str(job))
@@ -151,15 +152,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.bare:
-        print(bare(jobfile.load(arguments.job)))
+        print(bare(job_loader.load(arguments.job)))
         return
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as scratch:
         job = arguments.job
         if arguments.rounds:
-            spec = jobfile.load(job).model_copy(update={"rounds": arguments.rounds})
+            spec = job_loader.load(job).model_copy(update={"rounds": arguments.rounds})
             job = Path(scratch) / job.name
-            job.write_text(jobfile.dump(spec), encoding="utf-8")
+            job.write_text(job_loader.dump(spec), encoding="utf-8")
         for _ in range(arguments.repeat):
             for way, run in WAYS.items():
                 times[way].append(run(job))

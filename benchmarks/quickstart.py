@@ -21,8 +21,8 @@ from measure import Table, machine
 from scipy import stats
 from transport import LORABBIT
 
-from lorabbit import jobfile
-from lorabbit.jobspec import JobSpec
+from lorabbit import job_loader
+from lorabbit.job.spec import JobSpec
 
 PENALTIES = (0.1, 1.0, 10.0)
 
@@ -43,8 +43,8 @@ def probe(spec: JobSpec) -> tuple[float, float, int]:
     from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
     from transformers import AutoModel, AutoTokenizer  # noqa: PLC0415
 
-    from lorabbit_client.data import load_client  # noqa: PLC0415 - the same rows as the federation's
-    from lorabbit_client.model_source import resolve  # noqa: PLC0415
+    from lorabbit_client.dataset import load_client  # noqa: PLC0415 - the same rows as the federation's
+    from lorabbit_client.models.source import resolve  # noqa: PLC0415
 
     folder = resolve(spec.model.name).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -81,7 +81,7 @@ def main() -> None:
     rows = []
     for seed in arguments.seeds:
         first, last = federated(arguments.job, seed)
-        linear, majority, held_out = probe(jobfile.load(arguments.job).model_copy(update={"seed": seed}))
+        linear, majority, held_out = probe(job_loader.load(arguments.job).model_copy(update={"seed": seed}))
         row = {"seed": seed, "held out": held_out, "majority": majority, "probe": linear, "first scored": first}
         rows.append({**row, "last round": last, "over the probe": last - linear})
         print(rows[-1], flush=True)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from services import RabbitMQ
 
-from lorabbit.broker.rabbit import RabbitBroker
-from lorabbit.enrolment import Join, TokenWish, new_secret, password_hash
-from lorabbit.settings import ServerSettings
+from lorabbit.broker.rabbitmq.broker import RabbitBroker
+from lorabbit.config.enrolment import Join, TokenWish, new_secret, password_hash
+from lorabbit.config.settings import ServerSettings
 from lorabbit.state.redis import RedisStore
-from lorabbit_client.credentials import Credentials, url_of
-from lorabbit_server.api import make_app
-from lorabbit_server.http import HttpServer
-from lorabbit_server.measures import Measures
-from lorabbit_server.service import Service
+from lorabbit_client.agent.credentials import Credentials, url_of
+from lorabbit_server.api.app import make_app
+from lorabbit_server.api.metrics import Measures
+from lorabbit_server.http_server import HttpServer
+from lorabbit_server.server import Service
 
 HTTP_TOKEN = "an operator's token"
 SECONDS = 60.0

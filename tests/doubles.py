@@ -9,12 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lorabbit import lora
-from lorabbit.codec import tensors_sha256
 from lorabbit.errors import Refused
-from lorabbit.jobspec import LocalSpec
-from lorabbit.methods.base import GradientTerm, LocalResult
-from lorabbit.methods.session import Difficulty, Direction, Part, Sensitivity
+from lorabbit.job.spec import LocalSpec
+from lorabbit.tensors import lora_math
+from lorabbit.tensors.serialization import tensors_sha256
+from lorabbit.training_session import Difficulty, Direction, GradientTerm, LocalResult, Part, Sensitivity
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
 
 
@@ -112,7 +111,7 @@ class QuadraticSession:
         self.rank = rank
         targets, values = self._targets["adapter"], self._values["adapter"]
         for name in targets:
-            if lora.is_factor(name):
+            if lora_math.is_factor(name):
                 targets[name] = at_rank(self.b[name], name, rank)
                 values[name] = np.zeros_like(targets[name])
 
@@ -125,14 +124,17 @@ class QuadraticSession:
         self._values["whole"] = {name: np.array(base[name]) for name in base}
 
     def shift_base(self, factors: Tensors) -> None:
-        unknown = set(lora.modules(factors)) - self.base.keys()
+        unknown = set(lora_math.modules(factors)) - self.base.keys()
         if unknown:
             raise Refused("names", f"no module {min(unknown)}")
         self.shift = {name: value.copy() for name, value in factors.items()}
 
     def shifted(self) -> Tensors:
         """The base weights with the shift that is installed: W + s B A."""
-        moved = {module: lora.read(self.shift, module, self.scaling).product() for module in lora.modules(self.shift)}
+        moved = {
+            module: lora_math.read(self.shift, module, self.scaling).product()
+            for module in lora_math.modules(self.shift)
+        }
         return {name: value + moved[name] if name in moved else value.copy() for name, value in self.base.items()}
 
     # ---- training ----
@@ -180,7 +182,7 @@ class QuadraticSession:
         if self.fishers is not None:
             return {name: np.array(value, np.float32) for name, value in self.fishers.items()}
         w, b = self._values["adapter"], self._targets["adapter"]
-        return {n: np.square(self.a * (w[n] - b[n])).astype(np.float32) for n in w if lora.is_factor(n)}
+        return {n: np.square(self.a * (w[n] - b[n])).astype(np.float32) for n in w if lora_math.is_factor(n)}
 
     def importance(self) -> dict[str, Array]:
         w, b = self._w, self._targets[self.part]

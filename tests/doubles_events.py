@@ -6,10 +6,10 @@ adapter scores accuracy 1 - 1 / (t + k + 2) on 10 test examples, and it moves 1,
 
 from __future__ import annotations
 
-from lorabbit import events as ev
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics
-from lorabbit.report import AdapterFacts, BaseFacts, Best, ClientRound, Final, Report, Round
+from lorabbit.events import job_events as ev
+from lorabbit.events.report import AdapterFacts, BaseFacts, Best, ClientRound, Final, Report, Round
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Metrics
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN
 
 SHA = "ab" * 32

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from lorabbit import lora
-from lorabbit.jobspec import JobSpec
-from lorabbit.lora import Factors
-from lorabbit.methods import build
-from lorabbit.robust import defend
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.registry import build
+from lorabbit.robust.defense import defend
+from lorabbit.tensors import lora_math
+from lorabbit.tensors.lora_math import Factors
 from lorabbit.types import ClientId, ClientUpdate, ServerState
 
 MODULE, CLASSES, WIDTH, RANK, SCALING = "base_model.model.fc", 3, 10, 2, 2.0
@@ -37,11 +37,11 @@ def world(clients=7, rows=60, seed=0):
 
 def start(seed=0):
     rng = np.random.default_rng(seed)
-    return ServerState(lora.write(MODULE, Factors(rng.normal(size=(RANK, WIDTH)) / 3, np.zeros((CLASSES, RANK)))))
+    return ServerState(lora_math.write(MODULE, Factors(rng.normal(size=(RANK, WIDTH)) / 3, np.zeros((CLASSES, RANK)))))
 
 
 def weight(state):
-    return lora.read(state.tensors, MODULE, SCALING).product()
+    return lora_math.read(state.tensors, MODULE, SCALING).product()
 
 
 def accuracy(state, data):
@@ -52,7 +52,7 @@ def accuracy(state, data):
 def trained(state, index, data, steps=15, rate=0.3):
     """One client's honest work: gradient descent on the cross entropy, in the factors."""
     x, y = data
-    f = lora.read(state.tensors, MODULE, SCALING)
+    f = lora_math.read(state.tensors, MODULE, SCALING)
     a, b = f.a.copy(), f.b.copy()
     for _ in range(steps):
         scores = SCALING * x @ (b @ a).T
@@ -66,7 +66,9 @@ def trained(state, index, data, steps=15, rate=0.3):
 
 def update(index, a, b, examples=10):
     facts = {"rank": len(a), "scaling": SCALING}
-    return ClientUpdate(ClientId(f"client-{index}"), index, lora.write(MODULE, Factors(a, b)), examples, 0.0, facts)
+    return ClientUpdate(
+        ClientId(f"client-{index}"), index, lora_math.write(MODULE, Factors(a, b)), examples, 0.0, facts
+    )
 
 
 def cohort_like(clients, width=WIDTH, seed=0):
@@ -74,24 +76,26 @@ def cohort_like(clients, width=WIDTH, seed=0):
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(RANK, width)), rng.normal(size=(CLASSES, RANK))
     updates = [update(k, a + rng.normal(size=a.shape), b + rng.normal(size=b.shape)) for k in range(clients)]
-    return ServerState(lora.write(MODULE, Factors(a, b))), updates
+    return ServerState(lora_math.write(MODULE, Factors(a, b))), updates
 
 
 def factors_of(given):
-    return lora.read(given.tensors, MODULE, given.facts["scaling"])
+    return lora_math.read(given.tensors, MODULE, given.facts["scaling"])
 
 
 def regauged(given, matrix):
     """The same product from other factors: (B R, R^-1 A)."""
     f = factors_of(given)
-    return replace(given, tensors=lora.write(MODULE, Factors(np.linalg.solve(matrix, f.a), f.b @ matrix)))
+    return replace(given, tensors=lora_math.write(MODULE, Factors(np.linalg.solve(matrix, f.a), f.b @ matrix)))
 
 
 def times(given, state, factor):
     """The change that a client asks for, times a factor, as factors of the rank that holds it."""
-    change = lora.stack([(1 - factor, lora.read(state.tensors, MODULE, SCALING)), (factor, factors_of(given))], SCALING)
-    cut = lora.truncate(change, RANK).factors
-    return replace(given, tensors=lora.write(MODULE, cut))
+    change = lora_math.stack(
+        [(1 - factor, lora_math.read(state.tensors, MODULE, SCALING)), (factor, factors_of(given))], SCALING
+    )
+    cut = lora_math.truncate(change, RANK).factors
+    return replace(given, tensors=lora_math.write(MODULE, cut))
 
 
 def sign_flip(given, state, _data):

@@ -11,11 +11,12 @@ import numpy as np
 import zstandard
 from hypothesis import strategies as st
 
-from lorabbit import codec
-from lorabbit.coding import Origin, write_coded
+from lorabbit.compression.compressed_file import Origin
+from lorabbit.compression.compressor import write_coded
 from lorabbit.errors import Refused
-from lorabbit.transport import Coding
-from lorabbit_server.admission import Expected, Template, check_update
+from lorabbit.job.spec import Coding
+from lorabbit.tensors import serialization
+from lorabbit_server.aggregation.update_validation import Expected, Template, check_update
 
 COUNT, BLOCK = 100, 64
 START = {"w": np.linspace(-1, 1, COUNT, dtype=np.float32)}
@@ -37,7 +38,7 @@ def judged(content, coding=INT8, start=START):
     with TemporaryDirectory() as folder:
         path, held = Path(folder) / "u", Path(folder) / "held"
         path.write_bytes(content)
-        expected = Expected(Template.of(start), coding, (codec.write_tensors(held, start), held))
+        expected = Expected(Template.of(start), coding, (serialization.write_tensors(held, start), held))
         try:
             check_update(path, expected)
         except Refused as why:
@@ -49,7 +50,7 @@ def honest(coding, tensors=START, start=START):
     """Bytes of an update that is what was asked for."""
     with TemporaryDirectory() as folder:
         path, held = Path(folder) / "u", Path(folder) / "held"
-        origin = Origin(codec.write_tensors(held, start), codec.read_tensors(held))
+        origin = Origin(serialization.write_tensors(held, start), serialization.read_tensors(held))
         write_coded(path, tensors, coding, origin=origin)
         return path.read_bytes()
 

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from hypothesis import strategies as st
 
 from lorabbit.errors import Refused
-from lorabbit_server.admission import Expected, check_update
+from lorabbit_server.aggregation.update_validation import Expected, check_update
 
 SIDES = st.integers(-3, 3) | st.sampled_from([2**31, 2**48, 2**62, 2**63, 2**64, 10**30])
 NAMES = st.text(max_size=12) | st.sampled_from(["../../etc/passwd", "\ud800", "__metadata__", "a" * 5000, "w"])

@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Task
-from lorabbit.seeds import derive_seed
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Task
+from lorabbit.runtime.seeds import derive_seed
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, TRAIN, Tensors
-from lorabbit_client.execution import Work
+from lorabbit_client.execution.interface import Work
+from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.executor import Executor
-from lorabbit_client.private import PrivateState
 
 POSITIVE = ("good fine great", "nice warm bright", "a lovely happy day", "sweet calm joy")
 NEGATIVE = ("bad cold dark", "ugly grim sour", "a sad nasty night", "bitter harsh pain")

@@ -10,10 +10,10 @@ import numpy as np
 from doubles import QuadraticSession
 from scripted_client import BASE, EXPORT, ScriptedClient
 
-from lorabbit import codec
 from lorabbit.broker.base import Broker
-from lorabbit.messages import Metrics, Offer, Task
-from lorabbit.methods import build
+from lorabbit.methods.registry import build
+from lorabbit.protocol.messages import Metrics, Offer, Task
+from lorabbit.tensors import serialization
 from lorabbit.types import EVALUATE, INITIALISE, ClientId, ClientProfile, Facts, Plan, Tensors
 
 RANK, INS, OUTS = 2, 3, 4
@@ -65,7 +65,9 @@ class MethodClient(ScriptedClient):
             facts: Facts = {"main_metric": "accuracy", "rank": RANK, "export": EXPORT}
             self.answer(task, method.initialise(session), Metrics(num_examples=10, facts=dict(facts)))
             return
-        payloads = {role: codec.read_tensors(self.store.path(ref.sha256)) for role, ref in task.payloads.items()}
+        payloads = {
+            role: serialization.read_tensors(self.store.path(ref.sha256)) for role, ref in task.payloads.items()
+        }
         update = method.local_update(Plan(task.phase, payloads, task.settings), session)
         loss = update.loss if math.isfinite(update.loss) else None
         metrics = Metrics(num_examples=update.num_examples, loss=loss, steps=1, facts=dict(update.facts))

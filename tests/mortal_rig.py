@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from server_rig import Died, Fuse, Rig
 
-from lorabbit.events import AnyEvent
-from lorabbit.jobspec import JobSpec
-from lorabbit.report import Report
-from lorabbit.settings import ClientSettings
-from lorabbit_client.agent import Agent
-from lorabbit_client.execution import OnProgress, Outcome, Work
+from lorabbit.config.settings import ClientSettings
+from lorabbit.events.job_events import AnyEvent
+from lorabbit.events.report import Report
+from lorabbit.job.spec import JobSpec
+from lorabbit_client.agent.agent import Agent
+from lorabbit_client.execution.interface import OnProgress, Outcome, Work
+from lorabbit_client.execution.runners import InlineRunner
 from lorabbit_client.executor import Executor
-from lorabbit_client.runners import InlineRunner
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Task
-from lorabbit.methods import build
-from lorabbit.seeds import derive_seed
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.registry import build
+from lorabbit.protocol.messages import Task
+from lorabbit.runtime.seeds import derive_seed
 from lorabbit.types import TRAIN
-from lorabbit_client.data import ClientData, Examples
-from lorabbit_client.features import Features
-from lorabbit_client.models import seeded
-from lorabbit_client.personal_models import Split
-from lorabbit_client.personal_session import TorchPersonalSession, freeze
-from lorabbit_client.private import PrivateState
-from lorabbit_client.tasks import TASKS
-from lorabbit_client.tasks.text import ClassScorer
+from lorabbit_client.data.features import Features
+from lorabbit_client.dataset import ClientData, Examples
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.models.loading import seeded
+from lorabbit_client.personal.models import Split
+from lorabbit_client.personal.session import TorchPersonalSession, freeze
+from lorabbit_client.tasks.registry import TASKS
+from lorabbit_client.tasks.text_classification import ClassScorer
 
 CLASSES, REPRESENTATION = 3, 5
 WIDTHS = (4, 7)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lorabbit import codec
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery, Outgoing
-from lorabbit.messages import (
+from lorabbit.protocol import codec
+from lorabbit.protocol.messages import (
     Alive,
     Commit,
     Deny,
@@ -32,8 +32,9 @@ from lorabbit.messages import (
     Verdict,
     Welcome,
 )
-from lorabbit.payloads import PayloadStore
-from lorabbit.transfer import AdapterReader, ChunkSender
+from lorabbit.tensors import serialization
+from lorabbit.transfer.chunked_transfer import AdapterReader, ChunkSender
+from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, Tensors
 
 SHAPES = {"a": (4, 3), "b": (3,)}
@@ -149,7 +150,7 @@ class ScriptedClient:
             self.tell(task, accuracy=0.25)
             return
         if task.phase == EVALUATE:
-            values = codec.read_tensors(self.store.path(task.payloads[ADAPTER].sha256))
+            values = serialization.read_tensors(self.store.path(task.payloads[ADAPTER].sha256))
             mean = float(np.mean(values["a"]))
             metrics = Metrics(num_examples=self.examples, loss=1.0 / (1.0 + mean), values={"accuracy": mean / 100})
             self.send(Offer(**self.about(task), payload=None, metrics=metrics, base_sha256=self.base_sha256))
@@ -169,7 +170,7 @@ class ScriptedClient:
     def tensors(self, task: Task) -> Tensors:
         if task.phase == INITIALISE:
             return self.tensors_like(0.0)
-        received = codec.read_tensors(self.store.path(task.payloads[ADAPTER].sha256))
+        received = serialization.read_tensors(self.store.path(task.payloads[ADAPTER].sha256))
         return {name: received[name] + np.float32(task.index + 1) for name in received}
 
     def offer(self, task: Task, tensors: Tensors) -> None:

@@ -9,18 +9,19 @@ from typing import TypeVar
 
 import numpy as np
 
-from lorabbit import codec
 from lorabbit.broker import topology
 from lorabbit.broker.base import Delivery, Outgoing
 from lorabbit.broker.memory import MemoryBroker
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Hello, Message, Metrics, PayloadRef, Task, Welcome
-from lorabbit.payloads import PayloadStore
-from lorabbit.publishing import AdapterPublisher
-from lorabbit.settings import ClientSettings
+from lorabbit.config.settings import ClientSettings
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol import codec
+from lorabbit.protocol.messages import Hello, Message, Metrics, PayloadRef, Task, Welcome
+from lorabbit.tensors import serialization
+from lorabbit.transfer.payload_store import PayloadStore
+from lorabbit.transfer.stream_publisher import AdapterPublisher
 from lorabbit.types import ADAPTER, TRAIN, Tensors
-from lorabbit_client.agent import Agent
-from lorabbit_client.execution import OnProgress, Outcome, Work
+from lorabbit_client.agent.agent import Agent
+from lorabbit_client.execution.interface import OnProgress, Outcome, Work
 
 Kind = TypeVar("Kind", bound=Message)
 CHUNK_BYTES = 1024
@@ -49,7 +50,7 @@ class ScriptedRunner:
     ) -> None:
         """Let a task end, with tensors, with metrics alone, or with an error."""
         work, _, on_done = self.work.pop(task)
-        sha256 = None if tensors is None else codec.write_tensors(work.output, tensors)
+        sha256 = None if tensors is None else serialization.write_tensors(work.output, tensors)
         has_tensors = tensors is not None
         on_done(Outcome(Metrics(num_examples=3), has_tensors, error=error, rest_seconds=rest_seconds, sha256=sha256))
 

@@ -8,12 +8,12 @@ import httpx
 from scripted_client import ScriptedClient
 
 from lorabbit.broker.memory import MemoryBroker
-from lorabbit.settings import ServerSettings
+from lorabbit.config.settings import ServerSettings
 from lorabbit.state.redis import RedisStore
-from lorabbit_server.api import make_app
-from lorabbit_server.http import HttpServer
-from lorabbit_server.measures import Measures
-from lorabbit_server.service import Service
+from lorabbit_server.api.app import make_app
+from lorabbit_server.api.metrics import Measures
+from lorabbit_server.http_server import HttpServer
+from lorabbit_server.server import Service
 
 SPEC = {"name": "job", "clients": 2, "rounds": 2}
 

@@ -15,12 +15,13 @@ from typing import Any
 from scripted_client import ScriptedClient
 
 from lorabbit.broker.memory import MemoryBroker
-from lorabbit.events import AnyEvent
-from lorabbit.jobspec import JobSpec
-from lorabbit.report import Report
-from lorabbit.settings import ServerSettings
+from lorabbit.config.settings import ServerSettings
+from lorabbit.events.job_events import AnyEvent
+from lorabbit.events.report import Report
+from lorabbit.job.spec import JobSpec
 from lorabbit.state.redis import RedisStore
-from lorabbit_server.service import Means, Service
+from lorabbit_server.context import Means
+from lorabbit_server.server import Service
 
 
 class Died(BaseException):

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from lorabbit.methods import METHODS, Method
+from lorabbit.methods.api.method import Method
+from lorabbit.methods.registry import METHODS
 from lorabbit.types import ADAPTER, BASE, EVALUATE, ClientUpdate, Plan, ServerState
 
 

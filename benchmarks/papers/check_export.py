@@ -19,10 +19,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lorabbit.report import Report
-from lorabbit_cli.export import export, read_job
-from lorabbit_client.data import load_labels, load_test_records
-from lorabbit_client.model_source import resolve
+from lorabbit.events.report import Report
+from lorabbit_cli.local.export import export, read_job
+from lorabbit_client.dataset import load_labels, load_test_records
+from lorabbit_client.models.source import resolve
 
 PLAIN = Path(__file__).resolve().parent / "plain_peft.py"
 ROW = "| {:24} | {:32} | {:>8} | {:>10} | {:>10} |"

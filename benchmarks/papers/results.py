@@ -19,11 +19,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from lorabbit_cli.compare_plots import pictures
-from lorabbit_cli.compare_results import CaseResult, Comparison, Row
-from lorabbit_cli.compare_statistics import Spread
-from lorabbit_cli.compare_tables import case_title, difference_text, of, score_spread, share_text
-from lorabbit_cli.units import bytes_text, duration_text, number_text, score_text
+from lorabbit_bench.compare.plots import pictures
+from lorabbit_bench.compare.report import case_title, difference_text, of, score_spread, share_text
+from lorabbit_bench.compare.results import CaseResult, Comparison, Row
+from lorabbit_bench.compare.statistics import Spread
+from lorabbit_cli.formatting import bytes_text, duration_text, number_text, score_text
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PLOTS = HERE / "RESULTS.md", HERE / "results"

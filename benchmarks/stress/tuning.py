@@ -17,12 +17,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lorabbit_bench.stress import process_deployment
+from lorabbit_bench.stress.plan import Plan, read_plan
+from lorabbit_bench.stress.process_deployment import ProcessFederation
+from lorabbit_bench.stress.report import machine
+from lorabbit_bench.stress.runner import Work
 from lorabbit_cli.options import quiet_logs
-from lorabbit_cli.stress import private
-from lorabbit_cli.stress.plan import Plan, read_plan
-from lorabbit_cli.stress.processes import ProcessFederation
-from lorabbit_cli.stress.results import machine
-from lorabbit_cli.stress.work import Work
 
 SHIPPED = "shipped"
 
@@ -56,13 +56,15 @@ VARIANTS = (
 @contextmanager
 def changed(variant: Variant) -> Iterator[None]:
     """Start private brokers with the variant's settings."""
-    before = private.RABBITMQ_SETTINGS
+    before = process_deployment.RABBITMQ_SETTINGS
     lines = dict(line.split(" = ", 1) for line in before.splitlines())
-    private.RABBITMQ_SETTINGS = "".join(f"{name} = {value}\n" for name, value in {**lines, **variant.broker}.items())
+    process_deployment.RABBITMQ_SETTINGS = "".join(
+        f"{name} = {value}\n" for name, value in {**lines, **variant.broker}.items()
+    )
     try:
         yield
     finally:
-        private.RABBITMQ_SETTINGS = before
+        process_deployment.RABBITMQ_SETTINGS = before
 
 
 class Tuned(ProcessFederation):

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from rich.console import Console, ConsoleDimensions
 
-from lorabbit import events as ev
-from lorabbit import jobfile
+from lorabbit import job_loader
+from lorabbit.config.logging import configure
 from lorabbit.errors import BadInput
-from lorabbit.telemetry import configure
-from lorabbit_cli.local import Audience, Means, run_local
-from lorabbit_cli.picture import draw
-from lorabbit_cli.progress import Progress
+from lorabbit.events import job_events as ev
+from lorabbit_cli.live_view.state import Progress
+from lorabbit_cli.live_view.view import draw
+from lorabbit_cli.local.embedded_run import Audience, Means, run_local
 
 ROOT = Path(__file__).parents[2]
 JOB = "examples/quickstart.yaml"
@@ -57,7 +57,7 @@ class Photographer:
 def main(number: int) -> None:
     """Run, draw, and write the picture beside this file."""
     configure("ERROR", "text")
-    spec = jobfile.load(ROOT / JOB)
+    spec = job_loader.load(ROOT / JOB)
     photographer = Photographer(Progress(spec), number)
     with tempfile.TemporaryDirectory() as out:
         run_local(spec, Path(out), means=Means(), audience=Audience(on_event=photographer))

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lorabbit_client.stdlib_docs import Doc, load_docs
+from lorabbit_client.data.stdlib_docs import Doc, load_docs
 
 FOLDER = Path(__file__).parent
 SEED = 0

@@ -45,7 +45,9 @@ def test_every_import_contract_is_kept() -> None:
 
 
 def test_an_idle_client_is_small_and_holds_no_learning_framework() -> None:
-    names, mebibytes = loaded_by("lorabbit_client.__main__, lorabbit_client.agent, lorabbit.broker.rabbit")
+    names, mebibytes = loaded_by(
+        "lorabbit_client.__main__, lorabbit_client.agent.agent, lorabbit.broker.rabbitmq.broker"
+    )
 
     assert names.isdisjoint(HEAVY)
     assert mebibytes < IDLE_MEBIBYTES

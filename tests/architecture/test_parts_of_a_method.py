@@ -6,7 +6,7 @@ import pytest
 import yaml
 from tree import PACKAGES, ROOT
 
-from lorabbit.methods import METHODS
+from lorabbit.methods.registry import METHODS
 
 NOT_A_METHOD = {"__init__", "averaging", "base", "session"}
 

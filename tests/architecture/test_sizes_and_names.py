@@ -55,7 +55,7 @@ def test_every_module_says_what_it_is_for() -> None:
 def test_only_the_settings_read_the_environment() -> None:
     readers = {where(path) for path in modules() if reads_environment(path)}
 
-    assert readers <= {"services/shared/lorabbit/settings.py"}
+    assert readers <= {"services/shared/lorabbit/config/settings.py"}
 
 
 def reads_environment(path: Path) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import redis
 
-from lorabbit_server.service import TICK_SECONDS
+from lorabbit_server.server import TICK_SECONDS
 
 KEY = "lorabbit:{server}:"
 STARVED_SECONDS = 10.0

@@ -8,7 +8,7 @@ from typing import Any
 
 from chaos import faults, nodes, scarcity, standby
 from chaos.scene import Act, Scene
-from lorabbit.crash import Point
+from lorabbit.runtime.failpoints import Point
 
 CLIENTS = 2
 JOB: dict[str, Any] = {

@@ -12,7 +12,7 @@ import redis
 
 from chaos.faults import SLOW_BYTES_PER_SECOND, NotHere, come_midway, midway
 from chaos.scene import Scene
-from lorabbit_client.failures import FAILED, OUT_OF_MEMORY
+from lorabbit_client.execution.failures import FAILED, OUT_OF_MEMORY
 
 DISK = "16m"
 LESS_THAN_NOTHING = "1mb"

@@ -19,7 +19,7 @@ from proxy import Proxy
 from services import RabbitMQ, Redis
 
 from chaos.witness import Witness
-from lorabbit.urls import urls_of_hosts
+from lorabbit.config.network import urls_of_hosts
 
 DEATH_SECONDS = 240.0
 """How long a process that is to die may take to come to its point."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pika
 
 from lorabbit.broker import topology
-from lorabbit.urls import urls_of_hosts
+from lorabbit.config.network import urls_of_hosts
 
 QUEUE = "witness"
 

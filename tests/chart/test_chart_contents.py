@@ -32,12 +32,12 @@ from helm_python import Chart
 from prometheus_client.parser import text_string_to_metric_families
 from tree import ROOT
 
-from lorabbit import jobfile
+from lorabbit import job_loader
 from lorabbit.broker import topology
-from lorabbit.broker.rabbit_link import parameters_of
-from lorabbit.settings import ClientSettings, OperatorSettings, ServerSettings, read_settings
-from lorabbit.tls import Trust
-from lorabbit_server.measures import Measures
+from lorabbit.broker.rabbitmq.connection import parameters_of
+from lorabbit.config.network import Trust
+from lorabbit.config.settings import ClientSettings, OperatorSettings, ServerSettings, read_settings
+from lorabbit_server.api.metrics import Measures
 
 case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 KINDS = {"server": ServerSettings, "client": ClientSettings, "test": OperatorSettings}
@@ -352,7 +352,7 @@ def test_the_chart_has_the_version_of_the_product():
 
 
 def test_the_job_of_helm_test_is_a_job():
-    spec = jobfile.load(CHART / "files" / "round.yaml")
+    spec = job_loader.load(CHART / "files" / "round.yaml")
 
     assert (spec.rounds, spec.clients) == (1, 1)
 

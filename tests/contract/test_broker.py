@@ -10,7 +10,7 @@ from seen import Seen
 
 from lorabbit.broker.base import Broker, Outgoing, Queue
 from lorabbit.broker.memory import MemoryBroker
-from lorabbit.broker.rabbit import RabbitBroker
+from lorabbit.broker.rabbitmq.broker import RabbitBroker
 from lorabbit.errors import BrokerBusy, LoRAbbitError
 
 UP, DEAD = "test.up", "test.dead"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from doubles import QuadraticSession, profile
 
-from lorabbit.codec import read_facts, read_tensors, write_tensors
-from lorabbit.jobspec import JobSpec
-from lorabbit.methods import METHODS, build
-from lorabbit.tensors import weighted_mean
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.registry import METHODS, build
+from lorabbit.tensors.arithmetic import weighted_mean
+from lorabbit.tensors.serialization import read_facts, read_tensors, write_tensors
 from lorabbit.types import ServerState
 
 ROUNDS = 40

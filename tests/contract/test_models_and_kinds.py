@@ -12,8 +12,8 @@ import torch
 from learning import data_of, first, job, score, silent, task_of
 
 from lorabbit.errors import BadInput
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.private import PrivateState
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.training.workspace import LearningWorkspace
 
 KINDS = ("lora", "full", "bitfit", "adapter", "head")
 ENCODERS = ("tiny:bert", "tiny:roberta", "tiny:distilbert")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from personal import LOCAL, Federation, job
 
-from lorabbit.codec import read_facts, read_tensors, write_tensors
 from lorabbit.errors import BadInput
-from lorabbit.methods import METHODS, build
+from lorabbit.methods.registry import METHODS, build
+from lorabbit.tensors.serialization import read_facts, read_tensors, write_tensors
 from lorabbit.types import ServerState
 
 PERSONAL = sorted(name for name in METHODS if METHODS[name].personal)

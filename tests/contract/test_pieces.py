@@ -11,11 +11,11 @@ import torch
 from learning import data_of, job, silent, task_of, write_reviews
 
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
+from lorabbit.job.spec import JobSpec
 from lorabbit.types import Tensors
-from lorabbit_client.capability import UNLIMITED, Capability
-from lorabbit_client.learning import LearningWorkspace, open_workspace
-from lorabbit_client.private import PrivateState
+from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.training.workspace import LearningWorkspace, open_workspace
 
 TASKS = [
     ("tiny:bert", "text-classification", "lora"),

@@ -10,12 +10,12 @@ import pytest
 import torch
 from learning import data_of, job, silent, task_of, write_reviews
 
-from lorabbit import lora
-from lorabbit.jobspec import JobSpec
+from lorabbit.job.spec import JobSpec
+from lorabbit.tensors import lora_math
 from lorabbit.types import Tensors
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.prefix import PrefixCache, canonical_groups
-from lorabbit_client.private import PrivateState
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.training.activation_cache import PrefixCache, canonical_groups
+from lorabbit_client.training.workspace import LearningWorkspace
 
 TARGETS = {
     "tiny:bert": ["query", "dense"],
@@ -129,7 +129,9 @@ def test_a_shifted_base_has_a_prefix_of_its_own(tmp_path: Path):
     session(space, spec, cache).train(frozen=low)
     one = session(space, spec, cache)
     drawn = np.random.default_rng(2)
-    shift = {n: drawn.normal(0, 0.2, v.shape).astype(v.dtype) for n, v in one.tensors().items() if lora.is_factor(n)}
+    shift = {
+        n: drawn.normal(0, 0.2, v.shape).astype(v.dtype) for n, v in one.tensors().items() if lora_math.is_factor(n)
+    }
     one.shift_base(shift)
 
     warm = one.train(frozen=low)

@@ -12,18 +12,18 @@ import torch
 from learning import data_of, job, silent, task_of, write_normed, write_reviews
 
 from lorabbit.errors import LoRAbbitError
-from lorabbit.jobspec import JobSpec
-from lorabbit.privacy import epsilon_of_steps
+from lorabbit.job.spec import JobSpec
+from lorabbit.privacy.accountant import epsilon_of_steps
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE
-from lorabbit_cli.local import Means, run_local
-from lorabbit_client.capability import Capability
-from lorabbit_client.example_gradients import ExampleGradients, separate_owners
-from lorabbit_client.execution import Cancelled, OnProgress, Work
+from lorabbit_cli.local.embedded_run import Means, run_local
+from lorabbit_client.analysis.per_example_gradients import ExampleGradients, separate_owners
+from lorabbit_client.capabilities import Capability
+from lorabbit_client.execution.interface import Cancelled, OnProgress, Work
+from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.executor import Executor
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.private import PrivateState
-from lorabbit_client.private_training import PrivateTrainer, _add_clipped
-from lorabbit_client.trainer import Clock
+from lorabbit_client.training.dp_trainer import PrivateTrainer, _add_clipped
+from lorabbit_client.training.trainer import Clock
+from lorabbit_client.training.workspace import LearningWorkspace
 
 MODELS = [
     ("tiny:bert", "text-classification", "lora"),

@@ -15,15 +15,15 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from lorabbit.jobspec import JobSpec
+from lorabbit.job.spec import JobSpec
 from lorabbit.types import ADAPTER, INITIALISE
-from lorabbit_client.capability import UNLIMITED, Capability
-from lorabbit_client.evaluator import evaluate
-from lorabbit_client.execution import Work
+from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.execution.interface import Work
+from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.executor import Executor
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.private import PrivateState
-from lorabbit_client.quantising import BLOCK, QuantisedLinear
+from lorabbit_client.models.quantization import BLOCK, QuantisedLinear
+from lorabbit_client.training.evaluation import evaluate
+from lorabbit_client.training.workspace import LearningWorkspace
 
 LEVELS = {"int8": 127, "int4": 7}
 BITS = {"int8": 8.25, "int4": 4.25}

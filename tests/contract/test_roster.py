@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from lorabbit.state.enrolment import Token
 from lorabbit.state.redis import RedisStore
-from lorabbit.state.roster import Token
 
 D, HASH = "d" * 64, "hash"
 

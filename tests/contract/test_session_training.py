@@ -11,10 +11,10 @@ import torch
 from learning import data_of, job, silent, task_of, write_reviews
 
 from lorabbit.errors import Refused
-from lorabbit.jobspec import JobSpec, LocalSpec
+from lorabbit.job.spec import JobSpec, LocalSpec
 from lorabbit.types import Tensors
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.private import PrivateState
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.training.workspace import LearningWorkspace
 
 
 def workspace(spec: JobSpec) -> LearningWorkspace:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from learning import data_of, job, score, silent, task_of, write_reviews
 
-from lorabbit import codec, lora
 from lorabbit.errors import BadInput, Refused
-from lorabbit.jobspec import JobSpec
+from lorabbit.job.spec import JobSpec
+from lorabbit.tensors import lora_math, serialization
 from lorabbit.types import Tensors
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.private import PrivateState
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.training.workspace import LearningWorkspace
 
 TARGETS = {
     "tiny:bert": ["query", "value", "dense"],
@@ -44,7 +44,7 @@ def drawn(one: Any, rank: int, seed: int = 3) -> dict[str, Any]:
     for path, weight in one.base_weights().items():
         a = generator.normal(0, 0.2, (rank, weight.shape[1])).astype(np.float32)
         b = generator.normal(0, 0.2, (weight.shape[0], rank)).astype(np.float32)
-        factors |= lora.write(path, lora.Factors(a, b))
+        factors |= lora_math.write(path, lora_math.Factors(a, b))
     return factors
 
 
@@ -77,7 +77,7 @@ def test_at_another_rank_factors_are_zeros_of_that_rank_and_heads_stay(rank: int
     one.set_rank(rank)
 
     after = one.tensors()
-    factors = {name for name in after if lora.is_factor(name)}
+    factors = {name for name in after if lora_math.is_factor(name)}
     assert {after[n].shape[0 if ".lora_A." in n else 1] for n in factors} == {rank}
     assert all(not after[n].any() and after[n].dtype == before[n].dtype for n in factors)
     assert same({n: after[n] for n in after.keys() - factors}, {n: before[n] for n in before.keys() - factors})
@@ -162,7 +162,7 @@ def test_pristine_weights_are_given_whatever_the_shift(tmp_path: Path):
 
     assert same(one.base_weights(), before)
     assert all(value.dtype == np.float32 for value in before.values())
-    assert set(before) == set(lora.modules(one.tensors()))
+    assert set(before) == set(lora_math.modules(one.tensors()))
 
 
 def test_a_shift_stays_for_the_next_client_that_asks_for_it_and_for_no_other(tmp_path: Path):
@@ -226,8 +226,8 @@ def test_factors_that_do_not_fit_the_base_are_refused(change: str, tmp_path: Pat
     path = next(iter(one.base_weights()))
     a, b = (drawn(one, 2)[f"{path}.lora_{factor}.weight"] for factor in "AB")
     wrong: dict[str, Any] = {
-        "names": lora.write("other", lora.Factors(a, b)),
-        "shapes": lora.write(path, lora.Factors(a[:, :-1], b)),
+        "names": lora_math.write("other", lora_math.Factors(a, b)),
+        "shapes": lora_math.write(path, lora_math.Factors(a[:, :-1], b)),
         "half": {f"{path}.lora_A.weight": a},
     }
 
@@ -290,7 +290,7 @@ def test_a_loaded_whole_model_is_what_the_adapter_then_stands_on(tmp_path: Path)
     weights = one.base_weights()
     merged = {
         path.removeprefix("base_model.model.") + ".weight": weights[path]
-        + lora.read(factors, path, one.scaling).product().astype(np.float32)
+        + lora_math.read(factors, path, one.scaling).product().astype(np.float32)
         for path in weights
     }
 
@@ -320,8 +320,8 @@ def merged(one: Any, factors: Tensors) -> tuple[dict[str, Any], str]:
     one.select("adapter")
     for path, weight in weights.items():
         name = path.removeprefix("base_model.model.") + ".weight"
-        whole[name] = weight + lora.read(factors, path, one.scaling).product().astype(np.float32)
-    return whole, codec.tensors_sha256(whole)
+        whole[name] = weight + lora_math.read(factors, path, one.scaling).product().astype(np.float32)
+    return whole, serialization.tensors_sha256(whole)
 
 
 def test_a_base_to_stand_on_answers_as_its_factors_did_and_a_shift_goes_on_top_of_it(tmp_path: Path):
@@ -343,7 +343,9 @@ def test_a_base_to_stand_on_answers_as_its_factors_did_and_a_shift_goes_on_top_o
     torch.testing.assert_close(standing, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(answers(other), standing)
     both = {
-        n: np.concatenate([below[n], above[n]], axis=0 if ".lora_A." in n else 1) for n in below if lora.is_factor(n)
+        n: np.concatenate([below[n], above[n]], axis=0 if ".lora_A." in n else 1)
+        for n in below
+        if lora_math.is_factor(n)
     }
     third = session(workspace(spec), spec)
     third.shift_base(both)
@@ -379,7 +381,7 @@ def test_a_base_of_another_hash_or_shape_is_refused_and_nothing_moves(tmp_path: 
     with pytest.raises(Refused, match="not the one that the plan names"):
         one.stand_on(whole, "0" * 64)
     with pytest.raises(Refused, match="shape"):
-        one.stand_on(cut, codec.tensors_sha256(cut))
+        one.stand_on(cut, serialization.tensors_sha256(cut))
 
     assert torch.equal(answers(one), plain)
 

@@ -13,15 +13,15 @@ import transformers
 from learning import data_of, first, job, score, silent, task_of
 from peft import PeftModel
 
-from lorabbit import codec, prompts
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
+from lorabbit.job.spec import JobSpec
+from lorabbit.tensors import serialization, soft_prompts
 from lorabbit.types import Tensors
-from lorabbit_client import tiny
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.models import AUTO_CLASSES, quiet, seeded
-from lorabbit_client.private import PrivateState
-from lorabbit_client.session import write_tensors
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.models import tiny
+from lorabbit_client.models.loading import AUTO_CLASSES, quiet, seeded
+from lorabbit_client.training.session import write_tensors
+from lorabbit_client.training.workspace import LearningWorkspace
 
 KINDS = ("prompt", "p-tuning", "prefix")
 POSSIBLE = [
@@ -130,8 +130,8 @@ def test_an_exported_prompt_loads_with_peft_alone_and_answers_alike(task: str, n
     folder.mkdir()
     for file, content in facts["export"]["files"].items():
         (folder / file).write_text(json.dumps(content), encoding="utf-8")
-    exported = prompts.finished(trained) if prompts.has_encoder(trained) else trained
-    codec.write_tensors(folder / "adapter_model.safetensors", exported)
+    exported = soft_prompts.finished(trained) if soft_prompts.has_encoder(trained) else trained
+    serialization.write_tensors(folder / "adapter_model.safetensors", exported)
 
     labels = {"num_labels": len(facts["labels"])} if facts["labels"] else {}
     model = getattr(transformers, AUTO_CLASSES[spec.model.task]).from_pretrained(base, **labels)

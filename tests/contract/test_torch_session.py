@@ -12,11 +12,11 @@ import torch
 from learning import first, job, score, silent, task_of, write_normed, write_reviews
 
 from lorabbit.errors import BadInput, Refused
-from lorabbit.jobspec import JobSpec
+from lorabbit.job.spec import JobSpec
 from lorabbit.types import Tensors
-from lorabbit_client.evaluator import evaluate
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.private import PrivateState
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.training.evaluation import evaluate
+from lorabbit_client.training.workspace import LearningWorkspace
 
 TEXT_MODELS = ("tiny:bert", "tiny:roberta", "tiny:distilbert", "tiny:gpt2", "tiny:llama")
 KINDS = ("lora", "full", "bitfit", "adapter", "head")

@@ -14,7 +14,7 @@ import services
 from processes import START_SECONDS, Process
 from services import free_port, serve
 
-from lorabbit.tls import Trust
+from lorabbit.config.network import Trust
 from lorabbit_cli.certificates import make
 
 pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -13,8 +13,8 @@ import pytest
 import services
 from processes import Event, Federation
 
-from lorabbit.jobspec import JobSpec
-from lorabbit_cli.local import Means, run_local
+from lorabbit.job.spec import JobSpec
+from lorabbit_cli.local.embedded_run import Means, run_local
 
 CLIENTS = 3
 LORA = {

@@ -10,7 +10,7 @@ import pytest
 import services
 from processes import Federation
 
-from lorabbit_cli.replay import replay
+from lorabbit_cli.local.replay import replay
 
 JOB: dict[str, Any] = {
     "model": {"name": "tiny:vit", "task": "image-classification", "lora": {"rank": 2, "alpha": 4}},

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorabbit.broker.rabbit import RabbitBroker
+from lorabbit.broker.rabbitmq.broker import RabbitBroker
 from lorabbit_cli.certificates import make
 
 

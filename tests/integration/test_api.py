@@ -10,12 +10,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import SPEC, Served
 
 from lorabbit.errors import BadInput
-from lorabbit.events import EVENTS
-from lorabbit.jobspec import JobSpec
-from lorabbit.report import Report
+from lorabbit.events.job_events import EVENTS
+from lorabbit.events.report import Report
+from lorabbit.job.spec import JobSpec
 from lorabbit.types import TRAIN
-from lorabbit_server.api import make_app
-from lorabbit_server.http import HttpServer
+from lorabbit_server.api.app import make_app
+from lorabbit_server.http_server import HttpServer
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ import pytest
 from mortal_rig import MortalRig, new_executor
 from server_rig import Fuse
 
-from lorabbit.jobspec import JobSpec
-from lorabbit.report import Report
-from lorabbit.settings import ClientSettings, ServerSettings
+from lorabbit.config.settings import ClientSettings, ServerSettings
+from lorabbit.events.report import Report
+from lorabbit.job.spec import JobSpec
 from lorabbit.state.redis import RedisStore
 from lorabbit.types import TRAIN
-from lorabbit_client.agent import Agent
+from lorabbit_client.agent.agent import Agent
+from lorabbit_client.execution.runners import InlineRunner
 from lorabbit_client.executor import Executor
-from lorabbit_client.runners import InlineRunner
-from lorabbit_server.service import Service
+from lorabbit_server.server import Service
 
 SPEC = JobSpec(name="job", clients=2, rounds=2, seed=7, model={"name": "null:3KB"})
 EVERY = 3

@@ -9,12 +9,12 @@ import services
 from proxy import Proxy
 from services import free_port, serve
 
-from lorabbit.broker.rabbit import RabbitBroker
-from lorabbit.enrolment import password_hash
+from lorabbit.broker.rabbitmq.broker import RabbitBroker
+from lorabbit.config.enrolment import password_hash
+from lorabbit.config.network import Trust
 from lorabbit.errors import BrokerUnavailable
-from lorabbit.tls import Trust
 from lorabbit_cli import doctor
-from lorabbit_server.management import Management
+from lorabbit_server.clients.rabbitmq_admin import Management
 
 pytestmark = pytest.mark.services
 

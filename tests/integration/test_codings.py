@@ -8,10 +8,10 @@ import pytest
 from mortal_rig import Fate, Moment, MortalRig
 from server_rig import Rig
 
-from lorabbit.jobspec import JobSpec
-from lorabbit_cli.forecast import forecast
-from lorabbit_cli.local import Means, run_local
-from lorabbit_cli.replay import replay
+from lorabbit.job.spec import JobSpec
+from lorabbit_cli.local.dry_run import forecast
+from lorabbit_cli.local.embedded_run import Means, run_local
+from lorabbit_cli.local.replay import replay
 from lorabbit_client.executor import Executor
 
 TRANSPORTS = {

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
-from lorabbit.jobfile import of_content
+from lorabbit.job_loader import of_content
+from lorabbit_bench.compare.cache import Cache, Keys, Outcome
+from lorabbit_bench.compare.orchestrator import Asked, choose_effort
 from lorabbit_cli.__main__ import app
-from lorabbit_cli.compare_cache import Cache, Keys, Outcome
-from lorabbit_cli.compare_work import Asked, choose_effort
 
 TOY = """
 name: toy

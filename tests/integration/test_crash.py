@@ -11,7 +11,7 @@ import json
 import pytest
 from server_rig import Died, Fuse, Rig
 
-from lorabbit.jobspec import JobSpec
+from lorabbit.job.spec import JobSpec
 
 SPEC = JobSpec(name="job", clients=2, rounds=2, seed=7)
 

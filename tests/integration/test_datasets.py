@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorabbit.jobspec import JobSpec
-from lorabbit_client import tiny
-from lorabbit_client.data import describe, load_client
-from lorabbit_client.tasks.images import ImageFormat
+from lorabbit.job.spec import JobSpec
+from lorabbit_client.dataset import describe, load_client
+from lorabbit_client.models import tiny
+from lorabbit_client.tasks.image_classification import ImageFormat
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]
 

@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server_rig import Fuse, Rig
 
-from lorabbit import codec
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import FROM_CLIENT, Hello, Metrics, Offer, PayloadRef, TaskFailed
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol import codec
+from lorabbit.protocol.messages import FROM_CLIENT, Hello, Metrics, Offer, PayloadRef, TaskFailed
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN
-from lorabbit_server.meter import MAX_TASKS, Meter
+from lorabbit_server.transfer.traffic_meter import MAX_TASKS, Meter
 
 HEADERS = st.dictionaries(
     st.sampled_from(["sha256", "index", "task", "size", "epoch"]),

@@ -17,11 +17,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from served import Served
 
-from lorabbit.codec import MAX_MESSAGE_BYTES
-from lorabbit.enrolment import Join, TokenWish
+from lorabbit.config.enrolment import Join, TokenWish
 from lorabbit.errors import JoinRefused
-from lorabbit_server.api_bodies import MAX_JOIN_BYTES, Bodies
-from lorabbit_server.http import HttpServer
+from lorabbit.protocol.codec import MAX_MESSAGE_BYTES
+from lorabbit_server.api.auth import MAX_JOIN_BYTES, Bodies
+from lorabbit_server.http_server import HttpServer
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 from scripted_client import ScriptedClient
 from server_rig import Rig
 
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Goodbye
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Goodbye
 from lorabbit.types import TRAIN
 
 LEASE = "lorabbit:{server}:lease"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from server_rig import Rig
 
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import CancelTask, TaskAccepted, TaskProgress
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import CancelTask, TaskAccepted, TaskProgress
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ import pytest
 from family import Family
 from typer.testing import CliRunner
 
-from lorabbit import jobfile
+from lorabbit import job_loader
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
+from lorabbit.job.spec import JobSpec
 from lorabbit_cli.__main__ import app
-from lorabbit_cli.forecast import forecast
-from lorabbit_cli.local import Audience, Means, run_local
+from lorabbit_cli.local.dry_run import forecast
+from lorabbit_cli.local.embedded_run import Audience, Means, run_local
 
 NULL = "name: walk\nmodel: {name: 'null:40KB'}\nrounds: 3\nclients: 6\ncohort: 0.5\nevaluation: {on: central}\n"
 DIGITS = """
@@ -45,7 +45,7 @@ def test_a_null_job_runs_to_its_end(tmp_path: Path) -> None:
     kinds: list[str] = []
 
     ended = run_local(
-        jobfile.parse(NULL), tmp_path, means=Means(), audience=Audience(on_event=lambda e: kinds.append(e.kind))
+        job_loader.parse(NULL), tmp_path, means=Means(), audience=Audience(on_event=lambda e: kinds.append(e.kind))
     )
 
     assert (ended.exit_code, ended.report.status) == (0, "done")
@@ -59,17 +59,17 @@ def test_a_null_job_runs_to_its_end(tmp_path: Path) -> None:
 
 
 def test_a_second_run_of_the_same_name_leaves_the_first_as_it_is(tmp_path: Path) -> None:
-    first = run_local(jobfile.parse(NULL), tmp_path, means=Means()).folder
+    first = run_local(job_loader.parse(NULL), tmp_path, means=Means()).folder
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
 
-    second = run_local(jobfile.parse(NULL), tmp_path, means=Means()).folder
+    second = run_local(job_loader.parse(NULL), tmp_path, means=Means()).folder
 
     assert (first.name, second.name) == ("walk", "walk-2")
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
-    spec = jobfile.parse(DIGITS.replace("source: digits", "source: nowhere.csv"))
+    spec = job_loader.parse(DIGITS.replace("source: digits", "source: nowhere.csv"))
 
     with pytest.raises(BadInput, match=r"nowhere\.csv"):
         run_local(spec, tmp_path / "runs", means=Means())
@@ -78,7 +78,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
 
 
 def test_the_same_job_and_seed_give_the_same_adapter(tmp_path: Path) -> None:
-    spec = jobfile.parse(NULL)
+    spec = job_loader.parse(NULL)
 
     first = run_local(spec, tmp_path, means=Means())
     second = run_local(spec, tmp_path, means=Means())
@@ -90,7 +90,7 @@ def test_the_same_job_and_seed_give_the_same_adapter(tmp_path: Path) -> None:
 
 
 def test_the_number_of_training_processes_changes_nothing(tmp_path: Path, family: Family) -> None:
-    spec = jobfile.parse(DIGITS)
+    spec = job_loader.parse(DIGITS)
 
     one = run_local(spec, tmp_path, means=Means(device="cpu", workers=1))
     three = run_local(spec, tmp_path, means=Means(device="cpu", workers=3))
@@ -104,7 +104,7 @@ def test_the_number_of_training_processes_changes_nothing(tmp_path: Path, family
 @pytest.mark.parametrize("on", ["clients", "central"])
 def test_the_forecast_is_what_the_run_then_moves(tmp_path: Path, method: str, on: str) -> None:
     text = NULL.replace("central", on).replace("cohort: 0.5", "cohort: 1.0") + f"method: {{name: {method}}}\n"
-    spec = jobfile.parse(text)
+    spec = job_loader.parse(text)
 
     found = forecast(spec, Means())
     report = run_local(spec, tmp_path, means=Means()).report
@@ -117,7 +117,7 @@ def test_bad_input_that_only_the_clients_can_see_ends_the_run_with_exit_code_2(t
     text = DIGITS.replace("tiny:vit", "tiny:nothing")
 
     with pytest.raises(BadInput, match="tiny:nothing"):
-        run_local(jobfile.parse(text), tmp_path, means=Means(device="cpu"))
+        run_local(job_loader.parse(text), tmp_path, means=Means(device="cpu"))
 
     assert family.members() == []
     assert list(tmp_path.iterdir()) == []
@@ -180,4 +180,4 @@ def test_ctrl_c_ends_the_run_and_says_what_was_kept(tmp_path: Path) -> None:
     assert "cancelled" in out
     assert family
     assert not any(each.is_running() for each in family)
-    assert JobSpec.model_validate(jobfile.load(tmp_path / "runs" / "digits" / "job.yaml")).rounds == 5000
+    assert JobSpec.model_validate(job_loader.load(tmp_path / "runs" / "digits" / "job.yaml")).rounds == 5000

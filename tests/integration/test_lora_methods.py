@@ -15,20 +15,21 @@ from learning import job, silent, task_of, write_reviews
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from lorabbit import codec, methods
 from lorabbit.errors import Refused
-from lorabbit.jobspec import JobSpec
-from lorabbit.methods import Method
-from lorabbit.methods.sa_fedlora import SaFedLora
-from lorabbit.tensors import size_bytes
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods import registry
+from lorabbit.methods.api.method import Method
+from lorabbit.methods.shared_model.sa_fedlora import SaFedLora
+from lorabbit.tensors import serialization
+from lorabbit.tensors.arithmetic import size_bytes
 from lorabbit.types import BASE, INITIALISE, ServerState
-from lorabbit_cli.forecast import forecast
-from lorabbit_cli.local import Means, run_local
-from lorabbit_client import tiny
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.models import quiet, seeded
-from lorabbit_client.private import PrivateState
-from lorabbit_client.session import TorchSession
+from lorabbit_cli.local.dry_run import forecast
+from lorabbit_cli.local.embedded_run import Means, run_local
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.models import tiny
+from lorabbit_client.models.loading import quiet, seeded
+from lorabbit_client.training.session import TorchSession
+from lorabbit_client.training.workspace import LearningWorkspace
 
 MIXED = {"lora": {"rank": 4, "alpha": 8, "client_ranks": [4, 2]}}
 PLAIN = {"lora": {"rank": 4, "alpha": 8}}
@@ -73,7 +74,7 @@ def session(space: LearningWorkspace, spec: JobSpec, index: int = 0, number: int
 
 
 def begin(space: LearningWorkspace, spec: JobSpec) -> tuple[Method, ServerState]:
-    method = methods.build(spec)
+    method = registry.build(spec)
     return method, method.start(method.initialise(session(space, spec)))
 
 
@@ -118,14 +119,14 @@ def exported(folder: Path, space: LearningWorkspace, spec: JobSpec, method: Meth
     folder.mkdir()
     config = {**facts["export"]["files"]["adapter_config.json"], **export.config}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    codec.write_tensors(folder / "adapter_model.safetensors", export.tensors)
+    serialization.write_tensors(folder / "adapter_model.safetensors", export.tensors)
     base: Any = spec.model.name
     if export.base is not None:
         base = folder / "base"
         base.mkdir()
         for file, content in facts["export_base"]["files"].items():
             (base / file).write_text(json.dumps(content), encoding="utf-8")
-        codec.write_tensors(base / "model.safetensors", export.base)
+        serialization.write_tensors(base / "model.safetensors", export.base)
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
     return PeftModel.from_pretrained(plain, folder)
 
@@ -261,7 +262,7 @@ def test_U8_the_bytes_of_an_update_are_four_a_parameter_and_a_header(tmp_path: P
     one = session(space, spec)
     update = method.local_update(method.plan(state, one.client), one)
 
-    codec.write_tensors(tmp_path / "update", update.tensors)
+    serialization.write_tensors(tmp_path / "update", update.tensors)
 
     header = (tmp_path / "update").stat().st_size - size_bytes(update.tensors)
     assert size_bytes(update.tensors) == 4 * sum(value.size for value in update.tensors.values())

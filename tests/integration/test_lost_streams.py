@@ -9,10 +9,10 @@ from seen import Seen
 
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing, Queue
-from lorabbit.broker.rabbit import RabbitBroker
-from lorabbit.payloads import PayloadStore
-from lorabbit.publishing import AdapterPublisher
-from lorabbit.transfer import AdapterReader
+from lorabbit.broker.rabbitmq.broker import RabbitBroker
+from lorabbit.transfer.chunked_transfer import AdapterReader
+from lorabbit.transfer.payload_store import PayloadStore
+from lorabbit.transfer.stream_publisher import AdapterPublisher
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 

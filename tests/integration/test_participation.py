@@ -7,12 +7,12 @@ import pytest
 from scripted_client import ScriptedClient
 from server_rig import Rig
 
-from lorabbit import codec
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics, Offer
-from lorabbit.schedules import Buffered, Quorum
+from lorabbit.job.schedules import Buffered, Quorum
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Metrics, Offer
+from lorabbit.tensors import serialization
 from lorabbit.types import ADAPTER, TRAIN
-from lorabbit_cli.replay import replay
+from lorabbit_cli.local.replay import replay
 
 KEEP = {"keep_updates": True}
 
@@ -32,7 +32,7 @@ def timed(rig, index, *, seconds_a_step, change):
 
     def answer(task):
         steps = round(10 * task.share)
-        received = codec.read_tensors(client.store.path(task.payloads[ADAPTER].sha256))
+        received = serialization.read_tensors(client.store.path(task.payloads[ADAPTER].sha256))
         moved = {name: value + np.float32(steps * change) for name, value in received.items()}
         metrics = Metrics(num_examples=10, loss=0.5, steps=steps, seconds=steps * seconds_a_step)
         ref = client.store.add_tensors(moved, chunk_bytes=1024)
@@ -74,7 +74,7 @@ def test_a_slow_client_does_fewer_steps_in_time_and_its_change_counts_as_the_job
     ]
     assert [r.seconds for r in report.rounds] == pytest.approx([20, 8], abs=1.0)
     # Round 1: ten steps each way. Round 2: ten steps up and four down; per step done they are equal.
-    adapter = codec.read_tensors(rig.runs("job") / "adapter" / "adapter_model.safetensors")
+    adapter = serialization.read_tensors(rig.runs("job") / "adapter" / "adapter_model.safetensors")
     assert np.allclose(adapter["a"], second, atol=1e-5)
     assert [version.is_same for version in replay(rig.runs("job"))] == [True, True]
 

@@ -18,15 +18,15 @@ from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker, Pro
 from scripted_client import ScriptedClient
 from services import serve
 
-from lorabbit import codec
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing
-from lorabbit.broker.rabbit import RabbitBroker
-from lorabbit.enrolment import digest
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Alive, Hello, Metrics, Offer
-from lorabbit.settings import ClientSettings
-from lorabbit_client.credentials import settled
+from lorabbit.broker.rabbitmq.broker import RabbitBroker
+from lorabbit.config.enrolment import digest
+from lorabbit.config.settings import ClientSettings
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol import codec
+from lorabbit.protocol.messages import Alive, Hello, Metrics, Offer
+from lorabbit_client.agent.credentials import settled
 
 pytestmark = pytest.mark.services
 NOT_ALLOWED = 403

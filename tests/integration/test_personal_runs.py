@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lorabbit import jobfile
-from lorabbit.codec import read_tensors
+from lorabbit import job_loader
 from lorabbit.errors import BadInput
-from lorabbit.methods import METHODS
-from lorabbit_cli.forecast import forecast, lines
-from lorabbit_cli.local import Means, run_local
+from lorabbit.methods.registry import METHODS
+from lorabbit.tensors.serialization import read_tensors
+from lorabbit_cli.local.dry_run import forecast, lines
+from lorabbit_cli.local.embedded_run import Means, run_local
 
 JOB = """
 name: own
@@ -26,7 +26,7 @@ PERSONAL = sorted(name for name in METHODS if METHODS[name].personal)
 
 
 def run(folder: Path, method: str, *, workers: int = 1, **changes):
-    spec = jobfile.parse(JOB.replace("METHOD", method)).model_copy(update=changes)
+    spec = job_loader.parse(JOB.replace("METHOD", method)).model_copy(update=changes)
     return run_local(spec, folder, means=Means(device="cpu", workers=workers))
 
 
@@ -74,7 +74,7 @@ def test_the_number_of_training_processes_changes_nothing(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("method", ["standalone", "lg-fedavg", "fedproto", "fedkd"])
 def test_the_forecast_of_a_method_with_own_models_is_what_the_run_then_moves(tmp_path: Path, method: str) -> None:
-    spec = jobfile.parse(JOB.replace("METHOD", method)).model_copy(update={"rounds": 3})
+    spec = job_loader.parse(JOB.replace("METHOD", method)).model_copy(update={"rounds": 3})
 
     found = forecast(spec, Means(device="cpu"))
     report = run_local(spec, tmp_path, means=Means(device="cpu", workers=1)).report
@@ -89,7 +89,7 @@ def test_the_forecast_of_a_method_with_own_models_is_what_the_run_then_moves(tmp
 
 
 def test_the_forecast_counts_the_parameters_of_every_own_model_and_calls_none_of_them_shared() -> None:
-    found = forecast(jobfile.parse(JOB.replace("METHOD", "lg-fedavg")), Means(device="cpu"))
+    found = forecast(job_loader.parse(JOB.replace("METHOD", "lg-fedavg")), Means(device="cpu"))
     told = dict(lines(found))
 
     assert found.base_parameters is None
@@ -104,4 +104,4 @@ def test_ranks_of_clients_are_refused_where_nobody_averages_factors(method: str)
     text = JOB.replace("METHOD", method).replace("task:", "lora: {client_ranks: [2, 4]}, task:")
 
     with pytest.raises(BadInput, match=r"model\.lora\.client_ranks: .* averages no LoRA factors"):
-        jobfile.parse(text)
+        job_loader.parse(text)

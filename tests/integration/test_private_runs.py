@@ -8,11 +8,11 @@ import pytest
 from learning import job, write_reviews
 from mortal_rig import Fate, MortalRig
 
-from lorabbit.jobspec import JobSpec
-from lorabbit.report import Report
-from lorabbit_client.capability import UNLIMITED, Capability
+from lorabbit.events.report import Report
+from lorabbit.job.spec import JobSpec
+from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.execution.privacy_ledger import PrivacyLedger
 from lorabbit_client.executor import Executor
-from lorabbit_client.privacy_ledger import PrivacyLedger
 
 STEPS, ROUNDS = 2, 3
 

@@ -16,12 +16,12 @@ from services import free_port, serve
 
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing, Queue
-from lorabbit.broker.rabbit import RabbitBroker
+from lorabbit.broker.rabbitmq.broker import RabbitBroker
+from lorabbit.config.network import urls_of_hosts
 from lorabbit.errors import BrokerRefused, BrokerUnavailable
-from lorabbit.payloads import PayloadStore
-from lorabbit.publishing import AdapterPublisher
-from lorabbit.transfer import AdapterReader, ChunkSender
-from lorabbit.urls import urls_of_hosts
+from lorabbit.transfer.chunked_transfer import AdapterReader, ChunkSender
+from lorabbit.transfer.payload_store import PayloadStore
+from lorabbit.transfer.stream_publisher import AdapterPublisher
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 

@@ -16,12 +16,12 @@ from seen import Seen
 
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing, Queue
-from lorabbit.chunks import CHUNK, WINDOW
 from lorabbit.errors import BrokerUnavailable, LoRAbbitError
-from lorabbit.messages import PayloadRef
-from lorabbit.payloads import PayloadStore
-from lorabbit.publishing import AdapterPublisher
-from lorabbit.transfer import AdapterReader, ChunkSender, DamagedStream
+from lorabbit.protocol.messages import PayloadRef
+from lorabbit.transfer.chunked_transfer import AdapterReader, ChunkSender, DamagedStream
+from lorabbit.transfer.chunking import CHUNK, WINDOW
+from lorabbit.transfer.payload_store import PayloadStore
+from lorabbit.transfer.stream_publisher import AdapterPublisher
 
 pytestmark = pytest.mark.services
 MIB = 2**20

@@ -7,8 +7,8 @@ from server_rig import Rig
 
 from lorabbit.broker.base import OnDone, Outgoing
 from lorabbit.broker.memory import MemoryBroker
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import CancelTask, Task
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import CancelTask, Task
 from lorabbit.types import TRAIN
 
 SPEC = JobSpec(name="job", clients=2, rounds=1)

@@ -14,21 +14,21 @@ import structlog
 from typer.testing import CliRunner, Result
 
 from lorabbit.broker.memory import MemoryBroker
+from lorabbit.config.logging import configure
+from lorabbit.config.settings import ClientSettings, ServerSettings
 from lorabbit.errors import BadInput
-from lorabbit.payloads import PayloadStore
-from lorabbit.settings import ClientSettings, ServerSettings
 from lorabbit.state.redis import RedisStore
-from lorabbit.telemetry import configure
+from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit_cli.__main__ import app
-from lorabbit_cli.remote import Server
-from lorabbit_client.agent import Agent
+from lorabbit_cli.api_client import Server
+from lorabbit_client.agent.agent import Agent
+from lorabbit_client.agent.payload_cache import Shelf
+from lorabbit_client.execution.runners import InlineRunner
 from lorabbit_client.executor import Executor
-from lorabbit_client.runners import InlineRunner
-from lorabbit_client.shelf import Shelf
-from lorabbit_server.api import make_app
-from lorabbit_server.http import HttpServer
-from lorabbit_server.measures import Measures
-from lorabbit_server.service import Service
+from lorabbit_server.api.app import make_app
+from lorabbit_server.api.metrics import Measures
+from lorabbit_server.http_server import HttpServer
+from lorabbit_server.server import Service
 
 JOB = "name: walk\nmodel: {name: 'null:40KB'}\nrounds: 2\nclients: 3\n"
 FOREVER = 1e8

@@ -12,21 +12,21 @@ from seen import Seen
 from server_rig import Rig
 
 from lorabbit.broker import topology
-from lorabbit.broker.rabbit import RabbitBroker
-from lorabbit.chunks import Chunks
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Commit, Grant, PayloadRef
-from lorabbit.report import Report
-from lorabbit.settings import ClientSettings, ServerSettings
+from lorabbit.broker.rabbitmq.broker import RabbitBroker
+from lorabbit.config.settings import ClientSettings, ServerSettings
+from lorabbit.events.report import Report
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Commit, Grant, PayloadRef
 from lorabbit.state.redis import RedisStore
+from lorabbit.transfer.chunking import Chunks
 from lorabbit.types import TRAIN
-from lorabbit_client import assignment
-from lorabbit_client.agent import Agent
+from lorabbit_client.agent import task_run
+from lorabbit_client.agent.agent import Agent
+from lorabbit_client.execution.runners import InlineRunner
 from lorabbit_client.executor import Executor
-from lorabbit_client.runners import InlineRunner
-from lorabbit_server import uploads
-from lorabbit_server.repairs import AT_ONCE
-from lorabbit_server.service import Service
+from lorabbit_server.server import Service
+from lorabbit_server.transfer import uploads
+from lorabbit_server.transfer.uploads import AT_ONCE
 
 TEN_MINUTES = 600.0
 MIB = 2**20
@@ -151,7 +151,7 @@ def test_a_bit_that_flips_on_the_way_up_costs_its_chunk_and_no_waiting(empty_rab
     """Whatever else asks again does so after ten minutes: the watchdog of a minute has ended the test by then."""
     monkeypatch.setattr(uploads, "STALLED_MS", round(TEN_MINUTES * 1000))
     monkeypatch.setattr(uploads, "BEHIND_OTHERS_MS", round(TEN_MINUTES * 1000))
-    monkeypatch.setattr(assignment, "ASK_AGAIN_SECONDS", TEN_MINUTES)
+    monkeypatch.setattr(task_run, "ASK_AGAIN_SECONDS", TEN_MINUTES)
     link = Proxy(empty_rabbitmq_url)
     near, far = RabbitBroker(empty_rabbitmq_url, name="server"), RabbitBroker(link.url, name="client")
     settings = ServerSettings(folder=tmp_path / "server", durable=False, chunk_bytes=MIB // 4)

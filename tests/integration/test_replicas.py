@@ -12,12 +12,12 @@ from scripted_client import ScriptedClient
 from server_rig import Paused, Rig
 
 from lorabbit.errors import StoreUnavailable
-from lorabbit.jobspec import JobSpec
+from lorabbit.job.spec import JobSpec
 from lorabbit.state.redis import RedisStore
 from lorabbit.types import TRAIN
-from lorabbit_server.service import TICK_SECONDS
-from lorabbit_server.status import Lookout
-from lorabbit_server.surroundings import Surroundings
+from lorabbit_server.api.status import Lookout
+from lorabbit_server.health.dependencies import Surroundings
+from lorabbit_server.server import TICK_SECONDS
 
 LEASE = "lorabbit:{server}:lease"
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from mortal_rig import Fate, Moment, MortalRig, new_executor
 
-from lorabbit.jobspec import JobSpec
-from lorabbit.report import Report
+from lorabbit.events.report import Report
+from lorabbit.job.spec import JobSpec
 from lorabbit.types import EVALUATE, TRAIN
 from lorabbit_client.executor import Executor
 

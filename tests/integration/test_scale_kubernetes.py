@@ -13,9 +13,9 @@ from typer.testing import CliRunner, Result
 
 from lorabbit_cli.__main__ import app
 from lorabbit_cli.scaling.base import OverQuota
-from lorabbit_cli.scaling.cluster_access import find_access
-from lorabbit_cli.scaling.cluster_events import Warnings
-from lorabbit_cli.scaling.cluster_pools import Workload
+from lorabbit_cli.scaling.kubernetes_api import find_access
+from lorabbit_cli.scaling.kubernetes_pods import Warnings
+from lorabbit_cli.scaling.kubernetes_workloads import Workload
 
 Scale = Callable[..., Result]
 

@@ -11,13 +11,13 @@ from typing import Any, get_args
 
 import pytest
 from method_client import RANK, MethodClient
+from reference_pages import SCHEDULES, job_of, refusal
 from server_rig import Rig
 
-from lorabbit.jobspec import Aggregation, JobSpec
-from lorabbit.methods import METHODS
+from lorabbit.job.spec import Aggregation, JobSpec
+from lorabbit.methods.registry import METHODS
 from lorabbit.types import TRAIN
-from lorabbit_cli.reference_schedules import SCHEDULES, job_of, refusal
-from lorabbit_cli.replay import replay
+from lorabbit_cli.local.replay import replay
 
 CLIENTS, ROUNDS = 3, 4
 SETTINGS: dict[str, dict[str, Any]] = {

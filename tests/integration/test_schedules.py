@@ -9,15 +9,16 @@ import pytest
 from server_rig import Died, Fuse, Rig
 from typer.testing import CliRunner
 
-from lorabbit import codec, jobfile
+from lorabbit import job_loader
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics, Offer
-from lorabbit.schedules import Buffered, Quorum
+from lorabbit.job.schedules import Buffered, Quorum
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Metrics, Offer
+from lorabbit.tensors import serialization
 from lorabbit.types import INITIALISE, TRAIN
 from lorabbit_cli.__main__ import app
-from lorabbit_cli.local import Audience, Means, run_local
-from lorabbit_cli.replay import replay
+from lorabbit_cli.local.embedded_run import Audience, Means, run_local
+from lorabbit_cli.local.replay import replay
 
 
 def spec(schedule, **what):
@@ -83,7 +84,7 @@ def test_an_update_that_comes_late_is_kept_with_half_its_change(rig):
     rig.run_to_end(job)
 
     # Round 1: mean of +1 and +2. Round 2: mean of +1 and, one version late, half of +3.
-    adapter = codec.read_tensors(rig.runs(job) / "adapter" / "adapter_model.safetensors")
+    adapter = serialization.read_tensors(rig.runs(job) / "adapter" / "adapter_model.safetensors")
     assert np.array_equal(adapter["a"], np.full((4, 3), 1.5 + (1 + 1.5) / 2, np.float32))
     assert rig.report(job).rounds[1].facts["staleness_max"] == 1
 
@@ -145,7 +146,7 @@ def test_with_a_buffer_of_one_every_update_makes_a_version_worth_what_its_age_le
     rig.run_to_end(job)
 
     # +1, +1, then +3 two versions late, then +3 in time.
-    adapter = codec.read_tensors(rig.runs(job) / "adapter" / "adapter_model.safetensors")
+    adapter = serialization.read_tensors(rig.runs(job) / "adapter" / "adapter_model.safetensors")
     assert np.array_equal(adapter["a"], np.full((4, 3), 1 + 1 + 3 / 3 + 3, np.float32))
     assert [r.facts["staleness_max"] for r in rig.report(job).rounds] == [0, 0, 2, 0]
 
@@ -208,7 +209,7 @@ def test_a_job_in_one_process_ends_and_tells_how_old_its_updates_were(tmp_path, 
     lines = []
 
     ended = run_local(
-        jobfile.parse(f"{NULL}schedule: {schedule}\n"),
+        job_loader.parse(f"{NULL}schedule: {schedule}\n"),
         tmp_path,
         means=Means(),
         audience=Audience(on_event=lines.append),
@@ -220,7 +221,7 @@ def test_a_job_in_one_process_ends_and_tells_how_old_its_updates_were(tmp_path, 
 
 
 def test_a_sync_round_tells_nothing_of_staleness(tmp_path):
-    ended = run_local(jobfile.parse(NULL), tmp_path, means=Means())
+    ended = run_local(job_loader.parse(NULL), tmp_path, means=Means())
 
     assert all(not r.facts for r in ended.report.rounds)
 
@@ -232,7 +233,7 @@ KEPT = "output: {keep_updates: true}\n"
     "schedule", ["sync", "{kind: buffered, buffer: 1}", "{kind: buffered, buffer: 3}", "{kind: quorum, late: keep}"]
 )
 def test_a_run_that_kept_its_updates_is_made_again_to_the_same_sha256(tmp_path, schedule):
-    ended = run_local(jobfile.parse(f"{NULL}{KEPT}schedule: {schedule}\n"), tmp_path, means=Means())
+    ended = run_local(job_loader.parse(f"{NULL}{KEPT}schedule: {schedule}\n"), tmp_path, means=Means())
 
     versions = list(replay(ended.folder))
 
@@ -274,10 +275,10 @@ def test_a_run_in_which_an_update_could_not_be_folded_is_made_again_from_the_oth
 
 
 def test_an_update_that_was_changed_after_the_run_shows_in_the_replay(tmp_path):
-    folder = run_local(jobfile.parse(NULL + KEPT), tmp_path, means=Means()).folder
+    folder = run_local(job_loader.parse(NULL + KEPT), tmp_path, means=Means()).folder
     path = min((folder / "updates").glob("*.safetensors"))
-    tensors = {name: np.array(value) + 1 for name, value in codec.read_tensors(path).items()}
-    codec.write_tensors(path, tensors)
+    tensors = {name: np.array(value) + 1 for name, value in serialization.read_tensors(path).items()}
+    serialization.write_tensors(path, tensors)
 
     result = CliRunner().invoke(app, ["replay", str(folder)])
 
@@ -286,7 +287,7 @@ def test_an_update_that_was_changed_after_the_run_shows_in_the_replay(tmp_path):
 
 
 def test_a_run_that_kept_no_updates_cannot_be_made_again(tmp_path):
-    folder = run_local(jobfile.parse(NULL), tmp_path, means=Means()).folder
+    folder = run_local(job_loader.parse(NULL), tmp_path, means=Means()).folder
 
     assert not (folder / "updates").exists()
     with pytest.raises(BadInput, match=r"kept no updates; run the job with --set output\.keep_updates=true"):
@@ -294,7 +295,7 @@ def test_a_run_that_kept_no_updates_cannot_be_made_again(tmp_path):
 
 
 def test_replay_prints_its_versions(tmp_path):
-    folder = run_local(jobfile.parse(f"{NULL}{KEPT}schedule: buffered\n"), tmp_path, means=Means()).folder
+    folder = run_local(job_loader.parse(f"{NULL}{KEPT}schedule: buffered\n"), tmp_path, means=Means()).folder
 
     text = CliRunner().invoke(app, ["replay", str(folder)])
     told = CliRunner().invoke(app, ["replay", str(folder), "--format", "json"])

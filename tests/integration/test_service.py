@@ -12,15 +12,15 @@ import yaml
 from scripted_client import SHAPES, ScriptedClient
 from server_rig import Rig
 
-from lorabbit import codec
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing
-from lorabbit.chunks import Chunks
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Deny, Grant, Offer, TaskFailed, Verdict
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Deny, Grant, Offer, TaskFailed, Verdict
+from lorabbit.tensors import serialization
+from lorabbit.transfer.chunking import Chunks
 from lorabbit.types import EVALUATE, TRAIN
-from lorabbit_server.status import status_of
+from lorabbit_server.api.status import status_of
 
 
 def spec(**what):
@@ -43,7 +43,7 @@ def started(rig, job=None):
 
 
 def adapter(folder):
-    return codec.read_tensors(folder / "adapter_model.safetensors")
+    return serialization.read_tensors(folder / "adapter_model.safetensors")
 
 
 # ---- a whole job ----

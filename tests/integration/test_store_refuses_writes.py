@@ -12,12 +12,12 @@ from server_rig import Rig
 from services import Redis, free_port
 
 from lorabbit.errors import StoreRefuses
-from lorabbit.jobspec import JobSpec
+from lorabbit.job.spec import JobSpec
 from lorabbit.state.base import Change, ClientEntry
 from lorabbit.state.redis import RedisStore
 from lorabbit.types import TRAIN
-from lorabbit_server.status import Lookout
-from lorabbit_server.surroundings import STORE, Surroundings
+from lorabbit_server.api.status import Lookout
+from lorabbit_server.health.dependencies import STORE, Surroundings
 
 pytestmark = pytest.mark.services
 FULL, ROOM = "1mb", "0"

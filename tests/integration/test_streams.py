@@ -6,14 +6,15 @@ import pytest
 from server_rig import AtOnce, Rig
 
 from lorabbit.broker import topology
-from lorabbit.jobspec import JobSpec
-from lorabbit.settings import ClientSettings
+from lorabbit.config.settings import ClientSettings
+from lorabbit.job.spec import JobSpec
 from lorabbit.state.redis import RedisStore
-from lorabbit.transfer import PATIENCE_SECONDS
-from lorabbit_client.agent import Agent
+from lorabbit.transfer.chunked_transfer import PATIENCE_SECONDS
+from lorabbit_client.agent.agent import Agent
+from lorabbit_client.execution.runners import InlineRunner
 from lorabbit_client.executor import Executor
-from lorabbit_client.runners import InlineRunner
-from lorabbit_server.service import Means, Service
+from lorabbit_server.context import Means
+from lorabbit_server.server import Service
 
 LEASE = "lorabbit:{server}:lease"
 SPEC = JobSpec.model_validate({

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from lorabbit_cli.stress import private
+from lorabbit_bench.stress import process_deployment
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 STRESS = [sys.executable, "-m", "lorabbit_cli", "stress"]
@@ -22,7 +22,7 @@ SECONDS = 200.0
 
 @pytest.fixture(autouse=True)
 def _programs() -> None:
-    lacking = private.missing()
+    lacking = process_deployment.missing()
     if lacking is not None:
         pytest.skip(f"{lacking} on this machine")
 

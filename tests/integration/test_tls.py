@@ -9,15 +9,15 @@ from services import serve
 from typer.testing import CliRunner
 
 from lorabbit.broker.base import Outgoing, Queue
-from lorabbit.broker.rabbit import RabbitBroker
+from lorabbit.broker.rabbitmq.broker import RabbitBroker
+from lorabbit.config.network import Trust
+from lorabbit.config.settings import ServerSettings
 from lorabbit.errors import BadInput, ServerUnavailable, StoreUnavailable
-from lorabbit.settings import ServerSettings
 from lorabbit.state.redis import RedisStore
-from lorabbit.tls import Trust
 from lorabbit_cli.__main__ import app
+from lorabbit_cli.api_client import Server
 from lorabbit_cli.certificates import make
-from lorabbit_cli.remote import Server
-from lorabbit_server.http import HttpServer
+from lorabbit_server.http_server import HttpServer
 
 pytestmark = pytest.mark.services
 

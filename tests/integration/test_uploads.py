@@ -7,8 +7,8 @@ import hashlib
 import pytest
 from server_rig import Paused, Rig
 
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Deny, Grant, Metrics, Offer, PayloadRef
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Deny, Grant, Metrics, Offer, PayloadRef
 from lorabbit.types import TRAIN
 
 

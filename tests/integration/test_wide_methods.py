@@ -11,8 +11,8 @@ from scripted_client import EXPORT, SHAPES, ScriptedClient
 from server_rig import Died, Fuse, Rig
 from wide_methods import register
 
-from lorabbit import codec
-from lorabbit.jobspec import JobSpec
+from lorabbit.job.spec import JobSpec
+from lorabbit.tensors import serialization
 from lorabbit.types import ADAPTER, BASE, EVALUATE, INITIALISE, TRAIN
 
 
@@ -69,7 +69,7 @@ def test_what_the_preparation_made_is_what_the_first_round_starts_from(rig):
     rig.run(spec(rounds=1))
 
     (task,) = [task for task in rig.clients[0].tasks if (task.phase, task.round) == (TRAIN, 1)]
-    base = codec.read_tensors(rig.clients[0].store.path(task.payloads[BASE].sha256))["w"]
+    base = serialization.read_tensors(rig.clients[0].store.path(task.payloads[BASE].sha256))["w"]
     assert np.array_equal(base, np.arange(600, dtype=np.float32) + 20)
 
 
@@ -157,8 +157,8 @@ def test_an_exported_version_has_its_own_configuration_and_its_base_model(rig, m
         folder = rig.runs("job") / name
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config == {"peft_type": "LORA", "r": 2, "lora_alpha": 16}
-        assert codec.read_tensors(folder / "base" / "model.safetensors")["w"][0] == 20
-        assert codec.read_tensors(folder / "adapter_model.safetensors").keys() == SHAPES.keys()
+        assert serialization.read_tensors(folder / "base" / "model.safetensors")["w"][0] == 20
+        assert serialization.read_tensors(folder / "adapter_model.safetensors").keys() == SHAPES.keys()
 
 
 def test_what_a_method_tells_of_a_round_is_in_the_report(rig):

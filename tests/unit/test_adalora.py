@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 from doubles import QuadraticSession, profile
 
-from lorabbit import lora
 from lorabbit.errors import BadInput, Refused
-from lorabbit.jobspec import JobSpec
-from lorabbit.lora import Factors
-from lorabbit.methods import build
-from lorabbit.methods.adalora import AdaLora, _kept
-from lorabbit.tensors import weighted_mean
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.registry import build
+from lorabbit.methods.shared_model.adalora import AdaLora, _kept
+from lorabbit.tensors import lora_math
+from lorabbit.tensors.arithmetic import weighted_mean
+from lorabbit.tensors.lora_math import Factors
 from lorabbit.types import ClientUpdate
 
 SHAPES = {"m.q": (7, 9), "m.v": (8, 6)}
@@ -20,7 +20,7 @@ def adapter(seed=0):
     rng = np.random.default_rng(seed)
     tensors = {HEAD: rng.normal(size=(2, 3)).astype(np.float32)}
     for module, (d_out, d_in) in SHAPES.items():
-        tensors |= lora.write(module, Factors(rng.normal(size=(RANK, d_in)).astype(np.float32),
+        tensors |= lora_math.write(module, Factors(rng.normal(size=(RANK, d_in)).astype(np.float32),
                                               rng.normal(size=(d_out, RANK)).astype(np.float32)))  # fmt: skip
     return tensors
 
@@ -49,7 +49,7 @@ def after(method, rounds):
 
 
 def ranks(state):
-    return {module: lora.read(state.tensors, module).rank for module in SHAPES}
+    return {module: lora_math.read(state.tensors, module).rank for module in SHAPES}
 
 
 def test_while_the_budget_is_whole_it_is_fedavg():
@@ -105,7 +105,7 @@ def test_sensitivity_is_the_mean_of_weight_times_gradient():
 
     w, g2 = (
         update.tensors,
-        {n: np.square(update.tensors[n] - session.b[n]) for n in update.tensors if lora.is_factor(n)},
+        {n: np.square(update.tensors[n] - session.b[n]) for n in update.tensors if lora_math.is_factor(n)},
     )
     a, b = "m.q.lora_A.weight", "m.q.lora_B.weight"
     expected = (np.abs(w[a]) * np.sqrt(g2[a])).mean(axis=1) + (np.abs(w[b]) * np.sqrt(g2[b])).mean(axis=0)
@@ -129,7 +129,7 @@ def test_the_export_has_one_rank_and_the_scaling_of_the_job():
 
     assert export.config == {"r": max(ranks(state).values()), "lora_alpha": 2 * max(ranks(state).values())}
     for module in SHAPES:
-        ours, theirs = lora.read(state.tensors, module, 2.0), lora.read(export.tensors, module, 2.0)
+        ours, theirs = lora_math.read(state.tensors, module, 2.0), lora_math.read(export.tensors, module, 2.0)
         np.testing.assert_array_equal(theirs.product(), ours.product())
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabbit import codec
 from lorabbit.errors import Refused
-from lorabbit.messages import PayloadRef
-from lorabbit_server.admission import HEADER_BYTES, Expected, Template, check_offer, check_update
+from lorabbit.protocol.messages import PayloadRef
+from lorabbit.tensors import serialization
+from lorabbit_server.aggregation.update_validation import HEADER_BYTES, Expected, Template, check_offer, check_update
 
 RIGHT = {"a": np.ones((2, 3), np.float32), "b": np.ones((4,), ml_dtypes.bfloat16), "n": np.ones((), np.int64)}
 TEMPLATE = Template.of(RIGHT)
@@ -21,7 +21,7 @@ TEMPLATE = Template.of(RIGHT)
 def write(tmp_path):
     def written(tensors):
         path = tmp_path / "update.safetensors"
-        codec.write_tensors(path, tensors)
+        serialization.write_tensors(path, tensors)
         return path
 
     return written
@@ -44,7 +44,7 @@ def test_an_update_may_be_as_large_as_what_it_started_from(write):
 
 
 def test_a_template_is_the_same_from_values_and_from_a_file(write):
-    assert Template.of(codec.read_tensors(write(RIGHT))) == TEMPLATE
+    assert Template.of(serialization.read_tensors(write(RIGHT))) == TEMPLATE
     assert TEMPLATE.size_bytes == 6 * 4 + 4 * 2 + 8
     assert TEMPLATE.parameters == 6 + 4 + 1
 
@@ -97,7 +97,7 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_stands(tmp_path_facto
     tensors = {key: array.copy() for key, array in RIGHT.items()}
     tensors[name].flat[place % tensors[name].size] = value
     path = tmp_path_factory.mktemp("update") / "u.safetensors"
-    codec.write_tensors(path, tensors)
+    serialization.write_tensors(path, tensors)
 
     assert refused(path) == "not-finite"
 

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from scripted_server import CHUNK_BYTES, Rig, ScriptedRunner
 
-from lorabbit import codec
 from lorabbit.broker import topology
 from lorabbit.broker.base import Delivery, OnDone, Outgoing
-from lorabbit.messages import (
+from lorabbit.protocol.messages import (
     AddressTaken,
     Alive,
     CancelTask,
@@ -23,9 +22,10 @@ from lorabbit.messages import (
     Verdict,
     Welcome,
 )
-from lorabbit.payloads import PayloadStore
+from lorabbit.tensors import serialization
+from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit.types import ADAPTER, EVALUATE
-from lorabbit_client import assignment
+from lorabbit_client.agent import task_run
 
 RESULT = {"w": np.arange(1500, dtype=np.float32)}
 IDS = {"job": "job", "task": "t-1", "client": "client-7"}
@@ -201,7 +201,7 @@ def test_a_task_goes_from_order_to_verdict(rig: Rig) -> None:
 
     rig.tell(rig.task("t-1", ref))
     rig.run()
-    got = codec.read_tensors(runner.work["t-1"][0].inputs[ADAPTER])["w"]
+    got = serialization.read_tensors(runner.work["t-1"][0].inputs[ADAPTER])["w"]
     runner.finish("t-1", RESULT)
     rig.run()
     rig.tell(all_chunks(offered(rig)))
@@ -212,7 +212,7 @@ def test_a_task_goes_from_order_to_verdict(rig: Rig) -> None:
     assert rig.heard(TaskAccepted) == [TaskAccepted(**IDS)]
     assert got[0] == 1.5
     assert offered(rig).bytes_down == ref.size_bytes
-    assert rig.received() == payload_of(offered(rig)) == codec.tensors_sha256(RESULT)
+    assert rig.received() == payload_of(offered(rig)) == serialization.tensors_sha256(RESULT)
     assert all(len(chunk.body) <= CHUNK_BYTES for chunk in rig.chunks)
     assert rig.heard(Commit) == [Commit(**IDS, sha256=payload_of(offered(rig)))]
     assert files(rig.folder / "somewhere") == []
@@ -548,7 +548,7 @@ def test_a_task_without_memory_is_handed_back_after_a_rest(rig: Rig) -> None:
 def test_of_progress_made_while_the_broker_is_away_only_the_newest_is_kept(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assignment, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(task_run, "PROGRESS_SECONDS", 0.0)
     runner = ScriptedRunner()
     rig.agent(runner)
     rig.tell(rig.task("t-1", rig.publish(1.0)))
@@ -655,7 +655,7 @@ def test_a_task_that_was_running_at_the_crash_is_done_again(rig: Rig) -> None:
     rig.run()
 
     assert before.submitted == after.submitted == ["t-1"]
-    assert [payload_of(offer) for offer in rig.heard(Offer)] == [codec.tensors_sha256(RESULT)]
+    assert [payload_of(offer) for offer in rig.heard(Offer)] == [serialization.tensors_sha256(RESULT)]
     assert offered(rig).bytes_down == 8104  # read once, before the crash, and told by nobody yet
 
 
@@ -674,7 +674,7 @@ def test_a_result_in_the_outbox_is_offered_again_after_the_crash(rig: Rig) -> No
 
     assert after.submitted == []
     assert rig.heard(Hello)[-1].outbox == ("t-1",)
-    assert rig.received() == codec.tensors_sha256(RESULT)
+    assert rig.received() == serialization.tensors_sha256(RESULT)
 
 
 def test_a_result_whose_file_was_cut_short_is_made_again(rig: Rig) -> None:

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 from doubles import QuadraticSession, profile
 
-from lorabbit import aggregation, lora
-from lorabbit.aggregation import RULES, Aggregation
-from lorabbit.aggregation.received import HELD
-from lorabbit.aggregation.rules import Target, mean_of_components
-from lorabbit.aggregation.shift import compressed
-from lorabbit.codec import read_tensors, write_tensors
+from lorabbit.aggregation import client_side
+from lorabbit.aggregation.aggregator import HELD, Aggregation
+from lorabbit.aggregation.base_delta import compressed
+from lorabbit.aggregation.rules import RULES, Target, mean_of_components
 from lorabbit.errors import BadInput, Refused
-from lorabbit.jobspec import JobSpec
-from lorabbit.lora import Factors
-from lorabbit.methods import METHODS, build
-from lorabbit.methods.fedavg import FedAvg
-from lorabbit.tensors import weighted_mean
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.registry import METHODS, build
+from lorabbit.methods.shared_model.fedavg import FedAvg
+from lorabbit.tensors import lora_math
+from lorabbit.tensors.arithmetic import weighted_mean
+from lorabbit.tensors.lora_math import Factors
+from lorabbit.tensors.serialization import read_tensors, write_tensors
 from lorabbit.types import ADAPTER, SHIFT, ClientUpdate, ServerState
 
 SHAPES = {"m.q": (7, 9), "m.v": (12, 6)}
@@ -34,7 +34,7 @@ def adapter(rank=4, seed=0, dtype=np.float64):
     rng = np.random.default_rng(seed)
     tensors = {HEAD: rng.normal(size=(2, 3)).astype(dtype)}
     for module, (d_out, d_in) in SHAPES.items():
-        tensors |= lora.write(module, Factors(rng.normal(size=(rank, d_in)).astype(dtype),
+        tensors |= lora_math.write(module, Factors(rng.normal(size=(rank, d_in)).astype(dtype),
                                               rng.normal(size=(d_out, rank)).astype(dtype)))  # fmt: skip
     return tensors
 
@@ -46,7 +46,7 @@ def update(index, *, rank=4, num_examples=1, scaling=2.0, dtype=np.float64):
 
 
 def dense(tensors, module, scaling=2.0):
-    return lora.read(tensors, module, scaling).product()
+    return lora_math.read(tensors, module, scaling).product()
 
 
 def dense_mean(updates, module):
@@ -71,7 +71,7 @@ def test_factors_are_the_weighted_mean_to_the_bit():
 
 def test_a_frozen_a_makes_the_mean_of_products_the_product_of_means():
     rule, start = setting("freeze-a"), setting("freeze-a").start(adapter())
-    frozen = start.shared[aggregation.FROZEN]
+    frozen = start.shared[client_side.FROZEN]
     updates = [update(k, num_examples=1 + k) for k in range(3)]
     sent = [ClientUpdate(u.client, u.index, {n: v for n, v in u.tensors.items() if n not in frozen}, u.num_examples,
                          0.0, u.facts) for u in updates]  # fmt: skip
@@ -100,7 +100,7 @@ def test_a_weaker_client_of_svd_gets_the_best_approximation_of_its_rank():
 
     plan = rule.plan(after, profile(1))
 
-    best = lora.truncate(lora.read(after.tensors, "m.q", 2.0), 2).factors.product()
+    best = lora_math.truncate(lora_math.read(after.tensors, "m.q", 2.0), 2).factors.product()
     np.testing.assert_allclose(dense(plan.payloads[ADAPTER], "m.q"), best, atol=1e-9)
     assert plan.settings == {"rank": 2}
 
@@ -237,8 +237,8 @@ def test_a_rule_that_leaves_the_base_alone_exports_the_adapter_as_it_is():
 
 
 def test_components_are_averaged_over_the_clients_that_trained_them():
-    kept = lora.read(adapter(), "m.q", 2.0)
-    strong, weak = (lora.read(update(k, rank=r).tensors, "m.q", 2.0) for k, r in enumerate((3, 1)))
+    kept = lora_math.read(adapter(), "m.q", 2.0)
+    strong, weak = (lora_math.read(update(k, rank=r).tensors, "m.q", 2.0) for k, r in enumerate((3, 1)))
 
     folded = mean_of_components([(1.0, strong), (3.0, weak)], Target(4, 2.0, kept=kept)).factors
 

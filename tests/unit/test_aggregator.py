@@ -7,15 +7,15 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from lorabbit import codec
-from lorabbit.aggregation import Carried, Carry
-from lorabbit.messages import Metrics
-from lorabbit.methods.fedavg import FedAvg
-from lorabbit.payloads import PayloadStore
+from lorabbit.aggregation.staleness import Carried, Carry
+from lorabbit.methods.shared_model.fedavg import FedAvg
+from lorabbit.protocol.messages import Metrics
+from lorabbit.tensors import serialization
+from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit.types import ClientId, ServerState
-from lorabbit_server.aggregator import Background, Updates, aggregate
-from lorabbit_server.jobstate import Offered, TaskState
-from lorabbit_server.versions import Versions
+from lorabbit_server.aggregation.aggregator import Background, Updates, aggregate
+from lorabbit_server.aggregation.model_versions import Versions
+from lorabbit_server.engine.state import Offered, TaskState
 
 SHAPE = (64, 64)
 
@@ -78,7 +78,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(payloads):
         generator.shuffle(tasks)
         got = aggregate(FedAvg(), ServerState({}), tasks, payloads=payloads).tensors
 
-        assert codec.tensors_sha256(got) == codec.tensors_sha256(expected)
+        assert serialization.tensors_sha256(got) == serialization.tensors_sha256(expected)
 
 
 def test_a_loss_that_a_client_did_not_measure_is_not_a_number(payloads):
@@ -121,7 +121,7 @@ def test_facts_travel_with_the_state_and_stay_out_of_what_clients_get(payloads):
 
     assert loaded.facts == {"round": 3, "who": ["x"]}
     assert saved.state != saved.adapter
-    assert codec.read_facts(payloads.path(saved.adapter.sha256)) == {}
+    assert serialization.read_facts(payloads.path(saved.adapter.sha256)) == {}
     assert versions.refs({"adapter": loaded.tensors}) == {"adapter": saved.adapter}
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
-from lorabbit_client import tiny
-from lorabbit_client.data import describe, load_client, load_labels, load_test
+from lorabbit.job.spec import JobSpec
+from lorabbit_client.dataset import describe, load_client, load_labels, load_test
+from lorabbit_client.models import tiny
 
 BERT = tiny.tiny_tokenizer("bert")
 ROWS = [{"text": f"text number {row}", "label": "abc"[row % 3], "author": f"author {row % 7}"} for row in range(120)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorabbit.errors import BadInput
-from lorabbit_client.cnn import Cnn
+from lorabbit_client.models.cnn import Cnn
 
 
 @pytest.mark.parametrize(

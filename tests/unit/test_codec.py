@@ -14,11 +14,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lorabbit import codec
-from lorabbit.coding import write_coded
+from lorabbit.compression.compressor import write_coded
 from lorabbit.errors import BadInput, CorruptPayload, Refused
-from lorabbit.messages import FROM_CLIENT, FROM_SERVER, Commit, Deny, Grant, Hello, Metrics, Offer, PayloadRef, Verdict
-from lorabbit.transport import Coding
+from lorabbit.job.spec import Coding
+from lorabbit.protocol import codec
+from lorabbit.protocol.messages import (
+    FROM_CLIENT,
+    FROM_SERVER,
+    Commit,
+    Deny,
+    Grant,
+    Hello,
+    Metrics,
+    Offer,
+    PayloadRef,
+    Verdict,
+)
+from lorabbit.tensors import serialization
 
 SHA = "ab" * 32
 FOR_TASK = {"job": "j", "task": "t", "client": "client-0"}
@@ -31,7 +43,7 @@ MESSAGES = [
     Commit(**FOR_TASK, sha256=SHA),
     Verdict(**FOR_TASK, accepted=False, reason="not-finite"),
 ]
-DTYPES = st.sampled_from([dtype for dtype in codec.DTYPES.values() if dtype.kind != "V"])
+DTYPES = st.sampled_from([dtype for dtype in serialization.DTYPES.values() if dtype.kind != "V"])
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
 NAMES = st.text(st.characters(blacklist_categories=("Cs",)), max_size=20).filter(lambda n: n != "__metadata__")
 
@@ -97,15 +109,15 @@ def test_tensors_and_facts_survive_a_file(tensors, facts):
     with TemporaryDirectory() as folder:
         path = Path(folder) / "tensors"
 
-        sha256 = codec.write_tensors(path, tensors, facts)
+        sha256 = serialization.write_tensors(path, tensors, facts)
 
-        read = codec.read_tensors(path)
+        read = serialization.read_tensors(path)
         assert list(read) == sorted(tensors)
         for name, value in tensors.items():
             assert (read[name].dtype, read[name].shape) == (value.dtype, value.shape)
             assert read[name].tobytes() == value.tobytes()
-        assert codec.read_facts(path) == facts
-        assert sha256 == codec.tensors_sha256(dict(reversed(tensors.items())), facts)
+        assert serialization.read_facts(path) == facts
+        assert sha256 == serialization.tensors_sha256(dict(reversed(tensors.items())), facts)
         assert [p.name for p in Path(folder).iterdir()] == ["tensors"]
 
 
@@ -113,9 +125,9 @@ def test_tensors_and_facts_survive_a_file(tensors, facts):
 def test_a_file_that_is_read_and_written_again_is_the_same_file(tensors):
     with TemporaryDirectory() as folder:
         first, second = Path(folder) / "first", Path(folder) / "second"
-        codec.write_tensors(first, tensors)
+        serialization.write_tensors(first, tensors)
 
-        codec.write_tensors(second, codec.read_tensors(first))
+        serialization.write_tensors(second, serialization.read_tensors(first))
 
         assert first.read_bytes() == second.read_bytes()
 
@@ -123,7 +135,7 @@ def test_a_file_that_is_read_and_written_again_is_the_same_file(tensors):
 def test_the_bytes_are_those_of_the_safetensors_library(file, tmp_path):
     tensors = {name: np.arange(7, dtype=np.float32) + i for i, name in enumerate("bca")}
 
-    codec.write_tensors(file, tensors)
+    serialization.write_tensors(file, tensors)
 
     safetensors.numpy.save_file(tensors, tmp_path / "library", {"format": "pt"})
     assert file.read_bytes() == (tmp_path / "library").read_bytes()
@@ -133,10 +145,10 @@ def test_the_bytes_are_those_of_the_safetensors_library(file, tmp_path):
 def test_the_safetensors_library_reads_our_files_and_we_read_its(tensors):
     with TemporaryDirectory() as folder:
         ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
-        codec.write_tensors(ours, tensors)
+        serialization.write_tensors(ours, tensors)
         safetensors.numpy.save_file(tensors, theirs)
 
-        for read in (safetensors.numpy.load_file(ours), codec.read_tensors(theirs)):
+        for read in (safetensors.numpy.load_file(ours), serialization.read_tensors(theirs)):
             assert read.keys() == tensors.keys()
             assert all(read[name].tobytes() == value.tobytes() for name, value in tensors.items())
 
@@ -144,9 +156,9 @@ def test_the_safetensors_library_reads_our_files_and_we_read_its(tensors):
 def test_bfloat16_stays_bfloat16(file):
     value = np.array([1.0, -2.5, 3e38], dtype=ml_dtypes.bfloat16)
 
-    codec.write_tensors(file, {"w": value})
+    serialization.write_tensors(file, {"w": value})
 
-    read = codec.read_tensors(file)["w"]
+    read = serialization.read_tensors(file)["w"]
     assert read.dtype == ml_dtypes.bfloat16
     assert file.stat().st_size % 8 == 6
     np.testing.assert_array_equal(read, value)
@@ -155,14 +167,14 @@ def test_bfloat16_stays_bfloat16(file):
 def test_views_and_foreign_byte_orders_are_written_as_values(file):
     transposed = np.arange(6, dtype=">f4").reshape(2, 3).T
 
-    codec.write_tensors(file, {"w": transposed})
+    serialization.write_tensors(file, {"w": transposed})
 
-    np.testing.assert_array_equal(codec.read_tensors(file)["w"], [[0, 3], [1, 4], [2, 5]])
+    np.testing.assert_array_equal(serialization.read_tensors(file)["w"], [[0, 3], [1, 4], [2, 5]])
 
 
 def test_a_tensor_that_was_read_may_be_changed_and_the_file_does_not(file):
-    codec.write_tensors(file, {"w": np.zeros(3)})
-    tensors = codec.read_tensors(file)
+    serialization.write_tensors(file, {"w": np.zeros(3)})
+    tensors = serialization.read_tensors(file)
 
     tensors["w"][:] = 1
 
@@ -170,8 +182,8 @@ def test_a_tensor_that_was_read_may_be_changed_and_the_file_does_not(file):
 
 
 def test_open_tensors_outlive_the_name_of_their_file(file):
-    codec.write_tensors(file, {"w": np.ones(2)})
-    tensors = codec.read_tensors(file)
+    serialization.write_tensors(file, {"w": np.ones(2)})
+    tensors = serialization.read_tensors(file)
 
     file.unlink()
 
@@ -179,8 +191,8 @@ def test_open_tensors_outlive_the_name_of_their_file(file):
 
 
 def test_a_file_cut_short_after_opening_is_corrupt_and_not_a_crash(file):
-    codec.write_tensors(file, {"w": np.ones(100)})
-    tensors = codec.read_tensors(file)
+    serialization.write_tensors(file, {"w": np.ones(100)})
+    tensors = serialization.read_tensors(file)
 
     with file.open("r+b") as cut:
         cut.truncate(300)
@@ -192,14 +204,14 @@ def test_a_file_cut_short_after_opening_is_corrupt_and_not_a_crash(file):
 @pytest.mark.parametrize("value", [np.array(["text"]), np.array([1 + 2j]), np.array([object()])])
 def test_what_is_no_tensor_does_not_travel(file, value):
     with pytest.raises(BadInput, match="'w'"):
-        codec.write_tensors(file, {"w": value})
+        serialization.write_tensors(file, {"w": value})
 
     assert list(file.parent.iterdir()) == []
 
 
 def test_a_tensor_may_not_take_the_name_of_the_metadata(file):
     with pytest.raises(BadInput, match="__metadata__"):
-        codec.write_tensors(file, {"__metadata__": np.zeros(1)})
+        serialization.write_tensors(file, {"__metadata__": np.zeros(1)})
 
 
 F32 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -235,29 +247,31 @@ def test_a_header_that_does_not_describe_the_file_is_corrupt(file, content):
     file.write_bytes(content)
 
     with pytest.raises(CorruptPayload):
-        codec.read_tensors(file)
+        serialization.read_tensors(file)
 
 
 @given(content=st.binary(max_size=300), position=st.integers(0, 299), flip=st.integers(1, 255))
 def test_no_bytes_break_the_reader_of_tensors(content, position, flip):
     with TemporaryDirectory() as folder:
         path = Path(folder) / "tensors"
-        codec.write_tensors(path, {"a": np.ones(4, np.float32), "b": np.zeros((2, 2), np.int8)})
+        serialization.write_tensors(path, {"a": np.ones(4, np.float32), "b": np.zeros((2, 2), np.int8)})
         flipped = bytearray(path.read_bytes())
         flipped[position % len(flipped)] ^= flip
         for candidate in (content, bytes(flipped)):
             path.write_bytes(candidate)
             with contextlib.suppress(CorruptPayload):
-                tensors = codec.read_tensors(path)
+                tensors = serialization.read_tensors(path)
                 assert all(tensors[name].size >= 0 for name in tensors)
-                codec.read_facts(path)
+                serialization.read_facts(path)
 
 
 def test_a_header_may_not_be_larger_than_the_bound(file):
-    file.write_bytes(struct.pack("<Q", codec.MAX_HEADER_BYTES + 1) + b" " * (codec.MAX_HEADER_BYTES + 1))
+    file.write_bytes(
+        struct.pack("<Q", serialization.MAX_HEADER_BYTES + 1) + b" " * (serialization.MAX_HEADER_BYTES + 1)
+    )
 
     with pytest.raises(CorruptPayload, match="header"):
-        codec.read_tensors(file)
+        serialization.read_tensors(file)
 
 
 def factors(layers, matrices):
@@ -276,12 +290,12 @@ OF_128_EXPERTS = DENSE[:4] + [f"mlp.experts.{n}.{part}_proj" for n in range(128)
 def test_adapters_of_every_matrix_of_large_models_have_room_in_a_header(file, layers, matrices):
     adapter = factors(layers, matrices)
 
-    codec.write_tensors(file, adapter)
+    serialization.write_tensors(file, adapter)
 
-    assert len(codec.read_tensors(file)) == len(adapter) == 2 * layers * len(matrices)
+    assert len(serialization.read_tensors(file)) == len(adapter) == 2 * layers * len(matrices)
 
 
-@pytest.mark.parametrize("write", [codec.write_tensors, partial(write_coded, coding=Coding(codec="bf16"))])
+@pytest.mark.parametrize("write", [serialization.write_tensors, partial(write_coded, coding=Coding(codec="bf16"))])
 def test_nobody_writes_a_header_that_nobody_reads(file, write):
     with pytest.raises(BadInput, match="train fewer matrices"):
         write(file, factors(140, OF_128_EXPERTS))
@@ -297,10 +311,10 @@ def test_writing_holds_one_tensor_at_a_time(file):
             alive.append(name)
             return np.full(3, float(name))
 
-    codec.write_tensors(file, Computed({"1": None, "2": None}))
+    serialization.write_tensors(file, Computed({"1": None, "2": None}))
 
     assert alive == ["1", "2", "1", "2"]
-    assert codec.read_tensors(file)["2"].tolist() == [2, 2, 2]
+    assert serialization.read_tensors(file)["2"].tolist() == [2, 2, 2]
 
 
 def test_an_offer_whose_bytes_by_role_do_not_add_up_is_malformed():

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from lorabbit import codec
-from lorabbit.coding import Origin, Recipe, most_bytes, open_tensors, restore, write_coded
-from lorabbit.coding.coded import coding_of
-from lorabbit.coding.values import flushed, lossy
+from lorabbit.compression.compressed_file import Origin, coding_of, open_tensors
+from lorabbit.compression.compressor import Recipe, most_bytes, restore, write_coded
+from lorabbit.compression.quantizers import flushed, lossy
 from lorabbit.errors import BadInput, CorruptPayload, Refused
-from lorabbit.transport import Coding
+from lorabbit.job.spec import Coding
+from lorabbit.tensors import serialization
 
 EXAMPLES = settings(max_examples=60, deadline=None)
 LIMIT = 2.0**100
@@ -153,7 +153,7 @@ def test_feedback_brings_every_value_across_in_the_end(tmp_path):
 # ---- files ----
 def held(folder, tensors):
     path = folder / "held"
-    return Origin(codec.write_tensors(path, tensors), codec.read_tensors(path))
+    return Origin(serialization.write_tensors(path, tensors), serialization.read_tensors(path))
 
 
 def moved(tensors, by=0.01):
@@ -171,7 +171,7 @@ def test_a_lossless_file_comes_back_to_the_bit(tmp_path, coding, kind):
 
     found = open_tensors(tmp_path / "c", origin)
     assert coding_of(found) == coding
-    assert codec.tensors_sha256(found) == codec.tensors_sha256(new)
+    assert serialization.tensors_sha256(found) == serialization.tensors_sha256(new)
 
 
 @EXAMPLES
@@ -241,7 +241,7 @@ def test_the_same_tensors_give_the_same_bytes_and_a_file_any_safetensors_reader_
         write_coded(path, moved(FACTORS), Coding(codec="int4", delta=True), origin=origin)
 
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-    assert set(codec.read_tensors(tmp_path / "1")) == {"index", "sections"}
+    assert set(serialization.read_tensors(tmp_path / "1")) == {"index", "sections"}
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
 
 
@@ -273,7 +273,7 @@ def test_a_tensor_of_a_type_that_cannot_travel_is_bad_input_and_leaves_nothing(t
 def recipe(folder, new, coding, origin, **more):
     write_coded(folder / "coded", new, coding, origin=origin)
     whole = folder / "whole"
-    sha256 = codec.write_tensors(whole, open_tensors(folder / "coded", origin))
+    sha256 = serialization.write_tensors(whole, open_tensors(folder / "coded", origin))
     size = whole.stat().st_size
     whole.unlink()
     known = {

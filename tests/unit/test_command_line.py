@@ -11,10 +11,10 @@ from pydantic.fields import FieldInfo
 from services import free_port
 from typer.testing import CliRunner, Result
 
-from lorabbit import __version__, jobfile
-from lorabbit.choices import CHOICES
-from lorabbit.jobspec import JobSpec, ModelSpec
-from lorabbit.methods import METHODS
+from lorabbit import __version__, job_loader
+from lorabbit.job.glossary import CHOICES
+from lorabbit.job.spec import JobSpec, ModelSpec
+from lorabbit.methods.registry import METHODS
 from lorabbit_cli.__main__ import app
 from lorabbit_cli.doctor import Finding, exit_code
 
@@ -126,7 +126,7 @@ def test_init_writes_a_job_file_once(tmp_path: Path) -> None:
     first, second = lorabbit("init", str(file)), lorabbit("init", str(file))
 
     assert (first.exit_code, second.exit_code) == (0, 2)
-    assert jobfile.load(file) == JobSpec()
+    assert job_loader.load(file) == JobSpec()
     assert f"error: {file} exists already" in second.stderr
 
 

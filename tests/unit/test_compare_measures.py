@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from lorabbit.jobspec import JobSpec
-from lorabbit.report import AdapterFacts, ClientRound, Report, Round
-from lorabbit_cli.compare_cache import Outcome
-from lorabbit_cli.compare_measures import Measures, measure, round_seconds
-from lorabbit_cli.compare_statistics import bootstrap, paired_t, spread
-from lorabbit_cli.compare_sweep import Device, Link, Planned
+from lorabbit.events.report import AdapterFacts, ClientRound, Report, Round
+from lorabbit.job.spec import JobSpec
+from lorabbit_bench.compare.cache import Outcome
+from lorabbit_bench.compare.metrics import Measures, measure, round_seconds
+from lorabbit_bench.compare.statistics import bootstrap, paired_t, spread
+from lorabbit_bench.compare.sweep import Device, Link, Planned
 
 CLIENTS = ["a", "b"]
 

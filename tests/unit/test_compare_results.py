@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lorabbit.jobspec import JobSpec
-from lorabbit_cli import compare_pages
-from lorabbit_cli.compare_measures import Measures, Point
-from lorabbit_cli.compare_results import Comparison, Row, compare
-from lorabbit_cli.compare_sweep import Link, Planned, Sweep, Target
-from lorabbit_cli.compare_tables import difference_text, share_text, tables
+from lorabbit.job.spec import JobSpec
+from lorabbit_bench.compare import report
+from lorabbit_bench.compare.metrics import Measures, Point
+from lorabbit_bench.compare.report import difference_text, share_text, tables
+from lorabbit_bench.compare.results import Comparison, Row, compare
+from lorabbit_bench.compare.sweep import Link, Planned, Sweep, Target
 
 SEEDS = (0, 1, 2)
 
@@ -181,7 +181,7 @@ def test_shares_are_written_as_percent(share: float | None, text: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    compare_pages.write(compared(Target(value=0.8)), sweep(), tmp_path / "made", "lorabbit compare toy.yaml")
+    report.write(compared(Target(value=0.8)), sweep(), tmp_path / "made", "lorabbit compare toy.yaml")
     return tmp_path / "made"
 
 
@@ -232,7 +232,7 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
 
 
 def test_the_same_comparison_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
-    compare_pages.write(compared(Target(value=0.8)), sweep(), tmp_path / "again", "lorabbit compare toy.yaml")
+    report.write(compared(Target(value=0.8)), sweep(), tmp_path / "again", "lorabbit compare toy.yaml")
 
     for name in ("comparison.json", "report.html", "report.md", "summary.csv", "plots/all-bytes.png"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()

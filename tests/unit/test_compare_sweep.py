@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lorabbit.errors import BadInput
+from lorabbit_bench.compare.sweep import merged, read
 from lorabbit_cli.__main__ import app
-from lorabbit_cli.compare_sweep import merged, read
 
 ROOT = Path(__file__).parents[2]
 TOY = """

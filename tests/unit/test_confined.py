@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics, Task
-from lorabbit_client.confined import ConfinedExecutor, check_source
-from lorabbit_client.execution import OnProgress, Outcome, Work
-from lorabbit_client.runners import InlineRunner
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Metrics, Task
+from lorabbit_client.execution.data_sandbox import ConfinedExecutor, check_source
+from lorabbit_client.execution.interface import OnProgress, Outcome, Work
+from lorabbit_client.execution.runners import InlineRunner
 
 
 class Recording:

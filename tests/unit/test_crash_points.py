@@ -11,20 +11,20 @@ from tree import ROOT
 
 import lorabbit_client.__main__ as client
 import lorabbit_server.__main__ as server
-from lorabbit import crash
 from lorabbit.errors import BadInput
+from lorabbit.runtime import failpoints
 
 
 @pytest.fixture(autouse=True)
 def alive():
     yield
-    crash.arm(None)
+    failpoints.arm(None)
 
 
 def test_every_point_is_at_one_place_of_the_side_it_names():
     sources = {path: path.read_text() for path in (ROOT / "services").rglob("*.py")}
 
-    for point in crash.Point:
+    for point in failpoints.Point:
         places = [path for path, text in sources.items() if re.search(rf"\bcrash\.Point\.{point.name}\b", text)]
         assert len(places) == 1, f"{point.title} is at {places}"
         assert f"lorabbit_{point.side}" in str(places[0]) or places[0].name in {"transfer.py", "publishing.py"}
@@ -39,14 +39,14 @@ def test_an_unknown_point_is_refused_at_the_start_with_the_known_ones(main, monk
     said = capsys.readouterr().err
     assert code == 2
     assert said.startswith("error: environment variable LORABBIT_CRASH_AT: there is no crash point 'somewhere'; known")
-    assert all(point.title in said for point in crash.Point)
+    assert all(point.title in said for point in failpoints.Point)
     assert len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("text", ["training:", "training:0", "training:-1", "training:two", "training:1:2"])
 def test_a_number_of_passages_that_is_none_is_refused(text):
     with pytest.raises(BadInput, match="is no number of passages; write for example training:2"):
-        crash.parse(text)
+        failpoints.parse(text)
 
 
 def test_a_process_dies_on_the_passage_it_was_told_and_prints_nothing_more():

@@ -7,10 +7,10 @@ import hashlib
 
 import pytest
 
-from lorabbit.enrolment import Join, password_hash
+from lorabbit.config.enrolment import Join, password_hash
+from lorabbit.config.settings import ClientSettings
 from lorabbit.errors import BadInput
-from lorabbit.settings import ClientSettings
-from lorabbit_client.credentials import BEGUN, FILE, Credentials, read, settled, url_of, write
+from lorabbit_client.agent.credentials import BEGUN, FILE, Credentials, read, settled, url_of, write
 
 PASSWORD = "p@ss/word?#"
 KNOWN = Credentials("site-a", PASSWORD, "0" * 64, "hash")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from learning import job, write_reviews
 
-from lorabbit_client import curvature
-from lorabbit_client.curvature import Spectrum, gap_share, lanczos, lossless_share, settled_share, share_above
-from lorabbit_client.data import Examples
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.probing import looking
+from lorabbit_client.analysis import curvature
+from lorabbit_client.analysis.curvature import Spectrum, gap_share, lanczos, lossless_share, settled_share, share_above
+from lorabbit_client.analysis.probe import looking
+from lorabbit_client.dataset import Examples
+from lorabbit_client.training.workspace import LearningWorkspace
 
 HALF_AND_HALF = np.concatenate([np.full(100, 1e-4), np.linspace(1.0, 2.0, 100)])
 

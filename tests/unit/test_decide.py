@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wide_methods import register
 
-from lorabbit import events as ev
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics, PayloadRef
+from lorabbit.events import job_events as ev
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Metrics, PayloadRef
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId
-from lorabbit_server import steps
-from lorabbit_server.cohort import Draw, population
-from lorabbit_server.coordinator import decide, resume
-from lorabbit_server.jobstate import JobState, Offered, Version, dump_header, dump_task, load_state
-from lorabbit_server.results import MAX_TRIES
-from lorabbit_server.rounds import over_clients, pool
+from lorabbit_server.engine import transitions
+from lorabbit_server.engine.client_selection import Draw, population
+from lorabbit_server.engine.reducer import decide, resume
+from lorabbit_server.engine.results import MAX_TRIES
+from lorabbit_server.engine.rounds import over_clients, pool
+from lorabbit_server.engine.state import JobState, Offered, Version, dump_header, dump_task, load_state
 
 A, B, C = ClientId("client-1"), ClientId("client-2"), ClientId("client-3")
 BASE = "ba5e" * 16
@@ -49,7 +49,7 @@ def offer(task, *, base=BASE, **what):
 
 
 def offered(state, task, **what):
-    return decide(state, steps.ResultOffered(task.id, task.client, offer(task, **what)))
+    return decide(state, transitions.ResultOffered(task.id, task.client, offer(task, **what)))
 
 
 def answered(state, task):
@@ -57,16 +57,16 @@ def answered(state, task):
     state, first = offered(state, task)
     if task.phase == EVALUATE:
         return state, first
-    state, second = decide(state, steps.ResultArrived(task.id))
+    state, second = decide(state, transitions.ResultArrived(task.id))
     return state, (*first, *second)
 
 
 def sent(commands):
-    return [command.task for command in commands if isinstance(command, steps.SendTask)]
+    return [command.task for command in commands if isinstance(command, transitions.SendTask)]
 
 
 def told(commands):
-    return [command.event.kind for command in commands if isinstance(command, steps.Record)]
+    return [command.event.kind for command in commands if isinstance(command, transitions.Record)]
 
 
 def of(commands, kind):
@@ -74,7 +74,7 @@ def of(commands, kind):
 
 
 def opened(job=None):
-    state, commands = decide(JobState("job", job or spec()), steps.JobOpened((C, A, B), at_ms=5))
+    state, commands = decide(JobState("job", job or spec()), transitions.JobOpened((C, A, B), at_ms=5))
     return state, commands
 
 
@@ -82,7 +82,7 @@ def training(job=None):
     """A job in its first round, and the tasks of that round."""
     state, commands = opened(job)
     state, _ = answered(state, sent(commands)[0])
-    state, commands = decide(state, steps.MethodStarted(version("0"), 7, {"rank": 2}))
+    state, commands = decide(state, transitions.MethodStarted(version("0"), 7, {"rank": 2}))
     return state, sent(commands)
 
 
@@ -97,8 +97,8 @@ def aggregating():
 
 
 def test_a_job_waits_until_its_population_is_complete():
-    state, commands = decide(JobState("job", spec()), steps.JobOpened((A,)))
-    state, more = decide(state, steps.ClientArrived(B, (A, B)))
+    state, commands = decide(JobState("job", spec()), transitions.JobOpened((A,)))
+    state, more = decide(state, transitions.ClientArrived(B, (A, B)))
 
     assert commands == ()
     assert told(more) == ["client-joined"]
@@ -106,9 +106,9 @@ def test_a_job_waits_until_its_population_is_complete():
 
 
 def test_a_client_that_says_hello_twice_while_gathering_joined_once():
-    state, _ = decide(JobState("job", spec()), steps.JobOpened((A,)))
+    state, _ = decide(JobState("job", spec()), transitions.JobOpened((A,)))
 
-    _, commands = decide(state, steps.ClientArrived(A, (A,), is_new=False))
+    _, commands = decide(state, transitions.ClientArrived(A, (A,), is_new=False))
 
     assert commands == ()
 
@@ -134,13 +134,13 @@ def test_an_offer_is_granted_and_its_arrival_counts_with_a_verdict():
     state, (task, *_) = training()
 
     state, first = offered(state, task)
-    state, second = decide(state, steps.ResultArrived(task.id, steps.Traffic(3, 2, 1)))
+    state, second = decide(state, transitions.ResultArrived(task.id, transitions.Traffic(3, 2, 1)))
 
-    assert of(first, steps.GrantUpload)[0].task.id == task.id
-    assert second[0] == steps.CountResult(task.id, offer(task).payload.sha256)
+    assert of(first, transitions.GrantUpload)[0].task.id == task.id
+    assert second[0] == transitions.CountResult(task.id, offer(task).payload.sha256)
     accepted = second[1].event
     assert (accepted.bytes_up, accepted.overhead_up, accepted.overhead_down) == (3, 2, 1)
-    assert second[2] == steps.SendVerdict(task.id, task.client, accepted=True)
+    assert second[2] == transitions.SendVerdict(task.id, task.client, accepted=True)
     assert state.tasks[task.id].status == "accepted"
 
 
@@ -148,33 +148,33 @@ def test_a_result_that_arrives_twice_counts_once():
     state, (task, *_) = training()
     state, _ = answered(state, task)
 
-    assert decide(state, steps.ResultArrived(task.id)) == (state, ())
-    assert offered(state, task) == (state, (steps.SendVerdict(task.id, task.client, accepted=True),))
+    assert decide(state, transitions.ResultArrived(task.id)) == (state, ())
+    assert offered(state, task) == (state, (transitions.SendVerdict(task.id, task.client, accepted=True),))
 
 
 def test_an_offer_for_a_task_of_a_past_round_is_accepted_again_if_it_counted_and_stale_if_not():
     state, _ = training()
-    late = steps.ResultOffered("job.r0.train.k0", A, offer(replace(state.tasks["job.r1.train.k0"])))
+    late = transitions.ResultOffered("job.r0.train.k0", A, offer(replace(state.tasks["job.r1.train.k0"])))
 
-    assert decide(state, replace(late, counted=True))[1] == (steps.SendVerdict(late.task, A, accepted=True),)
-    assert decide(state, late)[1] == (steps.DenyUpload(late.task, A, "stale"),)
+    assert decide(state, replace(late, counted=True))[1] == (transitions.SendVerdict(late.task, A, accepted=True),)
+    assert decide(state, late)[1] == (transitions.DenyUpload(late.task, A, "stale"),)
 
 
 def test_an_offer_in_somebody_elses_name_changes_nothing():
     state, (task, *_) = training()
 
-    after, commands = decide(state, steps.ResultOffered(task.id, B, offer(task)))
+    after, commands = decide(state, transitions.ResultOffered(task.id, B, offer(task)))
 
     assert after == state
-    assert commands == (steps.DenyUpload(task.id, B, "not-yours"),)
+    assert commands == (transitions.DenyUpload(task.id, B, "not-yours"),)
 
 
 def test_a_training_result_without_tensors_is_refused():
     state, (task, *_) = training()
 
-    state, commands = decide(state, steps.ResultOffered(task.id, task.client, Offered(metrics())))
+    state, commands = decide(state, transitions.ResultOffered(task.id, task.client, Offered(metrics())))
 
-    assert of(commands, steps.DenyUpload)[0].reason == "payload"
+    assert of(commands, transitions.DenyUpload)[0].reason == "payload"
     assert told(commands) == ["update-rejected", "task-sent"]
 
 
@@ -183,16 +183,16 @@ def test_an_update_on_another_base_model_is_refused():
 
     state, commands = offered(state, task, base="0ther" * 12 + "0the")
 
-    assert of(commands, steps.DenyUpload)[0].reason == "base-model"
+    assert of(commands, transitions.DenyUpload)[0].reason == "base-model"
 
 
 def test_a_refused_result_is_asked_for_again_under_a_new_name():
     state, (task, *_) = training()
     state, _ = offered(state, task)
 
-    state, commands = decide(state, steps.ResultRefused(task.id, "not-finite", "it holds NaN"))
+    state, commands = decide(state, transitions.ResultRefused(task.id, "not-finite", "it holds NaN"))
 
-    assert commands[0] == steps.SendVerdict(task.id, task.client, accepted=False, reason="not-finite")
+    assert commands[0] == transitions.SendVerdict(task.id, task.client, accepted=False, reason="not-finite")
     assert told(commands) == ["update-rejected", "task-sent"]
     assert task.id not in state.tasks
     assert (sent(commands)[0].tries, sent(commands)[0].id) == (2, f"{task.id}.try2")
@@ -200,10 +200,10 @@ def test_a_refused_result_is_asked_for_again_under_a_new_name():
 
 def test_a_late_duplicate_of_a_refused_result_is_not_counted_against_the_client_again():
     state, (task, *_) = training()
-    state, _ = decide(state, steps.ResultRefused(task.id, "not-finite", "it holds NaN"))
+    state, _ = decide(state, transitions.ResultRefused(task.id, "not-finite", "it holds NaN"))
 
-    assert decide(state, steps.ResultRefused(task.id, "not-finite", "it holds NaN")) == (state, ())
-    assert offered(state, task)[1] == (steps.DenyUpload(task.id, task.client, "stale"),)
+    assert decide(state, transitions.ResultRefused(task.id, "not-finite", "it holds NaN")) == (state, ())
+    assert offered(state, task)[1] == (transitions.DenyUpload(task.id, task.client, "stale"),)
 
 
 def fail(state, index, *, phase=TRAIN, reason="out of memory"):
@@ -211,7 +211,7 @@ def fail(state, index, *, phase=TRAIN, reason="out of memory"):
     seen = []
     for _ in range(MAX_TRIES):
         task = next(t for t in state.tasks.values() if t.index == index and t.phase == phase)
-        state, commands = decide(state, steps.TaskFailed(task.id, task.client, reason, at_ms=9))
+        state, commands = decide(state, transitions.TaskFailed(task.id, task.client, reason, at_ms=9))
         seen += commands
     return state, seen
 
@@ -224,8 +224,8 @@ def test_a_client_that_brings_nothing_usable_is_set_aside_and_the_others_go_on()
     assert (state.stage, state.aside) == ("training", (A,))
     for task in tasks[1:]:
         state, commands = answered(state, task)
-    assert [task.client for task in of(commands, steps.Aggregate)[0].tasks] == [B, C]
-    state, commands = decide(state, steps.RoundAggregated(1, version("1")))
+    assert [task.client for task in of(commands, transitions.Aggregate)[0].tasks] == [B, C]
+    state, commands = decide(state, transitions.RoundAggregated(1, version("1")))
     assert {task.client for task in sent(commands)} == {B, C}
 
 
@@ -236,7 +236,7 @@ def test_the_last_client_that_a_round_waits_for_closes_it_by_being_set_aside():
     state, commands = fail(state, 0)
 
     assert state.stage == "aggregating"
-    assert [task.client for task in of(commands, steps.Aggregate)[0].tasks] == [B, C]
+    assert [task.client for task in of(commands, transitions.Aggregate)[0].tasks] == [B, C]
 
 
 @pytest.mark.parametrize(("fewest", "ends_with"), [(3, 0), (2, 1), (1, 2)])
@@ -264,14 +264,16 @@ def test_a_first_client_that_cannot_build_the_model_leaves_it_to_the_next():
 
     assert [(task.client, task.phase) for task in sent(commands)][-1] == (B, INITIALISE)
     state, _ = answered(state, sent(commands)[-1])
-    state, commands = decide(state, steps.MethodStarted(version("0"), 7, {"rank": 2}))
+    state, commands = decide(state, transitions.MethodStarted(version("0"), 7, {"rank": 2}))
     assert {task.client for task in sent(commands)} == {B, C}
 
 
 def test_a_first_adapter_that_is_none_is_left_out_and_the_next_client_makes_one():
     state, commands = opened()
     state, _ = answered(state, sent(commands)[0])
-    state, commands = decide(state, steps.ResultsUseless(0, {next(iter(state.tasks)): "first-adapter: no factors"}))
+    state, commands = decide(
+        state, transitions.ResultsUseless(0, {next(iter(state.tasks)): "first-adapter: no factors"})
+    )
 
     assert told(commands) == ["update-rejected", "client-set-aside", "task-sent"]
     assert [(task.client, task.phase) for task in sent(commands)] == [(B, INITIALISE)]
@@ -281,28 +283,30 @@ def test_a_first_adapter_that_is_none_is_left_out_and_the_next_client_makes_one(
 def test_a_result_that_cannot_be_folded_is_left_out_with_its_client_and_the_others_are_folded():
     state = aggregating()
     bad = next(task for task in state.tasks.values() if task.index == 1)
-    state, commands = decide(state, steps.ResultsUseless(1, {bad.id: "scaling: factors with scaling 9 have no mean"}))
+    state, commands = decide(
+        state, transitions.ResultsUseless(1, {bad.id: "scaling: factors with scaling 9 have no mean"})
+    )
 
-    rejected = next(c.event for c in of(commands, steps.Record))
+    rejected = next(c.event for c in of(commands, transitions.Record))
     assert (rejected.client, rejected.reason) == (B, "scaling")
     assert state.aside == (B,)
-    assert [task.client for task in of(commands, steps.Aggregate)[0].tasks] == [A, C]
+    assert [task.client for task in of(commands, transitions.Aggregate)[0].tasks] == [A, C]
 
 
 def test_useless_results_of_another_round_change_nothing():
     state = aggregating()
 
-    assert decide(state, steps.ResultsUseless(9, {next(iter(state.tasks)): "scaling: 9"})) == (state, ())
+    assert decide(state, transitions.ResultsUseless(9, {next(iter(state.tasks)): "scaling: 9"})) == (state, ())
 
 
 def test_a_client_that_scores_nothing_is_set_aside_and_the_score_is_the_others():
-    state, commands = decide(aggregating(), steps.RoundAggregated(1, version("1")))
+    state, commands = decide(aggregating(), transitions.RoundAggregated(1, version("1")))
     scores = [task for task in sent(commands) if task.phase == EVALUATE]
     for task in scores[:2]:
         state, _ = answered(state, task)
     state, commands = fail(state, 2, phase=EVALUATE)
 
-    scored = next(c.event for c in of(commands, steps.Record) if isinstance(c.event, ev.RoundEvaluated))
+    scored = next(c.event for c in of(commands, transitions.Record) if isinstance(c.event, ev.RoundEvaluated))
     assert scored.metrics["accuracy"] == pytest.approx(0.05)
     assert {task.client for task in state.tasks.values()} == {A, B}
 
@@ -311,7 +315,7 @@ def test_central_scores_pass_to_the_next_client():
     state, tasks = training(spec(evaluation={"on": "central"}))
     for task in tasks:
         state, _ = answered(state, task)
-    state, _ = decide(state, steps.RoundAggregated(1, version("1")))
+    state, _ = decide(state, transitions.RoundAggregated(1, version("1")))
     state, commands = fail(state, 0, phase=EVALUATE)
 
     assert [(task.client, task.phase) for task in sent(commands)][-1] == (B, EVALUATE)
@@ -321,18 +325,18 @@ def test_a_revoked_client_is_not_awaited():
     state, tasks = training()
     for task in tasks[1:]:
         state, _ = answered(state, task)
-    state, commands = decide(state, steps.ClientDismissed(A, (B, C), f"{A} was revoked", at_ms=9))
+    state, commands = decide(state, transitions.ClientDismissed(A, (B, C), f"{A} was revoked", at_ms=9))
 
     assert told(commands) == ["client-lost", "client-set-aside"]
-    assert of(commands, steps.CancelTask) == [steps.CancelTask(tasks[0].id, A)]
-    assert [task.client for task in of(commands, steps.Aggregate)[0].tasks] == [B, C]
+    assert of(commands, transitions.CancelTask) == [transitions.CancelTask(tasks[0].id, A)]
+    assert [task.client for task in of(commands, transitions.Aggregate)[0].tasks] == [B, C]
 
 
 def test_a_client_that_was_set_aside_is_asked_for_nothing_when_it_comes_back():
     state, _ = fail(training()[0], 0)
-    state, _ = decide(state, steps.ClientLeft(A, (B, C)))
+    state, _ = decide(state, transitions.ClientLeft(A, (B, C)))
 
-    state, commands = decide(state, steps.ClientArrived(A, (A, B, C)))
+    state, commands = decide(state, transitions.ClientArrived(A, (A, B, C)))
 
     assert sent(commands) == []
     assert all(task.client != A for task in state.tasks.values())
@@ -346,8 +350,8 @@ def test_other_schedules_go_on_without_a_client_too(schedule):
         state, commands = answered(state, task)
 
     assert state.stage == "aggregating"
-    assert [task.client for task in of(commands, steps.Aggregate)[0].tasks] == [B, C]
-    state, commands = decide(state, steps.RoundAggregated(1, version("1")))
+    assert [task.client for task in of(commands, transitions.Aggregate)[0].tasks] == [B, C]
+    state, commands = decide(state, transitions.RoundAggregated(1, version("1")))
     assert A not in {task.client for task in sent(commands)}
 
 
@@ -355,7 +359,7 @@ def test_one_client_that_calls_the_job_bad_does_not_end_it():
     state, tasks = training()
 
     state, commands = decide(
-        state, steps.TaskFailed(tasks[1].id, B, "data file x has no field 'label'", bad_input=True)
+        state, transitions.TaskFailed(tasks[1].id, B, "data file x has no field 'label'", bad_input=True)
     )
 
     assert (state.stage, state.aside) == ("training", (B,))
@@ -365,12 +369,12 @@ def test_one_client_that_calls_the_job_bad_does_not_end_it():
 def test_a_job_that_most_clients_call_bad_ends_with_the_sentence_and_the_code_of_bad_input():
     state, tasks = training()
     for task in tasks[:2]:
-        said = steps.TaskFailed(task.id, task.client, "data file x has no field 'label'", bad_input=True)
+        said = transitions.TaskFailed(task.id, task.client, "data file x has no field 'label'", bad_input=True)
         state, commands = decide(state, said)
 
     assert (state.outcome, state.exit_code, state.reason) == ("failed", 2, "data file x has no field 'label'")
-    assert {c.client for c in of(commands, steps.CancelTask)} == {B, C}
-    assert isinstance(commands[-1], steps.EndJob)
+    assert {c.client for c in of(commands, transitions.CancelTask)} == {B, C}
+    assert isinstance(commands[-1], transitions.EndJob)
 
 
 # ---- rounds ----
@@ -387,18 +391,18 @@ def test_a_sync_round_is_aggregated_once_the_last_of_its_cohort_has_answered():
     state, tasks = training()
     for task in reversed(tasks[1:]):
         state, commands = answered(state, task)
-        assert not of(commands, steps.Aggregate)
+        assert not of(commands, transitions.Aggregate)
 
     state, commands = answered(state, tasks[0])
 
     assert state.stage == "aggregating"
-    assert [t.index for t in of(commands, steps.Aggregate)[0].tasks] == [0, 1, 2]
+    assert [t.index for t in of(commands, transitions.Aggregate)[0].tasks] == [0, 1, 2]
 
 
 def test_a_closed_round_opens_the_next_one_and_scores_its_version_meanwhile():
     state = aggregating()
 
-    state, commands = decide(state, steps.RoundAggregated(1, version("1"), at_ms=1_500))
+    state, commands = decide(state, transitions.RoundAggregated(1, version("1"), at_ms=1_500))
 
     assert (state.stage, state.round, state.head, state.scored) == ("training", 2, version("1"), {1: version("1")})
     assert told(commands)[0] == "round-closed"
@@ -406,9 +410,9 @@ def test_a_closed_round_opens_the_next_one_and_scores_its_version_meanwhile():
 
 
 def test_a_round_that_is_closed_twice_is_closed_once():
-    state, _ = decide(aggregating(), steps.RoundAggregated(1, version("1")))
+    state, _ = decide(aggregating(), transitions.RoundAggregated(1, version("1")))
 
-    assert decide(state, steps.RoundAggregated(1, version("other"))) == (state, ())
+    assert decide(state, transitions.RoundAggregated(1, version("other"))) == (state, ())
 
 
 def test_rounds_between_two_evaluations_are_not_scored_and_central_evaluation_asks_one_client():
@@ -418,7 +422,7 @@ def test_rounds_between_two_evaluations_are_not_scored_and_central_evaluation_as
     for number in (1, 2, 3):
         for task in tasks:
             state, _ = answered(state, task)
-        state, commands = decide(state, steps.RoundAggregated(number, version(str(number))))
+        state, commands = decide(state, transitions.RoundAggregated(number, version(str(number))))
         tasks = [t for t in sent(commands) if t.phase == TRAIN]
         scored += [(t.round, t.index) for t in sent(commands) if t.phase == EVALUATE]
 
@@ -450,7 +454,7 @@ def test_the_job_is_done_once_the_last_version_is_scored():
     state, tasks = training(spec(rounds=1))
     for task in tasks:
         state, _ = answered(state, task)
-    state, commands = decide(state, steps.RoundAggregated(1, version("1")))
+    state, commands = decide(state, transitions.RoundAggregated(1, version("1")))
     assert state.stage == "scoring"
 
     for task in sent(commands):
@@ -475,7 +479,7 @@ def test_a_preparation_asks_everybody_and_opens_the_first_round_unscored():
     for task in tasks:
         state, commands = answered(state, task)
 
-    state, commands = decide(state, steps.RoundAggregated(0, version("0b")))
+    state, commands = decide(state, transitions.RoundAggregated(0, version("0b")))
 
     assert [(t.phase, t.round, t.index) for t in tasks] == [(TRAIN, 0, 0), (TRAIN, 0, 1), (TRAIN, 0, 2)]
     assert [(t.phase, t.round) for t in sent(commands)] == [(TRAIN, 1)]
@@ -489,9 +493,9 @@ def test_a_preparation_with_a_quorum_calls_off_who_has_not_answered():
 
     state, commands = answered(state, tasks[0])
 
-    assert of(commands, steps.CancelTask) == [steps.CancelTask(tasks[1].id, B)]
-    assert [t.index for t in of(commands, steps.Aggregate)[0].tasks] == [0, 2]
-    assert offered(state, tasks[1])[1] == (steps.DenyUpload(tasks[1].id, B, "stale"),)
+    assert of(commands, transitions.CancelTask) == [transitions.CancelTask(tasks[1].id, B)]
+    assert [t.index for t in of(commands, transitions.Aggregate)[0].tasks] == [0, 2]
+    assert offered(state, tasks[1])[1] == (transitions.DenyUpload(tasks[1].id, B, "stale"),)
 
 
 @pytest.mark.usefixtures("wide")
@@ -500,7 +504,7 @@ def test_methods_whose_scores_read_private_state_are_scored_before_they_train():
     for task in tasks:
         state, _ = answered(state, task)
 
-    _, commands = decide(state, steps.RoundAggregated(1, version("1")))
+    _, commands = decide(state, transitions.RoundAggregated(1, version("1")))
 
     assert [(t.phase, t.round) for t in sent(commands)] == [(EVALUATE, 1)] * 3 + [(TRAIN, 2)] * 3
 
@@ -509,18 +513,18 @@ def test_methods_whose_scores_read_private_state_are_scored_before_they_train():
 def test_a_result_without_tensors_counts_where_the_method_wants_none(wants, reason):
     state, (task, *_) = training()
 
-    state, commands = decide(state, steps.ResultOffered(task.id, A, Offered(metrics()), wants_tensors=wants))
+    state, commands = decide(state, transitions.ResultOffered(task.id, A, Offered(metrics()), wants_tensors=wants))
 
-    assert [command.reason for command in of(commands, steps.DenyUpload)] == reason
-    assert [command.sha256 for command in of(commands, steps.CountResult)] == ([] if reason else ["-"])
+    assert [command.reason for command in of(commands, transitions.DenyUpload)] == reason
+    assert [command.sha256 for command in of(commands, transitions.CountResult)] == ([] if reason else ["-"])
 
 
 def test_tensors_that_the_method_does_not_want_are_refused_before_they_move():
     state, (task, *_) = training()
 
-    _, commands = decide(state, steps.ResultOffered(task.id, A, offer(task), wants_tensors=False))
+    _, commands = decide(state, transitions.ResultOffered(task.id, A, offer(task), wants_tensors=False))
 
-    assert of(commands, steps.DenyUpload)[0].reason == "payload"
+    assert of(commands, transitions.DenyUpload)[0].reason == "payload"
 
 
 # ---- clients come and go ----
@@ -529,10 +533,10 @@ def test_tensors_that_the_method_does_not_want_are_refused_before_they_move():
 def test_a_lost_client_is_told_once_and_its_return_sends_its_open_tasks_again():
     state, tasks = training()
     state, _ = answered(state, tasks[0])
-    state, lost = decide(state, steps.ClientLeft(B, (A, C)))
-    again = decide(state, steps.ClientLeft(B, (A, C)))
+    state, lost = decide(state, transitions.ClientLeft(B, (A, C)))
+    again = decide(state, transitions.ClientLeft(B, (A, C)))
 
-    state, commands = decide(state, steps.ClientArrived(B, (A, B, C), "cuda"))
+    state, commands = decide(state, transitions.ClientArrived(B, (A, B, C), "cuda"))
 
     assert told(lost) == ["client-lost"]
     assert again[1] == ()
@@ -544,9 +548,9 @@ def test_a_lost_client_is_told_once_and_its_return_sends_its_open_tasks_again():
 def test_a_returned_client_is_not_asked_for_what_it_holds_or_what_counted():
     state, tasks = training()
     state, _ = answered(state, tasks[1])
-    state, _ = decide(state, steps.RoundAggregated(1, version("1")))
+    state, _ = decide(state, transitions.RoundAggregated(1, version("1")))
 
-    _, commands = decide(state, steps.ClientArrived(B, (A, B, C), outbox=frozenset({tasks[1].id})))
+    _, commands = decide(state, transitions.ClientArrived(B, (A, B, C), outbox=frozenset({tasks[1].id})))
 
     assert sent(commands) == []
 
@@ -555,8 +559,8 @@ def test_a_stranger_changes_nothing_in_a_job_that_has_started():
     state, _ = training()
     stranger = ClientId("client-9")
 
-    assert decide(state, steps.ClientArrived(stranger, (A, B, C, stranger))) == (state, ())
-    assert decide(state, steps.ClientLeft(stranger, (A, B, C))) == (state, ())
+    assert decide(state, transitions.ClientArrived(stranger, (A, B, C, stranger))) == (state, ())
+    assert decide(state, transitions.ClientLeft(stranger, (A, B, C))) == (state, ())
 
 
 # ---- the end ----
@@ -565,28 +569,28 @@ def test_a_stranger_changes_nothing_in_a_job_that_has_started():
 def test_a_cancelled_job_calls_everything_off():
     state, _ = training()
 
-    state, commands = decide(state, steps.CancelRequested(at_ms=7))
+    state, commands = decide(state, transitions.CancelRequested(at_ms=7))
 
     assert (state.stage, state.outcome, state.exit_code) == ("ended", "cancelled", 130)
-    assert len(of(commands, steps.CancelTask)) == 3
+    assert len(of(commands, transitions.CancelTask)) == 3
     assert told(commands) == ["job-ended"]
 
 
 def test_the_servers_own_failure_ends_the_job_with_its_reason():
-    state, _ = decide(aggregating(), steps.StepFailed("aggregating round 1 failed: disk full"))
+    state, _ = decide(aggregating(), transitions.StepFailed("aggregating round 1 failed: disk full"))
 
     assert (state.outcome, state.reason) == ("failed", "aggregating round 1 failed: disk full")
 
 
 def test_after_the_end_offers_are_answered_and_nothing_else_happens():
     running, tasks = training()
-    state, _ = decide(running, steps.CancelRequested())
-    late = steps.ResultOffered(tasks[0].id, A, offer(tasks[0]))
+    state, _ = decide(running, transitions.CancelRequested())
+    late = transitions.ResultOffered(tasks[0].id, A, offer(tasks[0]))
 
-    assert decide(state, late) == (state, (steps.DenyUpload(tasks[0].id, A, "job-ended"),))
-    assert decide(state, replace(late, counted=True))[1] == (steps.SendVerdict(tasks[0].id, A, accepted=True),)
-    assert decide(state, steps.CancelRequested()) == (state, ())
-    assert decide(state, steps.ClientArrived(A, (A,))) == (state, ())
+    assert decide(state, late) == (state, (transitions.DenyUpload(tasks[0].id, A, "job-ended"),))
+    assert decide(state, replace(late, counted=True))[1] == (transitions.SendVerdict(tasks[0].id, A, accepted=True),)
+    assert decide(state, transitions.CancelRequested()) == (state, ())
+    assert decide(state, transitions.ClientArrived(A, (A,))) == (state, ())
 
 
 # ---- restarts ----
@@ -599,7 +603,7 @@ def test_a_restarted_server_gives_exactly_the_commands_again_that_nothing_on_the
     awaiting, _ = offered(running, tasks[2])
 
     assert resume(gathering) == ()
-    assert [type(c) for c in resume(starting)] == [steps.StartMethod]
+    assert [type(c) for c in resume(starting)] == [transitions.StartMethod]
     assert resume(running) == ()
     assert [c.task.id for c in resume(awaiting)] == [tasks[2].id]
     assert [len(c.tasks) for c in resume(aggregating())] == [3]
@@ -608,8 +612,8 @@ def test_a_restarted_server_gives_exactly_the_commands_again_that_nothing_on_the
 def test_every_state_comes_back_from_the_store_as_it_was():
     running, tasks = training()
     awaiting, _ = offered(running, tasks[2])
-    scoring, _ = decide(aggregating(), steps.RoundAggregated(1, version("1"), 0.25, at_ms=99))
-    ended, _ = decide(running, steps.CancelRequested(at_ms=7))
+    scoring, _ = decide(aggregating(), transitions.RoundAggregated(1, version("1"), 0.25, at_ms=99))
+    ended, _ = decide(running, transitions.CancelRequested(at_ms=7))
 
     for state in (JobState("job", spec()), opened()[0], awaiting, scoring, ended):
         kept = {id_: dump_task(task) for id_, task in state.tasks.items()}
@@ -638,19 +642,19 @@ def play(job, choose):
     for _ in range(10_000):
         for command in commands:
             match command:
-                case steps.SendTask(task):
+                case transitions.SendTask(task):
                     waiting.append(task)
-                case steps.Record(event):
+                case transitions.Record(event):
                     log.append(event)
-                case steps.StartMethod():
-                    waiting.append(steps.MethodStarted(version("0"), 7))
-                case steps.Aggregate(number, tasks):
+                case transitions.StartMethod():
+                    waiting.append(transitions.MethodStarted(version("0"), 7))
+                case transitions.Aggregate(number, tasks):
                     aggregations.append((number, tuple(t.id for t in tasks)))
-                    waiting.append(steps.RoundAggregated(number, version(str(number))))
+                    waiting.append(transitions.RoundAggregated(number, version(str(number))))
         if not waiting:
             return state, log, aggregations
         step = waiting.pop(choose(len(waiting)))
-        if isinstance(step, steps.MethodStarted | steps.RoundAggregated):
+        if isinstance(step, transitions.MethodStarted | transitions.RoundAggregated):
             state, commands = decide(state, step)
         else:
             state, commands = answered(state, step)
@@ -682,26 +686,26 @@ def test_duplicates_late_arrivals_and_returning_clients_do_not_change_the_outcom
         if not past or not data.draw(st.booleans()):
             return state, []
         old = data.draw(st.sampled_from(past))
-        state, commands = decide(state, data.draw(st.sampled_from([old, steps.ClientArrived(B, (A, B, C))])))
-        assert not of(commands, steps.CountResult | steps.Aggregate | steps.EndJob)
+        state, commands = decide(state, data.draw(st.sampled_from([old, transitions.ClientArrived(B, (A, B, C))])))
+        assert not of(commands, transitions.CountResult | transitions.Aggregate | transitions.EndJob)
         return state, sent(commands)
 
     state, commands = opened()
     waiting = []
     while state.stage != "ended":
         waiting += sent(commands)
-        for command in of(commands, steps.StartMethod):
-            waiting.append(steps.MethodStarted(version("0"), len(command.task.id)))
-        for command in of(commands, steps.Aggregate):
+        for command in of(commands, transitions.StartMethod):
+            waiting.append(transitions.MethodStarted(version("0"), len(command.task.id)))
+        for command in of(commands, transitions.Aggregate):
             seen.append((command.round, tuple(task.id for task in command.tasks)))
-            waiting.append(steps.RoundAggregated(command.round, version(str(command.round))))
+            waiting.append(transitions.RoundAggregated(command.round, version(str(command.round))))
         step = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
-        if isinstance(step, steps.MethodStarted | steps.RoundAggregated):
+        if isinstance(step, transitions.MethodStarted | transitions.RoundAggregated):
             state, commands = decide(state, step)
             past.append(step)
         else:
             state, commands = answered(state, step)
-            past.append(steps.ResultArrived(step.id))
+            past.append(transitions.ResultArrived(step.id))
         state, again = disturb(state)
         ids = {task.id for task in again}
         waiting = [each for each in waiting if getattr(each, "id", None) not in ids] + again

@@ -12,9 +12,9 @@ import torch
 from learning import data_of, job, write_reviews
 
 from lorabbit.errors import BadInput
-from lorabbit_client.data import Examples
-from lorabbit_client.difficulty import classes, difficulties
-from lorabbit_client.learning import LearningWorkspace
+from lorabbit_client.analysis.difficulty import classes, difficulties
+from lorabbit_client.dataset import Examples
+from lorabbit_client.training.workspace import LearningWorkspace
 
 
 def client(folder: Path, **parts: Any) -> tuple[Any, Examples]:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from doubles_events import sample_report
 from jsonschema import Draft202012Validator
+from reference_pages import pages
 from typer.main import get_command
 
-from lorabbit.jobspec import JobSpec
-from lorabbit.methods import METHODS
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.registry import METHODS
 from lorabbit_cli.__main__ import app
-from lorabbit_cli.reference import pages
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

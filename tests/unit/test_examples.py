@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lorabbit import methods
-from lorabbit.jobfile import load
-from lorabbit_client.data import describe
+from lorabbit.job_loader import load
+from lorabbit.methods import registry
+from lorabbit_client.dataset import describe
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -26,7 +26,7 @@ def test_an_example_opens_with_the_command_that_runs_it(path: Path):
 def test_an_example_is_a_job_whose_data_every_machine_has(path: Path):
     job = load(path)
 
-    methods.build(job).check(job)
+    registry.build(job).check(job)
     outline = describe(job, job.clients, ROOT)
 
     assert len(outline.clients) == job.clients
@@ -41,7 +41,7 @@ def test_the_examples_cover_every_task_trainable_and_method():
         "causal-lm", "image-classification",
     }  # fmt: skip
     assert {job.model.trainable for job in jobs} == {"lora", "full", "bitfit", "adapter", "head"}
-    assert {job.method.name for job in jobs} == set(methods.METHODS)
+    assert {job.method.name for job in jobs} == set(registry.METHODS)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])

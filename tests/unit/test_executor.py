@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from learning import fingerprint, job, silent, task_of, write_reviews
 
-from lorabbit import codec
-from lorabbit.jobspec import JobSpec
+from lorabbit.job.spec import JobSpec
+from lorabbit.tensors import serialization
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, TRAIN
-from lorabbit_client.execution import Cancelled, Outcome, Work
+from lorabbit_client.execution.interface import Cancelled, Outcome, Work
 from lorabbit_client.executor import Executor
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def test_the_first_task_returns_tensors_and_what_the_server_cannot_know(folder: 
 
     outcome = initialise(Executor(), folder, spec)
 
-    tensors = codec.read_tensors(folder / "adapter.safetensors")
+    tensors = serialization.read_tensors(folder / "adapter.safetensors")
     facts: Any = outcome.metrics.facts
     assert outcome.error is None
     assert outcome.has_tensors
@@ -93,7 +93,7 @@ def test_a_job_runs_from_the_first_adapter_to_a_score(folder: Path, dtype: str):
     assert scored.metrics.num_examples == 8
     assert scored.metrics.loss < start.metrics.loss  # type: ignore[operator]
     expected = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-    assert {v.dtype for v in codec.read_tensors(folder / "adapter.safetensors").values()} == {expected}
+    assert {v.dtype for v in serialization.read_tensors(folder / "adapter.safetensors").values()} == {expected}
 
 
 def test_the_next_job_reads_a_file_anew_that_changed_and_the_same_job_does_not(folder: Path):
@@ -169,21 +169,21 @@ def test_proximal_training_of_no_strength_is_federated_averaging(folder: Path):
 def test_an_upload_with_a_frozen_half_leaves_it_out(folder: Path):
     spec, executor = job(folder, method={"name": "ffa-lora"}), Executor()
     initialise(executor, folder, spec)
-    tensors = codec.read_tensors(folder / "adapter.safetensors")
+    tensors = serialization.read_tensors(folder / "adapter.safetensors")
     halves = {
         "frozen-a": {n: v for n, v in tensors.items() if ".lora_A." in n},
         ADAPTER: {n: v for n, v in tensors.items() if ".lora_A." not in n},
     }
     paths = {role: folder / f"{role}.payload" for role in halves}
     for role, half in halves.items():
-        codec.write_tensors(paths[role], half)
+        serialization.write_tensors(paths[role], half)
 
     outcome = executor.execute(
         Work(task_of(spec), paths, folder / "up.safetensors", folder / "private", folder / "privacy.json"), silent
     )
 
     assert outcome.error is None
-    assert set(codec.read_tensors(folder / "up.safetensors")) == set(halves[ADAPTER])
+    assert set(serialization.read_tensors(folder / "up.safetensors")) == set(halves[ADAPTER])
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_a_failed_job_does_not_spoil_the_next_one(folder: Path):
 
 def test_an_adapter_that_does_not_fit_fails_the_task_and_names_the_tensor(folder: Path):
     spec, executor = job(folder), Executor()
-    codec.write_tensors(folder / "adapter.safetensors", {"strange": np.zeros(3, dtype=np.float32)})
+    serialization.write_tensors(folder / "adapter.safetensors", {"strange": np.zeros(3, dtype=np.float32)})
 
     outcomes = [executor.execute(work(folder, spec, phase), silent) for phase in (TRAIN, EVALUATE)]
 
@@ -311,7 +311,7 @@ def test_the_null_model_runs_every_phase_without_torch(folder: Path):
         from learning import job, silent, task_of
         from lorabbit import codec
         from lorabbit.types import ADAPTER
-        from lorabbit_client.execution import Work
+        from lorabbit_client.execution.interface import Work
         from lorabbit_client.executor import Executor
         folder = Path(sys.argv[1])
         spec, executor, before = job(folder, model={"name": "null:4KB"}), Executor(), {}

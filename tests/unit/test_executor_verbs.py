@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from learning import job, silent, task_of, write_reviews
 
-from lorabbit import codec, lora
-from lorabbit.jobspec import JobSpec
-from lorabbit.methods import METHODS
-from lorabbit.methods.fedavg import FedAvg
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.registry import METHODS
+from lorabbit.methods.shared_model.fedavg import FedAvg
+from lorabbit.tensors import lora_math, serialization
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, SHIFT, TRAIN
-from lorabbit_client.execution import Work
+from lorabbit_client.execution.interface import Work
 from lorabbit_client.executor import Executor
 
 
@@ -51,11 +51,11 @@ def do(  # noqa: PLR0913, PLR0917
     """Do one task; returns its tensors where it has some, else its metrics."""
     paths = {role: folder / f"{role}.in" for role in roles}
     for role, tensors in roles.items():
-        codec.write_tensors(paths[role], tensors)
+        serialization.write_tensors(paths[role], tensors)
     order = task_of(spec, phase=phase, task=task)
     outcome = executor.execute(Work(order, paths, folder / task, folder / "private", folder / "privacy.json"), silent)
     assert outcome.error is None
-    return codec.read_tensors(folder / task) if outcome.has_tensors else outcome.metrics
+    return serialization.read_tensors(folder / task) if outcome.has_tensors else outcome.metrics
 
 
 def adapter_of(executor: Executor, spec: JobSpec, folder: Path) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def test_a_score_is_of_what_the_method_restores(spec: JobSpec, tmp_path: Path):
     executor = Executor()
     adapter = adapter_of(executor, spec, tmp_path)
     drawn = np.random.default_rng(1)
-    factors = {n: drawn.normal(0, 0.3, v.shape).astype(v.dtype) for n, v in adapter.items() if lora.is_factor(n)}
+    factors = {n: drawn.normal(0, 0.3, v.shape).astype(v.dtype) for n, v in adapter.items() if lora_math.is_factor(n)}
     scored = {
         name: do(executor, spec, tmp_path, EVALUATE, name, {ADAPTER: given, SHIFT: shift}).loss
         for name, given, shift in (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorabbit.errors import BadInput
-from lorabbit_cli.export import export, read_job
+from lorabbit_cli.local.export import export, read_job
 
 
 @pytest.fixture

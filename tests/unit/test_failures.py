@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from lorabbit_client.failures import FAILED, OUT_OF_MEMORY
+from lorabbit_client.execution.failures import FAILED, OUT_OF_MEMORY
 
 PATIENCE = 60.0
 GOES_ON = "it goes on"
 WATCHED = f"""
 import _thread, os, resource, threading
-from lorabbit_client.failures import end_with_a_thread
+from lorabbit_client.execution.failures import end_with_a_thread
 
 def fail(error):
     raise error
@@ -38,7 +38,7 @@ threading.Thread(target=print).start()
 CLIENT = """
 import resource, sys, threading
 from pathlib import Path
-from lorabbit.settings import ClientSettings
+from lorabbit.config.settings import ClientSettings
 from lorabbit_client.__main__ import main
 
 settings = ClientSettings(folder=Path(sys.argv[1]), address="a", broker_url="amqp://guest:guest@127.0.0.1:1/")

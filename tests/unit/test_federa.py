@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from doubles import QuadraticSession, profile
 
-from lorabbit import lora
-from lorabbit.codec import read_tensors, write_tensors
 from lorabbit.errors import BadInput, Refused
-from lorabbit.jobspec import JobSpec
-from lorabbit.methods import build
-from lorabbit.methods.federa import FeDeRA
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.registry import build
+from lorabbit.methods.shared_model.federa import FeDeRA
+from lorabbit.tensors import lora_math
+from lorabbit.tensors.serialization import read_tensors, write_tensors
 from lorabbit.types import ADAPTER, SHIFT, Plan
 
 SHAPES = {"m.q": (12, 9), "m.v": (8, 16)}
@@ -57,14 +57,14 @@ def one_round(method, state, *, clients=3, eta=0.1):
 def effective(session):
     """The weights of a forward pass: the shifted base, and the factors that are loaded."""
     adapter = session.tensors()
-    return {m: session.shifted()[m] + lora.read(adapter, m, SCALING).product() for m in SHAPES}
+    return {m: session.shifted()[m] + lora_math.read(adapter, m, SCALING).product() for m in SHAPES}
 
 
 def exported(method, state):
     """The weights that a user of the export gets, on the unmodified base."""
     export = method.export(state)
     scaling = export.config["lora_alpha"] / export.config["r"]
-    return {m: WEIGHTS[m] + lora.read(export.tensors, m, scaling).product() for m in SHAPES}
+    return {m: WEIGHTS[m] + lora_math.read(export.tensors, m, scaling).product() for m in SHAPES}
 
 
 def test_I1_I2_the_model_starts_as_the_pre_trained_one():
@@ -247,7 +247,9 @@ def test_the_minor_components_are_the_smallest_ones():
     start = build(job(components="minor")).initialise(client(0))
     sigma = np.linalg.svd(WEIGHTS["m.q"])[1]
 
-    assert lora.norm(lora.read(start, "m.q", SCALING)) == pytest.approx(np.linalg.norm(sigma[-RANK:]), rel=1e-5)
+    assert lora_math.norm(lora_math.read(start, "m.q", SCALING)) == pytest.approx(
+        np.linalg.norm(sigma[-RANK:]), rel=1e-5
+    )
 
 
 def test_a_weak_client_starts_from_the_whole_model_and_trains_the_first_components():

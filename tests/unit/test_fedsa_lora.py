@@ -3,9 +3,9 @@ import pytest
 from doubles import QuadraticSession, profile
 
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
-from lorabbit.methods import build
-from lorabbit.methods.fedsa_lora import OWN, UNSENT, FedSaLora
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.registry import build
+from lorabbit.methods.shared_model.fedsa_lora import OWN, UNSENT, FedSaLora
 from lorabbit.types import ADAPTER
 
 A, B, HEAD = "m.lora_A.weight", "m.lora_B.weight", "classifier.weight"

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from doubles import QuadraticSession, profile
 
-from lorabbit import blocks, curriculum, neurons
-from lorabbit.blocks import OUTSIDE
-from lorabbit.curriculum import CURRICULUM
 from lorabbit.errors import BadInput, Refused
-from lorabbit.jobspec import JobSpec
-from lorabbit.methods import build
-from lorabbit.methods.fibecfed import FISHER, FibecFed
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.components import curriculum, layer_selection, sparse_masks
+from lorabbit.methods.components.curriculum import CURRICULUM
+from lorabbit.methods.components.layer_selection import OUTSIDE
+from lorabbit.methods.registry import build
+from lorabbit.methods.shared_model.fibecfed import FISHER, FibecFed
 from lorabbit.types import ADAPTER, ClientUpdate, Plan, ServerState
 
 BLOCKS, RANK, WIDTH = 4, 2, 3
@@ -234,14 +234,14 @@ def test_F6_the_most_sensitive_blocks_are_chosen_or_the_least() -> None:
 
 
 def test_F6_a_random_choice_hangs_on_the_jobs_seed() -> None:
-    picks = {blocks.choose(range(8), np.ones(8), 4, pick="random", seed=seed) for seed in range(20)}
+    picks = {layer_selection.choose(range(8), np.ones(8), 4, pick="random", seed=seed) for seed in range(20)}
 
     assert len(picks) > 1
-    assert blocks.choose(range(8), np.ones(8), 4, pick="random", seed=3) in picks
+    assert layer_selection.choose(range(8), np.ones(8), 4, pick="random", seed=3) in picks
 
 
 def test_F6_ties_go_to_the_lower_block() -> None:
-    assert blocks.choose(range(4), np.ones(4), 2) == (0, 1)
+    assert layer_selection.choose(range(4), np.ones(4), 2) == (0, 1)
 
 
 def test_F6_a_client_whose_sensitivities_are_ten_times_larger_has_no_more_say() -> None:
@@ -255,24 +255,24 @@ def test_F6_a_client_whose_sensitivities_are_ten_times_larger_has_no_more_say() 
 
 
 def test_importance_is_weighted_by_examples() -> None:
-    found = blocks.importance([(1, [1.0, 3.0]), (3, [1.0, 1.0])], (0, 1))
+    found = layer_selection.importance([(1, [1.0, 3.0]), (3, [1.0, 1.0])], (0, 1))
 
     np.testing.assert_allclose(found, [(0.25 + 3 * 0.5) / 4, (0.75 + 3 * 0.5) / 4])
 
 
 def test_only_blocks_with_factors_are_candidates() -> None:
-    assert blocks.blocks_of([factor(1, "A"), factor(1, "B"), factor(3, "A"), HEAD]) == (1, 3)
-    np.testing.assert_allclose(blocks.importance([(5, [9.0, 1.0, 9.0, 3.0])], (1, 3)), [0.25, 0.75])
+    assert layer_selection.blocks_of([factor(1, "A"), factor(1, "B"), factor(3, "A"), HEAD]) == (1, 3)
+    np.testing.assert_allclose(layer_selection.importance([(5, [9.0, 1.0, 9.0, 3.0])], (1, 3)), [0.25, 0.75])
 
 
 @pytest.mark.parametrize("bad", [[1.0], [1.0, -1.0, 1.0, 1.0], [1.0, math.nan, 1.0, 1.0], "much", [None] * 4])
 def test_an_answer_that_is_no_sensitivity_is_refused(bad: Any) -> None:
     with pytest.raises(Refused):
-        blocks.importance([(5, bad)], (0, 1, 2, 3))
+        layer_selection.importance([(5, bad)], (0, 1, 2, 3))
 
 
 def test_energy_takes_the_fewest_blocks_that_hold_it() -> None:
-    assert [blocks.enough_for_energy(SENSITIVE, share) for share in (0.4, 0.41, 0.7, 0.95)] == [1, 2, 2, 4]
+    assert [layer_selection.enough_for_energy(SENSITIVE, share) for share in (0.4, 0.41, 0.7, 0.95)] == [1, 2, 2, 4]
     assert prepared(method(gal_ratio="energy", energy=0.9), [client()]).facts["gal"] == [0, 2, 3]
 
 
@@ -281,10 +281,10 @@ def test_F13_a_measured_share_is_the_weighted_mean_within_its_bounds(rule: str) 
     sessions = [client(0, share=0.2, num_examples=10), client(1, share=0.6, num_examples=30)]
 
     assert prepared(method(gal_ratio=rule), sessions).facts["gal"] == [0, 3]  # ceil(0.5 * 4)
-    assert blocks.lossless([(1, 0.01)]) == 0.2
-    assert blocks.lossless([(1, 1.0)]) == 0.9
-    assert blocks.lossless([(10, 0.2), (30, 0.6), (99, None)]) == pytest.approx(0.5)
-    assert blocks.lossless([]) == 0.5
+    assert layer_selection.lossless([(1, 0.01)]) == 0.2
+    assert layer_selection.lossless([(1, 1.0)]) == 0.9
+    assert layer_selection.lossless([(10, 0.2), (30, 0.6), (99, None)]) == pytest.approx(0.5)
+    assert layer_selection.lossless([]) == 0.5
 
 
 # ---- F7: what travels ----
@@ -333,23 +333,23 @@ def test_F7_difficulties_and_fisher_information_stay_out_of_the_facts() -> None:
 def test_F8_a_mask_holds_all_but_the_rows_of_the_largest_fisher_sums() -> None:
     fisher = np.array([[1.0, 1.0], [9.0, 0.0], [0.0, 3.0], [0.5, 0.0], [2.0, 2.0]], np.float32)
 
-    mask = neurons.mask(fisher, 0.5, "neuron")
+    mask = sparse_masks.mask(fisher, 0.5, "neuron")
 
     assert mask[:, 0].tolist() == [False, True, True, False, True]  # ceil(0.5 * 5) rows
 
 
 def test_F8_by_elements_the_largest_weights_move() -> None:
-    mask = neurons.mask(np.array([[1.0, 4.0], [3.0, 2.0]], np.float32), 0.5, "element")
+    mask = sparse_masks.mask(np.array([[1.0, 4.0], [3.0, 2.0]], np.float32), 0.5, "element")
 
     assert mask.tolist() == [[False, True], [True, False]]
 
 
 def test_a_factor_without_any_information_moves_whole() -> None:
-    assert neurons.mask(np.zeros((3, 2), np.float32), 0.5, "neuron").all()
+    assert sparse_masks.mask(np.zeros((3, 2), np.float32), 0.5, "neuron").all()
 
 
 def test_with_a_share_of_zero_private_blocks_stand_still() -> None:
-    assert not neurons.mask(np.zeros((3, 2), np.float32), 0.0, "neuron").any()
+    assert not sparse_masks.mask(np.zeros((3, 2), np.float32), 0.0, "neuron").any()
 
 
 def test_F8_masked_rows_are_bit_identical_after_a_round_and_counted() -> None:
@@ -418,13 +418,13 @@ def replace_field(made: FibecFed, **knobs: Any) -> FibecFed:
 def test_F10_without_momentum_the_present_fisher_stands() -> None:
     now = {"x": np.array([1.0, 2.0], np.float32)}
 
-    assert np.array_equal(neurons.smoothed({"x": np.array([9.0, 9.0], np.float32)}, now, 0.0)["x"], now["x"])
+    assert np.array_equal(sparse_masks.smoothed({"x": np.array([9.0, 9.0], np.float32)}, now, 0.0)["x"], now["x"])
 
 
 def test_F10_a_constant_fisher_is_a_fixed_point() -> None:
     now = {"x": np.array([0.3, 1e-8], np.float32)}
 
-    np.testing.assert_allclose(neurons.smoothed(now, now, 0.9)["x"], now["x"], rtol=1e-6)
+    np.testing.assert_allclose(sparse_masks.smoothed(now, now, 0.9)["x"], now["x"], rtol=1e-6)
 
 
 def test_F10_the_kept_fisher_is_the_exponential_mean_and_never_negative() -> None:
@@ -562,7 +562,7 @@ def test_F6_when_it_is_time_the_cohort_chooses_anew_and_the_version_counts_on() 
     state, _ = chosen_anew(made, [client(0), client(1)])
 
     assert (state.facts["gal"], state.facts["gal_version"]) == ([1, 2], 2)
-    assert {blocks.block_of(name) for name in state.tensors} == {None, 1, 2}
+    assert {layer_selection.block_of(name) for name in state.tensors} == {None, 1, 2}
     assert state.report["gal"] == [1, 2]
 
 
@@ -606,7 +606,7 @@ def test_own_factors_of_a_block_that_was_shared_since_are_given_up_and_others_ke
     made = method(gal_refresh_every=1, update_share=1.0)
     state, (one,) = chosen_anew(made, [client(0)])
     away = {name: value + 7 for name, value in one.private_tensors[OUTSIDE].items()}
-    assert {blocks.block_of(name) for name in away} == {1, 2}
+    assert {layer_selection.block_of(name) for name in away} == {1, 2}
     one.private_tensors[OUTSIDE] = away
     state, _ = one_round(made, state, [again(client(1), 2, sensitivities=SENSITIVE)])
     back = again(one, 3)

@@ -12,22 +12,23 @@ import pytest
 from learning import job, silent, task_of, write_reviews
 from transformers import BertModel
 
-from lorabbit import blocks, codec, curriculum, neurons
-from lorabbit.blocks import OUTSIDE
-from lorabbit.curriculum import CURRICULUM
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics
-from lorabbit.methods import build
-from lorabbit.methods.fibecfed import FISHER, FibecFed
-from lorabbit.seeds import derive_seed
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.components import curriculum, layer_selection, sparse_masks
+from lorabbit.methods.components.curriculum import CURRICULUM
+from lorabbit.methods.components.layer_selection import OUTSIDE
+from lorabbit.methods.registry import build
+from lorabbit.methods.shared_model.fibecfed import FISHER, FibecFed
+from lorabbit.protocol.messages import Metrics
+from lorabbit.runtime.seeds import derive_seed
+from lorabbit.tensors import serialization
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId, ClientProfile, ClientUpdate, Plan, ServerState
-from lorabbit_cli.forecast import forecast
-from lorabbit_cli.local import Means
-from lorabbit_client.execution import Work
+from lorabbit_cli.local.dry_run import forecast
+from lorabbit_cli.local.embedded_run import Means
+from lorabbit_client.execution.interface import Work
+from lorabbit_client.execution.private_state import PrivateState, read_private
 from lorabbit_client.executor import Executor
-from lorabbit_client.models import seeded
-from lorabbit_client.private import PrivateState, read_private
-from lorabbit_client.tiny import tiny_config, tiny_tokenizer
+from lorabbit_client.models.loading import seeded
+from lorabbit_client.models.tiny import tiny_config, tiny_tokenizer
 
 CLIENTS, BLOCKS, RANK, WIDTH = 4, 4, 4, 32
 
@@ -75,7 +76,7 @@ class Federation:
         self.told: list[Metrics] = []
         first = self.folder / "first.safetensors"
         self.run(Work(task_of(self.spec, phase=INITIALISE), {}, first, self.private(0), self.folder / "privacy.json"))
-        self.state: ServerState = self.method.start(codec.read_tensors(first))
+        self.state: ServerState = self.method.start(serialization.read_tensors(first))
 
     def private(self, index: int) -> Path:
         return self.folder / f"private-{index}"
@@ -92,7 +93,7 @@ class Federation:
         inputs = {}
         for role, tensors in plan.payloads.items():
             inputs[role] = self.folder / f"{role}-{phase}-{number}-{index}.safetensors"
-            codec.write_tensors(inputs[role], tensors)
+            serialization.write_tensors(inputs[role], tensors)
             self.files.append(inputs[role])
         task = task_of(
             self.spec, index, phase, round=number, task=f"{phase}-{number}-{index}", settings=dict(plan.settings),
@@ -116,7 +117,7 @@ class Federation:
             tensors = {}
             if work.output.exists():
                 self.files.append(work.output)
-                tensors = dict(codec.read_tensors(work.output))
+                tensors = dict(serialization.read_tensors(work.output))
             updates.append(
                 ClientUpdate(client.client, index, tensors, metrics.num_examples, metrics.loss or 0.0, metrics.facts)
             )
@@ -166,10 +167,10 @@ def test_F7_only_shared_factors_and_the_head_travel_and_nothing_private_is_in_an
     facts = repr([metrics.facts for metrics in run.told])
 
     for path in run.files:
-        tensors = codec.read_tensors(path)
-        factors = {name for name in tensors if blocks.block_of(name) is not None}
+        tensors = serialization.read_tensors(path)
+        factors = {name for name in tensors if layer_selection.block_of(name) is not None}
         head = {name: value for name, value in tensors.items() if name not in factors}
-        assert {blocks.block_of(name) for name in factors} == set(gal)
+        assert {layer_selection.block_of(name) for name in factors} == set(gal)
         assert all("classifier" in name for name in head)
         size = 4 * (len(gal) * 2 * RANK * (WIDTH + WIDTH) + sum(value.size for value in head.values()))
         assert sum(value.nbytes for value in tensors.values()) == size
@@ -192,7 +193,7 @@ def test_F8_masked_rows_are_bit_identical_under_momentum_and_decay_and_the_other
     run.round(1)
     before = [dict(run.kept(index).tensors[OUTSIDE]) for index in range(CLIENTS)]
     masks = [
-        {name: neurons.mask(value, 0.3, "neuron") for name, value in run.kept(index).tensors[FISHER].items()}
+        {name: sparse_masks.mask(value, 0.3, "neuron") for name, value in run.kept(index).tensors[FISHER].items()}
         for index in range(CLIENTS)
     ]
 
@@ -292,7 +293,7 @@ def test_F13_a_measured_share_decides_how_many_blocks_are_shared_and_how_many_ne
     answers = run.round(0)
     shares: list[Any] = [answer.facts["lossless_share"] for answer in answers]
     gal: Any = run.state.facts["gal"]
-    pooled = blocks.lossless([(a.num_examples, share) for a, share in zip(answers, shares, strict=True)])
+    pooled = layer_selection.lossless([(a.num_examples, share) for a, share in zip(answers, shares, strict=True)])
 
     for update, share in zip(run.round(1), shares, strict=True):
         kept = run.kept(update.index).tensors[FISHER]
@@ -302,7 +303,7 @@ def test_F13_a_measured_share_decides_how_many_blocks_are_shared_and_how_many_ne
         assert isinstance(maskable, int)
         assert maskable - masked == moving
 
-    assert len(gal) == blocks.enough(pooled, BLOCKS)
+    assert len(gal) == layer_selection.enough(pooled, BLOCKS)
 
 
 def test_with_an_update_share_of_zero_own_blocks_stand_still_and_nothing_is_measured_for_them(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import torch
 from learning import data_of, job
 from torch.func import functional_call, grad, vmap
 
-from lorabbit_client import fisher
-from lorabbit_client.data import Examples
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.probing import inner_names, losses
-from lorabbit_client.trainable import TrainableModel
+from lorabbit_client.analysis import fisher
+from lorabbit_client.analysis.probe import inner_names, losses
+from lorabbit_client.dataset import Examples
+from lorabbit_client.models.trainable import TrainableModel
+from lorabbit_client.training.workspace import LearningWorkspace
 
 MODELS = [
     ("tiny:bert", "text-classification"),

@@ -12,10 +12,10 @@ import pytest
 from family import Family
 
 from lorabbit.errors import BadInput, RunFailed
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics, Task
-from lorabbit_client.execution import OnProgress, Outcome, Work
-from lorabbit_client.forking import ForkRunner
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Metrics, Task
+from lorabbit_client.execution.interface import OnProgress, Outcome, Work
+from lorabbit_client.execution.process_pool import ForkRunner
 
 PATIENCE = 20.0
 

@@ -6,11 +6,11 @@ import json
 
 import torch
 
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics
-from lorabbit_client.model_source import resolve
-from lorabbit_client.models import load_model
-from lorabbit_client.trainable import make_trainable
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Metrics
+from lorabbit_client.models.loading import load_model
+from lorabbit_client.models.source import resolve
+from lorabbit_client.models.trainable import make_trainable
 
 
 def test_the_configuration_of_a_fully_trained_model_is_admitted_as_a_fact():

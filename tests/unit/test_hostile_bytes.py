@@ -15,10 +15,11 @@ from hostile_files import HEADERS, SIDES, VALUES, judged, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabbit import codec
 from lorabbit.errors import CorruptPayload, Refused
-from lorabbit.messages import FROM_CLIENT, Hello, Offer, PayloadRef
-from lorabbit_server.admission import MAX_CHUNKS, Expected, Template, check_offer, check_update
+from lorabbit.protocol import codec
+from lorabbit.protocol.messages import FROM_CLIENT, Hello, Offer, PayloadRef
+from lorabbit.tensors import serialization
+from lorabbit_server.aggregation.update_validation import MAX_CHUNKS, Expected, Template, check_offer, check_update
 
 SHA = "ab" * 32
 OFFER = {"job": "j", "task": "t", "client": "c", "payload": None, "metrics": {"num_examples": 1, "facts": {"x": 0}}}
@@ -34,7 +35,7 @@ def test_no_header_breaks_admission(header, data):
 
 
 @settings(max_examples=150, deadline=None)
-@given(shape=st.lists(SIDES, max_size=70), dtype=st.sampled_from(sorted(codec.DTYPES)), size=st.integers(0, 40))
+@given(shape=st.lists(SIDES, max_size=70), dtype=st.sampled_from(sorted(serialization.DTYPES)), size=st.integers(0, 40))
 def test_no_shape_breaks_admission(shape, dtype, size):
     header = {"w": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
 
@@ -176,10 +177,10 @@ def test_accepted_facts_survive_the_log_unchanged(facts):
 
 def test_a_tensor_file_cut_anywhere_is_corrupt(tmp_path):
     path = tmp_path / "t"
-    codec.write_tensors(path, {"w": np.ones(5, np.float32)})
+    serialization.write_tensors(path, {"w": np.ones(5, np.float32)})
     whole = path.read_bytes()
 
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.raises(CorruptPayload):
-            codec.read_tensors(path)
+            serialization.read_tensors(path)

@@ -29,10 +29,10 @@ from hostile_codings import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabbit import codec
 from lorabbit.errors import Refused
-from lorabbit.transport import Coding
-from lorabbit_server.admission import Expected, check_update
+from lorabbit.job.spec import Coding
+from lorabbit.tensors import serialization
+from lorabbit_server.aggregation.update_validation import Expected, check_update
 
 EXAMPLES = settings(max_examples=150, deadline=None)
 REASONS = {None, "corrupt", "names", "shape", "dtype", "not-finite", "coding", "origin"}
@@ -111,7 +111,7 @@ def test_what_a_codec_never_writes_is_refused_by_name(sections, coding, reason):
 
 def test_a_finite_change_that_makes_an_infinite_value_is_refused():
     largest = {"w": np.full(COUNT, 3e38, np.float32)}
-    held = codec.tensors_sha256(largest)
+    held = serialization.tensors_sha256(largest)
 
     assert judged(forged(blocks(scales=(0x7F00,) * 2, numbers=b"\x7f" * COUNT), **{"lorabbit.origin": held}),
                   start=largest) == "not-finite"  # fmt: skip
@@ -126,7 +126,7 @@ def test_a_coding_that_the_job_did_not_ask_for_is_refused(asked):
 
 
 def test_tensors_as_they_are_may_always_come(tmp_path):
-    codec.write_tensors(tmp_path / "u", START)
+    serialization.write_tensors(tmp_path / "u", START)
 
     assert judged((tmp_path / "u").read_bytes(), INT8) is None
 

@@ -9,9 +9,8 @@ import pytest
 from huggingface_hub import constants
 
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import DataSpec
-from lorabbit_client.hub import read_hub
-from lorabbit_client.sources import read_source
+from lorabbit.job.spec import DataSpec
+from lorabbit_client.data.sources import read_hub, read_source
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@ from broken_jobs import BROKEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabbit import jobfile
+from lorabbit import job_loader
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
-from lorabbit_cli.template import template
+from lorabbit.job.spec import JobSpec
+from lorabbit_cli.job_template import template
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -17,19 +17,19 @@ def test_what_is_wrong_is_one_sentence_with_the_place_and_what_was_expected(case
     text, expected = BROKEN[case]
 
     with pytest.raises(BadInput) as caught:
-        jobfile.parse(text)
+        job_loader.parse(text)
 
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_an_empty_file_is_the_default_job() -> None:
-    assert jobfile.parse("") == JobSpec()
-    assert jobfile.parse("# nothing\n") == JobSpec()
+    assert job_loader.parse("") == JobSpec()
+    assert job_loader.parse("# nothing\n") == JobSpec()
 
 
 def test_numbers_and_words_mean_what_yaml_1_2_says() -> None:
-    spec = jobfile.parse("local: {learning_rate: 1e-3}\nevaluation:\n  on: central\nseed: 010\ncohort: 1")
+    spec = job_loader.parse("local: {learning_rate: 1e-3}\nevaluation:\n  on: central\nseed: 010\ncohort: 1")
 
     assert spec.local.learning_rate == 0.001
     assert spec.evaluation.on == "central"
@@ -38,15 +38,15 @@ def test_numbers_and_words_mean_what_yaml_1_2_says() -> None:
 
 
 def test_a_whole_number_is_good_enough_for_a_number() -> None:
-    assert jobfile.parse("model: {lora: {alpha: 4}}").model.lora.alpha == 4.0
+    assert job_loader.parse("model: {lora: {alpha: 4}}").model.lora.alpha == 4.0
 
 
 def test_toml_says_the_same_as_yaml() -> None:
     text = 'rounds = 3\n[model]\nname = "tiny:bert"\n[model.lora]\ntargets = ["query", "value"]\n'
 
-    spec = jobfile.parse(text, name="job.toml")
+    spec = job_loader.parse(text, name="job.toml")
 
-    assert spec == jobfile.parse("rounds: 3\nmodel: {name: 'tiny:bert', lora: {targets: [query, value]}}")
+    assert spec == job_loader.parse("rounds: 3\nmodel: {name: 'tiny:bert', lora: {targets: [query, value]}}")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_toml_says_the_same_as_yaml() -> None:
 )
 def test_broken_toml_is_one_sentence_too(text: str, expected: str) -> None:
     with pytest.raises(BadInput) as caught:
-        jobfile.parse(text, name="job.toml")
+        job_loader.parse(text, name="job.toml")
 
     assert expected in str(caught.value)
 
@@ -69,7 +69,9 @@ def test_overrides_and_seed_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text("rounds: 3\nseed: 1\n", encoding="utf-8")
 
-    spec = jobfile.load(file, ["rounds=7", "model.lora.targets=[q, v]", "method.name=fedprox", "method.mu=0.5"], seed=9)
+    spec = job_loader.load(
+        file, ["rounds=7", "model.lora.targets=[q, v]", "method.name=fedprox", "method.mu=0.5"], seed=9
+    )
 
     assert (spec.rounds, spec.seed, spec.model.lora.targets) == (7, 9, ("q", "v"))
     assert spec.method.settings == {"mu": 0.5}
@@ -91,7 +93,7 @@ def test_a_wrong_override_is_named_as_it_was_written(tmp_path: Path, override: s
     file.write_text("rounds: 3\n", encoding="utf-8")
 
     with pytest.raises(BadInput) as caught:
-        jobfile.load(file, [override])
+        job_loader.load(file, [override])
 
     assert expected in str(caught.value)
 
@@ -100,16 +102,16 @@ def test_a_missing_file_is_named_with_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "quickstart.yaml").write_text("", encoding="utf-8")
 
     with pytest.raises(BadInput, match=r"there is no job file .*quickstar\.yaml; did you mean .*quickstart\.yaml\?"):
-        jobfile.load(tmp_path / "quickstar.yaml")
+        job_loader.load(tmp_path / "quickstar.yaml")
 
 
 def test_a_folder_and_bytes_are_no_job_files(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_bytes(b"\xff\xfe\x00r")
 
     with pytest.raises(BadInput, match="is a folder"):
-        jobfile.load(tmp_path)
+        job_loader.load(tmp_path)
     with pytest.raises(BadInput, match="is no text in UTF-8"):
-        jobfile.load(tmp_path / "job.yaml")
+        job_loader.load(tmp_path / "job.yaml")
 
 
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)
@@ -127,16 +129,16 @@ def test_a_dumped_job_reads_as_the_same_job(name: str, source: str, rate: float,
         "name": name, "data": {"source": source}, "local": {"learning_rate": rate}, "cohort": cohort, "seed": seed,
     })  # fmt: skip
 
-    text = jobfile.dump(spec, head="resolved\nby a test")
+    text = job_loader.dump(spec, head="resolved\nby a test")
 
-    assert jobfile.parse(text) == spec
+    assert job_loader.parse(text) == spec
     assert text.startswith("# resolved\n# by a test\n")
 
 
 def test_the_template_is_the_default_job() -> None:
     text = template("job.yaml")
 
-    assert jobfile.parse(text) == JobSpec()
+    assert job_loader.parse(text) == JobSpec()
     assert all(f"{name}:" in text for name in JobSpec.model_fields)
 
 
@@ -146,7 +148,7 @@ def test_the_template_is_the_default_job() -> None:
 def test_readers_of_either_yaml_take_a_dumped_text_for_text(text: str) -> None:
     spec = JobSpec.model_validate({"data": {"fields": {"text": text}}})
 
-    dumped = jobfile.dump(spec)
+    dumped = job_loader.dump(spec)
 
-    assert jobfile.parse(dumped) == spec
+    assert job_loader.parse(dumped) == spec
     assert yaml.safe_load(dumped) == spec.model_dump(mode="json")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorabbit import aggregation, lora
-from lorabbit.aggregation import RULES, Carried, CarriedProducts, Carry
-from lorabbit.jobspec import JobSpec
-from lorabbit.methods import METHODS, build
+from lorabbit.aggregation import aggregator
+from lorabbit.aggregation.rules import RULES
+from lorabbit.aggregation.staleness import Carried, CarriedProducts, Carry
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.registry import METHODS, build
+from lorabbit.tensors import lora_math
 from lorabbit.types import SHIFT, ClientId, ClientUpdate, ServerState
 
 RANK, INS, OUTS = 2, 5, 4
@@ -100,7 +102,7 @@ def test_stack_puts_the_discounted_product_of_a_late_update_into_the_newest_base
 
     after = folded("stack", None, update, Carry(first, before.tensors, 0.5), before)
 
-    shifted = {s: lora.read(state.shared[SHIFT], "m") for s, state in (("before", before), ("after", after))}
+    shifted = {s: lora_math.read(state.shared[SHIFT], "m") for s, state in (("before", before), ("after", after))}
     moved = [shifted[s].b.astype(np.float64) @ shifted[s].a for s in ("before", "after")]
     assert np.allclose(moved[1] - moved[0], 0.5 * product(update), atol=1e-4)
     assert not np.any(after.tensors[B])
@@ -120,7 +122,7 @@ def test_every_rule_says_what_becomes_of_late_updates(rule):
 
     assert not (refused and products)
     assert isinstance(
-        aggregation.of(job(rule)).carried({}, Carry({}, {}, 1.0)), CarriedProducts if products else Carried
+        aggregator.of(job(rule)).carried({}, Carry({}, {}, 1.0)), CarriedProducts if products else Carried
     )
 
 

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabbit import lora
-from lorabbit.lora import Factors
+from lorabbit.tensors import lora_math
+from lorabbit.tensors.lora_math import Factors
 
 
 def random_factors(rank=4, d_in=9, d_out=7, seed=0, scaling=2.0):
@@ -18,7 +18,7 @@ def test_truncation_is_the_best_one_of_its_rank(rank, target, seed):
     u, s, vt = np.linalg.svd(factors.product())
     best = (u[:, :target] * s[:target]) @ vt[:target] if target < len(s) else factors.product()
 
-    cut = lora.truncate(factors, target)
+    cut = lora_math.truncate(factors, target)
 
     np.testing.assert_allclose(cut.factors.product(), best, atol=1e-9)
     assert cut.lost == pytest.approx(np.sqrt(np.sum(s[target:] ** 2)), abs=1e-9)
@@ -28,17 +28,17 @@ def test_truncation_is_the_best_one_of_its_rank(rank, target, seed):
 def test_truncated_factors_are_balanced_so_that_a_prefix_is_a_truncation():
     factors = random_factors(6)
 
-    cut = lora.truncate(factors, 4).factors
+    cut = lora_math.truncate(factors, 4).factors
 
     np.testing.assert_allclose(cut.a @ cut.a.T, cut.b.T @ cut.b, atol=1e-9)
     prefix = Factors(cut.a[:2], cut.b[:, :2], cut.scaling)
-    np.testing.assert_allclose(prefix.product(), lora.truncate(factors, 2).factors.product(), atol=1e-9)
+    np.testing.assert_allclose(prefix.product(), lora_math.truncate(factors, 2).factors.product(), atol=1e-9)
 
 
 def test_truncation_to_another_scaling_leaves_the_product_alone():
     factors = random_factors(3, scaling=2.0)
 
-    cut = lora.truncate(factors, 3, scaling=0.5).factors
+    cut = lora_math.truncate(factors, 3, scaling=0.5).factors
 
     assert cut.scaling == 0.5
     np.testing.assert_allclose(cut.product(), factors.product(), atol=1e-9)
@@ -48,14 +48,14 @@ def test_truncation_does_not_depend_on_the_gauge():
     factors, rotation = random_factors(3), np.linalg.qr(np.random.default_rng(9).normal(size=(3, 3)))[0]
     turned = Factors(rotation @ factors.a, factors.b @ rotation.T, factors.scaling)
 
-    here, there = lora.truncate(factors, 3).factors, lora.truncate(turned, 3).factors
+    here, there = lora_math.truncate(factors, 3).factors, lora_math.truncate(turned, 3).factors
 
     np.testing.assert_allclose(here.a, there.a, atol=1e-9)
     np.testing.assert_allclose(here.b, there.b, atol=1e-9)
 
 
 def test_a_rank_above_the_product_is_filled_with_zero_components():
-    cut = lora.truncate(random_factors(2), 5).factors
+    cut = lora_math.truncate(random_factors(2), 5).factors
 
     assert cut.a.shape == (5, 9)
     assert cut.b.shape == (7, 5)
@@ -65,7 +65,7 @@ def test_a_rank_above_the_product_is_filled_with_zero_components():
 def test_stacking_is_the_exact_weighted_sum_for_mixed_ranks_and_scalings():
     parts = [(0.2, random_factors(2, seed=1, scaling=1.0)), (0.8, random_factors(5, seed=2, scaling=3.0))]
 
-    stacked = lora.stack(parts, scaling=0.5)
+    stacked = lora_math.stack(parts, scaling=0.5)
 
     np.testing.assert_allclose(stacked.product(), sum(p * f.product() for p, f in parts), atol=1e-12)
 
@@ -73,8 +73,8 @@ def test_stacking_is_the_exact_weighted_sum_for_mixed_ranks_and_scalings():
 def test_norms_and_inner_products_are_those_of_the_dense_products():
     left, right = random_factors(2, seed=1), random_factors(5, seed=2, scaling=-1.0)
 
-    assert lora.norm(left) == pytest.approx(np.linalg.norm(left.product()))
-    assert lora.inner(left, right) == pytest.approx(np.sum(left.product() * right.product()))
+    assert lora_math.norm(left) == pytest.approx(np.linalg.norm(left.product()))
+    assert lora_math.inner(left, right) == pytest.approx(np.sum(left.product() * right.product()))
 
 
 @pytest.mark.parametrize("clients", [2, 9])
@@ -84,7 +84,7 @@ def test_the_aggregation_error_of_averaged_factors_is_the_dense_one(clients):
     averaged = Factors(sum(p * f.a for p, f in parts), sum(p * f.b for p, f in parts), 2.0)
     mean = sum(p * f.product() for p, f in parts)
 
-    error, size = lora.aggregation_error(parts, averaged)
+    error, size = lora_math.aggregation_error(parts, averaged)
 
     assert error == pytest.approx(np.linalg.norm(mean - averaged.product()))
     assert size == pytest.approx(np.linalg.norm(mean))
@@ -93,7 +93,7 @@ def test_the_aggregation_error_of_averaged_factors_is_the_dense_one(clients):
 def test_equal_clients_have_no_aggregation_error():
     factors = random_factors(3)
 
-    error, size = lora.aggregation_error([(0.5, factors), (0.5, factors)], factors)
+    error, size = lora_math.aggregation_error([(0.5, factors), (0.5, factors)], factors)
 
     assert error < 1e-12 * size
 
@@ -101,14 +101,14 @@ def test_equal_clients_have_no_aggregation_error():
 def test_modules_are_those_with_both_factors():
     names = ["x.q.lora_A.weight", "x.q.lora_B.weight", "x.v.lora_A.weight", "classifier.weight"]
 
-    assert lora.modules(names) == ["x.q"]
-    assert [lora.is_factor(name) for name in names] == [True, True, True, False]
+    assert lora_math.modules(names) == ["x.q"]
+    assert [lora_math.is_factor(name) for name in names] == [True, True, True, False]
 
 
 def test_reading_what_was_written_gives_the_same_factors():
     factors = random_factors()
 
-    back = lora.read(lora.write("x.q", factors), "x.q", factors.scaling)
+    back = lora_math.read(lora_math.write("x.q", factors), "x.q", factors.scaling)
 
     assert np.array_equal(back.a, factors.a)
     assert np.array_equal(back.b, factors.b)

@@ -13,15 +13,15 @@ import transformers
 from learning import data_of, first, job, score, silent, task_of
 from peft import PeftModel
 
-from lorabbit import codec
-from lorabbit.jobspec import JobSpec
+from lorabbit.job.spec import JobSpec
+from lorabbit.tensors import serialization
 from lorabbit.types import Tensors
-from lorabbit_client import tiny
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.lora_export import default_targets
-from lorabbit_client.models import AUTO_CLASSES, quiet, seeded
-from lorabbit_client.private import PrivateState
-from lorabbit_client.session import write_tensors
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.models import tiny
+from lorabbit_client.models.loading import AUTO_CLASSES, quiet, seeded
+from lorabbit_client.models.lora import default_targets
+from lorabbit_client.training.session import write_tensors
+from lorabbit_client.training.workspace import LearningWorkspace
 
 WEIGHTS = {"peft": "adapter_model.safetensors", "transformers": "model.safetensors"}
 ENCODERS = ("bert", "roberta", "distilbert")
@@ -70,7 +70,7 @@ def export(folder: Path, facts: Any, tensors: Tensors) -> Path:
     folder.mkdir()
     for name, content in facts["export"]["files"].items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    codec.write_tensors(folder / WEIGHTS[facts["export"]["format"]], tensors)
+    serialization.write_tensors(folder / WEIGHTS[facts["export"]["format"]], tensors)
     return folder
 
 
@@ -140,7 +140,7 @@ def test_an_adapter_on_a_base_of_its_own_loads_with_both_and_answers_alike(tmp_p
     facts: Any = initial.facts
     for file, content in facts["export_base"]["files"].items():
         (base / file).write_text(json.dumps(content), encoding="utf-8")
-    codec.write_tensors(base / WEIGHTS["transformers"], whole)
+    serialization.write_tensors(base / WEIGHTS["transformers"], whole)
     one.load(whole)
     one.select("adapter")
     tensors = moved(initial.tensors)

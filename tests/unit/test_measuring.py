@@ -10,10 +10,10 @@ import pytest
 import torch
 from learning import data_of, job, task_of
 
-from lorabbit_client.execution import Cancelled, OnProgress
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.private import PrivateState
-from lorabbit_client.session import TorchSession
+from lorabbit_client.execution.interface import Cancelled, OnProgress
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.training.session import TorchSession
+from lorabbit_client.training.workspace import LearningWorkspace
 
 MEASUREMENTS: dict[str, Callable[[TorchSession], Any]] = {
     "difficulty by Fisher information": lambda session: session.difficulty("fisher"),

@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lorabbit import codec
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
-from lorabbit_cli.export import export
-from lorabbit_client.data import load_labels
-from lorabbit_client.model_source import resolve
-from lorabbit_client.models import load_model
-from lorabbit_client.session import read_tensors, write_tensors
-from lorabbit_client.trainable import TrainableModel, make_trainable
+from lorabbit.job.spec import JobSpec
+from lorabbit.tensors import serialization
+from lorabbit_cli.local.export import export
+from lorabbit_client.dataset import load_labels
+from lorabbit_client.models.loading import load_model
+from lorabbit_client.models.source import resolve
+from lorabbit_client.models.trainable import TrainableModel, make_trainable
+from lorabbit_client.training.session import read_tensors, write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -42,7 +42,7 @@ def tuned(spec: JobSpec) -> TrainableModel:
 
 def run_folder(folder: Path, spec: JobSpec, model: TrainableModel) -> Path:
     (folder / "run" / "adapter").mkdir(parents=True)
-    codec.write_tensors(folder / "run" / "adapter" / "adapter_model.safetensors", read_tensors(model))
+    serialization.write_tensors(folder / "run" / "adapter" / "adapter_model.safetensors", read_tensors(model))
     (folder / "run" / "job.yaml").write_text(spec.model_dump_json(), encoding="utf-8")
     return folder / "run"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from lorabbit.errors import Fenced
-from lorabbit_server import meter as meter_module
-from lorabbit_server.meter import Meter
-from lorabbit_server.steps import Traffic
-from lorabbit_server.wholefiles import WholeFiles
+from lorabbit_server.artifacts.fenced_files import WholeFiles
+from lorabbit_server.engine.transitions import Traffic
+from lorabbit_server.transfer import traffic_meter as meter_module
+from lorabbit_server.transfer.traffic_meter import Meter
 
 
 @pytest.fixture

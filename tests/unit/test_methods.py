@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from doubles import QuadraticSession, profile
 
+from lorabbit.aggregation.client_side import FROZEN, is_a
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
-from lorabbit.methods import METHODS, build
-from lorabbit.methods.fedavg import FedAvg
-from lorabbit.methods.fedprox import FedProx
-from lorabbit.methods.ffa_lora import FROZEN, FfaLora, is_a
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.registry import METHODS, build
+from lorabbit.methods.shared_model.fedavg import FedAvg
+from lorabbit.methods.shared_model.fedprox import FedProx
+from lorabbit.methods.shared_model.ffa_lora import FfaLora
 from lorabbit.types import ADAPTER, ServerState
 
 LORA = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorabbit_server.occupancy import KEPT, Occupancy
+from lorabbit_server.clients.addresses import KEPT, Occupancy
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
-from lorabbit_client.operations import Operations
+from lorabbit_client.training.flop_counter import Operations
 
 CLASSES, ROWS, WORDS = 3, 2, 7
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lorabbit.methods import build
-from lorabbit_cli.compare_sweep import Sweep, read
-from lorabbit_client.data import describe
+from lorabbit.methods.registry import build
+from lorabbit_bench.compare.sweep import Sweep, read
+from lorabbit_client.dataset import describe
 
 ROOT = Path(__file__).parents[2]
 PAPERS = ROOT / "benchmarks" / "papers"

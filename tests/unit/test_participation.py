@@ -6,22 +6,23 @@ from dataclasses import replace
 
 import pytest
 
-from lorabbit import jobfile, joining, work
+from lorabbit import job_loader
+from lorabbit.aggregation import partial_work
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec, LocalSpec
-from lorabbit.messages import Metrics, PayloadRef
-from lorabbit.methods import METHODS, build
-from lorabbit.participation import SelectionSpec
-from lorabbit.schedules import Buffered, Quorum
+from lorabbit.job.schedules import Buffered, Quorum
+from lorabbit.job.spec import JobSpec, LocalSpec, SelectionSpec
+from lorabbit.methods import compatibility
+from lorabbit.methods.registry import METHODS, build
+from lorabbit.protocol.messages import Metrics, PayloadRef
 from lorabbit.types import EVALUATE, TRAIN, ClientId
-from lorabbit_server import cohort, pace, steps
-from lorabbit_server.coordinator import decide
-from lorabbit_server.jobstate import Declared, JobState, Offered, Version, dump_header, dump_task, load_state
-from lorabbit_server.waits import waits_of
+from lorabbit_server.engine import client_selection, scheduling, transitions
+from lorabbit_server.engine.reducer import decide
+from lorabbit_server.engine.state import Declared, JobState, Offered, Version, dump_header, dump_task, load_state
+from lorabbit_server.engine.wait_reasons import waits_of
 
 NAMES = tuple(ClientId(f"client-{n}") for n in range(1, 7))
 OWN = {"partition": {"kind": "own"}}
-GPU = Declared("cuda:0", 16 * cohort.GIB, ("gpu", "fast"), "mig")
+GPU = Declared("cuda:0", 16 * client_selection.GIB, ("gpu", "fast"), "mig")
 
 
 def ref(number):
@@ -33,22 +34,24 @@ def version(number):
 
 
 def sent(commands, phase=TRAIN):
-    return [c.task for c in commands if isinstance(c, steps.SendTask) and c.task.phase == phase]
+    return [c.task for c in commands if isinstance(c, transitions.SendTask) and c.task.phase == phase]
 
 
 def answered(state, task, at_ms=0, *, seconds=0.0, steps_done=0):
     payload = None if task.phase == EVALUATE else ref(1000 + task.round * 100 + task.index)
     metrics = Metrics(num_examples=10, loss=0.5, seconds=seconds, steps=steps_done)
-    state, first = decide(state, steps.ResultOffered(task.id, task.client, Offered(metrics, payload), at_ms=at_ms))
-    state, second = decide(state, steps.ResultArrived(task.id, at_ms=at_ms))
+    state, first = decide(
+        state, transitions.ResultOffered(task.id, task.client, Offered(metrics, payload), at_ms=at_ms)
+    )
+    state, second = decide(state, transitions.ResultArrived(task.id, at_ms=at_ms))
     return state, (*first, *second)
 
 
 def training(spec, names=NAMES, declared=None):
     """A job in its first round, and what was sent in it."""
-    state, commands = decide(JobState("job", spec), steps.JobOpened(names, 0, declared or {}))
+    state, commands = decide(JobState("job", spec), transitions.JobOpened(names, 0, declared or {}))
     state, _ = answered(state, sent(commands, "initialise")[0])
-    state, commands = decide(state, steps.MethodStarted(version(1), 7))
+    state, commands = decide(state, transitions.MethodStarted(version(1), 7))
     return state, sent(commands)
 
 
@@ -64,7 +67,9 @@ def rounds(state, asked, number, at_ms=0):
         cohorts.append([task.index for task in asked])
         for task in asked:
             state, _ = answered(state, task, at_ms)
-        state, commands = decide(state, steps.RoundAggregated(state.round, version(2 * state.round + 10), at_ms=at_ms))
+        state, commands = decide(
+            state, transitions.RoundAggregated(state.round, version(2 * state.round + 10), at_ms=at_ms)
+        )
         asked = sent(commands)
     return state, cohorts
 
@@ -87,15 +92,15 @@ def rounds(state, asked, number, at_ms=0):
     ],
 )
 def test_a_client_suits_a_job_by_all_that_it_declared(selection, suits):
-    assert cohort.suits(SelectionSpec.model_validate(selection), GPU) is suits
+    assert client_selection.suits(SelectionSpec.model_validate(selection), GPU) is suits
 
 
 def test_a_job_gathers_clients_that_suit_it_and_says_which_are_lacking():
     spec = job(clients=2, selection={"tags": ["gpu"], "memory_gib": 8})
-    state, _ = decide(JobState("job", spec), steps.JobOpened(NAMES[:3], 1, {NAMES[1]: GPU}))
+    state, _ = decide(JobState("job", spec), transitions.JobOpened(NAMES[:3], 1, {NAMES[1]: GPU}))
     (wait,) = waits_of(state)
     state = load_state(dump_header(state), spec, {})
-    state, _ = decide(state, steps.ClientArrived(NAMES[4], NAMES[:5], declared=GPU))
+    state, _ = decide(state, transitions.ClientArrived(NAMES[4], NAMES[:5], declared=GPU))
 
     assert wait.reason == (
         "job job waits for 1 more client with tags gpu and 8 GiB of memory: 1 of 2 needed are connected; "
@@ -107,10 +112,10 @@ def test_a_job_gathers_clients_that_suit_it_and_says_which_are_lacking():
 
 def test_a_client_below_the_one_rank_of_an_aggregation_is_left_out_with_the_reason():
     spec, small = job(clients=2, model={"lora": {"rank": 8}}), Declared(max_rank=4)
-    state, _ = decide(JobState("job", spec), steps.JobOpened(NAMES[:2], 1, {NAMES[0]: small, NAMES[1]: GPU}))
+    state, _ = decide(JobState("job", spec), transitions.JobOpened(NAMES[:2], 1, {NAMES[0]: small, NAMES[1]: GPU}))
     (wait,) = waits_of(state)
     state = load_state(dump_header(state), spec, {})
-    state, _ = decide(state, steps.ClientArrived(NAMES[2], NAMES[:3], declared=Declared(max_rank=8)))
+    state, _ = decide(state, transitions.ClientArrived(NAMES[2], NAMES[:3], declared=Declared(max_rank=8)))
 
     assert wait.reason == (
         "job job waits for 1 more client with a LORABBIT_MAX_RANK of at least 8, the one rank of this aggregation: "
@@ -121,10 +126,10 @@ def test_a_client_below_the_one_rank_of_an_aggregation_is_left_out_with_the_reas
 
 def test_a_client_with_a_quantised_base_is_left_out_of_a_job_that_needs_the_base_whole():
     spec, less = job(clients=2, aggregation="stack"), Declared(quantisation="int4")
-    state, _ = decide(JobState("job", spec), steps.JobOpened(NAMES[:2], 1, {NAMES[0]: less, NAMES[1]: GPU}))
+    state, _ = decide(JobState("job", spec), transitions.JobOpened(NAMES[:2], 1, {NAMES[0]: less, NAMES[1]: GPU}))
     (wait,) = waits_of(state)
     state = load_state(dump_header(state), spec, {})
-    state, _ = decide(state, steps.ClientArrived(NAMES[2], NAMES[:3], declared=Declared()))
+    state, _ = decide(state, transitions.ClientArrived(NAMES[2], NAMES[:3], declared=Declared()))
 
     assert wait.reason == (
         "job job waits for 1 more client with LORABBIT_QUANTISATION none, since aggregation 'stack' changes the base "
@@ -137,8 +142,8 @@ def test_a_client_with_a_quantised_base_does_not_join_a_running_job_that_needs_i
     spec = job(clients=1, data={"partition": {"kind": "own"}}, model={"trainable": "head"})
     state, _ = training(spec)
 
-    left_out, _ = decide(state, steps.ClientArrived(NAMES[1], NAMES[:2], declared=Declared(quantisation="int8")))
-    taken_in, _ = decide(state, steps.ClientArrived(NAMES[1], NAMES[:2], declared=Declared()))
+    left_out, _ = decide(state, transitions.ClientArrived(NAMES[1], NAMES[:2], declared=Declared(quantisation="int8")))
+    taken_in, _ = decide(state, transitions.ClientArrived(NAMES[1], NAMES[:2], declared=Declared()))
 
     assert (left_out.clients, taken_in.clients) == (NAMES[:1], NAMES[:2])
 
@@ -146,7 +151,7 @@ def test_a_client_with_a_quantised_base_does_not_join_a_running_job_that_needs_i
 def test_quantised_clients_are_taken_in_where_lora_leaves_the_base_alone():
     declared = {NAMES[0]: Declared(quantisation="int4"), NAMES[1]: Declared(quantisation="int8")}
 
-    state, _ = decide(JobState("job", job(clients=2)), steps.JobOpened(NAMES[:2], 1, declared))
+    state, _ = decide(JobState("job", job(clients=2)), transitions.JobOpened(NAMES[:2], 1, declared))
 
     assert state.clients == NAMES[:2]
 
@@ -164,7 +169,10 @@ def test_quantised_clients_are_taken_in_where_lora_leaves_the_base_alone():
     ],
 )
 def test_a_method_says_whether_it_needs_the_base_whole(method, taken):
-    assert cohort.suits(None, Declared(quantisation="int8"), cohort.needs(JobSpec(method=method))) is taken
+    assert (
+        client_selection.suits(None, Declared(quantisation="int8"), client_selection.needs(JobSpec(method=method)))
+        is taken
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +181,7 @@ def test_a_method_says_whether_it_needs_the_base_whole(method, taken):
 def test_a_small_rank_is_enough_where_ranks_may_differ_or_there_is_none(what):
     declared = {NAMES[0]: Declared(max_rank=4), NAMES[1]: GPU}
 
-    state, _ = decide(JobState("job", job(clients=2, **what)), steps.JobOpened(NAMES[:2], 1, declared))
+    state, _ = decide(JobState("job", job(clients=2, **what)), transitions.JobOpened(NAMES[:2], 1, declared))
 
     assert state.clients == NAMES[:2]
 
@@ -201,27 +209,32 @@ def test_a_choice_is_the_same_for_the_same_seed_and_facts_and_another_for_anothe
 
 
 def test_a_fast_selection_measures_everybody_once_and_then_asks_the_fastest():
-    speeds = {0: work.Speed(10, 0, 10), 1: work.Speed(30, 0, 10), 2: work.Speed(20, 50, 10), 3: work.Speed(1, 500, 10)}
+    speeds = {
+        0: partial_work.Speed(10, 0, 10),
+        1: partial_work.Speed(30, 0, 10),
+        2: partial_work.Speed(20, 50, 10),
+        3: partial_work.Speed(1, 500, 10),
+    }
 
-    assert cohort.Draw(0, 1, "fast", speeds=speeds).choose(range(4), 2) == (0, 2)
-    assert 4 in cohort.Draw(0, 1, "fast", speeds=speeds).choose(range(5), 1)
+    assert client_selection.Draw(0, 1, "fast", speeds=speeds).choose(range(4), 2) == (0, 2)
+    assert 4 in client_selection.Draw(0, 1, "fast", speeds=speeds).choose(range(5), 1)
 
 
 def test_clients_that_are_lost_are_passed_over_where_the_others_are_enough():
     state, asked = training(job(cohort=2, selection={"order": "fair"}))
     for name in NAMES[:3]:
-        state, _ = decide(state, steps.ClientLeft(name, NAMES[3:]))
+        state, _ = decide(state, transitions.ClientLeft(name, NAMES[3:]))
 
     state = replace(state, tasks={})
 
-    assert set(pace.to_ask(state)) <= {3, 4, 5}
+    assert set(scheduling.to_ask(state)) <= {3, 4, 5}
     assert len(asked) == 2
 
 
 def test_a_job_that_selects_nothing_is_drawn_as_ever():
     state, asked = training(job(cohort=3, seed=5))
 
-    assert tuple(task.index for task in asked) == cohort.Draw(5, 1).choose(range(6), 3)
+    assert tuple(task.index for task in asked) == client_selection.Draw(5, 1).choose(range(6), 3)
     assert (state.asked, state.speeds, state.declared) == ({}, {}, {})
 
 
@@ -234,18 +247,18 @@ def test_a_job_that_selects_nothing_is_drawn_as_ever():
 )
 def test_the_share_of_a_client_is_what_fits_into_nine_tenths_of_the_time(within_ms, share):
     spec = job(work={"within_seconds": 1})
-    speed = work.Speed(step_ms=10, rest_ms=100, steps=100)
+    speed = partial_work.Speed(step_ms=10, rest_ms=100, steps=100)
 
-    assert work.share(spec, speed, within_ms) == share
-    assert work.share(spec, None, within_ms) == 1.0
+    assert partial_work.share(spec, speed, within_ms) == share
+    assert partial_work.share(spec, None, within_ms) == 1.0
 
 
 def test_a_speed_is_taken_from_a_training_of_any_share():
-    speed = work.Speed.measured(took_ms=1_500, training_seconds=1.0, steps=50, share=0.5)
+    speed = partial_work.Speed.measured(took_ms=1_500, training_seconds=1.0, steps=50, share=0.5)
 
-    assert speed == work.Speed(step_ms=20.0, rest_ms=500.0, steps=100.0)
-    assert work.Speed.measured(took_ms=10, training_seconds=99.0, steps=1, share=1.0).rest_ms == 0
-    assert work.Speed.measured(took_ms=10, training_seconds=1.0, steps=0, share=1.0) is None
+    assert speed == partial_work.Speed(step_ms=20.0, rest_ms=500.0, steps=100.0)
+    assert partial_work.Speed.measured(took_ms=10, training_seconds=99.0, steps=1, share=1.0).rest_ms == 0
+    assert partial_work.Speed.measured(took_ms=10, training_seconds=1.0, steps=0, share=1.0) is None
 
 
 @pytest.mark.parametrize(
@@ -259,7 +272,7 @@ def test_a_speed_is_taken_from_a_training_of_any_share():
     ],
 )
 def test_a_share_shortens_steps_or_epochs(local, part, expected):
-    assert work.shortened(local, part) == expected
+    assert partial_work.shortened(local, part) == expected
 
 
 def test_a_slow_client_is_asked_for_less_in_the_next_round_and_all_of_it_again_once_it_is_fast():
@@ -268,12 +281,12 @@ def test_a_slow_client_is_asked_for_less_in_the_next_round_and_all_of_it_again_o
     first = [task.share for task in asked]
     state, _ = answered(state, asked[0], 5_000, seconds=4.0, steps_done=40)
     state, _ = answered(state, asked[1], 21_000, seconds=20.0, steps_done=40)
-    state, commands = decide(state, steps.RoundAggregated(1, version(20), at_ms=21_000))
+    state, commands = decide(state, transitions.RoundAggregated(1, version(20), at_ms=21_000))
     second = sent(commands)
     state = load_state(dump_header(state), spec, {t.id: dump_task(t) for t in state.tasks.values()})
     state, _ = answered(state, second[0], 25_000, seconds=4.0, steps_done=40)
     state, _ = answered(state, second[1], 22_000, seconds=0.8, steps_done=16)
-    _, commands = decide(state, steps.RoundAggregated(2, version(30), at_ms=30_000))
+    _, commands = decide(state, transitions.RoundAggregated(2, version(30), at_ms=30_000))
 
     assert first == [1.0, 1.0]
     assert [task.share for task in second] == [1.0, 0.4]
@@ -287,7 +300,7 @@ def test_changes_count_per_step_done_so_that_the_fixed_point_is_that_of_the_exam
     gradients = [3.0, -5.0]
     changes = [part * gradient for part, gradient in zip(shares, gradients, strict=True)]
 
-    scaled = [f * change for f, change in zip(work.factors(spec, examples, shares), changes, strict=True)]
+    scaled = [f * change for f, change in zip(partial_work.factors(spec, examples, shares), changes, strict=True)]
     mean = sum(n * change for n, change in zip(examples, scaled, strict=True)) / 40
 
     effective = (30 * 1.0 + 10 * 0.5) / 40
@@ -298,8 +311,8 @@ def test_changes_count_per_step_done_so_that_the_fixed_point_is_that_of_the_exam
 def test_equal_shares_leave_every_update_as_it_came(weighting):
     spec = job(work={"within_seconds": 1, "weighting": weighting})
 
-    assert work.factors(spec, [3, 4], [0.5, 0.5]) == [1.0, 1.0]
-    assert work.factors(job(), [3, 4], [1.0, 0.5]) == [1.0, 1.0]
+    assert partial_work.factors(spec, [3, 4], [0.5, 0.5]) == [1.0, 1.0]
+    assert partial_work.factors(job(), [3, 4], [1.0, 0.5]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -336,7 +349,7 @@ def test_a_method_scales_updates_or_refuses_it_in_the_terms_of_its_paper(method)
 )
 def test_what_cannot_work_is_refused_with_the_reason(text, said):
     with pytest.raises(BadInput) as error:
-        jobfile.parse(text)
+        job_loader.parse(text)
     assert said in str(error.value)
 
 
@@ -353,14 +366,14 @@ def test_what_cannot_work_is_refused_with_the_reason(text, said):
     ],
 )
 def test_clients_with_data_of_their_own_join_and_those_of_a_partition_do_not(spec, joins):
-    assert joining.takes_in(spec, prepares=False) is joins
+    assert compatibility.takes_in(spec, prepares=False) is joins
 
 
 def test_a_client_that_comes_later_gets_the_next_index_and_is_asked_from_the_next_round_on():
     state, asked = training(job(clients=2, data=OWN), NAMES[:2])
 
-    state, commands = decide(state, steps.ClientArrived(NAMES[2], NAMES[:3]))
-    (told,) = [c.event for c in commands if isinstance(c, steps.Record)]
+    state, commands = decide(state, transitions.ClientArrived(NAMES[2], NAMES[:3]))
+    (told,) = [c.event for c in commands if isinstance(c, transitions.Record)]
     _, cohorts = rounds(state, asked, 2)
 
     assert (told.kind, told.client, told.index) == ("client-joined", NAMES[2], 2)
@@ -370,7 +383,7 @@ def test_a_client_that_comes_later_gets_the_next_index_and_is_asked_from_the_nex
 def test_where_clients_never_wait_one_that_comes_later_is_asked_at_once():
     state, _ = training(job(clients=2, data=OWN, schedule=Buffered(buffer=2)), NAMES[:2])
 
-    _, commands = decide(state, steps.ClientArrived(NAMES[2], NAMES[:3]))
+    _, commands = decide(state, transitions.ClientArrived(NAMES[2], NAMES[:3]))
 
     assert [task.client for task in sent(commands)] == [NAMES[2]]
 
@@ -378,7 +391,7 @@ def test_where_clients_never_wait_one_that_comes_later_is_asked_at_once():
 def test_a_share_of_the_population_grows_with_those_who_join():
     state, asked = training(job(clients=2, data=OWN, cohort=0.5), NAMES[:2])
     for place in range(2, 6):
-        state, _ = decide(state, steps.ClientArrived(NAMES[place], NAMES[: place + 1]))
+        state, _ = decide(state, transitions.ClientArrived(NAMES[place], NAMES[: place + 1]))
 
     _, cohorts = rounds(state, asked, 2)
 
@@ -390,4 +403,4 @@ def test_a_client_that_does_not_suit_or_has_no_part_of_the_data_changes_nothing(
     declared = dict.fromkeys(NAMES, GPU)
     state, _ = training(job(clients=2, **what), NAMES[:2], declared)
 
-    assert decide(state, steps.ClientArrived(NAMES[2], NAMES[:3])) == (state, ())
+    assert decide(state, transitions.ClientArrived(NAMES[2], NAMES[:3])) == (state, ())

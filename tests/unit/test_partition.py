@@ -8,8 +8,8 @@ from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import PartitionSpec
-from lorabbit_client.partition import Keys, Share, apportion, hold_out, partition
+from lorabbit.job.spec import PartitionSpec
+from lorabbit_client.data.partitioners import Keys, Share, apportion, hold_out, partition
 
 SPLITS = st.sampled_from(["iid", "dirichlet", "pathological", "quantity", "natural"])
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabbit.errors import CorruptPayload
-from lorabbit.messages import PayloadRef
-from lorabbit.payloads import PayloadStore
+from lorabbit.protocol.messages import PayloadRef
+from lorabbit.transfer.payload_store import PayloadStore
 
 CHUNK = 1024
 

@@ -10,14 +10,14 @@ import torch
 from personal import CLASSES, REPRESENTATION, Federation, job, session
 
 from lorabbit.errors import BadInput
-from lorabbit.methods import build
-from lorabbit.methods.fd import Fd
-from lorabbit.methods.fedkd import FedKd, _cut, _energy_rank, _Mean
-from lorabbit.methods.fedproto import FedProto
-from lorabbit.methods.fml import Fml
-from lorabbit.methods.lg_fedavg import LgFedAvg
-from lorabbit.methods.standalone import Standalone
-from lorabbit.personal import shared_model
+from lorabbit.methods.personal_model.fd import Fd
+from lorabbit.methods.personal_model.fedkd import FedKd, _cut, _energy_rank, _Mean
+from lorabbit.methods.personal_model.fedproto import FedProto
+from lorabbit.methods.personal_model.fml import Fml
+from lorabbit.methods.personal_model.lg_fedavg import LgFedAvg
+from lorabbit.methods.personal_model.requirements import shared_model
+from lorabbit.methods.personal_model.standalone import Standalone
+from lorabbit.methods.registry import build
 from lorabbit.types import ClientId, ClientProfile, ClientUpdate, Plan, ServerState
 
 

@@ -10,19 +10,19 @@ import torch
 from personal import CLASSES, LOCAL, REPRESENTATION, WIDTHS, Networks, data, job, session
 
 from lorabbit.errors import BadInput, Refused
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Task
-from lorabbit.methods import METHODS, build
-from lorabbit.methods.standalone import Standalone
-from lorabbit.personal import is_own
-from lorabbit_client.cnn import Cnn
-from lorabbit_client.execution import Work
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.personal_model.requirements import is_own
+from lorabbit.methods.personal_model.standalone import Standalone
+from lorabbit.methods.registry import METHODS, build
+from lorabbit.protocol.messages import Task
+from lorabbit_client.execution.interface import Work
+from lorabbit_client.execution.private_state import PrivateState, read_private, write_private
 from lorabbit_client.executor import Executor
-from lorabbit_client.model_source import ModelSource
-from lorabbit_client.models import load_model
-from lorabbit_client.personal_models import Split, widths_of
-from lorabbit_client.personal_workspace import PersonalWorkspace
-from lorabbit_client.private import PrivateState, read_private, write_private
+from lorabbit_client.models.cnn import Cnn
+from lorabbit_client.models.loading import load_model
+from lorabbit_client.models.source import ModelSource
+from lorabbit_client.personal.models import Split, widths_of
+from lorabbit_client.personal.workspace import PersonalWorkspace
 
 PIXELS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.tensor([[2, 40, 50, 60, 3], [2, 70, 3, 0, 0]])

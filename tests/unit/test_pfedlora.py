@@ -9,11 +9,11 @@ import pytest
 import torch
 from personal import CLASSES, LOCAL, WIDTHS, Federation, job, session
 
-from lorabbit import codec
 from lorabbit.errors import BadInput
-from lorabbit.methods import build
-from lorabbit.methods.pfedlora import ALIGN, A, B, PFedLora
-from lorabbit.personal import is_own
+from lorabbit.methods.personal_model.pfedlora import ALIGN, A, B, PFedLora
+from lorabbit.methods.personal_model.requirements import is_own
+from lorabbit.methods.registry import build
+from lorabbit.tensors import serialization
 from lorabbit.types import ClientId, ClientUpdate, Plan, ServerState
 
 STILL = {**LOCAL, "learning_rate": 1e-30, "weight_decay": 0.0}
@@ -78,7 +78,7 @@ def test_J3_the_adapter_has_one_shape_for_all_and_a_narrow_trunk_is_padded_with_
 def test_J4_the_payload_is_the_adapter_and_holds_no_byte_sequence_of_the_own_model(tmp_path):
     federation = Federation(job())
     sent = federation.update(1)
-    codec.write_tensors(tmp_path / "upload", sent.tensors)
+    serialization.write_tensors(tmp_path / "upload", sent.tensors)
     written = (tmp_path / "upload").read_bytes()
 
     header = int.from_bytes(written[:8], "little")
@@ -199,9 +199,9 @@ def test_J14_another_seed_gives_another_adapter():
 def test_J15_an_adapter_survives_the_wire(tmp_path):
     tensors = Federation(job()).state.tensors
 
-    codec.write_tensors(tmp_path / "adapter", tensors)
+    serialization.write_tensors(tmp_path / "adapter", tensors)
 
-    assert same(dict(codec.read_tensors(tmp_path / "adapter")), tensors)
+    assert same(dict(serialization.read_tensors(tmp_path / "adapter")), tensors)
 
 
 def test_the_adapter_is_drawn_with_the_variances_of_its_widths():

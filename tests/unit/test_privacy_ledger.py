@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lorabbit.defences import PrivacySpec
 from lorabbit.errors import BadInput, LoRAbbitError
-from lorabbit.privacy import Sampled, epsilon_of, epsilon_of_steps
-from lorabbit_client.capability import UNLIMITED, Capability
-from lorabbit_client.privacy_budget import count
-from lorabbit_client.privacy_ledger import PrivacyLedger
+from lorabbit.job.spec import PrivacySpec
+from lorabbit.privacy.accountant import Sampled, epsilon_of, epsilon_of_steps
+from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.execution.privacy_ledger import PrivacyLedger
+from lorabbit_client.training.privacy_budget import count
 
 FEW, MANY = Sampled(1.0, 0.01, 10), Sampled(2.0, 0.5, 4)
 

@@ -10,7 +10,7 @@ import pytest
 
 from lorabbit.errors import LoRAbbitError
 from lorabbit.types import Json
-from lorabbit_client.private import PrivateState, read_private, write_private
+from lorabbit_client.execution.private_state import PrivateState, read_private, write_private
 
 
 def keep(folder: Path, task: str, values: dict[str, Json] | None = None, **groups: float) -> PrivateState:

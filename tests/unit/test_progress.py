@@ -17,10 +17,9 @@ from doubles_events import (
     sample_spec,
 )
 
-from lorabbit import events as ev
+from lorabbit.events import job_events as ev
 from lorabbit.types import EVALUATE, TRAIN
-from lorabbit_cli.progress import Progress
-from lorabbit_cli.rows import Note
+from lorabbit_cli.live_view.state import Note, Progress
 
 
 def fold(progress: Progress, log: list[ev.AnyEvent]) -> list[Note]:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from lorabbit import codec, prompts
-from lorabbit.payloads import PayloadStore
-from lorabbit_server.exports import Exports
-from lorabbit_server.wholefiles import WholeFiles
+from lorabbit.tensors import serialization, soft_prompts
+from lorabbit.transfer.payload_store import PayloadStore
+from lorabbit_server.artifacts.adapter_export import Exports
+from lorabbit_server.artifacts.fenced_files import WholeFiles
 
 
 def encoder(rows: int = 3, width: int = 5) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -30,7 +30,7 @@ def test_the_prompt_is_the_encoders_output_and_other_tensors_stay():
     tensors, expected = encoder()
     head = np.arange(4, dtype=np.float32)
 
-    made = prompts.finished({**tensors, "base_model.classifier.weight": head})
+    made = soft_prompts.finished({**tensors, "base_model.classifier.weight": head})
 
     assert set(made) == {"prompt_embeddings", "base_model.classifier.weight"}
     np.testing.assert_allclose(made["prompt_embeddings"], expected, rtol=1e-5, atol=1e-6)
@@ -40,7 +40,7 @@ def test_the_prompt_is_the_encoders_output_and_other_tensors_stay():
 def test_the_prompt_keeps_the_dtype_of_the_wire():
     tensors, _ = encoder()
 
-    made = prompts.finished({name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()})
+    made = soft_prompts.finished({name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()})
 
     assert made["prompt_embeddings"].dtype == ml_dtypes.bfloat16
 
@@ -49,10 +49,10 @@ def test_the_prompt_keeps_the_dtype_of_the_wire():
 def test_an_exported_folder_holds_the_prompt_instead_of_the_encoder(tmp_path: Path, *, durable: bool):
     tensors, expected = encoder()
     exports = Exports(PayloadStore(tmp_path / "payloads", durable=durable), WholeFiles(durable))
-    codec.write_tensors(tmp_path / "source", tensors)
+    serialization.write_tensors(tmp_path / "source", tensors)
 
     exports._write_weights(tmp_path / "source", tmp_path / "adapter_model.safetensors")
 
-    written = codec.read_tensors(tmp_path / "adapter_model.safetensors")
+    written = serialization.read_tensors(tmp_path / "adapter_model.safetensors")
     assert set(written) == {"prompt_embeddings"}
     np.testing.assert_allclose(written["prompt_embeddings"], expected, rtol=1e-5, atol=1e-6)

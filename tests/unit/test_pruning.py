@@ -9,13 +9,13 @@ import pytest
 import torch
 from doubles import QuadraticSession, profile
 
-from lorabbit import lora
-from lorabbit.aggregation import pruning
+from lorabbit.aggregation.rank_pruning import pruning
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec, PruneSpec
-from lorabbit.lora import Factors
-from lorabbit.methods import METHODS, build
-from lorabbit.methods.base import Method
+from lorabbit.job.spec import JobSpec, PruneSpec
+from lorabbit.methods.api.method import Method
+from lorabbit.methods.registry import METHODS, build
+from lorabbit.tensors import lora_math
+from lorabbit.tensors.lora_math import Factors
 from lorabbit.types import ADAPTER, ServerState
 
 RANK, HEAD, MODULE = 4, "classifier.weight", "m.q"
@@ -27,7 +27,7 @@ def adapter(sizes: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)) -> dict[str, Any]:
     scale = np.sqrt(np.array(sizes, np.float32))
     a = np.ones((len(sizes), 5), np.float32) * scale[:, None]
     b = np.ones((3, len(sizes)), np.float32) * scale
-    return {HEAD: np.ones((2, 3), np.float32), **lora.write(MODULE, Factors(a, b))}
+    return {HEAD: np.ones((2, 3), np.float32), **lora_math.write(MODULE, Factors(a, b))}
 
 
 def method(name: str = "fedavg", **prune: Any) -> Method:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import DataSpec
-from lorabbit_client import tiny
-from lorabbit_client.tables import Table
-from lorabbit_client.tasks import TASKS
-from lorabbit_client.tasks.spans import Windows, best_of, exact, f1
+from lorabbit.job.spec import DataSpec
+from lorabbit_client.data.table import Table
+from lorabbit_client.models import tiny
+from lorabbit_client.tasks.question_answering import Windows, best_of, exact, f1
+from lorabbit_client.tasks.registry import TASKS
 
 CONTEXT = "The quick brown fox jumps over the lazy dog near the river bank at dawn."
 BERT = tiny.tiny_tokenizer("bert")

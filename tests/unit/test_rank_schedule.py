@@ -2,7 +2,7 @@ from itertools import groupby
 
 import pytest
 
-from lorabbit.rank_schedule import RankSchedule, holds
+from lorabbit.methods.components.rank_schedule import RankSchedule, holds
 
 CUBIC = [32] * 6 + [29, 27, 25, 23, 21, 19, 17, 16, 14, 13, 12, 11, 10, 9, 8, 8, 7, 6, 6, 5, 5, 5, 5] + [4] * 18
 SMOOTH = ["cubic", "geometric", "linear", "cosine"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jsonschema
 import pytest
 
-from lorabbit import events as ev
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics
-from lorabbit.report import Report, begin, fold, report_schema
+from lorabbit.events import job_events as ev
+from lorabbit.events.report import Report, begin, fold, report_schema
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Metrics
 
 SPEC = JobSpec(name="job", seed=3, method={"name": "fedprox", "mu": 0.1}, clients=2)
 FACTS = {

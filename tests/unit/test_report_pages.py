@@ -12,9 +12,9 @@ from doubles_events import loss, pooled_accuracy, sample_log, sample_report, sam
 from tensorboardX.proto.event_pb2 import Event
 
 from lorabbit.errors import BadInput
-from lorabbit.report import Report, begin, fold
-from lorabbit_cli.report_pages import JobFile, html, markdown, write_pages
-from lorabbit_cli.summary import summary_rows
+from lorabbit.events.report import Report, begin, fold
+from lorabbit_cli.report.pages import JobFile, html, markdown, write_pages
+from lorabbit_cli.report.summary import summary_rows
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 

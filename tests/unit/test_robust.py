@@ -11,17 +11,18 @@ from hostile import ATTACKS, MODULE, RANK, SCALING, factors_of, job, regauged, r
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabbit import jobfile, lora
-from lorabbit.aggregation.exchange import FROZEN
-from lorabbit.defences import RobustSpec
+from lorabbit import job_loader
+from lorabbit.aggregation.client_side import FROZEN
 from lorabbit.errors import BadInput, RunFailed
-from lorabbit.lora import Factors
-from lorabbit.methods import METHODS, build
-from lorabbit.robust import defend
+from lorabbit.job.spec import RobustSpec
+from lorabbit.methods.registry import METHODS, build
+from lorabbit.robust.defense import defend
 from lorabbit.robust.geometry import Cohort, norms, squared_distances
 from lorabbit.robust.rules import krum_scores
+from lorabbit.tensors import lora_math
+from lorabbit.tensors.lora_math import Factors
 from lorabbit.types import ServerState
-from lorabbit_cli.local import Means, run_local
+from lorabbit_cli.local.embedded_run import Means, run_local
 
 KINDS = ("clip", "median", "trimmed-mean", "krum", "multi-krum")
 HEAD = "classifier.weight"
@@ -34,7 +35,7 @@ def drawn(rng, rank=RANK, d_in=10, d_out=7):
 def cohort_of(clients=6, seed=0):
     """A server and updates with factors and a dense head, all drawn."""
     rng = np.random.default_rng(seed)
-    state = ServerState({HEAD: rng.normal(size=(2, 3)), **lora.write(MODULE, drawn(rng))})
+    state = ServerState({HEAD: rng.normal(size=(2, 3)), **lora_math.write(MODULE, drawn(rng))})
     updates = []
     for k in range(clients):
         f = drawn(rng)
@@ -44,7 +45,7 @@ def cohort_of(clients=6, seed=0):
 
 
 def dense(tensors, scaling=SCALING):
-    return lora.read(tensors, MODULE, scaling).product()
+    return lora_math.read(tensors, MODULE, scaling).product()
 
 
 def points(state, updates):
@@ -82,7 +83,7 @@ def test_distances_are_those_of_the_dense_products():
 
 def test_a_frozen_a_counts_in_the_norm_though_it_does_not_travel():
     rng = np.random.default_rng(1)
-    a, b = lora.write(MODULE, drawn(rng)).items()
+    a, b = lora_math.write(MODULE, drawn(rng)).items()
     state = ServerState(dict([b]), shared={FROZEN: dict([a])})
     sent = replace(update(0, a[1], b[1] + 1.0), tensors={b[0]: b[1] + 1.0})
 
@@ -94,12 +95,12 @@ def test_a_frozen_a_counts_in_the_norm_though_it_does_not_travel():
 def test_a_small_change_of_a_large_weight_keeps_its_norm():
     rng = np.random.default_rng(2)
     large = drawn(rng)
-    state = ServerState(lora.write(MODULE, Factors(large.a * 1e4, large.b * 1e4)))
+    state = ServerState(lora_math.write(MODULE, Factors(large.a * 1e4, large.b * 1e4)))
     sent = update(0, large.a * 1e4, large.b * 1e4 * (1 + 1e-9))
 
     (length,) = norms(Cohort(state, [sent], SCALING).gram())
 
-    assert length == pytest.approx(1e-9 * lora.norm(Factors(large.a * 1e4, large.b * 1e4, SCALING)), rel=1e-4)
+    assert length == pytest.approx(1e-9 * lora_math.norm(Factors(large.a * 1e4, large.b * 1e4, SCALING)), rel=1e-4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -127,8 +128,8 @@ def test_nobody_clipped_is_the_plain_mean_of_products_cut_to_the_servers_rank():
 
     found, told = defended(job(robust={"norm": 1e9}), state, updates)
 
-    mean = lora.stack([(1 / len(updates), factors_of(u)) for u in updates], SCALING)
-    assert np.allclose(dense(found), lora.truncate(mean, RANK).factors.product())
+    mean = lora_math.stack([(1 / len(updates), factors_of(u)) for u in updates], SCALING)
+    assert np.allclose(dense(found), lora_math.truncate(mean, RANK).factors.product())
     assert told["clipped"] == []
 
 
@@ -311,7 +312,7 @@ def test_a_defence_that_would_mean_nothing_is_refused(more, sentence):
 def test_a_run_reports_what_its_defence_did_to_whom(tmp_path: Path):
     text = "model: {name: 'null:40KB'}\nrounds: 3\nclients: 4\nrobust: {kind: clip, norm: 0.0001}\n"
 
-    report = run_local(jobfile.parse(text), tmp_path, means=Means()).report
+    report = run_local(job_loader.parse(text), tmp_path, means=Means()).report
 
     assert report.guarded == {client: {"clipped": 3} for client in report.clients}
     assert report.rounds[0].facts["robust"]["kind"] == "clip"

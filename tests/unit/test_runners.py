@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics, Task
-from lorabbit_client.execution import OnProgress, Outcome, Work
-from lorabbit_client.failures import OUT_OF_MEMORY
-from lorabbit_client.runners import InlineRunner, ThreadRunner
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Metrics, Task
+from lorabbit_client.execution.failures import OUT_OF_MEMORY
+from lorabbit_client.execution.interface import OnProgress, Outcome, Work
+from lorabbit_client.execution.runners import InlineRunner, ThreadRunner
 
 PATIENCE = 20.0
 
@@ -78,7 +78,7 @@ WITHOUT_MEMORY = """
 import resource, sys, threading
 from pathlib import Path
 from unit.test_runners import Gated, work_of
-from lorabbit_client.runners import ThreadRunner
+from lorabbit_client.execution.runners import ThreadRunner
 
 threading.stack_size(256 * 2**20)
 mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

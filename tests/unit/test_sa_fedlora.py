@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 from doubles import QuadraticSession, profile
 
-from lorabbit import lora, two_stage
-from lorabbit.codec import read_facts, read_tensors, write_tensors
 from lorabbit.errors import BadInput, Refused
-from lorabbit.jobspec import JobSpec
-from lorabbit.lora import Factors
-from lorabbit.methods import build
-from lorabbit.methods.fedavg import FedAvg
-from lorabbit.methods.sa_fedlora import SaFedLora
-from lorabbit.tensors import size_bytes
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.components import two_stage
+from lorabbit.methods.registry import build
+from lorabbit.methods.shared_model.fedavg import FedAvg
+from lorabbit.methods.shared_model.sa_fedlora import SaFedLora
+from lorabbit.tensors import lora_math
+from lorabbit.tensors.arithmetic import size_bytes
+from lorabbit.tensors.lora_math import Factors
+from lorabbit.tensors.serialization import read_facts, read_tensors, write_tensors
 from lorabbit.types import ADAPTER, BASE, SHIFT, ClientUpdate, ServerState
 
 SHAPES = {"base_model.model.q": (7, 9), "base_model.model.v": (12, 6)}
@@ -79,7 +80,7 @@ def rank_in(state):
 
 
 def product(tensors, module="base_model.model.q", scaling=2.0):
-    return lora.read(tensors, module, scaling).product()
+    return lora_math.read(tensors, module, scaling).product()
 
 
 def test_U1_the_schedule_of_a_job_of_fifty_rounds_is_the_golden_one():
@@ -255,7 +256,7 @@ def test_U6_a_prefix_of_the_shrunk_factors_is_the_truncation_to_its_rank():
     module = "base_model.model.q"
     prefix = Factors(nested[f"{module}.lora_A.weight"][:2], nested[f"{module}.lora_B.weight"][:, :2], 2.0)
 
-    best = lora.truncate(lora.read(adapter, module, 2.0), 2).factors.product()
+    best = lora_math.truncate(lora_math.read(adapter, module, 2.0), 2).factors.product()
     np.testing.assert_allclose(prefix.product(), best, atol=1e-5)
 
 
@@ -293,7 +294,7 @@ def test_U6_merging_before_a_lower_rank_loses_nothing_and_begins_anew(initiating
         np.testing.assert_allclose(product(merged.shared[SHIFT], module), product(plain.tensors, module), atol=1e-5)
     exported = method.export(merged)
     for module in SHAPES:
-        whole = lora.read(exported.tensors, module, exported.config["lora_alpha"] / exported.config["r"]).product()
+        whole = lora_math.read(exported.tensors, module, exported.config["lora_alpha"] / exported.config["r"]).product()
         np.testing.assert_allclose(whole, product(plain.tensors, module), atol=1e-5)
     assert (exported.base is not None) == (initiating == "full")
 

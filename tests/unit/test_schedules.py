@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabbit import jobfile
-from lorabbit import schedules as sc
+from lorabbit import job_loader
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics, PayloadRef
-from lorabbit.methods import METHODS, build
+from lorabbit.job import schedules as sc
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.registry import METHODS, build
+from lorabbit.protocol.messages import Metrics, PayloadRef
 from lorabbit.types import EVALUATE, TRAIN, ClientId
-from lorabbit_server import pace, steps
-from lorabbit_server.coordinator import decide, resume
-from lorabbit_server.jobstate import JobState, Offered, Version, dump_header, dump_task, load_state
+from lorabbit_server.engine import scheduling, transitions
+from lorabbit_server.engine.reducer import decide, resume
+from lorabbit_server.engine.state import JobState, Offered, Version, dump_header, dump_task, load_state
 
 NAMES = tuple(ClientId(f"client-{n}") for n in range(1, 5))
 
@@ -35,7 +35,7 @@ def version(name):
 
 
 def sent(commands, phase=TRAIN):
-    return [c.task for c in commands if isinstance(c, steps.SendTask) and c.task.phase == phase]
+    return [c.task for c in commands if isinstance(c, transitions.SendTask) and c.task.phase == phase]
 
 
 def of(commands, kind):
@@ -43,30 +43,30 @@ def of(commands, kind):
 
 
 def events(commands, kind):
-    return [c.event for c in of(commands, steps.Record) if c.event.kind == kind]
+    return [c.event for c in of(commands, transitions.Record) if c.event.kind == kind]
 
 
 def offered(state, task, at_ms=0):
     payload = None if task.phase == EVALUATE else ref(f"{task.round} {task.index} {task.turn}")
     result = Offered(Metrics(num_examples=10, loss=0.5), payload)
-    return decide(state, steps.ResultOffered(task.id, task.client, result, at_ms=at_ms))
+    return decide(state, transitions.ResultOffered(task.id, task.client, result, at_ms=at_ms))
 
 
 def answered(state, task, at_ms=0):
     state, first = offered(state, task, at_ms)
-    state, second = decide(state, steps.ResultArrived(task.id, at_ms=at_ms))
+    state, second = decide(state, transitions.ResultArrived(task.id, at_ms=at_ms))
     return state, (*first, *second)
 
 
 def aggregated(state, at_ms=0):
-    return decide(state, steps.RoundAggregated(state.round, version(str(state.round)), at_ms=at_ms))
+    return decide(state, transitions.RoundAggregated(state.round, version(str(state.round)), at_ms=at_ms))
 
 
 def training(spec, at_ms=0):
     """A job in its first round, and what was sent in it by client index."""
-    state, commands = decide(JobState("job", spec), steps.JobOpened(NAMES))
+    state, commands = decide(JobState("job", spec), transitions.JobOpened(NAMES))
     state, _ = answered(state, sent(commands, "initialise")[0])
-    state, commands = decide(state, steps.MethodStarted(version("0"), 7, at_ms=at_ms))
+    state, commands = decide(state, transitions.MethodStarted(version("0"), 7, at_ms=at_ms))
     return state, {task.index: task for task in sent(commands)}, commands
 
 
@@ -85,7 +85,7 @@ def training(spec, at_ms=0):
     ],
 )
 def test_a_schedule_is_a_word_or_keys_and_values(text, expected):
-    assert jobfile.parse(f"schedule: {text}").schedule == expected
+    assert job_loader.parse(f"schedule: {text}").schedule == expected
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_schedule_is_a_word_or_keys_and_values(text, expected):
 )
 def test_a_schedule_that_cannot_be_is_refused_in_one_sentence(text, said):
     with pytest.raises(BadInput) as error:
-        jobfile.parse(text)
+        job_loader.parse(text)
 
     assert said in str(error.value)
     assert "\n" not in str(error.value)
@@ -114,9 +114,9 @@ def test_a_schedule_that_cannot_be_is_refused_in_one_sentence(text, said):
 
 @pytest.mark.parametrize("text", ["sync", "quorum", "{kind: buffered, buffer: 3}"])
 def test_a_schedule_survives_the_way_through_a_job_file(text):
-    spec = jobfile.parse(f"schedule: {text}")
+    spec = job_loader.parse(f"schedule: {text}")
 
-    assert jobfile.parse(jobfile.dump(spec)) == spec
+    assert job_loader.parse(job_loader.dump(spec)) == spec
     assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
@@ -170,7 +170,7 @@ def test_an_update_is_worth_one_over_one_plus_its_staleness_to_the_a(tau, a, wor
 def test_a_quorum_is_a_share_of_the_cohort_and_more_are_asked(share, over, cohort, needed, asked):
     state, tasks, _ = training(job(sc.Quorum(quorum=share, over_select=over), cohort=cohort))
 
-    assert (pace.needed(state), len(tasks)) == (needed, asked)
+    assert (scheduling.needed(state), len(tasks)) == (needed, asked)
 
 
 # ---- quorum ----
@@ -183,8 +183,8 @@ def test_a_round_closes_at_its_quorum_and_calls_the_rest_off():
     state, commands = answered(state, tasks[1])
 
     assert state.stage == "aggregating"
-    assert [t.index for t in of(commands, steps.Aggregate)[0].tasks] == [1, 3]
-    assert {c.task for c in of(commands, steps.CancelTask)} == {tasks[0].id, tasks[2].id}
+    assert [t.index for t in of(commands, transitions.Aggregate)[0].tasks] == [1, 3]
+    assert {c.task for c in of(commands, transitions.CancelTask)} == {tasks[0].id, tasks[2].id}
 
 
 def test_privacy_waits_for_everybody_and_a_defence_needs_the_clients_of_one_round():
@@ -205,7 +205,7 @@ def test_a_late_result_of_a_quorum_that_refuses_is_stale_and_the_log_tells_who_w
 
     _, late = offered(state, tasks[2])
 
-    assert of(late, steps.DenyUpload)[0].reason == "stale"
+    assert of(late, transitions.DenyUpload)[0].reason == "stale"
     (closed,) = events(commands, "round-closed")
     assert closed.pace == {"late": 2, "too_stale": 0, "staleness_mean": 0.0, "staleness_max": 0}
 
@@ -214,7 +214,7 @@ def test_a_late_result_of_a_quorum_that_keeps_joins_the_next_round_from_its_own_
     state, tasks, _ = training(job(sc.Quorum(quorum=0.5, late="keep")))
     for index in (0, 1):
         state, commands = answered(state, tasks[index])
-    assert not of(commands, steps.CancelTask)
+    assert not of(commands, transitions.CancelTask)
     state, commands = aggregated(state)
     again = {task.index: task for task in sent(commands)}
     assert set(again) == {0, 1}, "those who are late are not asked for more"
@@ -223,18 +223,18 @@ def test_a_late_result_of_a_quorum_that_keeps_joins_the_next_round_from_its_own_
     state, _ = answered(state, tasks[2])
     state, commands = answered(state, again[0])
 
-    assert [t.id for t in of(commands, steps.Aggregate)[0].tasks] == [tasks[2].id, again[0].id]
-    assert [pace.staleness(state, t) for t in of(commands, steps.Aggregate)[0].tasks] == [1, 0]
+    assert [t.id for t in of(commands, transitions.Aggregate)[0].tasks] == [tasks[2].id, again[0].id]
+    assert [scheduling.staleness(state, t) for t in of(commands, transitions.Aggregate)[0].tasks] == [1, 0]
 
 
 def test_a_round_that_passes_its_deadline_closes_with_what_there_is():
     state, tasks, commands = training(job(sc.Quorum(quorum=1.0, deadline_seconds=5)), at_ms=1_000)
-    assert of(commands, steps.SetDeadline) == [steps.SetDeadline(1, 6_000)]
+    assert of(commands, transitions.SetDeadline) == [transitions.SetDeadline(1, 6_000)]
     state, _ = answered(state, tasks[2], at_ms=2_000)
 
-    state, commands = decide(state, steps.DeadlinePassed(1, at_ms=6_000))
+    state, commands = decide(state, transitions.DeadlinePassed(1, at_ms=6_000))
 
-    assert [t.index for t in of(commands, steps.Aggregate)[0].tasks] == [2]
+    assert [t.index for t in of(commands, transitions.Aggregate)[0].tasks] == [2]
     assert state.deadline_ms is None
 
 
@@ -242,13 +242,15 @@ def test_a_deadline_with_nothing_to_fold_asks_those_who_are_free_and_is_set_agai
     spec = job(sc.Quorum(quorum=1.0, over_select=1.0, deadline_seconds=5), cohort=2)
     state, tasks, _ = training(spec, at_ms=1_000)
 
-    state, commands = decide(state, steps.DeadlinePassed(1, at_ms=6_000))
+    state, commands = decide(state, transitions.DeadlinePassed(1, at_ms=6_000))
 
     assert {t.index for t in sent(commands)} == set(range(4)) - set(tasks)
-    assert of(commands, steps.SetDeadline) == [steps.SetDeadline(1, 11_000)]
+    assert of(commands, transitions.SetDeadline) == [transitions.SetDeadline(1, 11_000)]
 
 
-@pytest.mark.parametrize("event", [steps.DeadlinePassed(2, at_ms=99_000), steps.DeadlinePassed(0, at_ms=99_000)])
+@pytest.mark.parametrize(
+    "event", [transitions.DeadlinePassed(2, at_ms=99_000), transitions.DeadlinePassed(0, at_ms=99_000)]
+)
 def test_the_deadline_of_another_round_changes_nothing(event):
     state, _, _ = training(job(sc.Quorum(deadline_seconds=5)))
 
@@ -258,30 +260,32 @@ def test_the_deadline_of_another_round_changes_nothing(event):
 def test_a_deadline_that_rings_early_is_set_again():
     state, _, _ = training(job(sc.Quorum(deadline_seconds=5)), at_ms=1_000)
 
-    assert decide(state, steps.DeadlinePassed(1, at_ms=5_999)) == (state, (steps.SetDeadline(1, 6_000),))
+    assert decide(state, transitions.DeadlinePassed(1, at_ms=5_999)) == (state, (transitions.SetDeadline(1, 6_000),))
 
 
 def test_a_restarted_server_sets_the_deadline_again():
     state, _, _ = training(job(sc.Quorum(deadline_seconds=5)), at_ms=1_000)
 
-    assert steps.SetDeadline(1, 6_000) in resume(state)
+    assert transitions.SetDeadline(1, 6_000) in resume(state)
 
 
 def test_a_deadline_that_is_not_given_follows_from_the_speed_of_the_quorum():
     state, tasks, commands = training(job(sc.Quorum(quorum=0.5)), at_ms=1_000)
-    assert not of(commands, steps.SetDeadline), "nobody was measured yet"
+    assert not of(commands, transitions.SetDeadline), "nobody was measured yet"
     state, _ = answered(state, tasks[0], at_ms=3_000)
     state, _ = answered(state, tasks[1], at_ms=9_000)
 
     state, commands = aggregated(state, at_ms=10_000)
 
-    assert of(commands, steps.SetDeadline) == [steps.SetDeadline(2, 10_000 + round(pace.PATIENCE * 2_000))]
+    assert of(commands, transitions.SetDeadline) == [
+        transitions.SetDeadline(2, 10_000 + round(scheduling.PATIENCE * 2_000))
+    ]
 
 
 def test_clients_that_are_lost_are_asked_only_where_the_others_are_too_few():
     spec = job(sc.Quorum(quorum=0.5, over_select=1.0))
     state, tasks, _ = training(spec)
-    state, _ = decide(state, steps.ClientLeft(NAMES[3], NAMES[:3]))
+    state, _ = decide(state, transitions.ClientLeft(NAMES[3], NAMES[:3]))
     for index in (0, 1):
         state, _ = answered(state, tasks[index])
 
@@ -309,8 +313,8 @@ def test_every_k_arrivals_make_a_version_and_nobody_is_called_off():
 
     state, commands = answered(state, tasks[0])
 
-    assert [t.index for t in of(commands, steps.Aggregate)[0].tasks] == [0, 3]
-    assert not of(commands, steps.CancelTask)
+    assert [t.index for t in of(commands, transitions.Aggregate)[0].tasks] == [0, 3]
+    assert not of(commands, transitions.CancelTask)
 
 
 def test_staleness_is_the_number_of_versions_since_the_one_a_task_started_from():
@@ -347,7 +351,7 @@ def test_a_result_that_is_too_stale_is_refused_by_name_counted_and_its_client_st
 
     state, commands = offered(state, tasks[2])
 
-    assert of(commands, steps.DenyUpload) == [steps.DenyUpload(tasks[2].id, tasks[2].client, "too-stale")]
+    assert of(commands, transitions.DenyUpload) == [transitions.DenyUpload(tasks[2].id, tasks[2].client, "too-stale")]
     assert [e.reason for e in events(commands, "update-rejected")] == ["too-stale"]
     assert [(t.index, t.round, t.tries) for t in sent(commands)] == [(2, 3, 1)]
     state, _ = answered(state, sent(commands)[0])
@@ -360,35 +364,35 @@ def test_a_result_that_grew_too_stale_while_it_travelled_is_refused_as_well():
     state, _ = offered(state, tasks[2])
     state, _ = answered(state, tasks[0])
 
-    state, commands = decide(state, steps.ResultArrived(tasks[2].id))
+    state, commands = decide(state, transitions.ResultArrived(tasks[2].id))
 
-    assert of(commands, steps.SendVerdict) == [
-        steps.SendVerdict(tasks[2].id, tasks[2].client, accepted=False, reason="too-stale")
+    assert of(commands, transitions.SendVerdict) == [
+        transitions.SendVerdict(tasks[2].id, tasks[2].client, accepted=False, reason="too-stale")
     ]
-    assert not of(commands, steps.CountResult)
+    assert not of(commands, transitions.CountResult)
 
 
 def test_a_result_that_comes_while_a_version_is_made_belongs_to_the_next_one():
     state, tasks, _ = training(job(sc.Buffered(buffer=1)))
     state, first = answered(state, tasks[0])
     state, _ = answered(state, tasks[1])
-    assert of(first, steps.Aggregate) == [c for c in resume(state) if isinstance(c, steps.Aggregate)]
+    assert of(first, transitions.Aggregate) == [c for c in resume(state) if isinstance(c, transitions.Aggregate)]
 
     state, commands = aggregated(state)
 
     assert events(commands, "round-closed")[0].accepted == 1
-    assert [t.id for t in of(commands, steps.Aggregate)[0].tasks] == [tasks[1].id]
-    assert pace.staleness(state, tasks[1]) == 1
+    assert [t.id for t in of(commands, transitions.Aggregate)[0].tasks] == [tasks[1].id]
+    assert scheduling.staleness(state, tasks[1]) == 1
 
 
 def folding_again(schedule):
     """A job whose first version is folded again without the update that could not be, and the tasks of both."""
     state, tasks, _ = training(job(schedule, rounds=9, min_clients=1))
     state, first = answered(state, tasks[0])
-    (alone,) = of(first, steps.Aggregate)[0].tasks
+    (alone,) = of(first, transitions.Aggregate)[0].tasks
     state, _ = answered(state, tasks[1])
-    state, commands = decide(state, steps.ResultsUseless(1, {alone.id: "scaling: not the server's"}))
-    return state, tasks, of(commands, steps.Aggregate)
+    state, commands = decide(state, transitions.ResultsUseless(1, {alone.id: "scaling: not the server's"}))
+    return state, tasks, of(commands, transitions.Aggregate)
 
 
 KEEPS = sc.Quorum(quorum=0.25, over_select=4.0, late="keep")
@@ -399,7 +403,7 @@ def test_what_came_while_a_useless_update_was_folded_is_folded_in_its_place_and_
     state, tasks, (again,) = folding_again(schedule)
 
     assert [t.id for t in again.tasks] == [tasks[1].id]
-    assert pace.staleness(state, again.tasks[0]) == 0
+    assert scheduling.staleness(state, again.tasks[0]) == 0
     assert resume(state)[0] == again
 
 
@@ -412,7 +416,7 @@ def test_what_comes_while_a_round_is_folded_a_second_time_belongs_to_the_next_ve
     state, commands = aggregated(state)
 
     assert events(commands, "round-closed")[0].accepted == 1
-    assert [t.id for t in of(commands, steps.Aggregate)[0].tasks] == [tasks[2].id]
+    assert [t.id for t in of(commands, transitions.Aggregate)[0].tasks] == [tasks[2].id]
 
 
 def test_no_more_clients_train_at_a_time_than_the_job_says():
@@ -428,7 +432,7 @@ def test_another_client_trains_in_the_place_of_one_that_is_lost():
     state, tasks, _ = training(job(sc.Buffered(buffer=2, concurrency=2)))
     gone = next(iter(tasks.values())).client
 
-    _, commands = decide(state, steps.ClientLeft(gone, tuple(c for c in NAMES if c != gone)))
+    _, commands = decide(state, transitions.ClientLeft(gone, tuple(c for c in NAMES if c != gone)))
 
     (task,) = sent(commands)
     assert task.client not in {t.client for t in tasks.values()}
@@ -436,28 +440,28 @@ def test_another_client_trains_in_the_place_of_one_that_is_lost():
 
 def test_a_client_that_comes_back_with_too_old_a_task_gets_a_new_one():
     state, tasks, _ = training(job(sc.Buffered(buffer=1, max_staleness=0), rounds=9))
-    state, _ = decide(state, steps.ClientLeft(NAMES[2], NAMES))
+    state, _ = decide(state, transitions.ClientLeft(NAMES[2], NAMES))
     state, _ = answered(state, tasks[0])
     state, _ = aggregated(state)
 
-    _, commands = decide(state, steps.ClientArrived(NAMES[2], NAMES))
+    _, commands = decide(state, transitions.ClientArrived(NAMES[2], NAMES))
 
-    assert of(commands, steps.CancelTask) == [steps.CancelTask(tasks[2].id, NAMES[2])]
+    assert of(commands, transitions.CancelTask) == [transitions.CancelTask(tasks[2].id, NAMES[2])]
     assert [(t.index, t.round) for t in sent(commands)] == [(2, 2)]
 
 
 def test_a_client_that_was_lost_does_not_go_on_from_an_old_version_unless_it_has_the_result():
     state, tasks, _ = training(job(sc.Quorum(quorum=0.5, late="keep")))
-    state, _ = decide(state, steps.ClientLeft(NAMES[2], NAMES))
+    state, _ = decide(state, transitions.ClientLeft(NAMES[2], NAMES))
     for index in (0, 1):
         state, _ = answered(state, tasks[index])
     state, _ = aggregated(state)
 
-    _, restarted = decide(state, steps.ClientArrived(NAMES[2], NAMES))
-    _, silent = decide(state, steps.ClientArrived(NAMES[2], NAMES, outbox=frozenset({tasks[2].id})))
+    _, restarted = decide(state, transitions.ClientArrived(NAMES[2], NAMES))
+    _, silent = decide(state, transitions.ClientArrived(NAMES[2], NAMES, outbox=frozenset({tasks[2].id})))
 
-    assert of(restarted, steps.CancelTask) == [steps.CancelTask(tasks[2].id, NAMES[2])]
-    assert not of(silent, steps.CancelTask)
+    assert of(restarted, transitions.CancelTask) == [transitions.CancelTask(tasks[2].id, NAMES[2])]
+    assert not of(silent, transitions.CancelTask)
 
 
 def test_a_buffered_job_ends_after_its_versions_and_calls_the_rest_off():
@@ -466,7 +470,7 @@ def test_a_buffered_job_ends_after_its_versions_and_calls_the_rest_off():
         for index in pair:
             state, commands = answered(state, tasks[index])
         if state.round == 2:
-            assert {c.client for c in of(commands, steps.CancelTask)} == set(NAMES[:3])
+            assert {c.client for c in of(commands, transitions.CancelTask)} == set(NAMES[:3])
         state, commands = aggregated(state)
 
     state, commands = offered(state, sent(commands, EVALUATE)[0])
@@ -508,16 +512,16 @@ def test_whoever_answers_leaves_and_returns_every_counted_update_is_folded_once_
             break
         task = dice.choice([t for t in state.tasks.values() if t.phase == TRAIN and t.status != "accepted"])
         state, commands = something_happens(state, task, dice.randrange(10), now)
-        counted += [c.task for c in of(commands, steps.CountResult)]
+        counted += [c.task for c in of(commands, transitions.CountResult)]
         while state.stage == "aggregating":
-            (command, *_) = [c for c in resume(state) if isinstance(c, steps.Aggregate)]
+            (command, *_) = [c for c in resume(state) if isinstance(c, transitions.Aggregate)]
             folded += [t.id for t in command.tasks]
             assert all(state.version_for(t) is not None for t in command.tasks)
             state, commands = aggregated(state, now)
             (closed,) = events(commands, "round-closed")
             assert closed.pace["staleness_max"] <= getattr(schedule, "max_staleness", 99)
         if len(state.lost) == len(NAMES):
-            state, _ = decide(state, steps.ClientArrived(NAMES[0], NAMES, at_ms=now))
+            state, _ = decide(state, transitions.ClientArrived(NAMES[0], NAMES, at_ms=now))
 
     assert (state.stage, state.round) == ("scoring", 4)
     assert sorted(folded) == sorted(counted)
@@ -528,11 +532,11 @@ def something_happens(state, task, what, now):
     """Mostly a result; now and then a client leaves or comes back, or the deadline passes."""
     match what:
         case 0:
-            return decide(state, steps.ClientLeft(task.client, NAMES, now))
+            return decide(state, transitions.ClientLeft(task.client, NAMES, now))
         case 1:
-            return decide(state, steps.ClientArrived(task.client, NAMES, at_ms=now))
+            return decide(state, transitions.ClientArrived(task.client, NAMES, at_ms=now))
         case 2:
-            return decide(state, steps.DeadlinePassed(state.round, state.deadline_ms or 0))
+            return decide(state, transitions.DeadlinePassed(state.round, state.deadline_ms or 0))
         case _:
             return answered(state, task, now)
 
@@ -556,9 +560,9 @@ def test_the_scores_of_a_lost_client_are_left_out_where_no_round_waits_for_every
     for task in asked[1:]:
         state, _ = answered(state, task)
 
-    state, commands = decide(state, steps.ClientLeft(NAMES[0], NAMES[1:], 9))
+    state, commands = decide(state, transitions.ClientLeft(NAMES[0], NAMES[1:], 9))
 
-    assert of(commands, steps.CancelTask) == [steps.CancelTask(asked[0].id, NAMES[0])]
+    assert of(commands, transitions.CancelTask) == [transitions.CancelTask(asked[0].id, NAMES[0])]
     assert len(events(commands, "round-evaluated")) == 1
     assert (state.stage, state.outcome) == ("ended", "done")
 
@@ -569,13 +573,13 @@ def test_central_scores_pass_on_from_a_lost_client_and_are_awaited_where_nobody_
 
     for gone in range(3):
         assert asked.client == NAMES[gone]
-        state, commands = decide(state, steps.ClientLeft(NAMES[gone], NAMES[gone + 1 :], 9))
+        state, commands = decide(state, transitions.ClientLeft(NAMES[gone], NAMES[gone + 1 :], 9))
         (asked,) = sent(commands, EVALUATE)
-    state, commands = decide(state, steps.ClientLeft(NAMES[3], (), 9))
+    state, commands = decide(state, transitions.ClientLeft(NAMES[3], (), 9))
 
     assert sent(commands, EVALUATE) == []
     assert [task.client for task in state.tasks.values()] == [NAMES[3]]
-    state, commands = decide(state, steps.ClientArrived(NAMES[3], NAMES[3:], at_ms=10))
+    state, commands = decide(state, transitions.ClientArrived(NAMES[3], NAMES[3:], at_ms=10))
     state, _ = answered(state, sent(commands, EVALUATE)[0])
     assert (state.stage, state.outcome) == ("ended", "done")
 
@@ -585,9 +589,9 @@ def test_central_scores_pass_on_from_a_lost_client_and_are_awaited_where_nobody_
 def test_when_all_were_lost_scores_wait_for_the_first_who_is_back_and_for_no_other(schedule, on):
     state, _ = scoring(schedule, on)
     for gone in range(4):
-        state, _ = decide(state, steps.ClientLeft(NAMES[gone], NAMES[gone + 1 :], 9))
+        state, _ = decide(state, transitions.ClientLeft(NAMES[gone], NAMES[gone + 1 :], 9))
 
-    state, commands = decide(state, steps.ClientArrived(NAMES[1], NAMES[1:2], at_ms=10))
+    state, commands = decide(state, transitions.ClientArrived(NAMES[1], NAMES[1:2], at_ms=10))
 
     (asked,) = sent(commands, EVALUATE)
     assert (asked.client, tuple(state.tasks)) == (NAMES[1], (asked.id,))
@@ -600,7 +604,7 @@ def test_under_sync_scores_wait_for_everybody():
     for task in asked[1:]:
         state, _ = answered(state, task)
 
-    state, commands = decide(state, steps.ClientLeft(NAMES[0], NAMES[1:], 9))
+    state, commands = decide(state, transitions.ClientLeft(NAMES[0], NAMES[1:], 9))
 
-    assert of(commands, steps.CancelTask) == []
+    assert of(commands, transitions.CancelTask) == []
     assert state.stage == "scoring"

@@ -1,4 +1,4 @@
-from lorabbit.seeds import derive_seed, generator
+from lorabbit.runtime.seeds import derive_seed, generator
 
 
 def test_a_seed_depends_on_every_part_of_its_purpose():

@@ -11,12 +11,12 @@ import torch
 from learning import data_of, job, write_reviews
 
 from lorabbit.errors import BadInput
-from lorabbit_client.data import Examples
-from lorabbit_client.features import Batch, Features, Scorer
-from lorabbit_client.learning import LearningWorkspace
-from lorabbit_client.probing import batch_at, call, in_float32, looking, losses
-from lorabbit_client.sensitivity import Probe, _noise, _steepest, sensitivities
-from lorabbit_client.tables import Codes
+from lorabbit_client.analysis.probe import batch_at, call, in_float32, looking, losses
+from lorabbit_client.analysis.sensitivity import Probe, _noise, _steepest, sensitivities
+from lorabbit_client.data.features import Batch, Features, Scorer
+from lorabbit_client.data.table import Codes
+from lorabbit_client.dataset import Examples
+from lorabbit_client.training.workspace import LearningWorkspace
 
 
 def client(folder: Path, **model: Any) -> tuple[Any, Examples]:

@@ -6,8 +6,8 @@ import pytest
 
 import lorabbit_client.__main__ as client
 import lorabbit_server.__main__ as server
+from lorabbit.config.settings import ClientSettings, ServerSettings, read_settings, strangers
 from lorabbit.errors import BadInput
-from lorabbit.settings import ClientSettings, ServerSettings, read_settings, strangers
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from doubles import QuadraticSession, profile
 
-from lorabbit import lora
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
-from lorabbit.methods import build
-from lorabbit.methods.slora import SPARSE, SLora
-from lorabbit.tensors import count
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.registry import build
+from lorabbit.methods.shared_model.slora import SPARSE, SLora
+from lorabbit.tensors import lora_math
+from lorabbit.tensors.arithmetic import count
 from lorabbit.types import SHIFT
 
 Q, V = "base_model.model.q", "base_model.model.v"
@@ -123,7 +123,7 @@ def test_lora_starts_from_the_best_approximation_of_what_was_learnt():
         flat[method.positions(module, *shape)] = total[module]
         u, s, vt = np.linalg.svd(flat.reshape(shape))
         best = (u[:, :RANK] * s[:RANK]) @ vt[:RANK]
-        np.testing.assert_allclose(lora.read(begun.tensors, module, SCALING).product(), best, atol=1e-5)
+        np.testing.assert_allclose(lora_math.read(begun.tensors, module, SCALING).product(), best, atol=1e-5)
         tails.append(np.sum(s[RANK:] ** 2))
     size = sum(np.sum(total[module] ** 2) for module in SHAPES)
     assert begun.report["lost"] == pytest.approx(np.sqrt(sum(tails) / size), rel=1e-4)
@@ -133,7 +133,7 @@ def test_the_adapter_of_the_first_stage_is_the_one_that_would_start_now():
     method = method_of()
     state = after(method, 1)
 
-    product = lora.read(method.adapter(state), Q, SCALING).product()
+    product = lora_math.read(method.adapter(state), Q, SCALING).product()
 
     u, s, vt = np.linalg.svd(dense(method, state, Q))
     np.testing.assert_allclose(product, (u[:, :RANK] * s[:RANK]) @ vt[:RANK], atol=1e-5)

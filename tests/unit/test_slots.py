@@ -12,21 +12,20 @@ from personal import CLASSES, LOCAL, session
 from transformers import AutoModelForSequenceClassification
 
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
-from lorabbit.methods import build
-from lorabbit.personal import is_own
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.personal_model.requirements import is_own
+from lorabbit.methods.registry import build
 from lorabbit.types import ADAPTER, Plan
-from lorabbit_client.cnn import Cnn
-from lorabbit_client.data import ClientData, Examples
-from lorabbit_client.features import Features
-from lorabbit_client.models import quiet, seeded
-from lorabbit_client.personal_models import Split
-from lorabbit_client.personal_session import freeze
-from lorabbit_client.private import PrivateState
-from lorabbit_client.slots import filled, slots_of
-from lorabbit_client.tasks import TASKS
-from lorabbit_client.tasks.text import ClassScorer
-from lorabbit_client.tiny import WIDTH, tiny_config
+from lorabbit_client.data.features import Features
+from lorabbit_client.dataset import ClientData, Examples
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.models.cnn import Cnn
+from lorabbit_client.models.loading import quiet, seeded
+from lorabbit_client.models.tiny import WIDTH, tiny_config
+from lorabbit_client.personal.models import Split, filled, slots_of
+from lorabbit_client.personal.session import freeze
+from lorabbit_client.tasks.registry import TASKS
+from lorabbit_client.tasks.text_classification import ClassScorer
 
 RANK = 2
 SLOTS = {"0.query", "0.value", "1.query", "1.value"}

@@ -12,11 +12,11 @@ import pytest
 from pyarrow import parquet
 
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import DataSpec
-from lorabbit_client.files import read_table
-from lorabbit_client.sources import read_source
-from lorabbit_client.tables import LabelTable, Source, find_labels
-from lorabbit_client.tasks import TASKS
+from lorabbit.job.spec import DataSpec
+from lorabbit_client.data.file_readers import read_table
+from lorabbit_client.data.sources import read_source
+from lorabbit_client.data.table import LabelTable, Source, find_labels
+from lorabbit_client.tasks.registry import TASKS
 
 ROWS = [{"text": "good film", "label": "yes"}, {"text": "bad film", "label": "no"}]
 TEXT = TASKS["text-classification"]

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from lorabbit.errors import BadInput
-from lorabbit_client import stdlib_docs
-from lorabbit_client.stdlib_areas import AREA_OF, AREAS, area_of
-from lorabbit_client.stdlib_docs import Doc, load_docs
+from lorabbit_client.data import stdlib_docs
+from lorabbit_client.data.stdlib_docs import AREA_OF, AREAS, Doc, area_of, load_docs
 
 
 @pytest.fixture(scope="module")

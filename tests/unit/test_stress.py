@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lorabbit import events as ev
 from lorabbit.errors import BadInput
-from lorabbit.messages import Metrics
+from lorabbit.events import job_events as ev
+from lorabbit.protocol.messages import Metrics
+from lorabbit_bench.stress import process_deployment
+from lorabbit_bench.stress.measurement import Measured, Row, Tally, percentile, row_of
+from lorabbit_bench.stress.plan import Plan, read_clients, read_payloads, read_plan
+from lorabbit_bench.stress.report import draw, growth
+from lorabbit_bench.stress.resource_limits import Demand, LimitReached, check
+from lorabbit_bench.stress.traces import LONGEST_AWAY, SHORTEST_AWAY, Trace, read_slowness
 from lorabbit_cli.__main__ import app
-from lorabbit_cli.stress import private
-from lorabbit_cli.stress.growth import growth
-from lorabbit_cli.stress.limits import Demand, LimitReached, check
-from lorabbit_cli.stress.measure import Measured, Row, Tally, percentile, row_of
-from lorabbit_cli.stress.picture import draw
-from lorabbit_cli.stress.plan import Plan, read_clients, read_payloads, read_plan
-from lorabbit_cli.stress.traces import LONGEST_AWAY, SHORTEST_AWAY, Trace, read_slowness
 
 ROOT = Path(__file__).parents[2]
 
@@ -253,7 +252,7 @@ def test_a_private_rabbitmq_is_set_as_the_shipped_one() -> None:
     shipped = (ROOT / "services/rabbitmq/rabbitmq.conf").read_text(encoding="utf-8")
     settings = {line for line in shipped.splitlines() if line and not line.startswith("#")}
 
-    assert settings - {"log.console.level = warning"} == set(private.RABBITMQ_SETTINGS.splitlines())
+    assert settings - {"log.console.level = warning"} == set(process_deployment.RABBITMQ_SETTINGS.splitlines())
 
 
 def test_a_payload_that_is_no_number_is_refused_by_name() -> None:

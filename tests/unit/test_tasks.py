@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import DataSpec
-from lorabbit_client import tiny
-from lorabbit_client.features import IGNORED, Features
-from lorabbit_client.tables import Source, Table
-from lorabbit_client.tasks import TASKS
-from lorabbit_client.tasks.images import ImageFormat
-from lorabbit_client.tasks.language import cut
-from lorabbit_client.tasks.tokens import align
+from lorabbit.job.spec import DataSpec
+from lorabbit_client.data.features import IGNORED, Features
+from lorabbit_client.data.table import Source, Table
+from lorabbit_client.models import tiny
+from lorabbit_client.tasks.causal_lm import cut
+from lorabbit_client.tasks.image_classification import ImageFormat
+from lorabbit_client.tasks.registry import TASKS
+from lorabbit_client.tasks.token_classification import align
 
 BERT, GPT2, LLAMA = (tiny.tiny_tokenizer(name) for name in ("bert", "gpt2", "llama"))
 

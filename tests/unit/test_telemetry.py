@@ -9,8 +9,8 @@ import logging
 import pytest
 import structlog
 
+from lorabbit.config.logging import configure
 from lorabbit.errors import BadInput
-from lorabbit.telemetry import configure
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lorabbit.errors import Refused
-from lorabbit.tensors import count, size_bytes, squared_norm, subset, weighted_mean
+from lorabbit.tensors.arithmetic import count, size_bytes, squared_norm, subset, weighted_mean
 
 ARRAYS = arrays(np.float32, (2, 3), elements=st.floats(-100, 100, width=32, allow_subnormal=False))
 

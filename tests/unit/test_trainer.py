@@ -13,14 +13,14 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lorabbit.errors import LoRAbbitError
-from lorabbit.jobspec import LocalSpec
-from lorabbit_client.batching import epoch_order, steps_of
-from lorabbit_client.data import Examples
-from lorabbit_client.execution import Cancelled
-from lorabbit_client.features import Batch, Features, Scorer
-from lorabbit_client.tables import Codes
-from lorabbit_client.trainable import TrainableModel
-from lorabbit_client.trainer import Clock, Trainer, rate_factor
+from lorabbit.job.spec import LocalSpec
+from lorabbit_client.data.features import Batch, Features, Scorer
+from lorabbit_client.data.table import Codes
+from lorabbit_client.dataset import Examples
+from lorabbit_client.execution.interface import Cancelled
+from lorabbit_client.models.trainable import TrainableModel
+from lorabbit_client.training.batching import epoch_order, steps_of
+from lorabbit_client.training.trainer import Clock, Trainer, rate_factor
 
 CURVATURE, TARGET, START, RATE = 2.0, 3.0, -1.0, 0.05
 

@@ -9,11 +9,11 @@ import pytest
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing, Queue
 from lorabbit.broker.memory import MemoryBroker
-from lorabbit.chunks import CHUNK, WINDOW, Chunks
 from lorabbit.errors import BrokerUnavailable, LoRAbbitError, StoreUnavailable
-from lorabbit.payloads import PayloadStore
-from lorabbit.publishing import MAX_STREAMS, AdapterPublisher
-from lorabbit.transfer import MAX_DAMAGES, AdapterReader, ChunkSender, DamagedStream
+from lorabbit.transfer.chunked_transfer import MAX_DAMAGES, AdapterReader, ChunkSender, DamagedStream
+from lorabbit.transfer.chunking import CHUNK, WINDOW, Chunks
+from lorabbit.transfer.payload_store import PayloadStore
+from lorabbit.transfer.stream_publisher import MAX_STREAMS, AdapterPublisher
 
 
 class Clock:

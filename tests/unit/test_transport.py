@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import JobSpec
-from lorabbit.methods import build
-from lorabbit.transport import KNOWN, Coding
+from lorabbit.job.spec import KNOWN, Coding, JobSpec
+from lorabbit.methods.registry import build
 
 
 def job(up=None, down=None, method="fedavg", **more):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lorabbit.broker import topology
-from lorabbit.settings import ServerSettings
-from lorabbit.urls import url_of_cluster, urls_of_hosts, without_password
+from lorabbit.config.network import url_of_cluster, urls_of_hosts, without_password
+from lorabbit.config.settings import ServerSettings
 
 CLUSTER = "amqps://me:p%2Css%40@a:5671,b,[::1]:7/v?heartbeat=5"
 

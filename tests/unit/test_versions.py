@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from wide_methods import Surveying
 
-from lorabbit import codec
-from lorabbit.jobspec import JobSpec
-from lorabbit.methods.fedavg import FedAvg
-from lorabbit.payloads import PayloadStore
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods.shared_model.fedavg import FedAvg
+from lorabbit.tensors import serialization
+from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit.types import BASE, ServerState
-from lorabbit_server.jobstate import JobState, dump_header, load_state
-from lorabbit_server.versions import Versions
+from lorabbit_server.aggregation.model_versions import Versions
+from lorabbit_server.engine.state import JobState, dump_header, load_state
 
 
 class CountingStore(PayloadStore):
@@ -46,7 +46,7 @@ def test_every_shared_group_is_a_file_of_its_own(payloads):
 
     assert saved.hashes == set(payloads.stored())
     assert len(saved.hashes) == 2
-    assert codec.read_tensors(payloads.path(saved.shared[BASE].sha256))["w"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert serialization.read_tensors(payloads.path(saved.shared[BASE].sha256))["w"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_group_that_is_handed_on_is_not_serialised_again(payloads):
@@ -107,7 +107,7 @@ def test_a_state_with_facts_hands_out_the_adapter_that_is_written_already(payloa
     refs = versions.refs({"adapter": loaded.tensors})
 
     assert (refs["adapter"], payloads.written) == (saved.adapter, before)
-    assert codec.read_facts(payloads.path(refs["adapter"].sha256)) == {}
+    assert serialization.read_facts(payloads.path(refs["adapter"].sha256)) == {}
 
 
 def test_a_version_comes_back_from_the_store_as_it_was(payloads):

@@ -10,13 +10,12 @@ import pytest
 from doubles_events import START_MS, name, one_round, opening, sample_log, sample_report, sample_spec
 from rich.console import Console
 
-from lorabbit import events as ev
+from lorabbit.events import job_events as ev
 from lorabbit.types import TRAIN
-from lorabbit_cli.picture import draw
-from lorabbit_cli.progress import Progress
-from lorabbit_cli.summary import print_summary
-from lorabbit_cli.units import bytes_text, duration_text, score_text, sparkline
-from lorabbit_cli.view import View
+from lorabbit_cli.formatting import bytes_text, duration_text, score_text, sparkline
+from lorabbit_cli.live_view.state import Progress
+from lorabbit_cli.live_view.view import View, draw
+from lorabbit_cli.report.summary import print_summary
 
 
 def console(*, terminal: bool, height: int = 40) -> Console:

@@ -10,17 +10,17 @@ from typing import get_args
 
 import pytest
 
-from lorabbit import schedules as sc
 from lorabbit.errors import Fenced
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics, PayloadRef
+from lorabbit.job import schedules as sc
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Metrics, PayloadRef
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId
-from lorabbit_cli.waiting import lines, sentence, span_text
-from lorabbit_server import steps
-from lorabbit_server.coordinator import decide
-from lorabbit_server.jobstate import JobState, Offered, Stage, TaskState, TaskStatus, Version
-from lorabbit_server.setbacks import Setbacks
-from lorabbit_server.waits import Sight, waits_of
+from lorabbit_cli.commands.jobs import lines, sentence, span_text
+from lorabbit_server.engine import transitions
+from lorabbit_server.engine.reducer import decide
+from lorabbit_server.engine.state import JobState, Offered, Stage, TaskState, TaskStatus, Version
+from lorabbit_server.engine.wait_reasons import Sight, waits_of
+from lorabbit_server.health.server_faults import Setbacks
 
 NAMES = tuple(ClientId(f"client-{n}") for n in range(1, 5))
 SCHEDULES = (
@@ -52,7 +52,7 @@ class Walk:
     def step(self):
         self.now += self.random.randrange(1, 4_000)
         event = self.random.choice(self.possible())
-        if isinstance(event, steps.ClientArrived | steps.ClientLeft):
+        if isinstance(event, transitions.ClientArrived | transitions.ClientLeft):
             self.here = set(event.present)
         self.state, _ = decide(self.state, event)
         return self.state
@@ -61,30 +61,30 @@ class Walk:
         """Everything that may happen next: clients come and go, results arrive, the server finishes a step."""
         found = [self.comes_or_goes()]
         if self.state.stage == "starting":
-            found.append(steps.MethodStarted(self.version(), 7, at_ms=self.now))
+            found.append(transitions.MethodStarted(self.version(), 7, at_ms=self.now))
         if self.state.stage == "aggregating":
-            found.append(steps.RoundAggregated(self.state.round, self.version(), at_ms=self.now))
+            found.append(transitions.RoundAggregated(self.state.round, self.version(), at_ms=self.now))
         if self.state.deadline_ms is not None:
-            found.append(steps.DeadlinePassed(self.state.round, self.now))
+            found.append(transitions.DeadlinePassed(self.state.round, self.now))
         return found + [event for task in self.state.tasks.values() for event in self.about(task)]
 
     def comes_or_goes(self):
         gone = [name for name in NAMES if name not in self.here]
         if gone and self.random.random() < 0.8:
             name = self.random.choice(gone)
-            return steps.ClientArrived(name, tuple(sorted({*self.here, name})), at_ms=self.now)
+            return transitions.ClientArrived(name, tuple(sorted({*self.here, name})), at_ms=self.now)
         name = self.random.choice(NAMES)
-        return steps.ClientLeft(name, tuple(sorted(self.here - {name})), self.now)
+        return transitions.ClientLeft(name, tuple(sorted(self.here - {name})), self.now)
 
     def about(self, task: TaskState):
         if task.status == "offered":
-            yield steps.ResultArrived(task.id, at_ms=self.now)
+            yield transitions.ResultArrived(task.id, at_ms=self.now)
             if task.tries < 2:
-                yield steps.ResultRefused(task.id, "shapes", "they differ", at_ms=self.now)
+                yield transitions.ResultRefused(task.id, "shapes", "they differ", at_ms=self.now)
         if task.status == "open" and task.client not in self.state.lost:
             payload = None if task.phase == EVALUATE else ref(next(self.files))
             offered = Offered(Metrics(num_examples=10, loss=0.5), payload)
-            yield steps.ResultOffered(task.id, task.client, offered, at_ms=self.now)
+            yield transitions.ResultOffered(task.id, task.client, offered, at_ms=self.now)
 
 
 def check(state, sight):
@@ -108,7 +108,7 @@ def test_in_every_state_of_the_engine_something_is_waited_for_and_said():
     for schedule in SCHEDULES:
         for seed in range(30):
             walk = Walk(schedule, seed)
-            walk.state, _ = decide(walk.state, steps.JobOpened((), 1_000))
+            walk.state, _ = decide(walk.state, transitions.JobOpened((), 1_000))
             for _ in range(120):
                 state = walk.step()
                 if state.stage == "ended":
@@ -129,11 +129,13 @@ def test_in_every_state_of_the_engine_something_is_waited_for_and_said():
 
 def training(schedule="sync"):
     walk = Walk(schedule, 0)
-    state, commands = decide(walk.state, steps.JobOpened(NAMES, 1_000))
-    (first,) = [c.task for c in commands if isinstance(c, steps.SendTask)]
-    state, _ = decide(state, steps.ResultOffered(first.id, first.client, Offered(Metrics(num_examples=1), ref(1))))
-    state, _ = decide(state, steps.ResultArrived(first.id, at_ms=2_000))
-    state, _ = decide(state, steps.MethodStarted(walk.version(), 7, at_ms=3_000))
+    state, commands = decide(walk.state, transitions.JobOpened(NAMES, 1_000))
+    (first,) = [c.task for c in commands if isinstance(c, transitions.SendTask)]
+    state, _ = decide(
+        state, transitions.ResultOffered(first.id, first.client, Offered(Metrics(num_examples=1), ref(1)))
+    )
+    state, _ = decide(state, transitions.ResultArrived(first.id, at_ms=2_000))
+    state, _ = decide(state, transitions.MethodStarted(walk.version(), 7, at_ms=3_000))
     return state
 
 
@@ -177,7 +179,7 @@ def test_progress_of_an_earlier_try_is_not_taken_for_that_of_this_one():
 def test_a_lost_client_is_awaited_for_as_long_as_the_job_says_and_what_ends_that_is_said(
     patience, fewest, deadline_ms, ends
 ):
-    state, _ = decide(training(), steps.ClientLeft(NAMES[2], NAMES[:2], 9_000))
+    state, _ = decide(training(), transitions.ClientLeft(NAMES[2], NAMES[:2], 9_000))
     spec = state.spec.model_copy(update={"patience_seconds": patience, "min_clients": fewest})
     sight = replace(SIGHT, silent_ms={"client-3": 7_000})
 
@@ -198,7 +200,7 @@ def test_a_client_that_lives_and_does_not_move_is_told_from_one_that_works():
 
 
 def test_a_gathering_job_says_how_many_clients_it_lacks():
-    state, _ = decide(Walk("sync", 0).state, steps.JobOpened(NAMES[:3], 1_000))
+    state, _ = decide(Walk("sync", 0).state, transitions.JobOpened(NAMES[:3], 1_000))
 
     (wait,) = waits_of(state)
 

@@ -1,4 +1,4 @@
-from lorabbit_server.window import AT_LEAST, MOST_BYTES, SLOW_MS, Window
+from lorabbit_server.transfer.uploads import AT_LEAST, MOST_BYTES, SLOW_MS, Window
 
 MIB = 2**20
 

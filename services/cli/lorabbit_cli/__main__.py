@@ -1,27 +1,20 @@
 """The command `lorabbit`: every command by name, what it exits with, and nothing imported before it is needed.
 
-Commands live in the modules `commands_*`; whatever is heavier than typer is imported inside them,
-because `lorabbit --help` must not take the time that a model takes.
+Commands live in `lorabbit_cli.commands`. Other packages add theirs through the entry point group
+`lorabbit.commands`, whose entries are functions that take the typer application. Modules heavier than typer are
+imported inside the commands, so that `lorabbit --help` stays fast.
 """
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from lorabbit.errors import LoRAbbitError
-from lorabbit_cli import (
-    commands_access,
-    commands_clients,
-    commands_compare,
-    commands_deployment,
-    commands_jobs,
-    commands_local,
-    commands_results,
-    commands_stress,
-)
+from lorabbit_cli.commands import access, clients, jobs, local, results, services
 
 INTERRUPTED = 130
 ABOUT = """Federated LoRA fine-tuning over RabbitMQ.
@@ -62,17 +55,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _commands in (
-    commands_local,
-    commands_compare,
-    commands_jobs,
-    commands_access,
-    commands_clients,
-    commands_results,
-    commands_deployment,
-    commands_stress,
-):
+for _commands in (local, jobs, access, clients, results, services):
     _commands.register(app)
+for _entry_point in entry_points(group="lorabbit.commands"):
+    _entry_point.load()(app)
 
 
 def main() -> None:

@@ -22,12 +22,11 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from lorabbit import __version__
+from lorabbit.config.network import Trust, urls_of_hosts, without_password
+from lorabbit.config.settings import ClientSettings, OperatorSettings, ServerSettings, strangers, variable
 from lorabbit.errors import LoRAbbitError, NotAllowed, Retryable
-from lorabbit.settings import ClientSettings, OperatorSettings, ServerSettings, strangers, variable
-from lorabbit.tls import Trust
-from lorabbit.urls import urls_of_hosts, without_password
+from lorabbit_cli.formatting import bytes_text
 from lorabbit_cli.options import read_settings
-from lorabbit_cli.units import bytes_text
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 SERVICES = ("broker", "store")
@@ -162,7 +161,7 @@ def _packages() -> Iterator[Finding]:
 
 def _broker() -> Iterator[Finding]:
     """A connection to each host of RabbitMQ; one that is away is worth a warning where another one answers."""
-    from lorabbit_client import credentials  # noqa: PLC0415 - imports what joins
+    from lorabbit_client.agent import credentials  # noqa: PLC0415 - imports what joins
 
     settings = read_settings(ClientSettings)
     joined = credentials.read(settings.folder / credentials.FILE)  # a client asks as the user that it joined as
@@ -182,7 +181,7 @@ def _broker() -> Iterator[Finding]:
 
 def _trouble_of(url: str, trust: Trust) -> str | None:
     """What keeps RabbitMQ at one host from answering within seconds; None if nothing."""
-    from lorabbit.broker.rabbit import RabbitBroker  # noqa: PLC0415 - imports pika
+    from lorabbit.broker.rabbitmq.broker import RabbitBroker  # noqa: PLC0415 - imports pika
 
     broker = RabbitBroker(url, name="lorabbit-doctor", trust=trust)
     deadline = time.monotonic() + CONNECT_SECONDS
@@ -219,7 +218,7 @@ def _is_named(name: str) -> bool:
 
 def _server() -> Iterator[Finding]:
     """A LoRAbbit server."""
-    from lorabbit_cli.remote import Server  # noqa: PLC0415 - imports httpx
+    from lorabbit_cli.api_client import Server  # noqa: PLC0415 - imports httpx
 
     settings = read_settings(OperatorSettings)
     url = settings.server_url

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from lorabbit.jobspec import JobSpec
-    from lorabbit.settings import Settings
+    from lorabbit.config.settings import Settings
+    from lorabbit.job.spec import JobSpec
 
     SettingsKind = TypeVar("SettingsKind", bound=Settings)
 
@@ -42,21 +42,21 @@ Job = Annotated[str | None, typer.Argument(metavar="[JOB]", help="A job's name; 
 
 def load_job(file: str, overrides: list[str], seed: int | None) -> JobSpec:
     """Read a job file with the overrides of the command line."""
-    from lorabbit import jobfile  # noqa: PLC0415 - imports pydantic
+    from lorabbit import job_loader  # noqa: PLC0415 - imports pydantic
 
-    return jobfile.load(file, overrides, seed=seed)
+    return job_loader.load(file, overrides, seed=seed)
 
 
 def read_settings(kind: type[SettingsKind]) -> SettingsKind:
     """Read settings from the environment; raises BadInput naming the variable that cannot be."""
-    from lorabbit import settings  # noqa: PLC0415 - imports pydantic
+    from lorabbit.config import settings  # noqa: PLC0415 - imports pydantic
 
     return settings.read_settings(kind)
 
 
 def quiet_logs() -> None:
     """Log errors only: a command for people says what matters itself."""
-    from lorabbit.telemetry import configure  # noqa: PLC0415 - imports structlog
+    from lorabbit.config.logging import configure  # noqa: PLC0415 - imports structlog
 
     configure("ERROR", "text")
 

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel, TypeAdapter
 
-from lorabbit.messages import Identifier, Sha256
+from lorabbit.protocol.messages import Identifier, Sha256
 
 Schema: TypeAlias = Mapping[str, Any]
 LIMITS = (

@@ -17,21 +17,22 @@ from types import FrameType
 
 import structlog
 
-from lorabbit import __version__, crash
+from lorabbit import __version__
 from lorabbit.broker.base import Broker
-from lorabbit.broker.rabbit import RabbitBroker
+from lorabbit.broker.rabbitmq.broker import RabbitBroker
+from lorabbit.config.logging import configure
+from lorabbit.config.settings import ClientSettings, read_settings, strangers
 from lorabbit.errors import BadInput, LoRAbbitError, NotAllowed
-from lorabbit.settings import ClientSettings, read_settings, strangers
-from lorabbit.telemetry import configure
-from lorabbit_client.agent import Agent
-from lorabbit_client.capability import Capability
-from lorabbit_client.confined import ConfinedExecutor
-from lorabbit_client.credentials import FILE, settled
+from lorabbit.runtime import failpoints
+from lorabbit_client.agent.agent import Agent
+from lorabbit_client.agent.credentials import FILE, settled
+from lorabbit_client.agent.folder_lock import FolderLock
+from lorabbit_client.agent.registration import device
+from lorabbit_client.capabilities import Capability
+from lorabbit_client.execution.data_sandbox import ConfinedExecutor
+from lorabbit_client.execution.failures import FAILED, OUT_OF_MEMORY, end_with_a_thread, is_memory
+from lorabbit_client.execution.runners import ThreadRunner
 from lorabbit_client.executor import Executor
-from lorabbit_client.failures import FAILED, OUT_OF_MEMORY, end_with_a_thread, is_memory
-from lorabbit_client.folderlock import FolderLock
-from lorabbit_client.machine import device
-from lorabbit_client.runners import ThreadRunner
 
 log = structlog.get_logger()
 INTERRUPTED = 130
@@ -47,7 +48,7 @@ def main(settings: ClientSettings | None = None) -> int:
     try:
         settings = settings or read_settings(ClientSettings)
         configure(settings.log_level, settings.log_format)
-        crash.arm(settings.crash_at)
+        failpoints.arm(settings.crash_at)
         _capability(settings).check(device(settings.device))
     except BadInput as error:
         sys.stderr.write(f"error: {error}\n")

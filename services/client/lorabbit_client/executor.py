@@ -14,18 +14,20 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lorabbit import codec, coding, methods, personal
+from lorabbit.compression import compressed_file, compressor
 from lorabbit.errors import Refused
-from lorabbit.jobspec import JobSpec
-from lorabbit.messages import Metrics
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods import registry
+from lorabbit.methods.personal_model import requirements
+from lorabbit.protocol.messages import Metrics
+from lorabbit.tensors import serialization
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, ClientUpdate, Json, Plan, Tensors
-from lorabbit_client.capability import UNLIMITED, Capability
-from lorabbit_client.execution import Cancelled, OnProgress, Outcome, Work
-from lorabbit_client.failures import failed
-from lorabbit_client.null import NullWorkspace, is_null
-from lorabbit_client.privacy_ledger import PrivacyLedger
-from lorabbit_client.private import PrivateState, read_private, write_private
-from lorabbit_client.workspace import TaskSession, Workspace
+from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.execution.failures import failed
+from lorabbit_client.execution.interface import Cancelled, OnProgress, Outcome, TaskSession, Work, Workspace
+from lorabbit_client.execution.null_workspace import NullWorkspace, is_null
+from lorabbit_client.execution.privacy_ledger import PrivacyLedger
+from lorabbit_client.execution.private_state import PrivateState, read_private, write_private
 
 UNSENT = "unsent"
 """Group of a client's private tensors: what the coding of its updates has left out so far."""
@@ -70,15 +72,15 @@ class Executor:
         """
         task = work.task
         for recipe in work.recipes:
-            coding.restore(recipe)
-        method = methods.build(task.spec)
+            compressor.restore(recipe)
+        method = registry.build(task.spec)
         private = read_private(work.private, task.task)
         private.ledger = PrivacyLedger.read(work.ledger)
         session = workspace.session(task, private, on_progress)
         if task.phase == INITIALISE:
             initial = workspace.initialise(task, method.initialise(session))
-            personal.check_outgoing(initial.tensors)
-            codec.write_tensors(work.output, initial.tensors)
+            requirements.check_outgoing(initial.tensors)
+            serialization.write_tensors(work.output, initial.tensors)
             write_private(work.private, task.task, private)
             first = Metrics(num_examples=initial.num_examples, facts=dict(initial.facts))
             return _without_examples(first, task.spec, private.ledger), True
@@ -90,7 +92,7 @@ class Executor:
             return workspace.evaluate(task, session, on_progress), False
         with workspace.counting() as counted:
             update = method.local_update(plan, session)
-        personal.check_outgoing(update.tensors)
+        requirements.check_outgoing(update.tensors)
         private.ledger.write()
         sent = 0
         if update.tensors:
@@ -111,7 +113,7 @@ class Executor:
         else:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             self._capability.check_job(spec)
-            opens = _personal() if methods.build(spec).personal else _shared()
+            opens = _personal() if registry.build(spec).personal else _shared()
             workspace = opens(
                 spec,
                 threads=self._threads,
@@ -125,21 +127,21 @@ class Executor:
 
 def _has_changed() -> bool:
     """Forget data that is no longer as it was read."""
-    from lorabbit_client.data import forget_what_changed  # noqa: PLC0415 - heavy, and not for the null model
+    from lorabbit_client.dataset import forget_what_changed  # noqa: PLC0415 - heavy, and not for the null model
 
     return forget_what_changed()
 
 
 def _shared() -> Callable[..., Workspace]:
     """Import torch, and what opens a workspace around one base model."""
-    from lorabbit_client.learning import open_workspace  # noqa: PLC0415 - torch only where it is used
+    from lorabbit_client.training.workspace import open_workspace  # noqa: PLC0415 - torch only where it is used
 
     return open_workspace
 
 
 def _personal() -> Callable[..., Workspace]:
     """Import torch, and what opens a workspace of each client's own models."""
-    from lorabbit_client.personal_workspace import open_personal_workspace  # noqa: PLC0415
+    from lorabbit_client.personal.workspace import open_personal_workspace  # noqa: PLC0415
 
     return open_personal_workspace
 
@@ -151,15 +153,15 @@ def _write_update(work: Work, tensors: Tensors, private: PrivateState) -> int:
     """
     wanted = work.task.coding
     if wanted.is_plain:
-        codec.write_tensors(work.output, tensors)
-        return codec.read_tensors(work.output).scalars
+        serialization.write_tensors(work.output, tensors)
+        return serialization.read_tensors(work.output).scalars
     held = work.task.payloads.get(ADAPTER)
-    origin = None if held is None else coding.Origin.of(held.sha256, work.inputs[ADAPTER])
+    origin = None if held is None else compressed_file.Origin.of(held.sha256, work.inputs[ADAPTER])
     before = private.tensors[UNSENT] if wanted.feedback and UNSENT in private.tensors else None
-    unsent = coding.write_coded(work.output, tensors, wanted, origin=origin, unsent=before)
+    unsent = compressor.write_coded(work.output, tensors, wanted, origin=origin, unsent=before)
     if wanted.feedback:
         private.tensors[UNSENT] = unsent
-    return coding.open_tensors(work.output, origin).scalars
+    return compressed_file.open_tensors(work.output, origin).scalars
 
 
 class _Payloads(dict[str, Tensors]):
@@ -170,7 +172,7 @@ class _Payloads(dict[str, Tensors]):
 
 
 def _payloads(work: Work) -> _Payloads:
-    return _Payloads({role: codec.read_tensors(path) for role, path in work.inputs.items()})
+    return _Payloads({role: serialization.read_tensors(path) for role, path in work.inputs.items()})
 
 
 def _metrics(update: ClientUpdate, session: TaskSession) -> Metrics:

@@ -17,20 +17,21 @@ from types import FrameType
 
 import structlog
 
-from lorabbit import __version__, crash
+from lorabbit import __version__
 from lorabbit.broker.base import Broker
-from lorabbit.broker.rabbit import RabbitBroker
+from lorabbit.broker.rabbitmq.broker import RabbitBroker
+from lorabbit.config.logging import configure
+from lorabbit.config.settings import ServerSettings, read_settings, strangers
 from lorabbit.errors import BadInput, LoRAbbitError, StoreUnavailable
-from lorabbit.events import AnyEvent, TaskProgressed
-from lorabbit.settings import ServerSettings, read_settings, strangers
+from lorabbit.events.job_events import AnyEvent, TaskProgressed
+from lorabbit.runtime import failpoints
 from lorabbit.state.redis import RedisStore
-from lorabbit.telemetry import configure
-from lorabbit_server.api import make_app
-from lorabbit_server.http import HttpServer
-from lorabbit_server.measures import Measures
-from lorabbit_server.service import Service
-from lorabbit_server.status import Lookout
-from lorabbit_server.surroundings import Surroundings
+from lorabbit_server.api.app import make_app
+from lorabbit_server.api.metrics import Measures
+from lorabbit_server.api.status import Lookout
+from lorabbit_server.health.dependencies import Surroundings
+from lorabbit_server.http_server import HttpServer
+from lorabbit_server.server import Service
 
 log = structlog.get_logger()
 INTERRUPTED = 130
@@ -43,7 +44,7 @@ def main(settings: ServerSettings | None = None) -> int:
     try:
         settings = settings or read_settings(ServerSettings)
         configure(settings.log_level, settings.log_format)
-        crash.arm(settings.crash_at)
+        failpoints.arm(settings.crash_at)
     except BadInput as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
@@ -114,9 +115,9 @@ def _serve(settings: ServerSettings) -> int:
 
 def _submit(service: Service, path: Path) -> None:
     """Submit a job file, unless this store has had this very file before."""
-    from lorabbit import jobfile  # noqa: PLC0415 - needed once, by few
+    from lorabbit import job_loader  # noqa: PLC0415 - needed once, by few
 
-    spec = jobfile.load(path)
+    spec = job_loader.load(path)
     digest = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     job = service.submit(spec, operation=f"on-start:{digest}")
     log.info("job-submitted", job=job, file=str(path))

@@ -7,6 +7,9 @@ exit code: 1 failed run, 2 bad input, 3 services unreachable, 4 not allowed.
 
 from __future__ import annotations
 
+SHOWN = 100
+"""Characters of a name from the wire that an error repeats."""
+
 
 class LoRAbbitError(Exception):
     """Base of every error that LoRAbbit raises on purpose; its text is one clear sentence."""

@@ -15,7 +15,7 @@ from docker.models.containers import Container
 
 from lorabbit.errors import BadInput
 from lorabbit_cli.scaling.base import OverQuota, Scaler, Standing, no_such_pool
-from lorabbit_cli.scaling.engine import QUOTAS, Engine, answers, standing_of
+from lorabbit_cli.scaling.docker_engine import QUOTAS, Engine, answers, standing_of
 
 PROJECT, SERVICE = "com.docker.compose.project", "com.docker.compose.service"
 FIRST = "client"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from lorabbit.config.settings import child_environment, default_address
 from lorabbit.errors import BadInput
-from lorabbit.settings import child_environment, default_address
 from lorabbit_cli.scaling.base import Scaler, Standing
 
 PID = "process.pid"

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lorabbit.errors import BadInput
-from lorabbit.jobspec import DataSpec
-from lorabbit_client.features import Features
-from lorabbit_client.tables import Codes, Column, Source, Table, find_labels
+from lorabbit.job.spec import DataSpec
+from lorabbit_client.data.features import Features
+from lorabbit_client.data.table import Codes, Column, Source, Table, find_labels
 
 
 @dataclass(frozen=True, slots=True)

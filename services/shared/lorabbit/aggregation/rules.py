@@ -19,11 +19,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lorabbit import lora
 from lorabbit.errors import Refused
-from lorabbit.jobspec import Aggregation as RuleName
-from lorabbit.lora import Factors
-from lorabbit.tensors import weighted_mean
+from lorabbit.job.spec import Aggregation as RuleName
+from lorabbit.tensors import lora_math
+from lorabbit.tensors.arithmetic import weighted_mean
+from lorabbit.tensors.lora_math import Factors
 
 Weighted = Sequence[tuple[float, Factors]]
 """Factors of one module by client, with weights that need not sum to one."""
@@ -51,7 +51,7 @@ class Folded:
 
     def product(self) -> Factors:
         """The whole update that the server now holds, as factors."""
-        return self.factors if self.shift is None else lora.stack([(1.0, self.factors), (1.0, self.shift)])
+        return self.factors if self.shift is None else lora_math.stack([(1.0, self.factors), (1.0, self.shift)])
 
 
 DEAD = 1e-6
@@ -98,7 +98,7 @@ def mean_of_padded(weighted: Weighted, target: Target) -> Folded:
 def truncated_mean(weighted: Weighted, target: Target) -> Folded:
     """Average the products exactly and keep the best approximation; its prefixes serve lower ranks."""
     like = weighted[0][1]
-    cut = lora.truncate(mean_of_products(weighted, target.scaling), target.rank).factors
+    cut = lora_math.truncate(mean_of_products(weighted, target.scaling), target.rank).factors
     kept = Factors(cut.a.astype(like.a.dtype), cut.b.astype(like.b.dtype), target.scaling)
     return Folded(revived(kept, fresh(like, target)))
 
@@ -112,7 +112,7 @@ def into_the_base(weighted: Weighted, target: Target) -> Folded:
 def mean_and_residual(weighted: Weighted, target: Target) -> Folded:
     """Average A and B apart, and what the product of the means misses goes into the base."""
     mean = mean_of_factors(weighted, target).factors
-    residual = lora.stack([(1.0, mean_of_products(weighted, target.scaling)), (-1.0, mean)], target.scaling)
+    residual = lora_math.stack([(1.0, mean_of_products(weighted, target.scaling)), (-1.0, mean)], target.scaling)
     return Folded(mean, residual)
 
 
@@ -137,7 +137,7 @@ def mean_of_components(weighted: Weighted, target: Target) -> Folded:
 
 def mean_of_products(weighted: Weighted, scaling: float) -> Factors:
     """Stack to the exact mean product, with weights made to sum to one."""
-    return lora.stack(normalised(weighted), scaling)
+    return lora_math.stack(normalised(weighted), scaling)
 
 
 def normalised(weighted: Weighted) -> list[tuple[float, Factors]]:

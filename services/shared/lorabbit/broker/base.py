@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
-from lorabbit.backoff import Backoff
 from lorabbit.errors import BrokerBusy, LoRAbbitError
+from lorabbit.runtime.backoff import Backoff
 
 OnDone: TypeAlias = Callable[[LoRAbbitError | None], None]
 

@@ -4,19 +4,143 @@ Every embedded run and most tests stand on it, so it keeps what the protocol rel
 topic routing, order, prefetch, redelivery of what was not acknowledged, full queues, dead letters,
 expiry, and streams that each reader reads from the start. A callback never runs inside the call
 that caused it, as with a real broker. `reconnect` does what a broken connection does.
+
+Messages at rest in the memory broker: its queues and streams, and who reads them.
+
+Topic routing as RabbitMQ does it, for the broker in memory.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 
 from lorabbit.broker.base import Broker, Cancellable, Delivery, First, OnDelivery, OnDone, Outgoing, Queue, beginning
-from lorabbit.broker.loop import Clock, Loop
-from lorabbit.broker.resting import ExistingQueue, Reader, Stored, Token
-from lorabbit.broker.routing import Exchange
+from lorabbit.broker.event_loop import Clock, Loop
 from lorabbit.errors import BrokerBusy, LoRAbbitError, NotDeclared
+
+STREAM = "stream"
+
+
+@dataclass(slots=True)
+class Stored:
+    """A message at rest in one queue."""
+
+    message: Outgoing
+    expires_at: float | None
+    returns: int = 0
+    """So often was it taken and came back."""
+
+
+@dataclass(slots=True, eq=False)
+class Reader(Cancellable):
+    """One reader of one queue, which may not exist yet."""
+
+    queue: str
+    on_delivery: OnDelivery
+    prefetch: int
+    on_cancel: Callable[[Reader], None]
+    unacked: dict[int, Stored] = field(default_factory=dict)
+    offset: int = 0
+    """Next message of a stream."""
+    first: First = beginning
+    """Number of the message with which reading a stream begins."""
+
+    @property
+    def has_room(self) -> bool:
+        """Tell whether its prefetch allows one more delivery."""
+        return len(self.unacked) < self.prefetch
+
+    def cancel(self) -> None:
+        """Leave the queue; what was not acknowledged goes to others."""
+        self.on_cancel(self)
+
+
+@dataclass(slots=True, frozen=True)
+class Token:
+    """Which delivery of which reader; void once the reader's unacknowledged messages went back."""
+
+    reader: Reader
+    number: int
+
+
+@dataclass(slots=True)
+class ExistingQueue:
+    """A declared queue or stream with what it holds."""
+
+    declared: Queue
+    messages: deque[Stored] = field(default_factory=deque)
+    stored_bytes: int = 0
+    readers: deque[Reader] = field(default_factory=deque)
+    unused_since: float = 0.0
+
+    @property
+    def is_stream(self) -> bool:
+        """Tell whether reading leaves messages where they are."""
+        return self.declared.kind == STREAM
+
+    def is_full(self) -> bool:
+        """Tell whether the next message is refused."""
+        limit = self.declared.max_bytes
+        return limit is not None and self.stored_bytes >= limit
+
+    def put(self, stored: Stored) -> None:
+        """Add a message at the end."""
+        self.messages.append(stored)
+        self.stored_bytes += len(stored.message.body)
+
+    def put_back(self, stored: Stored) -> None:
+        """Return a message that was taken, to the front."""
+        self.messages.appendleft(stored)
+        self.stored_bytes += len(stored.message.body)
+
+    def take(self) -> Stored:
+        """Take the first message."""
+        stored = self.messages.popleft()
+        self.stored_bytes -= len(stored.message.body)
+        return stored
+
+
+class Exchange:
+    """A topic exchange. Patterns without wildcards are found by key, however many clients there are."""
+
+    def __init__(self) -> None:
+        """Start without bindings."""
+        self._exact: dict[str, set[str]] = {}
+        self._patterns: dict[str, set[str]] = {}
+
+    def bind(self, pattern: str, queue: str) -> None:
+        """Route keys that match the pattern to a queue; idempotent."""
+        table = self._patterns if {"*", "#"} & set(pattern.split(".")) else self._exact
+        table.setdefault(pattern, set()).add(queue)
+
+    def unbind(self, queue: str) -> None:
+        """Forget every binding of a queue."""
+        for table in (self._exact, self._patterns):
+            for pattern in [pattern for pattern, queues in table.items() if queue in queues]:
+                table[pattern].discard(queue)
+                if not table[pattern]:
+                    del table[pattern]
+
+    def route(self, key: str) -> set[str]:
+        """Names of the queues that a message with this routing key goes to."""
+        queues = set(self._exact.get(key, ()))
+        for pattern, bound in self._patterns.items():
+            if topic_matches(pattern.split("."), key.split(".")):
+                queues |= bound
+        return queues
+
+
+def topic_matches(pattern: list[str], key: list[str]) -> bool:
+    """Match the words of a routing key: ``*`` stands for one word, ``#`` for any number of words."""
+    if not pattern:
+        return not key
+    if pattern[0] == "#":
+        return any(topic_matches(pattern[1:], key[start:]) for start in range(len(key) + 1))
+    return bool(key) and pattern[0] in {"*", key[0]} and topic_matches(pattern[1:], key[1:])
 
 
 class MemoryBroker(Broker):

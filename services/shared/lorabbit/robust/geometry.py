@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorabbit import lora
-from lorabbit.aggregation.exchange import FROZEN, scaling_of
+from lorabbit.aggregation.client_side import FROZEN, scaling_of
 from lorabbit.errors import Refused
-from lorabbit.lora import Factors, Matrix
-from lorabbit.tensors import is_floating
+from lorabbit.tensors import lora_math
+from lorabbit.tensors.arithmetic import is_floating
+from lorabbit.tensors.lora_math import Factors, Matrix
 from lorabbit.types import Array, ClientUpdate, ServerState, Tensors
 
 Stacked = NDArray[np.float64]
@@ -65,7 +65,7 @@ class Cohort:
         ):
             raise Refused("names", "updates of one round hold different tensors")
         self.names = list(names)
-        self.modules = lora.modules([*self._frozen, *self.names])
+        self.modules = lora_math.modules([*self._frozen, *self.names])
         paired = {name for module in self.modules for name in lora_names(module)}
         self.plain = [name for name in self.names if name not in paired and is_floating(state.tensors[name])]
 

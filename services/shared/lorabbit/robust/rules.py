@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lorabbit.defences import RobustSpec
 from lorabbit.errors import BadInput
-from lorabbit.lora import Matrix
+from lorabbit.job.spec import RobustSpec
 from lorabbit.robust.geometry import Stacked, norms, squared_distances
+from lorabbit.tensors.lora_math import Matrix
 
 ROUNDING = 1e-9
 COORDINATES = frozenset({"median", "trimmed-mean"})

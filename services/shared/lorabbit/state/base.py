@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lorabbit.errors import LoRAbbitError
-from lorabbit.state.roster import Roster
+from lorabbit.state.enrolment import Roster
 
 JobStatus = Literal["queued", "running", "done", "failed", "cancelled"]
 START = "0"

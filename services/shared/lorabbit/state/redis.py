@@ -4,6 +4,8 @@ Keys share a hash tag per job, ``lorabbit:{<job>}:...``, and one for the server 
 ``lorabbit:{server}:...``, so that every script stays within one slot of a cluster. redis-py sends
 a command again after a broken connection, which is safe because every script that must happen
 once carries an operation id. The same code runs over fakeredis in an embedded run.
+
+A client of a Redis at a URL: patient, and careful whom it speaks to.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from typing import Any, Self, TypeVar
 
 import redis
 from redis import exceptions as said
-from redis.exceptions import RedisError, ResponseError
+from redis.backoff import FullJitterBackoff
+from redis.exceptions import BusyLoadingError, ConnectionError, RedisError, ResponseError, TimeoutError  # noqa: A004
+from redis.retry import Retry
 
+from lorabbit.config.network import Trust, distrust
 from lorabbit.errors import Fenced, StoreRefuses, StoreUnavailable
-from lorabbit.state import connection, scripts, streams
-from lorabbit.state.answers import text_of
+from lorabbit.state import lua_scripts, redis_streams
 from lorabbit.state.base import (
     START,
     Change,
@@ -34,8 +38,37 @@ from lorabbit.state.base import (
     LoggedEvent,
     StateStore,
 )
-from lorabbit.state.roster import Roster
-from lorabbit.tls import Trust, distrust
+from lorabbit.state.enrolment import Roster
+from lorabbit.state.lua_scripts import text_of
+
+CONNECT_SECONDS = 5.0
+
+
+def client_of(url: str, trust: Trust, *, patience: int, timeout_seconds: float) -> redis.Redis:
+    """Open a client; each call is tried again `patience` times with full jitter up to 2 s apart."""
+    retry = Retry(
+        FullJitterBackoff(cap=2.0, base=0.05),
+        patience,
+        supported_errors=(ConnectionError, TimeoutError, BusyLoadingError, OSError),
+    )
+    return redis.Redis.from_url(
+        url,
+        retry=retry,
+        socket_timeout=timeout_seconds,
+        socket_connect_timeout=min(CONNECT_SECONDS, timeout_seconds),
+        health_check_interval=30,
+        decode_responses=True,
+        **(_tls(trust) if url.startswith("rediss:") else {}),
+    )
+
+
+def _tls(trust: Trust) -> dict[str, Any]:
+    """Whom to believe, in redis-py's words."""
+    trust.context()  # says which file cannot be used
+    files = {"ssl_ca_certs": trust.ca, "ssl_certfile": trust.cert, "ssl_keyfile": trust.key or trust.cert}
+    named = {name: str(path) for name, path in files.items() if path is not None}
+    return {**named, "ssl_cert_reqs": "required" if trust.verify else "none", "ssl_check_hostname": trust.verify}
+
 
 Answer = TypeVar("Answer")
 SLICE_SECONDS = 2.0
@@ -65,7 +98,7 @@ class RedisStore(StateStore):
 
         One try takes at most `timeout_seconds`.
         """
-        return cls(connection.client_of(url, trust or Trust(), patience=patience, timeout_seconds=timeout_seconds))
+        return cls(client_of(url, trust or Trust(), patience=patience, timeout_seconds=timeout_seconds))
 
     @classmethod
     def embedded(cls) -> Self:
@@ -82,16 +115,16 @@ class RedisStore(StateStore):
     # ---- the server's lease ----
     def acquire_lease(self, owner: str, seconds: float) -> int | None:
         """See `StateStore.acquire_lease`."""
-        answer = self._run(scripts.ACQUIRE, _server("lease", "epoch"), owner, _ms(seconds))
+        answer = self._run(lua_scripts.ACQUIRE, _server("lease", "epoch"), owner, _ms(seconds))
         return int(answer[1]) if text_of(answer[0]) == "ok" else None
 
     def renew_lease(self, owner: str, epoch: int, seconds: float) -> None:
         """See `StateStore.renew_lease`."""
-        self._fenced(self._run(scripts.RENEW, _server("lease", "epoch"), owner, epoch, _ms(seconds)))
+        self._fenced(self._run(lua_scripts.RENEW, _server("lease", "epoch"), owner, epoch, _ms(seconds)))
 
     def release_lease(self, owner: str, epoch: int) -> None:
         """See `StateStore.release_lease`."""
-        self._run(scripts.RELEASE, _server("lease", "epoch"), owner, epoch)
+        self._run(lua_scripts.RELEASE, _server("lease", "epoch"), owner, epoch)
 
     def newest_epoch(self) -> int:
         """See `StateStore.newest_epoch`."""
@@ -111,7 +144,7 @@ class RedisStore(StateStore):
     def lease_identity(self, wanted: ClientEntry, *, now_ms: int, epoch: int) -> str:
         """See `StateStore.lease_identity`."""
         values = (wanted.address, wanted.client, wanted.record, now_ms, wanted.expires_ms, epoch)
-        answer = self._run(scripts.IDENTITY, _server("clients", "addresses", "alive", "epoch"), *values)
+        answer = self._run(lua_scripts.IDENTITY, _server("clients", "addresses", "alive", "epoch"), *values)
         self._fenced(answer)
         return text_of(answer[1])
 
@@ -122,7 +155,7 @@ class RedisStore(StateStore):
 
     def free_identity(self, client: str, address: str, *, epoch: int) -> None:
         """See `StateStore.free_identity`."""
-        self._fenced(self._run(scripts.FREE, _server("addresses", "alive", "epoch"), client, address, epoch))
+        self._fenced(self._run(lua_scripts.FREE, _server("addresses", "alive", "epoch"), client, address, epoch))
 
     def clients(self) -> dict[str, ClientEntry]:
         """See `StateStore.clients`."""
@@ -143,7 +176,7 @@ class RedisStore(StateStore):
         del entry["job"]
         operation = operation or uuid.uuid4().hex
         keys = _server("jobs", "order", "submissions")
-        return text_of(self._run(scripts.ENQUEUE, keys, name, json.dumps(entry), operation, *taken)[1])
+        return text_of(self._run(lua_scripts.ENQUEUE, keys, name, json.dumps(entry), operation, *taken)[1])
 
     def jobs(self) -> dict[str, JobEntry]:
         """See `StateStore.jobs`."""
@@ -156,17 +189,17 @@ class RedisStore(StateStore):
         """See `StateStore.mark_job`."""
         values = {"status": status, "reason": reason, "exit_code": exit_code}
         pairs = [part for key, value in values.items() for part in (key, json.dumps(value))]
-        self._fenced(self._run(scripts.MARK, _server("jobs", "epoch"), job, epoch, *pairs))
+        self._fenced(self._run(lua_scripts.MARK, _server("jobs", "epoch"), job, epoch, *pairs))
 
     def request_cancel(self, job: str) -> bool:
         """See `StateStore.request_cancel`."""
-        answer = self._run(scripts.MARK, _server("jobs", "epoch"), job, "", "cancel_requested", "true")
+        answer = self._run(lua_scripts.MARK, _server("jobs", "epoch"), job, "", "cancel_requested", "true")
         return text_of(answer[0]) == "ok"
 
     # ---- one job ----
     def claim_job(self, job: str, epoch: int) -> JobRecord:
         """See `StateStore.claim_job`."""
-        self._fenced(self._run(scripts.CLAIM, _keys(job, "meta"), epoch))
+        self._fenced(self._run(lua_scripts.CLAIM, _keys(job, "meta"), epoch))
         return self.load_job(job)
 
     def load_job(self, job: str) -> JobRecord:
@@ -191,7 +224,7 @@ class RedisStore(StateStore):
             counted.extend(each)
         keys = _keys(job, "meta", "tasks", "effects", "events", "outbox")
         head = (change.operation, change.epoch, change.version, change.header or "")
-        answer = [text_of(part) for part in self._run(scripts.COMMIT, keys, *head, *counted)]
+        answer = [text_of(part) for part in self._run(lua_scripts.COMMIT, keys, *head, *counted)]
         match answer[0]:
             case "fenced":
                 raise Fenced(f"epoch {answer[1]} owns job {job}, not {change.epoch}")
@@ -209,7 +242,7 @@ class RedisStore(StateStore):
 
     def outbox(self, job: str) -> list[tuple[str, str]]:
         """See `StateStore.outbox`."""
-        return streams.entries(self._call(lambda: self._redis.xrange(_keys(job, "outbox")[0])))
+        return redis_streams.entries(self._call(lambda: self._redis.xrange(_keys(job, "outbox")[0])))
 
     def log_progress(self, job: str, events: Sequence[str]) -> None:
         """See `StateStore.log_progress`."""
@@ -230,13 +263,13 @@ class RedisStore(StateStore):
         """See `StateStore.newest_progress`."""
         stream = _keys(job, "progress")[0]
         found = self._call(lambda: self._redis.xrevrange(stream, count=count))
-        return [text for _, text in streams.entries(found)]
+        return [text for _, text in redis_streams.entries(found)]
 
     def events(
         self, job: str, after: str = START, *, progress: bool = True, wait_seconds: float = 0.0
     ) -> list[LoggedEvent]:
         """See `StateStore.events`."""
-        positions = dict(zip(_keys(job, "events", "progress"), streams.positions(after), strict=True))
+        positions = dict(zip(_keys(job, "events", "progress"), redis_streams.positions(after), strict=True))
         if not progress:
             positions.popitem()
         deadline = time.monotonic() + wait_seconds
@@ -245,7 +278,7 @@ class RedisStore(StateStore):
             block = None if left <= 0 else max(1, _ms(min(left, SLICE_SECONDS)))
             found = self._call(lambda block=block: self._redis.xread(positions, block=block))  # type: ignore[misc]
             if found or left <= 0 or self._closed:
-                return streams.merge(found or [], after)
+                return redis_streams.merge(found or [], after)
 
     # ---- the store itself ----
     def ping(self) -> None:

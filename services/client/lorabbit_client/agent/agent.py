@@ -1,0 +1,245 @@
+"""Agent: the protocol half of a client, driven by callbacks on the broker's loop thread.
+
+It leaves being there to its `Presence`, journals and acknowledges tasks at once, and
+leaves each task's life to an `Assignment`. It holds no delivery while training, imports no torch,
+and waits for nothing: whatever comes twice, late or out of order changes nothing. A process may
+hold many agents on one broker; they share runner and shelf, and nothing else.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+
+import structlog
+
+from lorabbit.broker import topology
+from lorabbit.broker.base import Broker, Cancellable, Delivery, OnDone, Outgoing
+from lorabbit.config.settings import ClientSettings
+from lorabbit.errors import Refused
+from lorabbit.protocol import codec
+from lorabbit.protocol.messages import AddressTaken, CancelTask, Deny, ForTask, Grant, Message, Task, Verdict, Welcome
+from lorabbit.runtime import failpoints
+from lorabbit.transfer.payload_store import PayloadStore
+from lorabbit.types import EVALUATE
+from lorabbit_client.agent.journal import Journal
+from lorabbit_client.agent.payload_cache import Holdings, Shelf
+from lorabbit_client.agent.registration import Presence
+from lorabbit_client.agent.task_run import Assignment, Desk
+from lorabbit_client.execution.interface import Runner
+
+log = structlog.get_logger()
+
+FINISHED_KEPT = 256
+
+
+class Agent:
+    """One client; `start` and `close` belong to the loop thread, as everything else."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        runner: Runner,
+        settings: ClientSettings,
+        *,
+        shelf: Shelf | None = None,
+        embedded: bool = False,
+    ) -> None:
+        """Use a shelf that others use too, or one of its own.
+
+        An embedded agent sends no heartbeats and keeps no journal: it dies with its server.
+        """
+        self._broker = broker
+        self._settings = settings
+        self._address = settings.address
+        durable = settings.durable and not embedded
+        self._journal = Journal(settings.folder, durable=durable)
+        self._shelf = shelf or Shelf(broker, PayloadStore(settings.folder / "payloads", durable=durable))
+        self._presence = Presence(broker, settings, self._journal, self._send, self._outbox, beats=not embedded)
+        self._assignments: dict[str, Assignment] = {}
+        self._finished: dict[tuple[str, int, int], None] = {}
+        self._epochs: dict[str, int] = {}
+        holdings = Holdings(self._journal, self._shelf)
+        self._desk = Desk(
+            broker, runner, self._journal, self._shelf, holdings, self._address, self._send, self._forget, self._advance
+        )
+        self._on_drained: Callable[[], None] | None = None
+        self._inbox: Cancellable | None = None
+
+    # ---- being there ----
+    def start(self) -> None:
+        """Take up what the journal holds, listen, and say hello."""
+        self._desk.holdings.tidy()
+        self._journal.tidy()
+        for offer in self._journal.results():
+            assignment = self._assign(offer)
+            assignment.resume(offer)
+        for task in self._journal.tasks():
+            log.info("task-resumed", job=task.job, task=task.task)
+            self._assign(task).begin(task)
+        self._inbox = self._broker.subscribe(topology.inbox(self._address).name, self._on_delivery)
+        self._presence.say_hello()
+
+    def close(self) -> None:
+        """Say goodbye and stop; what is unfinished stays in the journal."""
+        for assignment in self._assignments.values():
+            assignment.stop()
+        if self._inbox is not None:
+            self._inbox.cancel()
+        self._presence.close()
+
+    def drain(self, then: Callable[[], None]) -> None:
+        """Take no further task, and call back once those under way are done and handed in."""
+        self._on_drained = then
+        if self.is_idle:
+            then()
+
+    @property
+    def client(self) -> str | None:
+        """The identity; None until the server gives one."""
+        return self._presence.client
+
+    @property
+    def is_idle(self) -> bool:
+        """Tell whether there is nothing to do."""
+        return not self._assignments
+
+    def when_idle(self, then: Callable[[], None]) -> None:
+        """Have `then` called once there was no task for `settings.idle_seconds` since the last one."""
+        self._presence.on_idle = then
+
+    def when_taken(self, then: Callable[[str], None]) -> None:
+        """Have `then` called with a sentence when another process has this one's address or identity."""
+        self._presence.on_taken = then
+
+    def _outbox(self) -> tuple[str, ...] | None:
+        """Tasks whose results wait for a verdict; None without any task."""
+        held = tuple(task for task, assignment in self._assignments.items() if assignment.is_in_outbox)
+        return None if self.is_idle else held
+
+    def _welcome(self, welcome: Welcome) -> None:
+        """Take the identity; whoever welcomes us may have started its count of epochs anew.
+
+        Work for an identity that is another client's now would be refused: it is dropped.
+        """
+        self._presence.welcomed(welcome)
+        self._epochs.clear()
+        self._finished.clear()
+        for assignment in list(self._assignments.values()):
+            if assignment.client != welcome.client:
+                assignment.cancel()
+
+    # ---- messages ----
+    def _on_delivery(self, delivery: Delivery) -> None:
+        """Take in one message; the next process is not to break on it as well."""
+        try:
+            self._take_in(delivery)
+        except (OSError, MemoryError):
+            raise  # no fault of the message
+        except Exception:
+            log.exception("message-broke-client", type=delivery.type)
+            self._broker.reject(delivery)
+            raise
+
+    def _take_in(self, delivery: Delivery) -> None:
+        """Do what a message says; the acknowledgement follows whatever it changed on the disk."""
+        try:
+            message = codec.decode(delivery.type, delivery.body)
+        except Refused as error:
+            log.warning("message-refused", type=delivery.type, reason=error.reason, why=error.detail)
+            self._broker.reject(delivery)
+            return
+        if isinstance(message, Welcome):
+            self._welcome(message)
+        elif isinstance(message, AddressTaken):
+            self._presence.taken(message)
+        elif isinstance(message, Task):
+            self._accept(message)
+        elif isinstance(message, ForTask):
+            self._pass_on(message)
+        self._broker.ack(delivery)
+
+    def _accept(self, task: Task) -> None:
+        """Journal a task and begin it, unless it is known, stale or another client's."""
+        known = self._assignments.get(task.task)
+        if known is not None:
+            known.acknowledge()
+            for _, ref in task.published:
+                self._shelf.redirect(ref)
+            return
+        if self._on_drained is not None or _order_id(task) in self._finished:
+            return  # whoever holds this identity next is sent what is open
+        newest = self._epochs.get(task.job, task.epoch)
+        if task.epoch < newest or (self.client is not None and task.client != self.client):
+            log.info("task-ignored", task=task.task, epoch=task.epoch, newest=newest, client=task.client)
+            return
+        self._epochs[task.job] = task.epoch
+        failpoints.reached(failpoints.Point.TASK_DELIVERED)
+        self._journal.accept(task)
+        failpoints.reached(failpoints.Point.TASK_JOURNALED)
+        self._presence.has_work()
+        self._assign(task).begin(task)
+
+    def _pass_on(self, message: ForTask) -> None:
+        """Give an answer to the task that it belongs to; nobody waits for an answer to a forgotten task."""
+        assignment = self._assignments.get(message.task)
+        if assignment is None:
+            return
+        if isinstance(message, Grant):
+            assignment.granted(message)
+        elif isinstance(message, Verdict):
+            failpoints.reached(failpoints.Point.VERDICT_RECEIVED)
+            assignment.settled(accepted=message.accepted, reason=message.reason)
+        elif isinstance(message, Deny):
+            assignment.settled(accepted=False, reason=message.reason)
+        elif isinstance(message, CancelTask):
+            self._call_off(assignment)
+
+    def _call_off(self, assignment: Assignment) -> None:
+        """Drop a task that is not wanted; where it is wanted after all, the server gives the same order again."""
+        assignment.cancel()
+        if assignment.order is not None:
+            self._finished.pop(_order_id(assignment.order), None)
+
+    def _send(self, message: Message, on_done: OnDone | None) -> None:
+        """Publish to the server under this client's address."""
+        key, body = topology.up_key(self._address), codec.encode(message)
+        outgoing = Outgoing(topology.UP, key, message.type_name(), body, message_id=uuid.uuid4().hex)
+        self._broker.send_until_taken(outgoing, on_done)
+
+    # ---- bookkeeping ----
+    def _assign(self, about: ForTask | Task) -> Assignment:
+        assignment = Assignment(self._desk, job=about.job, task=about.task, client=about.client)
+        self._assignments[about.task] = assignment
+        return assignment
+
+    def _forget(self, task: str) -> None:
+        """Forget an assignment, but remember for a while that it was done, should its order come a second time."""
+        assignment = self._assignments.pop(task)
+        self._desk.holdings.forget(task)
+        if assignment.order is not None:
+            self._finished[_order_id(assignment.order)] = None
+            if len(self._finished) > FINISHED_KEPT:
+                del self._finished[next(iter(self._finished))]
+        if self._on_drained is not None and self.is_idle:
+            self._on_drained()
+
+    def _advance(self) -> None:
+        """Run what has its payloads, but nothing before an evaluation that was asked for first.
+
+        A score may read what the client keeps of its own, and the next training changes that.
+        """
+        scoring: set[tuple[str, int]] = set()
+        for assignment in list(self._assignments.values()):
+            order = assignment.order
+            if order is None:
+                continue
+            if assignment.stage == "ready" and (order.phase == EVALUATE or (order.job, order.epoch) not in scoring):
+                assignment.run()
+            if order.phase == EVALUATE and assignment.stage in {"fetching", "ready", "running"}:
+                scoring.add((order.job, order.epoch))
+
+
+def _order_id(task: Task) -> tuple[str, int, int]:
+    """What tells an order that was delivered twice from one that the server gave again on purpose."""
+    return task.task, task.attempt, task.epoch

@@ -1,0 +1,161 @@
+"""How much each block's output moves when the embeddings do.
+
+    x' = emb(x) + delta,  ||delta|| = noise * ||emb(x)||
+    I^l = mean over examples and draws of ||h_l(x') - h_l(x)|| / (||h_l(x)|| + 1e-12)
+
+h_l is the output of block l at true tokens. Random noise of an example is drawn for its true length from
+a generator seeded by (seed, example, draw), so neither padding nor batching changes it. Adversarial noise
+is the gradient of the example's own loss with respect to emb(x), brought to that norm, and needs no draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from lorabbit.errors import BadInput
+from lorabbit.runtime.seeds import derive_seed
+from lorabbit.training_session import Direction, Sensitivity
+from lorabbit_client.analysis.probe import (
+    CHUNK,
+    OnChunk,
+    batch_at,
+    call,
+    chunks,
+    in_float32,
+    looking,
+    losses,
+    unwatched,
+)
+from lorabbit_client.data.features import Batch
+from lorabbit_client.data.table import Codes
+from lorabbit_client.dataset import Examples
+from lorabbit_client.models.trainable import TrainableModel
+
+TINY = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How layers are probed."""
+
+    noise: float
+    """Norm of what is added, as a share of the embeddings' norm."""
+    draws: int
+    probes: int
+    """Examples that are probed, at most."""
+    variant: Sensitivity
+    """relative: over the norm of the output; abs: not; gain: over the change of the block before."""
+    seed: int
+    direction: Direction = "random"
+    """Of the noise: any, or the one in which the loss grows fastest."""
+
+
+def sensitivities(
+    model: TrainableModel, examples: Examples, probe: Probe, *, on_chunk: OnChunk = unwatched
+) -> NDArray[np.float64]:
+    """Return how sensitive each block is, float64 (blocks,); raises BadInput for a model without blocks."""
+    chosen = np.random.default_rng(derive_seed(probe.seed, "probes")).permutation(len(examples))[: probe.probes]
+    total: NDArray[np.float64] | None = None
+    draws = 1 if probe.direction == "adversarial" else probe.draws
+    with looking(model):
+        stand_ins = in_float32(model)
+        for places in chunks(examples, chosen.tolist(), CHUNK, on_chunk=on_chunk):
+            batch = batch_at(model, examples, chosen[places])
+            along = _steepest(model, stand_ins, batch) if probe.direction == "adversarial" else None
+            with torch.inference_mode():
+                clean = _states(model, stand_ins, batch)
+                for draw in range(draws):
+                    with _noise(model, batch, chosen[places], probe=probe, draw=draw, along=along):
+                        moved = _states(model, stand_ins, batch)
+                    found = _moves(clean, moved, probe.variant).sum(0)
+                    total = found if total is None else total + found
+    if total is None:
+        raise BadInput("data: a client has no training example, so its layers cannot be probed; lower `clients`")
+    return total / (len(chosen) * draws)
+
+
+def _states(model: TrainableModel, stand_ins: dict[str, torch.Tensor], batch: Batch) -> list[torch.Tensor]:
+    """Return embeddings and every block's output, true tokens alone."""
+    if getattr(model.model, "config", None) is None:
+        raise BadInput("model.name: this model has no blocks of which one could be more sensitive than another")
+    outputs = call(model, stand_ins, batch, output_hidden_states=True)
+    mask = batch.get("attention_mask")
+    return [state if mask is None else state * mask.unsqueeze(-1) for state in outputs["hidden_states"]]
+
+
+def _moves(clean: list[torch.Tensor], moved: list[torch.Tensor], variant: Sensitivity) -> NDArray[np.float64]:
+    """Return the change of every block's output, (examples, blocks)."""
+    changes = [_norm(after - before) for before, after in zip(clean, moved, strict=True)]
+    if variant == "abs":
+        found = changes[1:]
+    elif variant == "gain":
+        found = [later / (earlier + TINY) for earlier, later in pairwise(changes)]
+    else:
+        found = [change / (_norm(state) + TINY) for change, state in zip(changes[1:], clean[1:], strict=True)]
+    stacked: NDArray[np.float64] = torch.stack(found, dim=1).cpu().numpy()
+    return stacked
+
+
+def _norm(states: torch.Tensor) -> torch.Tensor:
+    """Return the Frobenius norm of each example's states."""
+    return states.double().flatten(1).square().sum(1).sqrt()
+
+
+def _embedding(model: TrainableModel) -> nn.Module:
+    base: Any = model.model
+    embedding: nn.Module = base.get_input_embeddings()
+    return embedding
+
+
+def _steepest(model: TrainableModel, stand_ins: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+    """Return the gradient of each example's loss with respect to its embeddings, in their shape."""
+    caught: list[torch.Tensor] = []
+
+    def catch(module: nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor:  # noqa: ANN401, ARG001 - a hook
+        caught.append(out.detach().requires_grad_())
+        return caught[0]
+
+    hook = _embedding(model).register_forward_hook(catch)
+    try:
+        with torch.enable_grad():
+            total = losses(call(model, stand_ins, batch), batch).sum()
+            return torch.autograd.grad(total, caught[0])[0]
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _noise(  # noqa: PLR0913 - what is moved, and how
+    model: TrainableModel, batch: Batch, names: Codes, *, probe: Probe, draw: int, along: torch.Tensor | None
+) -> Iterator[None]:
+    """Add noise to what the embedding layer answers, until the end of the block: `along` a direction, or at random."""
+    mask = batch.get("attention_mask")
+
+    def add(module: nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor:  # noqa: ANN401, ARG001 - a hook
+        noisy: torch.Tensor = out.clone()
+        for row, name in enumerate(names):
+            length = out.shape[1] if mask is None else int(mask[row].sum())
+            if along is None:
+                generator = torch.Generator().manual_seed(derive_seed(probe.seed, "noise", int(name), draw))
+                delta = torch.randn((length, out.shape[-1]), generator=generator).to(out)
+            else:
+                delta = along[row, :length].to(out)
+            norm = delta.norm()
+            if norm > 0:
+                noisy[row, :length] += delta * (probe.noise * out[row, :length].norm() / norm)
+        return noisy
+
+    hook = _embedding(model).register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()

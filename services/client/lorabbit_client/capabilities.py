@@ -1,0 +1,59 @@
+"""What a client can hold while it trains, by its own settings; found without torch.
+
+A larger batch is learnt in pieces, whose gradients add up to the whole batch's. A narrower dtype is what the
+model computes with; the weights and the optimiser stay in theirs. Quantised are only frozen linear weights, under LoRA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorabbit.errors import BadInput
+from lorabbit.job.spec import JobSpec
+from lorabbit.methods import registry
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """Limits of one client."""
+
+    max_batch: int | None = None
+    """Most rows of which gradients are computed at once; None: whatever a job asks."""
+    dtype: str = "float32"
+    """What a training computes with: float32 (as the model is), bfloat16 or float16."""
+    quantisation: str = "none"
+    """How frozen linear weights under LoRA are kept: none (as the model has them), int8 or int4."""
+    epsilon: float | None = None
+    """Most that all jobs together may cost one of this client's examples; None where its owner demands no privacy."""
+    delta: float = 1e-5
+    """At which `epsilon` is counted."""
+
+    @property
+    def tells_scores(self) -> bool:
+        """Whether the server is told scores on data of this client, which no noise covers."""
+        return self.epsilon is None
+
+    def check(self, device: str) -> None:
+        """Raise BadInput where a kind of device, such as ``cpu`` or ``cuda:0``, cannot train in this dtype."""
+        if self.dtype == "float16" and not device.startswith("cuda"):
+            raise BadInput(
+                f"LORABBIT_DTYPE: float16 is for GPUs, and this client trains on {device}; use bfloat16 or float32"
+            )
+
+    def check_job(self, spec: JobSpec) -> None:
+        """Raise BadInput where a job needs weights that this client keeps quantised, or lacks privacy it demands."""
+        why = registry.build(spec).needs_whole_base() if self.quantisation != "none" else ""
+        if why:
+            raise BadInput(
+                f"LORABBIT_QUANTISATION: {self.quantisation} keeps the base model in fewer bits, and {why}; "
+                "set it to none for such jobs"
+            )
+        privacy = spec.privacy
+        if self.epsilon is not None and (privacy is None or privacy.level != "example" or privacy.seeded):
+            raise BadInput(
+                "privacy: this client's owner demands noise from its own process (LORABBIT_PRIVACY_EPSILON); set "
+                "privacy.level to 'example' and leave privacy.seeded out"
+            )
+
+
+UNLIMITED = Capability()

@@ -1,0 +1,132 @@
+"""Workspace: what a process keeps of one job between tasks, behind one small interface.
+
+The executor speaks to it and knows nothing of torch; `learning` implements it over real models and
+`null` over nothing at all. A workspace belongs to one process and runs one task at a time.
+
+Execute one task: files in, a file and an outcome out.
+
+This is the seam between the protocol (`agent`, which never sees torch) and the learning (which
+never sees a broker). A task's payloads arrive as safetensors files and its result leaves as one, so
+the same function serves a training thread in a service and a pool of processes in an embedded run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+from lorabbit.compression.compressor import Recipe
+from lorabbit.protocol.messages import Metrics, Task
+from lorabbit.training_session import ClientSession
+from lorabbit.types import Facts, Tensors
+from lorabbit_client.execution.private_state import PrivateState
+
+OnProgress: TypeAlias = Callable[[float, float | None], None]
+"""(fraction done, current loss); raises Cancelled when the task is no longer wanted."""
+
+
+class Cancelled(Exception):
+    """The task was cancelled while it ran."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A task with everything it needs on disk."""
+
+    task: Task
+    inputs: Mapping[str, Path]
+    """Payload role -> safetensors file."""
+    output: Path
+    """Where to write the result's tensors; not written when nothing but metrics returns."""
+    private: Path
+    """Folder of the client's private state for this job."""
+    ledger: Path
+    """File of the client's privacy ledger, over all jobs."""
+    recipes: tuple[Recipe, ...] = ()
+    """How to make the input files that came coded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a task; picklable."""
+
+    metrics: Metrics
+    has_tensors: bool
+    base_sha256: str | None = None
+    error: str | None = None
+    """One sentence when the task failed; everything else is then meaningless."""
+    bad_input: bool = False
+    rest_seconds: float = 0.0
+    """So long has a failed task better not be asked again."""
+    details: Mapping[str, str] = field(default_factory=dict)
+    sha256: str | None = None
+    """Of the file at `Work.output`; a runner fills it in, off the loop thread, where the executor did not."""
+
+
+class Runner(Protocol):
+    """Runs work off the loop thread. Callbacks may be called from any thread: `post` them."""
+
+    def submit(self, work: Work, on_progress: OnProgress, on_done: Callable[[Outcome], None]) -> None:
+        """Queue work; work of one client runs in the order submitted."""
+
+    def cancel(self, task: str) -> None:
+        """Stop a task soon; its `on_done` is not called, and no result of it stays, though it had just been written."""
+
+    def close(self) -> None:
+        """Stop everything and give back what it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Initial:
+    """The first adapter of a job, with what only a holder of the base model can say about it."""
+
+    tensors: Tensors
+    facts: Facts
+    """base_parameters, adapter_parameters, rank, export, export_base, main_metric, versions, label_counts, model."""
+    num_examples: int
+
+
+class Counted(Protocol):
+    """What a task computed."""
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations so far; 0 where nobody counts."""
+
+
+class TaskSession(ClientSession, Protocol):
+    """A session of either kind (`Session`, or `PersonalSession` for methods that are `personal`), which also counts."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps taken so far."""
+
+    @property
+    def label_counts(self) -> Facts:
+        """Training examples of this client by label; empty where the task has no labels."""
+
+
+class Workspace(Protocol):
+    """One job in one process. A session that it opened is of its own kind and comes back to it."""
+
+    @property
+    def base_sha256(self) -> str | None:
+        """Hash of the frozen base model; None where there is none."""
+
+    def warm(self, population: int, indices: Iterable[int]) -> None:
+        """Load everything that these clients need, so that a fork shares it."""
+
+    def session(self, task: Task, private: PrivateState, on_progress: OnProgress) -> TaskSession:
+        """Open one client's session for one task."""
+
+    def counting(self) -> AbstractContextManager[Counted]:
+        """Count the operations of what is computed inside."""
+
+    def initialise(self, task: Task, tensors: Tensors) -> Initial:
+        """Put beside the first adapter, which a method made through a session, what only this side knows."""
+
+    def evaluate(self, task: Task, session: Any, on_progress: OnProgress) -> Metrics:  # noqa: ANN401 - its own kind
+        """Score a session's model, as a method restored it, on held-out data; `seconds` is left to the caller."""

@@ -1,0 +1,434 @@
+"""ForkRunner: a pool of processes that share one base model and one copy of the data.
+
+The parent forks a `nursery` while it is still small and has no threads; the nursery loads model and
+data once and forks the workers, which share those pages copy-on-write: a hundred clients cost one
+model. A worker that dies (the kernel's out-of-memory killer, a crash in native code) fails its task
+with the signal's name and is replaced. Ctrl-C reaches the parent only.
+
+Nursery: the process that loads model and data once and forks the workers that share them.
+
+It has one thread and does nothing but fork and reap, so a fresh worker can be forked at any time
+without the hazards of forking a process that has threads. Every worker has a pipe of its own; the
+parent's end is handed over the control pipe, so no other process holds it, and a worker whose
+parent is gone reads the end of its pipe and exits. An exit that the pipe did not cause is reported
+and the worker replaced.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from multiprocessing import Pipe, connection, reduction
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn, Protocol
+
+from lorabbit.errors import BadInput, LoRAbbitError, RunFailed
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Metrics
+from lorabbit_client.execution.interface import Cancelled, OnProgress, Outcome, Work
+from lorabbit_client.execution.runners import Executes, execute_and_seal
+
+PROGRESS_SECONDS = 0.1
+"""How often a worker looks at its pipe and reports while it works."""
+
+
+class Warms(Executes, Protocol):
+    """An executor that can load a job before it is forked."""
+
+    def warm(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
+        """Load the model and these clients' data; raises LoRAbbitError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Nursery -> parent: everything is loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Nursery -> parent: loading failed; nothing follows."""
+
+    sentence: str
+    bad_input: bool
+    trace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Born:
+    """Nursery -> parent: a worker is there; the handle of its pipe follows."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """Nursery -> parent: a worker ended on its own, by `-exit_code` as a signal when negative."""
+
+    slot: int
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Parent -> worker: stop this task."""
+
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """Worker -> parent: how far the work is."""
+
+    fraction: float
+    loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """Worker -> parent: the work was cancelled."""
+
+
+def fork() -> int:
+    """Fork, without Python's warning about threads: native libraries keep some that never run our code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+class Nursery:
+    """The life of the nursery process; `run` does not return."""
+
+    def __init__(self, control: Connection[Any, Any], executor: Warms, workers: int) -> None:
+        """Report to the parent over `control`; keep `workers` alive."""
+        self._control = control
+        self._executor = executor
+        self._workers = workers
+        self._parent = os.getppid()
+        self._children: dict[int, int] = {}
+
+    def run(self, spec: JobSpec, population: int, indices: Iterable[int]) -> NoReturn:
+        """Load the job, then keep the workers alive until they are no longer needed."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._end)
+        try:
+            self._warm_and_watch(spec, population, indices)
+        except OSError:
+            self._end()  # the parent is gone, or no process can be forked
+        os._exit(0)
+
+    def _warm_and_watch(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
+        try:
+            self._executor.warm(spec, population, indices)
+        except LoRAbbitError as error:
+            self._control.send(Failed(str(error), isinstance(error, BadInput)))
+            return
+        except Exception as error:  # noqa: BLE001 - the parent must hear of a defect, whatever it is
+            sentence = f"loading the model and the data failed with {type(error).__name__}: {error}"
+            self._control.send(Failed(sentence, bad_input=False, trace=traceback.format_exc()))
+            return
+        gc.collect()
+        gc.freeze()  # a collection in a worker must not touch, and so copy, the shared pages
+        self._control.send(Ready())
+        for slot in range(self._workers):
+            self._bear(slot)
+        while self._children:
+            self._reap()
+
+    def _bear(self, slot: int) -> None:
+        """Fork a worker and hand its pipe to the parent."""
+        ours, theirs = Pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        child = fork()
+        if child == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+            ours.close()
+            self._control.close()
+            work_until_hung_up(theirs, self._executor)
+        self._children[child] = slot
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        theirs.close()
+        self._control.send(Born(slot))
+        reduction.send_handle(self._control, ours.fileno(), self._parent)
+        ours.close()
+
+    def _reap(self) -> None:
+        """Wait until a worker ends; replace it unless its parent hung up."""
+        child, status = os.waitpid(-1, 0)
+        slot = self._children.pop(child)
+        exit_code = os.waitstatus_to_exitcode(status)
+        if exit_code == 0:
+            return
+        self._control.send(Died(slot, exit_code))
+        self._bear(slot)
+
+    def _end(self, *_: object) -> NoReturn:
+        """Take every worker along."""
+        for child in self._children:
+            os.kill(child, signal.SIGKILL)
+        for child in self._children:
+            os.waitpid(child, 0)
+        os._exit(0)
+
+
+def work_until_hung_up(pipe: Connection[Any, Any], executor: Executes) -> NoReturn:
+    """Be a worker: execute what comes over the pipe, until its other end is closed."""
+    exit_code = 0
+    try:
+        while True:
+            message = pipe.recv()
+            if isinstance(message, Work):
+                pipe.send(_execute(pipe, executor, message))
+    except (EOFError, OSError):
+        pass
+    except BaseException:  # noqa: BLE001 - a forked child must never run its parent's clean-up
+        traceback.print_exc()
+        exit_code = 70
+    os._exit(exit_code)
+
+
+def _execute(pipe: Connection[Any, Any], executor: Executes, work: Work) -> Outcome | Stopped:
+    """Execute one work, looking for a cancellation now and then."""
+    due = time.monotonic() + PROGRESS_SECONDS
+
+    def report(fraction: float, loss: float | None) -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now < due:
+            return
+        due = now + PROGRESS_SECONDS
+        while pipe.poll():
+            if pipe.recv() == Cancel(work.task.task):
+                raise Cancelled
+        pipe.send(Progressed(fraction, loss))
+
+    try:
+        return execute_and_seal(executor, work, report, durable=False)
+    except Cancelled:
+        return Stopped()
+
+
+def wait_for(child: int, seconds: float) -> bool:
+    """Reap a child within some seconds; False when it is still there."""
+    deadline = time.monotonic() + seconds
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+CLOSE_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class _Queued:
+    """Work that waits for a worker, or is with one."""
+
+    work: Work
+    on_progress: OnProgress
+    on_done: Callable[[Outcome], None]
+    cancelled: bool = False
+
+    @property
+    def client(self) -> tuple[str, str]:
+        """Whose work it is: one client's work is never done by two workers at once."""
+        return self.work.task.job, self.work.task.client
+
+
+class ForkRunner:
+    """Executes in `workers` processes; `warm` first, and before this process starts any thread."""
+
+    def __init__(self, executor: Warms, workers: int) -> None:
+        """Fork nothing yet."""
+        self._executor = executor
+        self._workers = workers
+        self._nursery: int | None = None
+        self._control: Connection[Any, Any] | None = None
+        self._pump: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._queue: deque[_Queued] = deque()
+        self._pipes: dict[int, Connection[Any, Any]] = {}
+        self._running: dict[int, _Queued] = {}
+        self._gone: str | None = None
+
+    def warm(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
+        """Load a job in the nursery and fork the workers; raises BadInput or RunFailed."""
+        ours, theirs = Pipe()
+        child = fork()
+        if child == 0:
+            ours.close()
+            Nursery(theirs, self._executor, self._workers).run(spec, population, indices)
+        theirs.close()
+        self._nursery, self._control = child, ours
+        try:
+            answer = ours.recv()
+        except EOFError:
+            answer = Failed("the process that loads the model was killed (out of memory?)", bad_input=False)
+        if isinstance(answer, Failed):
+            self.close()
+            if answer.bad_input:
+                raise BadInput(answer.sentence)
+            raise RunFailed(answer.sentence)
+        self._pump = threading.Thread(target=self._read, args=(ours,), name="workers", daemon=True)
+        self._pump.start()
+
+    def submit(self, work: Work, on_progress: OnProgress, on_done: Callable[[Outcome], None]) -> None:
+        """Queue work; it goes to the first idle worker once its client has nothing else running."""
+        queued = _Queued(work, on_progress, on_done)
+        with self._lock:
+            gone = self._gone
+            if gone is None:
+                self._queue.append(queued)
+                self._hand_out()
+        if gone is not None:
+            on_done(failure(gone))
+
+    def cancel(self, task: str) -> None:
+        """Take a task from the queue, or stop it at its next progress report."""
+        with self._lock:
+            self._queue = deque(q for q in self._queue if q.work.task.task != task)
+            for slot, queued in self._running.items():
+                if queued.work.task.task == task:
+                    queued.cancelled = True
+                    self._tell(slot, Cancel(task))
+
+    def close(self) -> None:
+        """Stop the workers and the nursery at once; whatever they do is lost."""
+        with self._lock:
+            self._queue.clear()
+            self._gone = self._gone or "the workers were stopped"
+            self._running.clear()
+        child, self._nursery = self._nursery, None
+        if child is not None:
+            os.kill(child, signal.SIGTERM)
+            if not wait_for(child, CLOSE_SECONDS):
+                os.kill(child, signal.SIGKILL)
+                wait_for(child, CLOSE_SECONDS)
+        if self._pump is not None:
+            self._pump.join(CLOSE_SECONDS)
+        for pipe in (*self._pipes.values(), *([self._control] if self._control else [])):
+            pipe.close()
+
+    def _hand_out(self) -> None:
+        """Give queued work to idle workers; the lock is held."""
+        idle = [slot for slot in self._pipes if slot not in self._running]
+        busy = {queued.client for queued in self._running.values()}
+        kept: deque[_Queued] = deque()
+        while self._queue and idle:
+            queued = self._queue.popleft()
+            if queued.client in busy:
+                kept.append(queued)
+                continue
+            slot = idle.pop(0)
+            self._running[slot] = queued
+            busy.add(queued.client)
+            self._tell(slot, queued.work)
+        self._queue.extendleft(reversed(kept))
+
+    def _tell(self, slot: int, message: object) -> None:
+        """Send to a worker; one that has just died is dealt with when its death is reported."""
+        try:
+            self._pipes[slot].send(message)
+        except OSError:
+            return
+
+    def _read(self, control: Connection[Any, Any]) -> None:
+        """Receive from the workers and the nursery until the nursery is gone.
+
+        Workers first: what a worker said before it died counts.
+        """
+        while True:
+            with self._lock:
+                pipes = dict(self._pipes)
+            ready = connection.wait([control, *pipes.values()])
+            for slot, pipe in pipes.items():
+                if pipe in ready:
+                    self._receive(slot, pipe)
+            if control in ready:
+                try:
+                    self._hear_of_worker(control, control.recv())
+                except (EOFError, OSError):
+                    self._lose_everything()
+                    return
+
+    def _receive(self, slot: int, pipe: Connection[Any, Any]) -> None:
+        """Take one message from a worker, or notice that it hung up."""
+        try:
+            message = pipe.recv()
+        except (EOFError, OSError):
+            self._forget(slot)
+        else:
+            self._hear_from(slot, message)
+
+    def _hear_of_worker(self, control: Connection[Any, Any], message: Born | Died) -> None:
+        """Take a new worker in, or fail what a dead one was doing."""
+        if isinstance(message, Born):
+            pipe: Connection[Any, Any] = Connection(reduction.recv_handle(control))
+            with self._lock:
+                self._pipes[message.slot] = pipe
+                self._hand_out()
+            return
+        self._forget(message.slot)
+        with self._lock:
+            queued = self._running.pop(message.slot, None)
+        if queued is not None:
+            queued.on_done(failure(cause_of_death(message.exit_code)))
+
+    def _forget(self, slot: int) -> None:
+        """Close the pipe of a worker that hung up."""
+        with self._lock:
+            pipe = self._pipes.pop(slot, None)
+        if pipe is not None:
+            pipe.close()
+
+    def _hear_from(self, slot: int, message: Progressed | Stopped | Outcome) -> None:
+        """Pass a worker's message on; a finished worker gets its next work first."""
+        with self._lock:
+            queued = self._running.get(slot)
+            if not isinstance(message, Progressed):
+                self._running.pop(slot, None)
+                if queued is not None and queued.cancelled:
+                    queued.work.output.unlink(missing_ok=True)  # before the next work may write there
+                self._hand_out()
+        if queued is None or queued.cancelled:
+            return
+        if isinstance(message, Progressed):
+            queued.on_progress(message.fraction, message.loss)
+        elif isinstance(message, Outcome):
+            queued.on_done(message)
+
+    def _lose_everything(self) -> None:
+        """Fail all work: the nursery is gone, and no worker will ever be replaced."""
+        with self._lock:
+            self._gone = self._gone or "the process that keeps the workers was killed (out of memory?)"
+            lost = [*self._running.values(), *self._queue]
+            self._running.clear()
+            self._queue.clear()
+        for queued in lost:
+            queued.on_done(failure(self._gone))
+
+
+def failure(sentence: str) -> Outcome:
+    """The outcome of work that no executor could answer for."""
+    return Outcome(Metrics(num_examples=0), has_tensors=False, error=sentence)
+
+
+def cause_of_death(exit_code: int) -> str:
+    """Say what ended a worker, for an operator."""
+    if exit_code == -signal.SIGKILL:
+        return (
+            "the training process was killed by SIGKILL, most likely because memory ran out; "
+            "use fewer workers, a smaller batch or a smaller model"
+        )
+    if exit_code < 0:
+        return f"the training process was ended by {signal.Signals(-exit_code).name}, a crash in native code"
+    return f"the training process ended by itself with exit code {exit_code}"

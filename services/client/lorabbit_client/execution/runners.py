@@ -1,0 +1,169 @@
+"""Runners: where work is executed, so that the loop thread never waits for training.
+
+A service trains in one thread of its own (`ThreadRunner`): torch lets go of the GIL, and the
+broker's socket has a thread too, so nothing starves. An embedded run trains in processes that share
+one base model (`lorabbit_client.forking.ForkRunner`), or, for the null model, at once
+(`InlineRunner`). All of them seal a result: its sha256 is taken, and its bytes are forced to disk
+where the client promises to survive a power cut, before anybody hears of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from lorabbit_client.execution.failures import failed
+from lorabbit_client.execution.interface import Cancelled, OnProgress, Outcome, Work
+
+CLOSE_SECONDS = 10.0
+"""How long `close` waits for a training step to notice that it is no longer wanted."""
+
+
+class Executes(Protocol):
+    """What a runner needs of an executor."""
+
+    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:
+        """Do one task; raises nothing but Cancelled."""
+
+
+def execute_and_seal(executor: Executes, work: Work, on_progress: OnProgress, *, durable: bool) -> Outcome:
+    """Execute work and take its result's sha256; whatever fails fails the task. Raises Cancelled and nothing else."""
+    try:
+        return _sealed(executor.execute(work, on_progress), work, durable=durable)
+    except Cancelled:
+        raise
+    except Exception as error:  # noqa: BLE001 - a full disk or memory must fail the task, not the thread
+        return failed(work, error)
+
+
+def _sealed(outcome: Outcome, work: Work, *, durable: bool) -> Outcome:
+    """Force a result to disk and take its sha256; raises OSError."""
+    if outcome.error is not None or not outcome.has_tensors:
+        return outcome
+    if durable:
+        force_to_disk(work.output)
+    if outcome.sha256 is not None:
+        return outcome
+    with work.output.open("rb") as file:
+        return replace(outcome, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def force_to_disk(path: Path) -> None:
+    """Fsync a file and the folder that names it."""
+    for target in (path, path.parent):
+        descriptor = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class InlineRunner:
+    """Executes at once, in the caller's thread: for work that takes less time than handing it over."""
+
+    def __init__(self, executor: Executes) -> None:
+        """Run everything on `executor`."""
+        self._executor = executor
+
+    def submit(self, work: Work, on_progress: OnProgress, on_done: Callable[[Outcome], None]) -> None:
+        """Execute now; `on_done` is called before this returns."""
+        on_done(execute_and_seal(self._executor, work, on_progress, durable=False))
+
+    def cancel(self, task: str) -> None:
+        """Do nothing: whatever was submitted is done."""
+
+    def close(self) -> None:
+        """Do nothing: it holds nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """Work that waits for the training thread, or is in it."""
+
+    work: Work
+    on_progress: OnProgress
+    on_done: Callable[[Outcome], None]
+    cancelled: threading.Event
+
+
+class ThreadRunner:
+    """Executes in one thread, in the order submitted."""
+
+    def __init__(self, executor: Executes, *, durable: bool = True) -> None:
+        """Run everything on `executor`; the thread starts with the first work."""
+        self._executor = executor
+        self._durable = durable
+        self._queue: deque[_Queued] = deque()
+        self._running: _Queued | None = None
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def submit(self, work: Work, on_progress: OnProgress, on_done: Callable[[Outcome], None]) -> None:
+        """Queue work; it fails at once where no thread can be started, and the next work tries again."""
+        try:
+            with self._changed:
+                self._start()
+                self._queue.append(_Queued(work, on_progress, on_done, threading.Event()))
+                self._changed.notify()
+        except (RuntimeError, MemoryError) as error:
+            on_done(failed(work, error))
+
+    def cancel(self, task: str) -> None:
+        """Take a task from the queue, or stop it at its next progress report."""
+        with self._changed:
+            for queued in (*self._queue, *([self._running] if self._running else [])):
+                if queued.work.task.task == task:
+                    queued.cancelled.set()
+
+    def close(self) -> None:
+        """Stop what runs at its next progress report, and the thread with it."""
+        with self._changed:
+            self._closed = True
+            for queued in (*self._queue, *([self._running] if self._running else [])):
+                queued.cancelled.set()
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _start(self) -> None:
+        """Start the thread with the first work; raises RuntimeError where the system has none to give."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._loop, name="training", daemon=True)
+            thread.start()
+            self._thread = thread
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._running = None
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if self._closed:
+                    return
+                self._running = queued = self._queue.popleft()
+            self._execute(queued)
+
+    def _execute(self, queued: _Queued) -> None:
+        """Execute one work unless it is cancelled before or meanwhile."""
+
+        def report(fraction: float, loss: float | None) -> None:
+            if queued.cancelled.is_set():
+                raise Cancelled
+            queued.on_progress(fraction, loss)
+
+        if queued.cancelled.is_set():
+            return
+        try:
+            outcome = execute_and_seal(self._executor, queued.work, report, durable=self._durable)
+        except Cancelled:
+            return
+        if queued.cancelled.is_set():
+            queued.work.output.unlink(missing_ok=True)
+        else:
+            queued.on_done(outcome)

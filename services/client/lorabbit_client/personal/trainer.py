@@ -1,0 +1,220 @@
+"""Training of a client's models by a method's objective, under the rules of the one local loop.
+
+Optimiser, schedule, clipping, float32 copies, order of batches and dropout are those of `Trainer`. A
+model of which nothing moves stands in eval mode: neither dropout nor a statistic of it stirs.
+
+Forward over torch: what an objective may ask of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from lorabbit.job.spec import LocalSpec
+from lorabbit.training_session import Objective
+from lorabbit.types import Tensors
+from lorabbit_client.data.features import Batch
+from lorabbit_client.dataset import Examples
+from lorabbit_client.models.arrays import to_numpy, to_torch
+from lorabbit_client.models.trainable import TrainableModel
+from lorabbit_client.personal.models import Split, View
+from lorabbit_client.training.trainer import Clock, Trainer
+
+
+class TorchForward:
+    """One batch on its way through a client's models; see `lorabbit.methods.session.Forward`."""
+
+    def __init__(
+        self, batch: Batch, models: Mapping[str, Split], beside: Mapping[str, torch.Tensor], *, still: frozenset[str]
+    ) -> None:
+        """Take a batch on its device, the models by role, and the tensors beside them; `still` models are frozen."""
+        self._batch, self._models, self._beside, self._still = batch, models, beside, still
+        self._views: dict[str, View] = {}
+        self._values: dict[tuple[str, str], torch.Tensor] = {}
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Class indices."""
+        return self._batch["labels"]
+
+    def features(self, model: str = "own") -> torch.Tensor:
+        """What a trunk sees."""
+        return self._of("features", model, lambda view: view.features())
+
+    def logits(self, model: str = "own") -> torch.Tensor:
+        """What a head answers."""
+        return self._of("logits", model, lambda view: view.logits())
+
+    def representation(self, model: str = "own") -> torch.Tensor:
+        """Input of the last layer."""
+        return self._of("representation", model, lambda view: view.representation())
+
+    def adapted(self, prefix: str, model: str = "own") -> torch.Tensor:
+        """What a head answers with pairs of factors in the slots of its trunk; a frozen model lets gradients pass."""
+        key = (f"adapted {prefix}", model)
+        if key not in self._values:
+            slots = sorted(
+                {name.removeprefix(prefix).rpartition(".")[0] for name in self._beside if name.startswith(prefix)}
+            )
+            pairs = {s: (self._beside[f"{prefix}{s}.lora_A"], self._beside[f"{prefix}{s}.lora_B"]) for s in slots}
+            self._values[key] = self._models[model].adapted(self._batch, pairs)
+        return self._values[key]
+
+    def _of(self, what: str, model: str, look: Callable[[View], torch.Tensor]) -> torch.Tensor:
+        """Compute a part of a view once; a frozen model keeps no graph."""
+        if model not in self._views:
+            self._views[model] = self._models[model].view(self._batch)
+        if (what, model) not in self._values:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and model not in self._still):
+                self._values[what, model] = look(self._views[model])
+        return self._values[what, model]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor beside the models."""
+        return self._beside[name]
+
+    def pad(self, features: torch.Tensor, width: int) -> torch.Tensor:
+        """Append zeros to the last axis."""
+        return functional.pad(features, (0, width - features.shape[-1]))
+
+    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean cross-entropy."""
+        return functional.cross_entropy(logits, self.labels if labels is None else labels)
+
+    def kl(self, student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """Mean over the batch of KL(teacher || student), of logits divided by the temperature."""
+        told = functional.log_softmax(teacher.detach() / temperature, -1)
+        said = functional.log_softmax(student / temperature, -1)
+        return functional.kl_div(said, told, reduction="batchmean", log_target=True)
+
+    def mse(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Mean squared difference."""
+        return functional.mse_loss(left, right)
+
+    def softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities."""
+        return functional.softmax(logits, -1)
+
+    def distances(self, values: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        """Squared distances, (batch, classes)."""
+        return (values[:, None, :] - points[None, :, :]).square().sum(-1)
+
+    def of_label(self, table: torch.Tensor) -> torch.Tensor:
+        """Lines of a table by label."""
+        return table[self.labels]
+
+    def constant(self, value: Any) -> torch.Tensor:  # noqa: ANN401 - an array or a tensor
+        """Cut the graph, or bring an array to the device."""
+        tensor = value.detach() if isinstance(value, torch.Tensor) else to_torch(value)
+        return tensor.to(self.labels.device)
+
+
+OWN = "own"
+
+
+class Ensemble(nn.Module):
+    """A client's models by role and the tensors beside them; called, it answers as the client would."""
+
+    def __init__(self, own: Split) -> None:
+        """Begin with the own model alone."""
+        super().__init__()
+        self.splits: dict[str, Split] = {OWN: own}
+        self.members = nn.ModuleDict({OWN: own.model})
+        self.beside: dict[str, nn.Parameter] = {}
+        self.still: frozenset[str] = frozenset()
+        """Roles of the models that are frozen now."""
+        self.answer: Objective | None = None
+        """Probabilities to be scored by; None: the own model's."""
+
+    def add(self, role: str, split: Split) -> None:
+        """Take in another model."""
+        self.splits[role] = split
+        self.members[role] = split.model
+
+    def look(self, batch: Batch) -> TorchForward:
+        """Look at a batch on its device."""
+        return TorchForward(batch, self.splits, self.beside, still=self.still)
+
+    def forward(self, **batch: torch.Tensor) -> SequenceClassifierOutput:
+        """Classify, by the own model or as the method says; the loss is the mean of -log p of the label."""
+        seen = self.look(batch)
+        if self.answer is None:
+            logits = seen.logits()
+        else:
+            chances: torch.Tensor = self.answer(seen)
+            logits = chances.clamp_min(torch.finfo(chances.dtype).tiny).log()
+        return SequenceClassifierOutput(loss=seen.cross_entropy(logits), logits=logits)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything by name: parameters and kept buffers of models, and what is beside them."""
+        found: dict[str, torch.Tensor] = dict(self.beside)
+        for role, split in self.splits.items():
+            found |= {f"{role}.{name}": value for name, value in state(split.model).items()}
+        return found
+
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(self.parameters()).device
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters (tied ones once) and the buffers that a checkpoint holds."""
+    kept = model.state_dict(keep_vars=True)
+    named: dict[str, torch.Tensor] = dict(model.named_parameters())
+    return named | {name: value for name, value in model.named_buffers() if name in kept}
+
+
+def read(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
+    """Copy tensors whose names begin so, in the order of their names."""
+    return {name: to_numpy(tensors[name]) for name in sorted(tensors) if name.startswith(prefix)}
+
+
+def beside(array: Any, device: torch.device) -> nn.Parameter:  # noqa: ANN401 - a NumPy array
+    """Make a tensor that stands beside the models; frozen until a training moves it."""
+    return nn.Parameter(to_torch(array).to(device), requires_grad=False)
+
+
+class PersonalTrainer(Trainer):
+    """The local loop over a method's objective."""
+
+    def __init__(  # noqa: PLR0913 - as Trainer, and the objective
+        self,
+        ensemble: Ensemble,
+        objective: Objective,
+        examples: Examples,
+        local: LocalSpec,
+        *,
+        clock: Clock,
+        seed: int,
+        moving: frozenset[str],
+    ) -> None:
+        """Train the tensors named in `moving`; every other is frozen."""
+        tensors = ensemble.tensors()
+        model = TrainableModel(
+            model=ensemble, tensors={name: tensors[name] for name in sorted(tensors)}, dtype=torch.float32,
+            base_parameters=0, base_sha256="", rank=None, export={}, initial={},
+        )  # fmt: skip
+        super().__init__(model, examples, local, clock=clock, seed=seed)
+        self._ensemble, self._objective = ensemble, objective
+        self._moving = moving
+
+    def _train_mode(self) -> None:
+        """Switch dropout and statistics on in models that move, and in no other."""
+        still = set()
+        for role, split in self._ensemble.splits.items():
+            moves = any(f"{role}.{name}" in self._moving for name in state(split.model))
+            split.model.train(moves)
+            if not moves:
+                still.add(role)
+        self._ensemble.still = frozenset(still)
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """Return the objective of one batch."""
+        loss: torch.Tensor = self._objective(self._ensemble.look(batch))
+        return loss

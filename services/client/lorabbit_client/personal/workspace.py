@@ -1,0 +1,194 @@
+"""The workspace of methods with own models: each client's architecture, lent to one client at a time.
+
+One module of each architecture is held in a process, however many clients live in it; what makes it a
+client's own is its tensors, which come from and go to the client's private state. A client that has
+none yet draws its model from the job's seed and its index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+
+from lorabbit.errors import BadInput
+from lorabbit.job.spec import JobSpec
+from lorabbit.protocol.messages import Metrics, Task
+from lorabbit.runtime.seeds import derive_seed
+from lorabbit.tensors.arithmetic import count
+from lorabbit.training_session import Place
+from lorabbit.types import Json, Tensors
+from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.dataset import ClientData, load_client, load_labels
+from lorabbit_client.execution.interface import Initial, OnProgress
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.models.loading import load_model, load_processor
+from lorabbit_client.models.source import ModelSource, resolve
+from lorabbit_client.models.trainable import TrainableModel
+from lorabbit_client.personal.models import Split, widths_of
+from lorabbit_client.personal.session import TorchPersonalSession, freeze
+from lorabbit_client.personal.trainer import state
+from lorabbit_client.tasks.image_classification import ImageFormat
+from lorabbit_client.training.evaluation import evaluate
+from lorabbit_client.training.flop_counter import Operations
+from lorabbit_client.training.workspace import REPORTED, choose_device
+
+log = structlog.get_logger()
+
+
+def open_personal_workspace(
+    spec: JobSpec, *, threads: int, data_root: Path, device: str, capability: Capability
+) -> PersonalWorkspace:
+    """Set torch up for this process and open a job's workspace; nothing is loaded yet.
+
+    A method's own objective need not be a mean over rows, so its batches stay whole, and in float32.
+    """
+    if capability != UNLIMITED:
+        log.warning("capability-not-used", why="methods with own models learn whole batches, in float32")
+    torch.set_num_threads(threads)
+    return PersonalWorkspace(spec, data_root=data_root, device=choose_device(device))
+
+
+class PersonalWorkspace:
+    """One job's architectures and data in one process."""
+
+    base_sha256: str | None = None
+
+    def __init__(self, spec: JobSpec, *, data_root: Path, device: torch.device) -> None:
+        """Remember what to load when it is first needed."""
+        self._spec = spec
+        self._data_root = data_root
+        self._device = device
+        self._lent: dict[str, Split] = {}
+        self._second: dict[str, tuple[Split, dict[str, torch.Tensor]]] = {}
+        self._sources: dict[str, ModelSource] = {}
+        self._readers: dict[str, Any] = {}
+        self._data: dict[tuple[int, int], ClientData] = {}
+        self.widest = lru_cache(maxsize=None)(self._widest)
+
+    @cached_property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the own models; client k has the one at k modulo their number."""
+        return self._spec.model.variants or (self._spec.model.name,)
+
+    def warm(self, population: int, indices: Iterable[int]) -> None:
+        """Load these clients' data and their architectures, one after the other: clients of one share encoded data."""
+        for index in sorted(indices, key=lambda index: (index % len(self.variants), index)):
+            self.data(index, population)
+            self.own(index, fresh=False)
+
+    # ---- data ----
+    def data(self, index: int, population: int) -> ClientData:
+        """Return a client's examples, encoded for its own model."""
+        key = (index, population)
+        if key not in self._data:
+            reader = self._reader(self._name(index))
+            self._data[key] = load_client(self._spec, index, population, processor=reader, data_root=self._data_root)
+        return self._data[key]
+
+    @cached_property
+    def _labels(self) -> Sequence[str]:
+        return load_labels(self._spec, self._data_root)
+
+    def _reader(self, name: str) -> Any:  # noqa: ANN401 - a tokenizer or an image processor
+        if name not in self._readers:
+            self._readers[name] = load_processor(self._named(name), self._source(name))
+        return self._readers[name]
+
+    # ---- models ----
+    def _name(self, index: int) -> str:
+        return self.variants[index % len(self.variants)]
+
+    def _source(self, name: str) -> ModelSource:
+        if name not in self._sources:
+            self._sources[name] = resolve(name)
+        return self._sources[name]
+
+    def _named(self, name: str, *seeded: str | int) -> JobSpec:
+        """Return the job with one model by name, drawn from a seed of its own."""
+        seed = derive_seed(self._spec.seed, *seeded) if seeded else self._spec.seed
+        model = self._spec.model.model_copy(update={"name": name})
+        return self._spec.model_copy(update={"model": model, "seed": seed})
+
+    def _load(self, name: str, *seeded: str | int) -> Split:
+        loaded = load_model(self._named(name, *seeded), self._source(name), self._labels)
+        return Split(freeze(loaded.model.to(self._device)), name, len(self._labels))
+
+    def own(self, index: int, *, fresh: bool) -> Split:
+        """The own architecture of a client; `fresh`: with the client's first draw in it."""
+        name = self._name(index)
+        if fresh or name not in self._lent:
+            self._lent[name] = self._load(name, "own", index)
+        return self._lent[name]
+
+    def second(self, name: str, index: int) -> Split:
+        """A model that every client builds alike; raises BadInput when it reads other data than the own one."""
+        if not _reads_alike(self._reader(name), self._reader(self._name(index))):
+            raise BadInput(
+                f"method.shared_model: {name!r} reads its input otherwise than {self._name(index)!r}, the own model of"
+                f" the client at index {index}; take one with the same tokenizer or image size"
+            )
+        if name not in self._second:
+            split = self._load(name, "second")
+            first = {key: value.detach().clone() for key, value in state(split.model).items()}
+            self._second[name] = (split, first)
+        split, first = self._second[name]
+        with torch.no_grad():
+            for key, value in state(split.model).items():
+                value.copy_(first[key])
+        return split
+
+    def _widest(self, place: Place) -> int:
+        """Largest width over the job's own models, from their configurations."""
+        return max(widths_of(name, self._source(name))[place] for name in self.variants)
+
+    # ---- tasks ----
+    def initialise(self, task: Task, tensors: Tensors) -> Initial:
+        """Put beside the first tensors what only this side knows."""
+        data = self.data(task.index, task.population)
+        own = self.own(task.index, fresh=False).model
+        described: dict[str, Json] = {"method": self._spec.method.name, "models": list(self.variants)}
+        facts: dict[str, Json] = {
+            "base_parameters": 0,
+            "own_parameters": sum(value.numel() for value in own.parameters()),
+            "adapter_parameters": count(tensors),
+            "rank": None,
+            "export": {"format": "partial", "files": {"lorabbit_config.json": described}},
+            "main_metric": data.task.main_metric,
+            "versions": {name: version(name) for name in REPORTED},
+            "label_counts": dict(data.label_counts),
+            "labels": list(data.labels),
+            "model": self._source(self._name(task.index)).facts(),
+        }
+        return Initial(tensors, facts, data.train.num_examples)
+
+    def session(self, task: Task, private: PrivateState, on_progress: OnProgress) -> TorchPersonalSession:
+        """Open one client's session."""
+        torch.set_flush_denormal(True)  # per thread; denormal numbers cost a hundred times a normal one
+        data = self.data(task.index, task.population)
+        return TorchPersonalSession(task, self, data, private=private, on_progress=on_progress)
+
+    def counting(self) -> Operations:
+        """Count operations on their way to torch."""
+        return Operations()
+
+    def evaluate(self, task: Task, session: TorchPersonalSession, on_progress: OnProgress) -> Metrics:
+        """Score a client's model on its own test split."""
+        model = TrainableModel(
+            model=session.ensemble, tensors={}, dtype=torch.float32, base_parameters=0, base_sha256="", rank=None,
+            export={}, initial={},
+        )  # fmt: skip
+        examples = self.data(task.index, task.population).test
+        return evaluate(model, examples, self._spec.evaluation.batch_size, on_progress=on_progress)
+
+
+def _reads_alike(left: Any, right: Any) -> bool:  # noqa: ANN401 - tokenizers or image processors
+    """Tell whether two models can read one batch."""
+    if hasattr(left, "get_vocab") and hasattr(right, "get_vocab"):
+        return bool(left.get_vocab() == right.get_vocab())
+    return ImageFormat.of(left) == ImageFormat.of(right)

@@ -1,0 +1,72 @@
+"""Whether the budgets of a job and of a client's owner bear a training with private examples, before it begins.
+
+The job's budget is for what this job releases, as the server's specification of it says. The owner's is for all jobs
+together, at a delta of the owner's own, and holds whatever a server says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorabbit.config.settings import PREFIX
+from lorabbit.errors import BadInput, LoRAbbitError
+from lorabbit.job.spec import LocalSpec, PrivacySpec
+from lorabbit.privacy.accountant import Sampled, epsilon_of
+from lorabbit_client.capabilities import Capability
+from lorabbit_client.execution.privacy_ledger import PrivacyLedger
+from lorabbit_client.training.batching import steps_of
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one party allows, and what of it is spent."""
+
+    name: str
+    """Of the key or the variable that sets it."""
+    epsilon: float | None
+    """None: everything is allowed."""
+    delta: float
+    spent: tuple[Sampled, ...]
+
+    def after(self, release: Sampled, times: int = 1) -> float:
+        """Epsilon when so many more of these are released."""
+        return epsilon_of((*self.spent, release._replace(steps=times * release.steps)), self.delta)
+
+    def bears(self, release: Sampled, times: int = 1) -> bool:
+        """Tell whether it allows so many more of these."""
+        return self.epsilon is None or self.after(release, times) <= self.epsilon
+
+    def check(self, release: Sampled) -> None:
+        """Raise where it does not bear this: BadInput where nothing is spent yet, LoRAbbitError later."""
+        if self.bears(release):
+            return
+        cost = f"{self.after(release):.3g}"
+        if not self.spent:
+            raise BadInput(
+                f"{self.name}: one round of {release.steps} steps at a sampling rate of {release.rate:.3g} costs "
+                f"{cost}, and the budget is {self.epsilon}; raise privacy.noise or {self.name}"
+            )
+        raise LoRAbbitError(f"{self.name}: another round would cost {cost} of a budget of {self.epsilon}")
+
+
+def release_of(spec: PrivacySpec, local: LocalSpec, rows: int) -> Sampled:
+    """What one training on so many rows releases."""
+    return Sampled(spec.noise, min(1.0, local.batch_size / rows), steps_of(local, rows))
+
+
+def count(release: Sampled, spec: PrivacySpec, job: str, ledger: PrivacyLedger, capability: Capability) -> None:
+    """Put a release into the ledger; raises BadInput or LoRAbbitError where a budget does not bear it.
+
+    The server is told what the job has cost then, and `spent` where no further release like it fits both budgets.
+    """
+    of_job = Budget("privacy.epsilon", spec.epsilon, spec.delta, ledger.of(job))
+    of_owner = Budget(f"{PREFIX}PRIVACY_EPSILON", capability.epsilon, capability.delta, ledger.of_all)
+    for budget in (of_job, of_owner):
+        budget.check(release)
+    ledger.add(job, release)
+    ledger.told = {
+        "steps": sum(kind.steps for kind in ledger.of(job)),
+        "rate": release.rate,
+        "epsilon": float(f"{of_job.after(release):.6g}"),
+        "spent": not (of_job.bears(release, 2) and of_owner.bears(release, 2)),
+    }

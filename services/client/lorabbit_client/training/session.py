@@ -1,0 +1,295 @@
+"""TorchSession: what a method's client half sees of one client, in torch.
+
+The model is shared by every client of the process, so a session starts by putting the job's initial
+tensors back, and a method then loads what the server sent. Tensors cross as copies: nothing a method
+holds changes behind its back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lorabbit.aggregation.partial_work import shortened
+from lorabbit.errors import BadInput, Refused
+from lorabbit.job.spec import LocalSpec
+from lorabbit.protocol.messages import Task
+from lorabbit.runtime.seeds import derive_seed
+from lorabbit.tensors.serialization import tensors_sha256
+from lorabbit.training_session import Difficulty, Direction, GradientTerm, LocalResult, Part, Sensitivity
+from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
+from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.dataset import ClientData
+from lorabbit_client.execution.interface import OnProgress
+from lorabbit_client.execution.private_state import PrivateState
+from lorabbit_client.models.arrays import dtype_name, to_numpy, to_torch
+from lorabbit_client.models.base_weights import REPLACED, Base
+from lorabbit_client.models.lora import LoraLayers
+from lorabbit_client.models.trainable import TrainableModel
+from lorabbit_client.training.activation_cache import GROUP, Prefix, PrefixCache, Usage, find_prefix
+from lorabbit_client.training.batching import rows_of
+from lorabbit_client.training.privacy_budget import count, release_of
+from lorabbit_client.training.trainer import Clock, Trainer
+
+CURVATURE_ROWS = 16
+"""Rows whose loss surface stands for a client's."""
+IMPORTANCE_ROWS = 32
+"""Rows whose gradients stand for a client's."""
+
+
+class TorchSession:
+    """One client's model, data and private state, for the length of one task."""
+
+    def __init__(  # noqa: PLR0913
+        self,
+        task: Task,
+        model: TrainableModel,
+        data: ClientData,
+        *,
+        private: PrivateState,
+        on_progress: OnProgress,
+        prefixes: PrefixCache | None = None,
+        capability: Capability = UNLIMITED,
+    ) -> None:
+        """Start from the job's initial tensors."""
+        self.client = ClientProfile(ClientId(task.client), task.index)
+        self.private: MutableMapping[str, Json] = private.values
+        self.private_tensors: MutableMapping[str, Tensors] = private.tensors
+        self._ledger = private.ledger
+        self.round = task.round
+        self.seed = task.seed
+        self.num_examples = data.train.num_examples
+        self.local = shortened(task.spec.local, task.share)
+        self.label_counts: Facts = dict(data.label_counts)
+        self.steps = 0
+        self._task = task
+        self._adapter = model
+        self._selected = model
+        self._data = data
+        self._tell = on_progress
+        self._fraction = 0.0
+        self._prefixes = prefixes
+        self._capability = capability
+        model.reset()
+
+    # ---- tensors ----
+    def select(self, part: Part) -> None:
+        """Speak of the job's adapter (at first), or of the whole model, whose adapter then adds nothing."""
+        whole = part == "whole"
+        self._selected = self._adapter.whole() if whole else self._adapter
+        self._adapter.enable(enabled=not whole)
+
+    def tensors(self) -> Tensors:
+        """Return the selected tensors as they are now; a copy, in the job's dtype."""
+        return read_tensors(self.settled())
+
+    def load(self, tensors: Tensors) -> None:
+        """Overwrite selected tensors by name; raises Refused for an unknown name, wrong shape or dtype."""
+        if self._selected is not self._adapter:
+            self._base.replace()
+        write_tensors(self._selected, tensors)
+
+    @property
+    def scaling(self) -> float:
+        """The s in y = W x + s B A x: the job's lora.alpha / lora.rank, the same at every rank."""
+        return self._base.scaling
+
+    def set_rank(self, rank: int) -> None:
+        """Give every LoRA pair this rank, filled with zeros until `load`; the next task has the job's again."""
+        self._lora.set_rank(rank)
+
+    def base_weights(self) -> Tensors:
+        """Return pristine weights under LoRA, float32, d_out x d_in, by module path as PEFT names its factors."""
+        _ = self._lora
+        return self._base.pristine_weights()
+
+    def stand_on(self, base: Tensors, sha256: str) -> None:
+        """Make these tensors the base of this task; raises Refused where they have another hash or do not fit."""
+        if not self._base.stands_on(sha256):
+            if tensors_sha256(base) != sha256:
+                raise Refused("base", "the base that came is not the one that the plan names")
+            fitting(self._adapter.whole(), base)
+        self._base.stand_on(base, sha256)
+
+    def shift_base(self, factors: Tensors) -> None:
+        """Make the base W = W_below + s B A for this task; it replaces an earlier shift."""
+        if factors:
+            _ = self._lora
+        self._base.shift(factors)
+
+    # ---- training ----
+    def train(  # noqa: PLR0913 - as `Session` has it
+        self,
+        *,
+        gradient_term: GradientTerm | None = None,
+        frozen: Callable[[str], bool] | None = None,
+        mask: Tensors | None = None,
+        batches: Sequence[Sequence[int]] | None = None,
+        local: LocalSpec | None = None,
+        stream: str = "",
+    ) -> LocalResult:
+        """Tune on local data as `local` or the job says, from the present tensors, with a fresh optimiser."""
+        if self._selected is not self._adapter:
+            self._base.replace()
+        model = self.settled()
+        if not len(self._data.train):
+            return LocalResult(self.tensors(), 0, float("nan"), 0)
+        start = time.perf_counter()
+        clock = Clock(self._task.round, self._task.spec.rounds)
+        seed = derive_seed(self.seed, "stream", stream) if stream else self.seed
+        trainer = self._trainer(model, local or self.local, clock, seed)
+        trained = trainer.run(self._trained, gradient_term=gradient_term, frozen=frozen, mask=mask, batches=batches)
+        self.steps += trained.steps
+        facts: Facts = {"seconds": time.perf_counter() - start, "prefixes_kept": trained.skipped}
+        return LocalResult(self.tensors(), self.num_examples, trained.loss, trained.steps, facts)
+
+    def _trained(self, fraction: float, loss: float | None) -> None:
+        """Report how far a training is."""
+        self._fraction = fraction
+        self._tell(fraction, loss)
+
+    def _looked(self) -> None:
+        """Report that something is measured, as far as training has come; a task that is called off ends here."""
+        self._tell(self._fraction, None)
+
+    def _trainer(self, model: TrainableModel, local: LocalSpec, clock: Clock, seed: int) -> Trainer:
+        """Make what trains; what one that adds noise spends is counted beforehand."""
+        spec, data = self._task.spec.privacy, self._data.train
+        if spec is None or spec.level != "example":
+            return Trainer(
+                model, data, local, clock=clock, seed=seed, find_prefix=self._find_prefix, capability=self._capability
+            )
+        from lorabbit_client.training.dp_trainer import PrivateTrainer  # noqa: PLC0415
+
+        limit = replace(self._capability, dtype="float32")
+        trainer = PrivateTrainer(model, data, local, clock=clock, seed=seed, capability=limit)
+        trainer.privacy = spec
+        count(release_of(spec, local, len(data)), spec, self._task.job, self._ledger, self._capability)
+        return trainer
+
+    def _find_prefix(self, moving: Sequence[torch.Tensor], rows: int) -> Prefix | None:
+        """Look for frozen blocks whose activations this process may keep; a base that is trained has none."""
+        base = None if self._adapter.base is None else self._adapter.base.settle()
+        if self._prefixes is None or self._selected is not self._adapter or base == REPLACED:
+            return None
+        spec = self._task.spec
+        usage = Usage(rows, spec.rounds, self._task.population)
+        owner = (self._task.index, self._task.population)
+        group = min(GROUP, self._capability.max_batch or GROUP)
+        return find_prefix(
+            self._adapter, self._data.train, moving, usage, cache=self._prefixes, base=base, owner=owner, group=group
+        )
+
+    # ---- looking ----
+    def labels(self) -> Array:
+        """Return the class of each training example, int64 (num_examples,); zeros where examples have no class."""
+        from lorabbit_client.analysis.difficulty import classes  # noqa: PLC0415 - only methods with a curriculum need it
+
+        return classes(self._data.train)
+
+    def difficulty(self, kind: Difficulty) -> Array:
+        """How hard each training example is, float64 (num_examples,), at the present tensors."""
+        from lorabbit_client.analysis.difficulty import difficulties  # noqa: PLC0415 - only methods with a curriculum need it
+
+        return difficulties(self.settled(), self._data.train, kind, on_chunk=self._looked)
+
+    def fisher(self, examples: Sequence[int]) -> Tensors:
+        """Mean over these examples of the squared per-example gradient, float32, of every LoRA factor."""
+        from lorabbit_client.analysis.fisher import mean_squares  # noqa: PLC0415
+
+        positions = rows_of(self._data.train, examples).tolist()
+        return mean_squares(self.settled(), self._data.train, positions, on_chunk=self._looked)
+
+    def importance(self) -> dict[str, torch.Tensor]:
+        """Return each number's share of Fisher information, in [0, 1], float32, of every selected tensor that moves."""
+        from lorabbit_client.analysis.fisher import shares  # noqa: PLC0415
+
+        positions = self._sample("importance", IMPORTANCE_ROWS)
+        return shares(self.settled(), self._data.train, positions, on_chunk=self._looked)
+
+    def _sample(self, purpose: str, rows: int) -> list[int]:
+        """Draw some of the client's rows, the same in every run of this task."""
+        chosen = np.random.default_rng(derive_seed(self.seed, purpose)).permutation(len(self._data.train))
+        return sorted(int(position) for position in chosen[:rows])
+
+    def sensitivity(
+        self, *, noise: float, draws: int, probes: int, variant: Sensitivity, direction: Direction = "random"
+    ) -> Array:
+        """How much each block's output moves when the embeddings do, float64 (blocks,)."""
+        from lorabbit_client.analysis.sensitivity import Probe, sensitivities  # noqa: PLC0415
+
+        probe = Probe(noise, draws, probes, variant, self.seed, direction)
+        return sensitivities(self.settled(), self._data.train, probe, on_chunk=self._looked)
+
+    def lossless_share(self, rule: Literal["slq", "eigengap"]) -> float:
+        """Share of curvature directions that must not be lost, in (0, 1], from this client's data."""
+        from lorabbit_client.analysis.curvature import lossless_share  # noqa: PLC0415
+
+        positions = self._sample("curvature", CURVATURE_ROWS)
+        return lossless_share(self.settled(), self._data.train, positions, rule=rule, seed=self.seed)
+
+    # ---- for the workspace ----
+    def settled(self) -> TrainableModel:
+        """Return the selected model on the base that this task asked for."""
+        if self._adapter.base is not None:
+            self._adapter.base.settle()
+        return self._selected
+
+    @property
+    def _base(self) -> Base:
+        if self._adapter.base is None:
+            raise BadInput(f"model.name: {self._task.spec.model.name} has no base model")
+        return self._adapter.base
+
+    @property
+    def _lora(self) -> LoraLayers:
+        """The LoRA layers, which must all be linear."""
+        spec = self._task.spec
+        if self._adapter.lora is None:
+            raise BadInput(
+                f"model.trainable: {spec.method.name} works on LoRA, and this job trains {spec.model.trainable!r}; "
+                "set model.trainable to 'lora'"
+            )
+        self._adapter.lora.check_linear(self._base.under_lora)
+        return self._adapter.lora
+
+
+def read_tensors(model: TrainableModel) -> Tensors:
+    """Copy a model's trainable tensors to NumPy, floating-point ones in the dtype of the wire."""
+    return {
+        name: to_numpy(value, model.dtype if value.is_floating_point() else None)
+        for name, value in model.tensors.items()
+    }
+
+
+def write_tensors(model: TrainableModel, tensors: Tensors) -> None:
+    """Copy arrays into a model's trainable tensors; raises Refused before anything is overwritten."""
+    given = fitting(model, tensors)
+    with torch.no_grad():
+        for name, value in given.items():
+            model.tensors[name].copy_(value)
+
+
+def fitting(model: TrainableModel, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Return arrays as torch's, each of the name, shape and dtype of one of the model's; raises Refused."""
+    for name in tensors:
+        if name not in model.tensors:
+            raise Refused("names", f"the model has no trainable tensor {name!r}")
+    given = {name: to_torch(tensors[name]) for name in tensors}
+    for name, value in given.items():
+        _check(name, model.tensors[name], value, model.dtype)
+    return given
+
+
+def _check(name: str, own: torch.Tensor, given: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise Refused when a tensor does not fit."""
+    expected = dtype if own.is_floating_point() else own.dtype
+    if given.shape != own.shape:
+        raise Refused("shapes", f"{name} has shape {tuple(given.shape)}, expected {tuple(own.shape)}")
+    if given.dtype != expected:
+        raise Refused("dtypes", f"{name} is {dtype_name(given.dtype)}, expected {dtype_name(expected)}")

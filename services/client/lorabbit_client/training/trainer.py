@@ -1,0 +1,397 @@
+"""The local training loop: the job's optimiser over one client's rows, from the task's seed alone.
+
+The optimiser moves float32 copies of half-precision parameters. What a mask holds is put back after
+every step, so momentum and decay move it neither. A loss that is not finite ends the task with a
+sentence instead of poisoning the aggregate.
+
+Values that a training must not move, whatever its optimiser does.
+
+Float32 copies of half-precision parameters: what an optimiser moves in their place.
+
+A batch learnt in pieces, and the dtype that a training computes with.
+
+The loss of a batch is a mean over its units: rows, or the tokens that have a label. A piece counts by its share of
+the units, so the pieces' gradients add up to the batch's own, up to rounding. Pieces keep the padding of the whole
+batch. Where dropout is on, every piece draws its own; where batch statistics travel, every piece has its own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from lorabbit.errors import LoRAbbitError, Refused
+from lorabbit.job.spec import LocalSpec
+from lorabbit.runtime.seeds import derive_seed
+from lorabbit.training_session import GradientTerm
+from lorabbit.types import Tensors
+from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.data.features import Batch, Features
+from lorabbit_client.data.table import Codes
+from lorabbit_client.dataset import Examples
+from lorabbit_client.execution.interface import OnProgress
+from lorabbit_client.models.arrays import to_torch
+from lorabbit_client.models.loading import seeded
+from lorabbit_client.models.trainable import TrainableModel
+from lorabbit_client.training.activation_cache import Prefix
+from lorabbit_client.training.batching import batches as cut_batches
+from lorabbit_client.training.batching import repeated, rows_of, steps_of, steps_over
+
+
+def make_masks(model: TrainableModel, given: Tensors) -> dict[str, torch.Tensor]:
+    """Return booleans of each named tensor's own shape; raises Refused where one does not fit."""
+    masks = {}
+    for name in given:
+        if name not in model.tensors:
+            raise Refused("names", f"there is a mask for {name!r}, which the model does not train")
+        value, mask = model.tensors[name], to_torch(given[name])
+        if mask.dtype != torch.bool:
+            raise Refused("dtypes", f"the mask of {name} is {mask.dtype}, expected booleans")
+        try:
+            masks[name] = mask.to(value.device).broadcast_to(value.shape)
+        except RuntimeError as error:
+            raise Refused(
+                "shapes", f"the mask of {name} has shape {tuple(mask.shape)}, the tensor {tuple(value.shape)}"
+            ) from error
+    return masks
+
+
+class Held:
+    """Entries outside the masks, as they were when the training began."""
+
+    def __init__(self, masters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> None:
+        """Copy what must not move; a mask of nothing but True holds nothing."""
+        self._masters = masters
+        self._masks = {name: masks[name] for name in masters if name in masks and not masks[name].all()}
+        self._values = {name: masters[name].detach().clone() for name in self._masks}
+
+    def clear_gradients(self) -> None:
+        """Leave no gradient outside the masks, so that clipping sees only what may move."""
+        for name, mask in self._masks.items():
+            gradient = self._masters[name].grad
+            if gradient is not None:
+                gradient.mul_(mask)
+
+    def put_back(self) -> None:
+        """Undo what momentum, decay or an optimiser's own terms did outside the masks, to the bit."""
+        with torch.no_grad():
+            for name, mask in self._masks.items():
+                value = self._masters[name]
+                value.copy_(torch.where(mask, value, self._values[name]))
+
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+
+
+def make_masters(moving: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return what the optimiser moves: float32 copies of half-precision parameters, others themselves.
+
+    In float16 Adam's epsilon is zero and its first step is 0 / 0; in bfloat16 a step below a 256th
+    of a weight is rounded away.
+    """
+    return {
+        name: nn.Parameter(value.detach().float()) if value.dtype in HALF else value for name, value in moving.items()
+    }
+
+
+def hand_gradients(moving: dict[str, nn.Parameter], masters: dict[str, nn.Parameter]) -> None:
+    """Move the gradients of half-precision parameters to their float32 copies."""
+    for name, value in moving.items():
+        if masters[name] is not value and value.grad is not None:
+            masters[name].grad = value.grad.float()
+            value.grad = None
+
+
+def hand_values(masters: dict[str, nn.Parameter], moving: dict[str, nn.Parameter]) -> None:
+    """Round the float32 copies back into the model."""
+    with torch.no_grad():
+        for name, value in moving.items():
+            if masters[name] is not value:
+                value.copy_(masters[name])
+
+
+FIRST_SCALE = 2.0**12
+"""Factor on a float16 loss at first, so that small gradients do not vanish; it is halved when they overflow."""
+
+
+def cut(features: Features, batch: Batch, most: int) -> Iterator[tuple[slice, Batch, float]]:
+    """Yield pieces of at most so many rows: where they stand, their tensors, and their share of the loss.
+
+    A piece without a unit is left out, since its own mean is none.
+    """
+    rows = len(next(iter(batch.values())))
+    places = [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
+    pieces = [{name: value[place] for name, value in batch.items()} for place in places]
+    units = [features.units(piece) for piece in pieces]
+    total = sum(units)
+    for place, piece, count in zip(places, pieces, units, strict=True):
+        if count or not total:
+            yield place, piece, count / total if total else 1 / len(pieces)
+
+
+def computing(capability: Capability, device: torch.device) -> AbstractContextManager[object]:
+    """Let torch compute in a client's dtype where it is not float32."""
+    if capability.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, capability.dtype))
+
+
+def scaler_of(capability: Capability, device: torch.device) -> torch.amp.GradScaler:
+    """Return what keeps float16 gradients from vanishing; it does nothing for other dtypes."""
+    return torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=capability.dtype == "float16")
+
+
+PROGRESS_SECONDS = 0.25
+FindPrefix: TypeAlias = Callable[[Sequence[torch.Tensor], int], Prefix | None]
+"""(what moves, rows trained on) -> what of the model need not be computed in every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Where in the job a task stands; the learning rate's schedule runs over all rounds."""
+
+    round: int
+    rounds: int
+
+    def share(self, step: int, steps: int) -> float:
+        """Return how much of the job is done in the middle of a 0-based step of this round."""
+        return (max(self.round, 1) - 1 + (step + 0.5) / steps) / self.rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a training did."""
+
+    loss: float
+    steps: int
+    skipped: int = 0
+    """Rows, with repeats, whose frozen prefix was not computed again."""
+
+
+def rate_factor(local: LocalSpec, share: float) -> float:
+    """Return the factor on the learning rate when `share` of the whole job is done."""
+    warmup = local.warmup_share
+    if share < warmup:
+        return share / warmup
+    left = (1.0 - share) / (1.0 - warmup)
+    if local.schedule == "linear":
+        return left
+    return 0.5 * (1.0 - math.cos(math.pi * left)) if local.schedule == "cosine" else 1.0
+
+
+def make_optimizer(local: LocalSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make the job's optimiser, fused where the tensors allow it."""
+    fused = all(p.dtype == torch.float32 for p in parameters)
+    rate, decay = local.learning_rate, local.weight_decay
+    if local.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=local.momentum, weight_decay=decay, fused=fused)
+    if local.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=fused)
+
+
+class Trainer:
+    """Tunes a model on one client's rows."""
+
+    def __init__(  # noqa: PLR0913
+        self,
+        model: TrainableModel,
+        examples: Examples,
+        local: LocalSpec,
+        *,
+        clock: Clock,
+        seed: int,
+        find_prefix: FindPrefix = lambda _moving, _rows: None,
+        capability: Capability = UNLIMITED,
+    ) -> None:
+        """Take what to train, on what, how, when in the job, from which seed, and what this client can hold."""
+        self._capability = capability
+        self._find_prefix = find_prefix
+        self._prefix: Prefix | None = None
+        self._model = model
+        self.examples = examples
+        self.local = local
+        self._clock = clock
+        self._seed = seed
+        self._device = next(model.model.parameters()).device
+        self._scaler = scaler_of(capability, self._device)
+
+    def run(
+        self,
+        on_progress: OnProgress,
+        *,
+        gradient_term: GradientTerm | None = None,
+        frozen: Callable[[str], bool] | None = None,
+        mask: Tensors | None = None,
+        batches: Sequence[Sequence[int]] | None = None,
+    ) -> Trained:
+        """Train from the model's present tensors with a fresh optimiser; raises LoRAbbitError if it diverges."""
+        masks = make_masks(self._model, mask or {})
+        still = {name for name, moves in masks.items() if not moves.any()}
+        held = {n: v for n, v in self._model.tensors.items() if n in still or (frozen is not None and frozen(n))}
+        moving = {name: value for name, value in self._model.parameters().items() if name not in held}
+        if not moving:
+            raise LoRAbbitError("nothing is left to train: every trainable tensor is frozen")
+        steps, rows = self._order(batches)
+        with _only(moving, held, self._model.model), self._skipping(rows), seeded(derive_seed(self._seed, "dropout")):
+            self._train_mode()
+            return self._steps(moving, masks, (steps, iter(rows)), on_progress, gradient_term)
+
+    @contextmanager
+    def _skipping(self, rows: Sequence[Codes]) -> Iterator[None]:
+        """Leave out the frozen part of the model that gives the same in every step, where that pays."""
+        moving = [value for value in self._model.parameters().values() if value.requires_grad]
+        self._prefix = self._find_prefix(moving, sum(map(len, rows)))
+        if self._prefix is None:
+            yield
+            return
+        with computing(self._capability, self._device):
+            self._prefix.prepare(rows)
+        with self._prefix.skipped():
+            yield
+
+    def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[Codes]]:
+        """Return how many steps there are, and the rows of each."""
+        local = self.local
+        if batches is not None:
+            cut = [rows_of(self.examples, batch) for batch in batches if len(batch)]
+            if not cut:
+                raise LoRAbbitError("nothing is left to train on: the method named no example")
+            steps = steps_over(local, len(cut))
+            return steps, list(repeated(cut, steps))
+        steps = steps_of(local, len(self.examples))
+        return steps, list(cut_batches(self.examples.lengths, local.batch_size, steps, seed=self._seed))
+
+    def _train_mode(self) -> None:
+        """Switch dropout on, and statistics only where they travel: a frozen BatchNorm must not drift."""
+        self._model.model.train()
+        travelling = {id(value) for value in self._model.tensors.values()}
+        for module in self._model.model.modules():
+            statistics = getattr(module, "running_mean", None)
+            if isinstance(statistics, torch.Tensor) and id(statistics) not in travelling:
+                module.eval()
+
+    def _steps(
+        self,
+        moving: dict[str, nn.Parameter],
+        masks: dict[str, torch.Tensor],
+        order: tuple[int, Iterator[Codes]],
+        on_progress: OnProgress,
+        gradient_term: GradientTerm | None,
+    ) -> Trained:
+        """Run the loop; nothing but the loss leaves the device, and only when progress is due."""
+        local, masters = self.local, make_masters(moving)
+        steps, rows = order
+        held = Held(masters, masks)
+        parameters = list(masters.values())
+        start = {name: value.detach().clone() for name, value in masters.items()} if gradient_term else {}
+        optimizer = make_optimizer(local, parameters)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        due = time.monotonic() + PROGRESS_SECONDS
+        for step, positions in enumerate(rows):
+            rate = local.learning_rate * rate_factor(local, self._clock.share(step, steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = self._learn(positions, moving, step)
+            hand_gradients(moving, masters)
+            self._scaler.unscale_(optimizer)
+            if gradient_term is not None:
+                _add_gradient(masters, start, gradient_term)
+            held.clear_gradients()
+            if local.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, local.max_grad_norm)
+            self._scaler.step(optimizer)
+            self._scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            held.put_back()
+            hand_values(masters, moving)
+            total += loss.detach()
+            if time.monotonic() >= due:
+                on_progress((step + 1) / steps, self._finite(total, step + 1))
+                due = time.monotonic() + PROGRESS_SECONDS
+        mean = self._finite(total, steps)
+        on_progress(1.0, mean)
+        return Trained(mean, steps, 0 if self._prefix is None else self._prefix.saved)
+
+    def _learn(self, positions: Codes, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:  # noqa: ARG002
+        """Leave the gradient of one batch, which may come in pieces, in `grad`, and return its loss."""
+        batch, most = self._batch(positions), self._capability.max_batch
+        if most is None or len(positions) <= most:
+            return self._backward(batch)
+        total = torch.zeros((), device=self._device)
+        for place, piece, share in cut(self.examples.features, batch, most):
+            if self._prefix is not None:
+                self._prefix.narrow(place)
+            total += self._backward(piece, share)
+        return total
+
+    def _backward(self, batch: Batch, share: float = 1.0) -> torch.Tensor:
+        """Add the gradient of a share of the loss to what is in `grad`; returns that share."""
+        with computing(self._capability, self._device):
+            loss = self._loss(batch)
+        loss = loss if share == 1.0 else loss * share
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _batch(self, positions: Codes) -> Batch:
+        """Return the tensors of some rows where the model is."""
+        batch = self.examples.batch(positions)
+        if self._prefix is not None:
+            self._prefix.step(positions)
+        if self._device.type != "cpu":
+            batch = {name: value.to(self._device, non_blocking=True) for name, value in batch.items()}
+        return batch
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """Return the mean loss of a batch."""
+        loss: torch.Tensor = self._model.model(**batch).loss
+        return loss
+
+    def _finite(self, total: torch.Tensor, steps: int) -> float:
+        """Return the mean loss so far; raises when it has left the numbers."""
+        mean = float(total) / steps
+        if not math.isfinite(mean):
+            raise LoRAbbitError(
+                f"the training loss is {mean} within the first {steps} steps of round {self._clock.round}: "
+                "lower local.learning_rate, or set local.max_grad_norm"
+            )
+        return mean
+
+
+@contextmanager
+def _only(moving: dict[str, nn.Parameter], held: dict[str, torch.Tensor], model: nn.Module) -> Iterator[None]:
+    """Let gradients reach what moves and nothing else; afterwards everything is as it was, values apart."""
+    parameters = [*moving.values(), *(value for value in held.values() if isinstance(value, nn.Parameter))]
+    flags = [value.requires_grad for value in parameters]
+    buffers = {name: value.clone() for name, value in held.items() if not isinstance(value, nn.Parameter)}
+    try:
+        for value in parameters:
+            value.requires_grad = False
+        for moved in moving.values():
+            moved.requires_grad = True
+        yield
+    finally:
+        model.eval()
+        for value, flag in zip(parameters, flags, strict=True):
+            value.requires_grad = flag
+            value.grad = None
+        with torch.no_grad():
+            for name, kept in buffers.items():
+                held[name].copy_(kept)
+
+
+def _add_gradient(masters: dict[str, nn.Parameter], start: dict[str, torch.Tensor], term: GradientTerm) -> None:
+    """Add a method's own term to every gradient."""
+    with torch.no_grad():
+        for name, value in masters.items():
+            extra = term(name, value.detach(), start[name])
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
+            value.grad.add_(extra)

@@ -1,0 +1,143 @@
+"""Fold a round's updates into the next server state, from disk, one tensor at a time.
+
+Updates are read lazily in ascending client index, so the sum is the same to the bit whatever the
+order of arrival. A plain mean holds one accumulator and one tensor whatever the number of clients;
+rules for LoRA factors hold one module of all clients (`lorabbit.aggregation`), robust ones their
+Gram matrices besides.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from lorabbit.aggregation.staleness import Carry
+from lorabbit.compression import compressed_file
+from lorabbit.errors import LoRAbbitError, Refused
+from lorabbit.methods.api.method import Method
+from lorabbit.privacy import gaussian_mechanism
+from lorabbit.robust import defense
+from lorabbit.runtime import failpoints
+from lorabbit.tensors import serialization
+from lorabbit.transfer.payload_store import PayloadStore
+from lorabbit.types import ClientUpdate, Json, ServerState, Tensors
+from lorabbit_server.aggregation.model_versions import Versions
+from lorabbit_server.aggregation.update_validation import Template
+from lorabbit_server.engine.state import Offered, TaskState, Version
+from lorabbit_server.engine.transitions import Aggregate, MethodStarted, ResultsUseless, RoundAggregated
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """What beside an update's own file says what it means; by task."""
+
+    carries: Mapping[str, Carry] = field(default_factory=dict)
+    """Where an update started from an older version."""
+    origins: Mapping[str, compressed_file.Origin] = field(default_factory=dict)
+    """To what an update tells the difference, if it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Updates(Iterable[ClientUpdate]):
+    """The updates of accepted tasks, to be walked as often as a method likes."""
+
+    method: Method
+    tasks: Sequence[TaskState]
+    payloads: PayloadStore
+    background: Background = Background()
+
+    def __iter__(self) -> Iterator[ClientUpdate]:
+        """Stream the updates; each one's tensors are read when asked for, none where it brought none."""
+        for task in self.tasks:
+            if task.offered is None:
+                continue
+            metrics, payload = task.offered.metrics, task.offered.payload
+            tensors: Tensors = {}
+            if payload is not None:
+                path = self.payloads.path(payload.sha256)
+                tensors = compressed_file.open_tensors(path, self.background.origins.get(task.id))
+            if task.id in self.background.carries:
+                tensors = self.method.carried(tensors, self.background.carries[task.id])
+            yield ClientUpdate(
+                task.client,
+                task.index,
+                tensors,
+                metrics.num_examples,
+                math.nan if metrics.loss is None else metrics.loss,
+                metrics.facts,
+            )
+
+
+def aggregate(
+    method: Method,
+    state: ServerState,
+    tasks: Sequence[TaskState],
+    *,
+    payloads: PayloadStore,
+    background: Background | None = None,
+) -> ServerState:
+    """Let the method fold the round's updates behind the job's defence.
+
+    They come in ascending client index, then in the order they were asked for.
+    """
+    ordered = sorted(tasks, key=lambda task: (task.index, task.round, task.turn))
+    received = Updates(method, ordered, payloads, background or Background())
+    job = method.job
+    guarded, defended = defense.defend(job, state, received)
+    folded = method.aggregate(state, gaussian_mechanism.protect(job, state, guarded))
+    facts, spent = gaussian_mechanism.spending(job, state, received)
+    told: dict[str, Json] = {name: dict(part) for name, part in (("robust", defended), ("privacy", spent)) if part}
+    if not told:
+        return folded
+    return replace(folded, facts={**folded.facts, **facts, "report": {**folded.report, **told}})
+
+
+def first_version(versions: Versions, offered: Offered) -> tuple[Version, int]:
+    """Save the state that the first adapter gives; returns it and the exported adapter's number of parameters."""
+    store, payload = versions.payloads, offered.payload
+    adapter: Tensors = {} if payload is None else serialization.read_tensors(store.path(payload.sha256))
+    version = versions.save(versions.method.start(adapter))
+    return version, Template.of(serialization.read_tensors(store.path(version.adapter.sha256))).parameters
+
+
+def next_version(
+    versions: Versions, state: ServerState, tasks: Sequence[TaskState], *, background: Background
+) -> tuple[Version, float]:
+    """Save the state that a round's updates give; returns it and the seconds that it took."""
+    failpoints.reached(failpoints.Point.AGGREGATING)
+    began = time.monotonic()
+    folded = aggregate(versions.method, state, tasks, payloads=versions.payloads, background=background)
+    version = versions.save(folded)
+    failpoints.reached(failpoints.Point.VERSION_WRITTEN)
+    return version, time.monotonic() - began
+
+
+def start_method(versions: Versions, task: TaskState, facts: Mapping[str, Json]) -> MethodStarted | ResultsUseless:
+    """Make the first server state of what a client brought, or say why that is none."""
+    assert task.offered is not None  # noqa: S101 - an accepted task was offered
+    try:
+        version, parameters = first_version(versions, task.offered)
+    except (LoRAbbitError, KeyError, IndexError, TypeError, ValueError) as error:
+        return ResultsUseless(task.round, {task.id: f"first-adapter: {error or type(error).__name__}"})
+    return MethodStarted(version, parameters, facts)
+
+
+def fold_round(
+    versions: Versions, state: ServerState, folded: Aggregate, *, background: Background
+) -> RoundAggregated | ResultsUseless:
+    """Fold a round, or name the results that cannot be folded even alone."""
+    try:
+        version, seconds = next_version(versions, state, folded.tasks, background=background)
+    except Refused:
+        reasons = {}
+        for task in folded.tasks:
+            try:
+                aggregate(versions.method, state, [task], payloads=versions.payloads, background=background)
+            except Refused as why:
+                reasons[task.id] = str(why)
+        if not reasons:
+            raise
+        return ResultsUseless(folded.round, reasons)
+    return RoundAggregated(folded.round, version, seconds)

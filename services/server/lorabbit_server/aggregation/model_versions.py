@@ -1,0 +1,207 @@
+"""Versions of the server state on disk, and the payloads that plans are made of.
+
+A `ServerState` is saved by the codec, so no method takes part in it. Files are named by their
+content, and an object that came out of a version keeps its file: a group of tensors that a method
+hands on from round to round is written once, and a plan that hands out the state's own tensors
+costs no second file.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from lorabbit.compression.compressed_file import Origin, open_tensors
+from lorabbit.compression.compressor import write_coded
+from lorabbit.job.spec import Coding
+from lorabbit.methods.api.method import Method
+from lorabbit.protocol.messages import PayloadRef, Way
+from lorabbit.tensors import serialization
+from lorabbit.transfer.payload_store import PayloadStore
+from lorabbit.types import ADAPTER, Facts, ServerState, Tensors
+from lorabbit_server.engine.state import Version
+
+REPORT = "report"
+"""The fact of a round that its version tells and its file does not."""
+KEPT_OBJECTS = 16
+"""Tensors of plans that are held in memory, to be known by identity when they come again."""
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """One version in use."""
+
+    version: Version
+    state: ServerState
+    own: dict[int, tuple[Tensors, PayloadRef]] = field(default_factory=dict)
+    """Objects of the state by identity, each with its file."""
+    made: OrderedDict[int, tuple[Tensors, PayloadRef]] = field(default_factory=OrderedDict)
+    """Objects that plans brought, the latest ones."""
+    hashes: set[str] = field(default_factory=set)
+    """Files that were written for plans."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """An adapter as it travels, and as it is afterwards."""
+
+    file: PayloadRef
+    whole: PayloadRef
+
+
+@dataclass(slots=True)
+class Versions:
+    """Saves and loads the server states of one job."""
+
+    method: Method
+    payloads: PayloadStore
+    chunk_bytes: int
+    coding: Coding = field(default_factory=Coding)
+    """How adapters travel."""
+    unclaimed: set[str] = field(default_factory=set)
+    """Files written for a server state that the job does not name yet."""
+    _loaded: list[_Loaded] = field(default_factory=list)
+    """Versions in use, the one asked for last at the end."""
+    _coded: dict[tuple[str, str | None], _Coded] = field(default_factory=dict)
+    """By the sha256 of the adapter that a plan names, and of what the coded file tells the difference to."""
+    _newest: PayloadRef | None = None
+    """The adapter that plans on the newest version most likely name."""
+
+    def save(self, state: ServerState) -> Version:
+        """Write a server state, and what a user gets of it, durably; all are files when this returns."""
+        written = {id(group): self._known(group) or self._write(group, {}) for group in state.shared.values()}
+        facts = {name: fact for name, fact in state.facts.items() if name != REPORT}
+        saved = self._write(state.tensors, facts)
+        if not facts:
+            written.setdefault(id(state.tensors), saved)
+        export = self.method.export(state)
+
+        def file_of(tensors: Tensors) -> PayloadRef:
+            return written.get(id(tensors)) or self._known(tensors) or self._write(tensors, {})
+
+        version = Version(
+            state=saved,
+            adapter=file_of(export.tensors),
+            shared={role: file_of(group) for role, group in state.shared.items()},
+            base=None if export.base is None else file_of(export.base),
+            config=dict(export.config),
+            report=state.report,
+            direct=export.tensors is state.tensors,
+        )
+        self.unclaimed |= version.hashes
+        self._code_ahead(saved if not facts else version.adapter if version.direct else None)
+        return version
+
+    def load(self, version: Version) -> ServerState:
+        """Return a server state whose tensors are read when asked for; the same objects while it is in use."""
+        entry = next((each for each in self._loaded if each.version == version), None)
+        if entry is None:
+            entry = self._open(version)
+        else:
+            self._loaded.remove(entry)
+        self._loaded.append(entry)
+        return entry.state
+
+    def keep(self, versions: Iterable[Version]) -> frozenset[str]:
+        """Forget the versions that are no longer in use; returns the files that were written for their plans."""
+        before = self.current
+        in_use = list(versions)
+        self._loaded = [entry for entry in self._loaded if entry.version in in_use]
+        known = frozenset().union(*(entry.hashes for entry in self._loaded), *(version.hashes for version in in_use))
+        known |= self.unclaimed
+        self._coded = {key: coded for key, coded in list(self._coded.items()) if key[0] in known}
+        return before - self.current
+
+    def refs(self, payloads: Mapping[str, Tensors]) -> dict[str, PayloadRef]:
+        """Write what is no file yet of a plan on the state loaded last; the same object is written once.
+
+        Where adapters are rounded on their way, the adapter is the one that clients will have.
+        """
+        refs = {role: self._ref(tensors) for role, tensors in payloads.items()}
+        if self.coding.is_lossy and ADAPTER in refs:
+            refs[ADAPTER] = self._code(refs[ADAPTER], None).whole
+        return refs
+
+    def way(self, whole: PayloadRef, origin: PayloadRef | None) -> Way:
+        """The coded file from which a client makes a payload that `refs` named; written where it is not yet."""
+        for coded in list(self._coded.values()):
+            if self.coding.is_lossy and coded.whole == whole:
+                return Way(coded=coded.file)
+        told = None if origin is None or origin == whole else origin
+        return Way(coded=self._code(whole, told).file, origin=None if told is None else told.sha256)
+
+    @property
+    def current(self) -> frozenset[str]:
+        """The files that plans on the versions in use refer to; for any thread."""
+        entries = list(self._loaded)
+        coded = {ref.sha256 for each in list(self._coded.values()) for ref in (each.file, each.whole)}
+        return frozenset(coded).union(*(set(entry.hashes) | entry.version.hashes for entry in entries))
+
+    def _open(self, version: Version) -> _Loaded:
+        path = self.payloads.path(version.state.sha256)
+        facts = serialization.read_facts(path)
+        shared = {role: self._group(ref) for role, ref in version.shared.items()}
+        told: Facts = {REPORT: dict(version.report)} if version.report else {}
+        state = ServerState(serialization.read_tensors(path), {**facts, **told}, shared)
+        own = {id(group): (group, version.shared[role]) for role, group in shared.items()}
+        if not facts:
+            own[id(state.tensors)] = (state.tensors, version.state)
+        elif version.direct:
+            own[id(state.tensors)] = (state.tensors, version.adapter)
+        return _Loaded(version, state, own)
+
+    def _group(self, ref: PayloadRef) -> Tensors:
+        """The tensors of a file; the same object that another version in use has."""
+        for entry in self._loaded:
+            for tensors, known in entry.own.values():
+                if known.sha256 == ref.sha256:
+                    return tensors
+        return serialization.read_tensors(self.payloads.path(ref.sha256))
+
+    def _known(self, tensors: Tensors) -> PayloadRef | None:
+        """The file of an object that belongs to a version in use; for any thread."""
+        for entry in reversed(list(self._loaded)):
+            found = entry.own.get(id(tensors)) or entry.made.get(id(tensors))
+            if found is not None:
+                return found[1]
+        return None
+
+    def _ref(self, tensors: Tensors) -> PayloadRef:
+        entry = self._loaded[-1]
+        ref = self._known(tensors)
+        if ref is None:
+            ref = self._write(tensors, {})
+            entry.made[id(tensors)] = (tensors, ref)
+            if len(entry.made) > KEPT_OBJECTS:
+                entry.made.popitem(last=False)
+        entry.hashes.add(ref.sha256)
+        return ref
+
+    def _code_ahead(self, adapter: PayloadRef | None) -> None:
+        """Write an adapter for the wire, beside the loop that will ask for it."""
+        origin, self._newest = self._newest, adapter
+        if adapter is not None and not self.coding.is_plain:
+            told = origin if self.coding.delta and origin != adapter else None
+            self._code(adapter, told)
+
+    def _code(self, adapter: PayloadRef, origin: PayloadRef | None) -> _Coded:
+        """Write an adapter for the wire, once."""
+        key = (adapter.sha256, None if origin is None else origin.sha256)
+        if key not in self._coded:
+            tensors = serialization.read_tensors(self.payloads.path(adapter.sha256))
+            held = None if origin is None else Origin.of(origin.sha256, self.payloads.path(origin.sha256))
+            file = self.payloads.add_written(
+                lambda path: write_coded(path, tensors, self.coding, origin=held), chunk_bytes=self.chunk_bytes
+            )
+            whole = adapter
+            if self.coding.is_lossy:
+                whole = self._write(open_tensors(self.payloads.path(file.sha256)), {})
+            self.unclaimed.add(file.sha256)
+            self._coded[key] = _Coded(file, whole)
+        return self._coded[key]
+
+    def _write(self, tensors: Tensors, facts: Facts) -> PayloadRef:
+        ref = self.payloads.add_tensors(tensors, facts, chunk_bytes=self.chunk_bytes)
+        self.unclaimed.add(ref.sha256)
+        return ref

@@ -1,0 +1,141 @@
+"""Access: who may speak to this server as whom.
+
+Without a management interface clients share a user of the broker, and a message has to carry the name that
+the broker checked, whatever it is. With one, every client joins with a token, gets a user of its own, and a message
+counts only if its user, its address and its identity are one and the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+
+from lorabbit.broker.base import Delivery
+from lorabbit.config.enrolment import Join, Joined, TokenWish, digest, new_secret
+from lorabbit.config.settings import ServerSettings
+from lorabbit.errors import BadInput, JoinRefused, LoRAbbitError, Refused
+from lorabbit.state.enrolment import Roster, Token, tokens_named
+from lorabbit_server.clients.rabbitmq_admin import Management
+
+log = structlog.get_logger()
+WHY_NOT = {
+    "unknown": "the server knows no such join token; ask its operator for one",
+    "expired": "the join token has expired; ask the server's operator for another",
+    "used": "the join token has been used up; ask the server's operator for another",
+    "other-client": "the join token is another client's",
+    "taken": "another client of this name has joined; choose another name, "
+    "or ask the server's operator for a token of this client's own",
+    "revoked": "this client was revoked; it needs a token that the operator makes for it by name",
+}
+
+
+class Access:
+    """See the module's docstring. Safe to call from any thread; `check` and `take_note` are the loop's."""
+
+    def __init__(self, roster: Roster, settings: ServerSettings) -> None:
+        """Give out users where the settings name a management interface."""
+        self._roster = roster
+        url = settings.management_url
+        self._management = None if url is None else Management(url, settings.broker_url, settings.trust)
+        self._revoked: frozenset[str] = frozenset()
+        self.on_revoked: Callable[[], None] = lambda: None
+        """Called, from any thread, when somebody was revoked here."""
+
+    @property
+    def is_enrolled(self) -> bool:
+        """Whether every client has a user of its own."""
+        return self._management is not None
+
+    # ---- messages ----
+    def check(self, delivery: Delivery, address: str) -> None:
+        """Refuse a message whose sender the broker did not check, or that is not the one it claims to be."""
+        if delivery.sender is None:
+            raise Refused("unsigned", f"a message from {address} carries no user_id")
+        if not self.is_enrolled:
+            return
+        if delivery.sender != address:
+            raise Refused("forged", f"the user {delivery.sender} sent it as {address}")
+        if address in self._revoked:
+            raise Refused("revoked", f"{address} was revoked")
+
+    def take_note(self) -> frozenset[str]:
+        """Read who was revoked; returns those who were not when this was called last."""
+        if not self.is_enrolled:
+            return frozenset()
+        before, self._revoked = self._revoked, self._roster.revoked()
+        return self._revoked - before
+
+    # ---- tokens ----
+    def make_token(self, wish: TokenWish, *, now_ms: int) -> tuple[str, Token]:
+        """Make a join token; the secret is in the answer and nowhere else."""
+        self._needed()
+        secret = new_secret()
+        token = Token(digest(secret), wish.client or "", wish.uses, expires_ms=now_ms + round(wish.seconds * 1000))
+        self._roster.add_token(token)
+        log.info("token-made", token=token.id, client=wish.client, uses=wish.uses, seconds=wish.seconds)
+        return secret, token
+
+    def tokens(self, *, now_ms: int) -> list[Token]:
+        """Tokens that can still be used; the others are forgotten."""
+        usable = []
+        for token in self._roster.tokens():
+            if token.expires_ms <= now_ms or token.used >= token.uses:
+                self._roster.drop_token(token)
+            else:
+                usable.append(token)
+        return usable
+
+    def drop_token(self, id_: str) -> None:
+        """Make a token worthless; raises BadInput when none or more than one is meant."""
+        found = tokens_named(self._roster.tokens(), id_)
+        if len(found) != 1:
+            raise BadInput(f"{len(found)} tokens begin with {id_!r}; list them with: lorabbit tokens")
+        self._roster.drop_token(found[0])
+        log.info("token-dropped", token=found[0].id)
+
+    # ---- clients ----
+    def join(self, wish: Join, *, now_ms: int) -> Joined:
+        """Give a client a user of its own; the same wish again is fine. Raises JoinRefused."""
+        management = self._needed()
+        verdict = self._roster.join(digest(wish.token), wish.client, wish.password_hash, now_ms=now_ms)
+        if verdict != "ok":
+            log.warning("join-refused", client=wish.client, reason=verdict)
+            raise JoinRefused(verdict, f"{wish.client} may not join: {WHY_NOT[verdict]}")
+        management.put_user(wish.client, wish.password_hash)
+        log.info("client-joined", client=wish.client)
+        return Joined(user=wish.client)
+
+    def revoke(self, client: str, *, now_ms: int) -> None:
+        """Take a client's user away and close its connections; raises BadInput when it never joined."""
+        management = self._needed()
+        if not self._roster.revoke(client, now_ms=now_ms):
+            known = ", ".join(member.client for member in self._roster.members()) or "nobody"
+            raise BadInput(f"no client {client!r} has joined; those who have: {known}")
+        management.delete_user(client)
+        management.close_connections(client, f"{client} was revoked")
+        log.info("client-revoked", client=client)
+        self.on_revoked()
+
+    def restore(self) -> None:
+        """Bring the broker's users to what the roster says: one that lost them, or a server that died half-way."""
+        if self._management is None:
+            return
+        users = self._management.users()
+        for member in self._roster.members():
+            if users.get(member.client) != member.password_hash:
+                self._management.put_user(member.client, member.password_hash)
+                log.info("user-restored", client=member.client)
+        for client in self._roster.revoked() & users.keys():
+            self._management.delete_user(client)
+
+    def close(self) -> None:
+        """Close connections."""
+        if self._management is not None:
+            self._management.close()
+
+    def _needed(self) -> Management:
+        if self._management is None:
+            why = "clients share one user of the broker here"
+            raise LoRAbbitError(f"{why}; set LORABBIT_MANAGEMENT_URL at the server to give each its own")
+        return self._management

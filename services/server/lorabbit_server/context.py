@@ -1,0 +1,74 @@
+"""What a job's shell works with: the services of one server in one epoch."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from pydantic import JsonValue
+
+from lorabbit import __version__
+from lorabbit.broker.base import Broker
+from lorabbit.config.settings import ServerSettings
+from lorabbit.errors import Fenced
+from lorabbit.state.base import StateStore
+from lorabbit.transfer.payload_store import PayloadStore
+from lorabbit.transfer.stream_publisher import AdapterPublisher
+from lorabbit_server.clients.enrolment import Access
+from lorabbit_server.clients.registry import Registry
+from lorabbit_server.event_loop import GuardedLoop
+
+VERSIONS = {"lorabbit": __version__, "python": platform.python_version(), "numpy": np.__version__}
+
+
+def wall_ms() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a test replaces: the clock, and the executor of heavy work."""
+
+    now_ms: Callable[[], int] = wall_ms
+    worker: Executor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """Valid as long as the server holds the lease under `epoch`."""
+
+    loop: GuardedLoop
+    broker: Broker
+    store: StateStore
+    payloads: PayloadStore
+    publisher: AdapterPublisher
+    registry: Registry
+    access: Access
+    settings: ServerSettings
+    now_ms: Callable[[], int]
+    epoch: int
+    versions: Mapping[str, str]
+    """Of what this server runs on, for the report."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Messages and chunks that were no such thing, and offers that nobody wants, by reason."""
+
+    def fence(self) -> None:
+        """Raise Fenced where another server leads: on a shared volume the files are its own. For any thread."""
+        if not self.store.is_newest(self.epoch):
+            raise Fenced(f"another server leads, in an epoch after {self.epoch}")
+
+    def traffic_of(self, job: str) -> Path | None:
+        """Where the bytes of a job's tasks are counted; nowhere when this server dies with its store."""
+        return self.settings.folder / "traffic" / f"{job}.jsonl" if self.settings.durable else None
+
+    def with_versions(self, facts: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+        """A client's facts, with the server's versions beside its own."""
+        known = facts.get("versions")
+        return {**facts, "versions": {**(known if isinstance(known, dict) else {}), **self.versions}}

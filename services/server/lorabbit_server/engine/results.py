@@ -1,0 +1,225 @@
+"""Results in the engine: offered, arrived, refused, failed; each counts at most once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lorabbit.aggregation.partial_work import Speed
+from lorabbit.events import job_events as ev
+from lorabbit.job.schedules import Quorum
+from lorabbit.types import EVALUATE, INITIALISE, TRAIN
+from lorabbit_server.engine import scheduling
+from lorabbit_server.engine.rounds import ask_on, fold_on, on_counted, scored, set_aside
+from lorabbit_server.engine.state import JobState, Offered, TaskState
+from lorabbit_server.engine.tasks import in_order, name_of, named, send
+from lorabbit_server.engine.transitions import (
+    Command,
+    CountResult,
+    Decision,
+    DenyUpload,
+    GrantUpload,
+    Record,
+    ResultArrived,
+    ResultOffered,
+    ResultRefused,
+    ResultsUseless,
+    SendVerdict,
+    StartMethod,
+    TaskFailed,
+)
+
+TOO_STALE = "too-stale"
+"""Why a result is refused that started from a version older than the schedule allows."""
+MAX_TRIES = 3
+"""Results asked of one client for one task before it is set aside."""
+
+
+def offered(state: JobState, event: ResultOffered) -> Decision:
+    """Grant the upload of a result that is wanted; answer every other offer at once."""
+    task = state.tasks.get(event.task)
+    if task is None or task.client != event.client:
+        return state, (_unwanted(event, task),)
+    if task.status == "accepted":
+        return state, (SendVerdict(task.id, task.client, accepted=True),)
+    objection = _objection(state, task, event)
+    if objection is not None:
+        return refused(state, objection)
+    if scheduling.is_too_stale(state, task):
+        return _too_stale(state, task, DenyUpload(task.id, task.client, TOO_STALE), event.at_ms)
+    task = replace(task, status="offered", offered=event.offered)
+    state = replace(state, tasks={**state.tasks, task.id: task})
+    if event.offered.payload is None:
+        return arrived(state, ResultArrived(task.id, event.traffic, event.at_ms))
+    return state, (GrantUpload(task),)
+
+
+def _objection(state: JobState, task: TaskState, event: ResultOffered) -> ResultRefused | None:
+    """Say why an offer cannot be right: it lacks tensors or has too many, or stands on another base model."""
+    wanted = False if task.phase == EVALUATE else event.wants_tensors
+    if wanted is not None and wanted != (event.offered.payload is not None):
+        detail = f"a result of phase {task.phase} {'needs a' if wanted else 'brings no'} payload here"
+        return ResultRefused(task.id, "payload", detail, before_upload=True, at_ms=event.at_ms)
+    if state.base_sha256 and event.offered.base_sha256 not in {None, state.base_sha256}:
+        detail = "its base model is not the one that the first adapter was made on"
+        return ResultRefused(task.id, "base-model", detail, before_upload=True, at_ms=event.at_ms)
+    return None
+
+
+def _unwanted(event: ResultOffered, task: TaskState | None) -> Command:
+    """Answer an offer for a task that is no longer, or never was, this client's."""
+    if task is not None:
+        return DenyUpload(event.task, event.client, "not-yours")
+    if event.counted:
+        return SendVerdict(event.task, event.client, accepted=True)
+    return DenyUpload(event.task, event.client, "stale")
+
+
+def arrived(state: JobState, event: ResultArrived) -> Decision:
+    """Count a result, once, and go on when it was the last one awaited."""
+    task = state.tasks.get(event.task)
+    if task is None or task.offered is None or task.status == "accepted":
+        return state, ()
+    if scheduling.is_too_stale(state, task):
+        verdict = SendVerdict(task.id, task.client, accepted=False, reason=TOO_STALE)
+        return _too_stale(state, task, verdict, event.at_ms)
+    done = _accepted(state, task, task.offered, event)
+    task = replace(task, status="accepted")
+    state = replace(state, tasks={**state.tasks, task.id: task})
+    if task.phase == INITIALISE:
+        state = replace(state, stage="starting", since_ms=event.at_ms)
+        return state, (*done, StartMethod(task))
+    if task.phase == EVALUATE:
+        state, more = scored(state, task.round, event.at_ms)
+    else:
+        state, more = on_counted(_measured(state, task, event.at_ms), event.at_ms)
+    return state, (*done, *more)
+
+
+def _measured(state: JobState, task: TaskState, at_ms: int) -> JobState:
+    """Note how long a training took, where a deadline, a share of work or the choice of clients follows from it."""
+    took_ms = max(0, at_ms - task.since_ms)
+    if isinstance(state.spec.schedule, Quorum):
+        state = replace(state, took_ms={**state.took_ms, task.index: took_ms})
+    selects = state.spec.selection is not None and state.spec.selection.order == "fast"
+    if (state.spec.work is None and not selects) or task.offered is None:
+        return state
+    metrics = task.offered.metrics
+    speed = Speed.measured(took_ms=took_ms, training_seconds=metrics.seconds, steps=metrics.steps, share=task.share)
+    return state if speed is None else replace(state, speeds={**state.speeds, task.index: speed})
+
+
+def _too_stale(state: JobState, task: TaskState, answer: Command, at_ms: int) -> Decision:
+    """Refuse what started from too old a version, count it, and let its client start from the newest."""
+    age, most = scheduling.staleness(state, task), getattr(state.spec.schedule, "max_staleness", 0)
+    detail = f"it would be {age} versions old when it is folded; schedule.max_staleness is {most}"
+    told = ev.UpdateRejected(at_ms=at_ms, round=state.round, client=task.client, reason=TOO_STALE, detail=detail)
+    tasks = {id_: other for id_, other in state.tasks.items() if id_ != task.id}
+    state, commands = ask_on(replace(state, tasks=tasks, turned_away=state.turned_away + 1), at_ms)
+    return state, (answer, Record(told), *commands)
+
+
+def _accepted(state: JobState, task: TaskState, offered: Offered, event: ResultArrived) -> tuple[Command, ...]:
+    """Count a result, tell the log and let the client forget it."""
+    trains = task.phase == TRAIN
+    sha256 = offered.payload.sha256 if offered.payload else None
+    told = ev.UpdateAccepted(
+        at_ms=event.at_ms,
+        round=state.round if trains else task.round,
+        client=task.client,
+        phase=task.phase,
+        metrics=offered.metrics,
+        sha256=sha256,
+        bytes_up=event.traffic.bytes_up,
+        bytes_down=offered.bytes_down,
+        overhead_up=event.traffic.overhead_up,
+        overhead_down=event.traffic.overhead_down,
+        bytes_by_role=dict(offered.bytes_by_role),
+        started=task.round - 1 if trains else 0,
+        staleness=scheduling.staleness(state, task) if trains else 0,
+        turn=task.turn,
+        share=task.share,
+        coding=event.coding,
+    )
+    verdict = SendVerdict(task.id, task.client, accepted=True)
+    return CountResult(task.id, sha256 or "-"), Record(told), verdict
+
+
+def refused(state: JobState, event: ResultRefused) -> Decision:
+    """Count a refusal under its name and ask the client again, a bounded number of times."""
+    task = state.tasks.get(event.task)
+    if task is None or task.status == "accepted":
+        return state, ()
+    answer: Command = (
+        DenyUpload(task.id, task.client, event.reason)
+        if event.before_upload
+        else SendVerdict(task.id, task.client, accepted=False, reason=event.reason)
+    )
+    state, commands = _again(state, task, event)
+    return state, (answer, *commands)
+
+
+def task_failed(state: JobState, event: TaskFailed) -> Decision:
+    """Set a client aside that says the job itself is wrong, which it cannot mend; otherwise ask again."""
+    task = state.tasks.get(event.task)
+    if task is None or task.client != event.client or task.status == "accepted":
+        return state, ()
+    if event.bad_input:
+        return set_aside(state, task.client, event.reason, event.at_ms, exit_code=2)
+    return _again(state, task, ResultRefused(task.id, "task-failed", event.reason, at_ms=event.at_ms))
+
+
+def useless(state: JobState, event: ResultsUseless) -> Decision:
+    """Leave results out that cannot be used, set their clients aside, and go on with the others."""
+    if state.stage not in {"starting", "aggregating"} or event.round != state.round:
+        return state, ()
+    commands: tuple[Command, ...] = ()
+    found = [task for task in in_order(state.tasks) if task.id in event.reasons]
+    if state.stage == "starting":
+        state = replace(state, stage="initialising")
+    tasks = {id_: task for id_, task in state.tasks.items() if id_ not in event.reasons}
+    state = replace(state, tasks=tasks, batch=tuple(id_ for id_ in state.batch if id_ in tasks))
+    for task in found:
+        why = event.reasons[task.id]
+        reason = why.partition(":")[0]
+        told = ev.UpdateRejected(
+            at_ms=event.at_ms,
+            round=state.round,
+            client=task.client,
+            reason=reason,
+            detail=why,
+            started=task.round - 1 if task.phase == TRAIN else 0,
+            turn=task.turn,
+        )
+        what = f"the {task.phase} result of {task.client} cannot be used: {why}"
+        state, more = set_aside(state, task.client, what, event.at_ms)
+        commands += (Record(told), *more)
+        if state.stage == "ended":
+            return state, commands
+    state, more = fold_on(state, event.at_ms) if state.stage == "aggregating" else (state, ())
+    return state, (*commands, *more)
+
+
+def _again(state: JobState, task: TaskState, event: ResultRefused) -> Decision:
+    """Put a task with a new id in the place of one that brought nothing, or do without its client."""
+    told = Record(
+        ev.UpdateRejected(
+            at_ms=event.at_ms,
+            round=state.round if task.phase == TRAIN else task.round,
+            client=task.client,
+            reason=event.reason,
+            detail=event.detail,
+        )
+    )
+    if task.tries >= MAX_TRIES:
+        what = f"{task.client} brought no usable result for {name_of(task)} in {MAX_TRIES} tries"
+        reason = f"{what}; the last one: {event.reason}: {event.detail}"
+        state, commands = set_aside(state, task.client, reason, event.at_ms)
+        return state, (told, *commands)
+    number = state.round if task.phase == TRAIN else task.round
+    fresh = TaskState(
+        "", task.phase, number, task.client, task.index, tries=task.tries + 1, turn=task.turn, since_ms=event.at_ms,
+        share=task.share,
+    )  # fmt: skip
+    fresh = named(state.job, fresh)
+    tasks = {id_: other for id_, other in state.tasks.items() if id_ != task.id}
+    return replace(state, tasks={**tasks, fresh.id: fresh}), (told, *send(fresh, event.at_ms))

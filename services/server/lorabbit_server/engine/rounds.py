@@ -1,0 +1,372 @@
+"""Rounds of the engine: begin, close, score, end.
+
+The evaluation of a version overlaps the next round's training. What the schedules differ in
+is asked of `pace`; under `sync` a round waits for everybody asked.
+
+Clients that a job can do without: set aside for good, and the round goes on with the others.
+
+A client is set aside when nothing that it brought in several tries could be used, when it says that the job itself
+is wrong, when what it brought cannot be folded, or when an operator revoked it. One client alone therefore ends no
+job in which enough others could go on; `min_clients` says how many that is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from lorabbit.events import job_events as ev
+from lorabbit.job.schedules import Buffered, Quorum, takes_late
+from lorabbit.methods.registry import build
+from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId
+from lorabbit_server.engine import scheduling
+from lorabbit_server.engine.state import Ending, JobState, TaskState, Version
+from lorabbit_server.engine.tasks import ask, in_order
+from lorabbit_server.engine.transitions import (
+    Aggregate,
+    CancelTask,
+    Command,
+    DeadlinePassed,
+    Decision,
+    EndJob,
+    MethodStarted,
+    Record,
+    RoundAggregated,
+    SetDeadline,
+)
+
+
+def method_started(state: JobState, event: MethodStarted) -> Decision:
+    """Take the first server state and begin round 1, or the preparation before it."""
+    if state.stage != "starting":
+        return state, ()
+    task = next(iter(state.tasks.values()))
+    base = task.offered.base_sha256 if task.offered else None
+    told = Record(
+        ev.AdapterInitialised(
+            at_ms=event.at_ms,
+            client=task.client,
+            sha256=event.version.adapter.sha256,
+            size_bytes=event.version.adapter.size_bytes,
+            parameters=event.parameters,
+            base_sha256=base,
+            facts=dict(event.facts),
+        )
+    )
+    state = replace(state, head=event.version, base_sha256=base, tasks={})
+    state, commands = _begin_round(state, scheduling.PREPARATION if build(state.spec).prepares else 1, event.at_ms)
+    return state, (told, *commands)
+
+
+def _begin_round(state: JobState, number: int, at_ms: int) -> Decision:
+    """Ask the round's cohort; in the preparation, everybody. Those who still train since earlier belong to it."""
+    state = replace(state, stage="training", round=number, round_started_ms=at_ms, since_ms=at_ms)
+    state, commands = ask(
+        state, TRAIN, scheduling.within(state, scheduling.to_ask(state)), round_number=number, at_ms=at_ms
+    )
+    training = {task.index for task in state.tasks.values() if task.phase == TRAIN}
+    names = tuple(state.clients[index] for index in sorted(training))
+    state, deadline = _wait_until(state, scheduling.deadline_ms(state, at_ms))
+    return state, (Record(ev.RoundStarted(at_ms=at_ms, round=number, cohort=names)), *commands, *deadline)
+
+
+def _wait_until(state: JobState, deadline_ms: int | None) -> Decision:
+    """Set the deadline of the round under way, where it has one."""
+    state = replace(state, deadline_ms=deadline_ms)
+    return state, () if deadline_ms is None else (SetDeadline(state.round, deadline_ms),)
+
+
+def ask_on(state: JobState, at_ms: int) -> Decision:
+    """Where clients never wait, give those that are free their next training."""
+    if not isinstance(state.spec.schedule, Buffered) or state.stage != "training":
+        return state, ()
+    return ask(state, TRAIN, scheduling.to_ask(state), round_number=state.round, at_ms=at_ms)
+
+
+def deadline_passed(state: JobState, event: DeadlinePassed) -> Decision:
+    """Close the round with what there is; where that is nothing, ask those who are free as well."""
+    if state.stage != "training" or event.round != state.round or state.deadline_ms is None:
+        return state, ()
+    if event.at_ms < state.deadline_ms:
+        return state, (SetDeadline(state.round, state.deadline_ms),)
+    if scheduling.counted(state):
+        return close(state, event.at_ms)
+    length = state.deadline_ms - state.since_ms
+    state, commands = ask(state, TRAIN, scheduling.to_ask(state), round_number=state.round, at_ms=event.at_ms)
+    state = replace(state, since_ms=event.at_ms)
+    state, deadline = _wait_until(state, event.at_ms + length)
+    return state, (*commands, *deadline)
+
+
+def on_counted(state: JobState, at_ms: int) -> Decision:
+    """Go on after a training result that counts: close the round, or ask the next client."""
+    if state.stage != "training":
+        return state, ()
+    if len(scheduling.counted(state)) >= scheduling.needed(state):
+        return close(state, at_ms)
+    return ask_on(state, at_ms)
+
+
+def close(state: JobState, at_ms: int) -> Decision:
+    """Fold what has arrived, and call off what has not, unless the schedule takes it later."""
+    late = [t for t in in_order(state.tasks) if t.phase == TRAIN and t.status != "accepted"]
+    schedule = state.spec.schedule
+    keeps = takes_late(schedule) and state.round < state.spec.rounds
+    off = () if keeps else late
+    gone = {task.id for task in off}
+    tasks = {id_: task for id_, task in state.tasks.items() if id_ not in gone}
+    counted = {task.id for task in scheduling.counted(state)}
+    batch = () if isinstance(schedule, str) else tuple(t.id for t in in_order(tasks) if t.id in counted)
+    missed = len(late) if isinstance(schedule, Quorum) else 0
+    state = replace(
+        state, stage="aggregating", since_ms=at_ms, tasks=tasks, batch=batch, deadline_ms=None, missed=missed
+    )
+    return state, (*(CancelTask(task.id, task.client) for task in off), aggregation(state))
+
+
+def aggregation(state: JobState) -> Aggregate:
+    """Fold the round's results in ascending client index."""
+    trained = (t for t in in_order(state.tasks) if t.phase == TRAIN and t.status == "accepted")
+    return Aggregate(state.round, tuple(t for t in trained if not state.batch or t.id in state.batch))
+
+
+def fold_on(state: JobState, at_ms: int) -> Decision:
+    """Fold what is left of a round, or what has arrived meanwhile; where that is nothing, train again."""
+    if state.batch:
+        return state, (aggregation(state),)
+    if scheduling.counted(state):
+        return close(state, at_ms)
+    state = replace(state, stage="training", since_ms=at_ms)
+    asked = scheduling.within(state, scheduling.to_ask(state))
+    state, commands = ask(state, TRAIN, asked, round_number=state.round, at_ms=at_ms)
+    state, deadline = _wait_until(state, scheduling.deadline_ms(state, at_ms))
+    return state, (*commands, *deadline)
+
+
+def round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
+    """Close the round; begin the next and score this one's version at the same time."""
+    if state.stage != "aggregating" or event.round != state.round:
+        return state, ()
+    closed = Record(_closed(state, event))
+    folded = {task.id for task in aggregation(state).tasks}
+    left = {id_: task for id_, task in state.tasks.items() if id_ not in folded}
+    state = replace(
+        state,
+        stage="scoring",
+        since_ms=event.at_ms,
+        head=event.version,
+        previous=state.head if state.spec.transport.downloads.delta else None,
+        tasks=left,
+        bases=_bases(state, left),
+        batch=(),
+        missed=0,
+        turned_away=0,
+    )
+    state = scheduling.retire(state, event.version.report)
+    state, commands = _train_and_score(state, event)
+    state, more = on_counted(state, event.at_ms) if scheduling.counted(state) else (state, ())
+    return state, (closed, *commands, *more)
+
+
+def _closed(state: JobState, event: RoundAggregated) -> ev.RoundClosed:
+    """Tell of a round that became a version."""
+    tasks, version = aggregation(state).tasks, event.version
+    return ev.RoundClosed(
+        at_ms=event.at_ms,
+        round=event.round,
+        accepted=len(tasks),
+        sha256=version.adapter.sha256,
+        seconds=max(0, event.at_ms - state.round_started_ms) / 1000,
+        aggregate_seconds=event.aggregate_seconds,
+        config=dict(version.config),
+        base_payload=version.base.sha256 if version.base else None,
+        facts=dict(version.report),
+        pace={} if isinstance(state.spec.schedule, str) else _pace(state, tasks),
+    )
+
+
+def _pace(state: JobState, tasks: Sequence[TaskState]) -> dict[str, int | float]:
+    """Tell who was late, who was refused for it, and how old the updates are that were folded."""
+    ages = [scheduling.staleness(state, task) for task in tasks]
+    mean = sum(ages) / len(ages) if ages else 0.0
+    late, refused = state.missed, state.turned_away
+    return {"late": late, "too_stale": refused, "staleness_mean": mean, "staleness_max": max(ages, default=0)}
+
+
+def _bases(state: JobState, left: Mapping[str, TaskState]) -> dict[int, Version]:
+    """The older versions that trainings still under way started from, now that there is a newer one."""
+    rounds = {task.round for task in left.values() if task.phase == TRAIN}
+    known = dict(state.bases) if state.head is None else {**state.bases, state.round: state.head}
+    return {number: version for number, version in known.items() if number in rounds}
+
+
+def _train_and_score(state: JobState, event: RoundAggregated) -> Decision:
+    """Train on the new version and score it, in the order in which clients are to do it."""
+    method = build(state.spec)
+
+    def train(state: JobState) -> Decision:
+        if event.round >= state.spec.rounds or scheduling.is_spent(state):
+            return state, ()
+        return _begin_round(state, event.round + 1, event.at_ms)
+
+    def score(state: JobState) -> Decision:
+        return _begin_scoring(state, event.round, event.version, at_ms=event.at_ms)
+
+    commands: list[Command] = []
+    for step in (score, train) if method.personal or method.scores_first else (train, score):
+        state, more = step(state)
+        commands += more
+    return state, tuple(commands)
+
+
+def _begin_scoring(state: JobState, number: int, version: Version, *, at_ms: int) -> Decision:
+    """Ask clients to score the version of a round that the job wants scored."""
+    if number == scheduling.PREPARATION or not (state.spec.evaluates(number) or scheduling.is_spent(state)):
+        return state, ()
+    state = replace(state, scored={**state.scored, number: version})
+    return ask(state, EVALUATE, evaluators(state), round_number=number, at_ms=at_ms)
+
+
+def evaluators(state: JobState) -> tuple[int, ...]:
+    """Indices of the clients that score a version; under sync, also of those that are lost."""
+    able = tuple(index for index, name in enumerate(state.clients) if name not in state.aside)
+    if not isinstance(state.spec.schedule, str):
+        able = tuple(index for index in able if state.clients[index] not in state.lost) or able
+    return able if state.spec.evaluation.on == "clients" else able[:1]
+
+
+def scored(state: JobState, number: int, at_ms: int) -> Decision:
+    """Pool the scores of a version once everybody asked has scored it; end after the last one."""
+    tasks = [t for t in in_order(state.tasks) if t.phase == EVALUATE and t.round == number]
+    if any(t.status != "accepted" for t in tasks):
+        return state, ()
+    metrics = pool(tasks)
+    if build(state.spec).personal:
+        metrics |= over_clients(tasks)
+    ids = {t.id for t in tasks}
+    state = replace(
+        state,
+        tasks={id_: task for id_, task in state.tasks.items() if id_ not in ids},
+        scored={other: version for other, version in state.scored.items() if other != number},
+    )
+    told = Record(ev.RoundEvaluated(at_ms=at_ms, round=number, metrics=metrics))
+    if state.stage != "scoring" or state.scored:
+        return state, (told,)
+    state, commands = end(state, "done", at_ms, reason=scheduling.sentence(state))
+    return state, (told, *commands)
+
+
+def pool(tasks: Iterable[TaskState]) -> dict[str, float]:
+    """Average clients' scores, weighted by their numbers of examples; perplexity is exp of the pooled loss."""
+    sums: dict[str, float] = {}
+    weights: dict[str, int] = {}
+    for task in tasks:
+        if task.offered is None:
+            continue
+        metrics = task.offered.metrics
+        values = dict(metrics.values)
+        if metrics.loss is not None:
+            values["loss"] = metrics.loss
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + metrics.num_examples * value
+            weights[name] = weights.get(name, 0) + metrics.num_examples
+    pooled = {name: sums[name] / weights[name] for name in sums if weights[name]}
+    pooled = {name: value for name, value in pooled.items() if math.isfinite(value)}
+    if "perplexity" in pooled and "loss" in pooled:
+        pooled["perplexity"] = math.exp(min(pooled["loss"], 700.0))
+    return pooled
+
+
+def over_clients(tasks: Iterable[TaskState]) -> dict[str, float]:
+    """Average clients' metrics, each client counting once: what personalised methods report."""
+    values: dict[str, list[float]] = {}
+    for task in tasks:
+        if task.offered is not None and task.offered.metrics.num_examples:
+            for name, value in task.offered.metrics.values.items():
+                values.setdefault(f"mean_{name}_of_clients", []).append(value)
+    return {name: math.fsum(scores) / len(scores) for name, scores in values.items()}
+
+
+def end(state: JobState, outcome: Ending, at_ms: int, *, reason: str = "", exit_code: int = 0) -> Decision:
+    """End the job and call off what is still under way."""
+    off = tuple(CancelTask(task.id, task.client) for task in in_order(state.tasks) if task.status != "accepted")
+    told = Record(ev.JobEnded(at_ms=at_ms, status=outcome, reason=reason, exit_code=exit_code))
+    state = replace(state, stage="ended", outcome=outcome, reason=reason, exit_code=exit_code, since_ms=at_ms)
+    state = replace(state, head=None, previous=None, scored={}, tasks={}, bases={}, batch=(), deadline_ms=None)
+    return state, (*off, told, EndJob())
+
+
+FAILED = 1
+
+
+def set_aside(state: JobState, client: ClientId, reason: str, at_ms: int, *, exit_code: int = FAILED) -> Decision:
+    """Ask a client no more and go on without it; end the job, with this reason and code, where too few are left."""
+    if client in state.aside or client not in state.clients:
+        return state, ()
+    state = replace(state, aside=(*state.aside, client))
+    told = Record(ev.ClientSetAside(at_ms=at_ms, client=client, reason=reason))
+    left, wanted = len(state.clients) - len(state.aside), state.spec.fewest_clients
+    if left < wanted:
+        if exit_code == FAILED:
+            reason = f"{reason}; {left} of {len(state.clients)} clients are left, and min_clients is {wanted}"
+        state, commands = end(state, "failed", at_ms, reason=reason, exit_code=exit_code)
+        return state, (told, *commands)
+    off = [task for task in in_order(state.tasks) if task.client == client and task.status != "accepted"]
+    gone = {task.id for task in off}
+    state = replace(state, tasks={id_: task for id_, task in state.tasks.items() if id_ not in gone})
+    state, commands = _replace_lost_work(state, {task.round for task in off if task.phase == EVALUATE}, at_ms)
+    return state, (told, *(CancelTask(task.id, client) for task in off), *commands)
+
+
+def scores_without_lost(state: JobState, at_ms: int) -> Decision:
+    """Where no round waits for everybody, let those who are here score what lost clients were to score."""
+    here = any(state.clients[index] not in state.lost for index in evaluators(state))
+    if isinstance(state.spec.schedule, str) or not here:
+        return state, ()
+    theirs = [task for task in in_order(state.tasks) if task.client in state.lost and task.phase == EVALUATE]
+    off = {task.id: task for task in theirs if task.status != "accepted"}
+    commands: tuple[Command, ...] = tuple(CancelTask(task.id, task.client) for task in off.values())
+    state = replace(state, tasks={id_: task for id_, task in state.tasks.items() if id_ not in off})
+    for number in sorted({task.round for task in off.values()}):
+        state, more = _score_on(state, number, at_ms)
+        commands += more
+    return state, commands
+
+
+def _replace_lost_work(state: JobState, scores: set[int], at_ms: int) -> Decision:
+    """Do what the client that is gone kept from happening; `scores` are the versions that it was scoring."""
+    if state.stage == "initialising":
+        return ask(state, INITIALISE, _first(state), round_number=0, at_ms=at_ms)
+    commands: tuple[Command, ...] = ()
+    for number in sorted(scores):
+        state, more = _score_on(state, number, at_ms)
+        commands += more
+    if state.stage == "training":
+        state, more = _train_on(state, at_ms)
+        commands += more
+    return state, commands
+
+
+def _first(state: JobState) -> tuple[int, ...]:
+    """The first client that was not set aside."""
+    return tuple(index for index, name in enumerate(state.clients) if name not in state.aside)[:1]
+
+
+def _score_on(state: JobState, number: int, at_ms: int) -> Decision:
+    """Close the scores of a version without the client that is gone, or ask somebody else for them."""
+    if any(task.phase == EVALUATE and task.round == number for task in state.tasks.values()):
+        return scored(state, number, at_ms)
+    return ask(state, EVALUATE, evaluators(state), round_number=number, at_ms=at_ms)
+
+
+def _train_on(state: JobState, at_ms: int) -> Decision:
+    """Close the round where nobody else is awaited; where nobody has trained at all, ask others."""
+    counted = scheduling.counted(state)
+    if counted and len(counted) >= scheduling.needed(state):
+        return close(state, at_ms)
+    if isinstance(state.spec.schedule, Buffered):
+        return on_counted(state, at_ms)
+    if any(task.phase == TRAIN for task in state.tasks.values()):
+        return state, ()
+    return ask(state, TRAIN, scheduling.within(state, scheduling.to_ask(state)), round_number=state.round, at_ms=at_ms)

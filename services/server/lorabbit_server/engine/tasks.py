@@ -1,0 +1,65 @@
+"""Tasks of the round engine: named after what they are, asked for, put in order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from lorabbit.events import job_events as ev
+from lorabbit.job.schedules import Buffered
+from lorabbit.types import TRAIN
+from lorabbit_server.engine import scheduling
+from lorabbit_server.engine.state import JobState, TaskState
+from lorabbit_server.engine.transitions import Command, Decision, Record, SendTask
+
+
+def ask(state: JobState, phase: str, indices: Iterable[int], *, round_number: int, at_ms: int) -> Decision:
+    """Open one task for each of these clients that was not set aside, and send it."""
+    opened: list[TaskState] = []
+    counts = phase == TRAIN and isinstance(state.spec.schedule, Buffered)
+    for index in (index for index in indices if state.clients[index] not in state.aside):
+        state = replace(state, turns=state.turns + counts)
+        turn = state.turns if counts else 0
+        share = (
+            scheduling.share_of(state, index, at_ms)
+            if phase == TRAIN and round_number != scheduling.PREPARATION
+            else 1.0
+        )
+        task = TaskState("", phase, round_number, state.clients[index], index, turn=turn, since_ms=at_ms, share=share)
+        opened.append(named(state.job, task))
+    if phase == TRAIN and state.spec.selection is not None and state.spec.selection.order == "fair":
+        state = replace(state, asked=_counted(state.asked, opened))
+    state = replace(state, tasks={**state.tasks, **{task.id: task for task in opened}})
+    return state, tuple(command for task in opened for command in send(task, at_ms))
+
+
+def _counted(asked: Mapping[int, int], opened: Iterable[TaskState]) -> Mapping[int, int]:
+    """Count these tasks, too."""
+    more = Counter(asked)
+    more.update(task.index for task in opened)
+    return dict(more)
+
+
+def named(job: str, task: TaskState) -> TaskState:
+    """Name a task after what it is, so that the same work has the same id on every server."""
+    again = (f".n{task.turn}" if task.turn else "") + (f".try{task.tries}" if task.tries > 1 else "")
+    return replace(task, id=f"{job}.r{task.round}.{task.phase}.k{task.index}{again}")
+
+
+def send(task: TaskState, at_ms: int) -> tuple[Command, ...]:
+    """Send a task and tell the log."""
+    told = ev.TaskSent(
+        at_ms=at_ms, round=task.round, client=task.client, phase=task.phase, attempt=task.tries + task.attempt - 1
+    )
+    return SendTask(task), Record(told)
+
+
+def name_of(task: TaskState) -> str:
+    """Say which task it is, for people."""
+    return f"the {task.phase} task of round {task.round}"
+
+
+def in_order(tasks: Mapping[str, TaskState]) -> list[TaskState]:
+    """Tasks by round, phase, client index and turn: an order that arrival does not touch."""
+    return sorted(tasks.values(), key=lambda t: (t.round, t.phase != TRAIN, t.index, t.turn))

@@ -1,0 +1,297 @@
+"""The steps of the round engine: events that move a job, and the commands they cause.
+
+Events are past participles and carry the time they happened (`at_ms`), because the engine has no
+clock. Commands are imperatives for the shell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from pydantic import JsonValue
+
+from lorabbit.events.job_events import AnyEvent
+from lorabbit.job.spec import PLAIN
+from lorabbit.types import ClientId
+from lorabbit_server.engine.state import Declared, JobState, Offered, TaskState, Version
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that a task's result cost on the wire."""
+
+    bytes_up: int = 0
+    overhead_up: int = 0
+    overhead_down: int = 0
+
+
+# ---- events ----
+
+
+@dataclass(frozen=True, slots=True)
+class JobOpened:
+    """The job came to the head of the queue."""
+
+    present: tuple[ClientId, ...]
+    at_ms: int = 0
+    declared: Mapping[ClientId, Declared] = field(default_factory=dict)
+    """What those who are here say of themselves; nothing is known of others."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientArrived:
+    """A client said hello, for the first time or again; `outbox` lists tasks whose result it still holds."""
+
+    client: ClientId
+    present: tuple[ClientId, ...]
+    device: str = "cpu"
+    outbox: frozenset[str] = frozenset()
+    is_new: bool = True
+    """Whether it was not here before."""
+    at_ms: int = 0
+    declared: Declared = field(default_factory=Declared)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLeft:
+    """A client said goodbye or its lease ended."""
+
+    client: ClientId
+    present: tuple[ClientId, ...]
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ClientDismissed:
+    """A client is awaited no more: an operator sent it away, or it was lost for too long."""
+
+    client: ClientId
+    present: tuple[ClientId, ...]
+    reason: str
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ResultOffered:
+    """A client announced a result; `counted` says that a task no longer in the state was accepted once."""
+
+    task: str
+    client: ClientId
+    offered: Offered
+    counted: bool = False
+    wants_tensors: bool | None = True
+    """Whether the method wants tensors with a result of this client; None: as the client likes."""
+    traffic: Traffic = Traffic()
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ResultArrived:
+    """An offered result's tensors are here and passed admission."""
+
+    task: str
+    traffic: Traffic = Traffic()
+    at_ms: int = 0
+    coding: str = PLAIN
+    """How its tensors were written."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResultRefused:
+    """A result did not pass admission."""
+
+    task: str
+    reason: str
+    detail: str
+    before_upload: bool = False
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """A client could not do a task."""
+
+    task: str
+    client: ClientId
+    reason: str
+    bad_input: bool = False
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MethodStarted:
+    """The first server state is on disk."""
+
+    version: Version
+    parameters: int
+    facts: Mapping[str, JsonValue] = field(default_factory=dict)
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RoundAggregated:
+    """The next server state is on disk."""
+
+    round: int
+    version: Version
+    aggregate_seconds: float = 0.0
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ResultsUseless:
+    """Results that count cannot be folded, each for a reason that it alone gives."""
+
+    round: int
+    reasons: Mapping[str, str]
+    """Why, by task."""
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """The time that a round may take is over."""
+
+    round: int
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """The server's own work for this job failed for good."""
+
+    reason: str
+    exit_code: int = 1
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """An operator wants the job to end."""
+
+    at_ms: int = 0
+
+
+Event: TypeAlias = (
+    JobOpened
+    | ClientArrived
+    | ClientLeft
+    | ClientDismissed
+    | ResultOffered
+    | ResultArrived
+    | ResultRefused
+    | TaskFailed
+    | MethodStarted
+    | RoundAggregated
+    | ResultsUseless
+    | DeadlinePassed
+    | StepFailed
+    | CancelRequested
+)
+
+
+# ---- commands ----
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Append to the job's event log."""
+
+    event: AnyEvent
+
+
+@dataclass(frozen=True, slots=True)
+class SendTask:
+    """Send a task to its client."""
+
+    task: TaskState
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTask:
+    """Tell a client that a task is no longer wanted."""
+
+    task: str
+    client: ClientId
+
+
+@dataclass(frozen=True, slots=True)
+class GrantUpload:
+    """Let a client send the chunks that are missing."""
+
+    task: TaskState
+
+
+@dataclass(frozen=True, slots=True)
+class DenyUpload:
+    """Refuse a result before its chunks move."""
+
+    task: str
+    client: ClientId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendVerdict:
+    """Tell a client that its result is dealt with for good."""
+
+    task: str
+    client: ClientId
+    accepted: bool
+    reason: str = "accepted"
+
+
+@dataclass(frozen=True, slots=True)
+class CountResult:
+    """Note for ever that a task's result counts; the store refuses to note it twice."""
+
+    task: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartMethod:
+    """Make the first server state from the initial adapter."""
+
+    task: TaskState
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """Fold these accepted results, in this order, into the next server state."""
+
+    round: int
+    tasks: tuple[TaskState, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetDeadline:
+    """Tell the engine when this time has come, unless another deadline was set before."""
+
+    round: int
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndJob:
+    """The job is over; take the next one."""
+
+
+Command: TypeAlias = (
+    Record
+    | SendTask
+    | CancelTask
+    | GrantUpload
+    | DenyUpload
+    | SendVerdict
+    | CountResult
+    | StartMethod
+    | Aggregate
+    | SetDeadline
+    | EndJob
+)
+Heavy: TypeAlias = GrantUpload | StartMethod | Aggregate | SetDeadline | EndJob
+"""What the shell does once the step that asked for it is durable."""
+Decision: TypeAlias = tuple[JobState, tuple[Command, ...]]

@@ -1,0 +1,103 @@
+"""Surroundings: what a server depends on and does not control, with the time at which each trouble began.
+
+Asked by the HTTP interface, so it answers within a few seconds whatever hangs: the store is probed over a
+connection of its own that does not try again. RabbitMQ tells of an alarm only to a connection that publishes, so a
+server that has nothing to say sends a message to nobody now and then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lorabbit.broker.base import Broker, Outgoing
+from lorabbit.errors import StoreUnavailable
+from lorabbit.state.base import StateStore
+from lorabbit_server.engine.wait_reasons import Wait
+
+BROKER, STORE, LEASE = "broker", "store", "lease"
+PROBE_SECONDS = 1.0
+NOBODY = "-"
+"""No queue has this name, so the broker returns what is sent to it."""
+_ENDS = {
+    BROKER: "no deadline; the server tries for ever, and goes on once the broker takes messages again",
+    STORE: "no deadline; the server tries for ever, and goes on once the store answers again",
+    LEASE: "a server that is there takes it within seconds; start one with `lorabbit server`",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one look found."""
+
+    troubles: tuple[Wait, ...]
+    leader: str | None
+    """Who holds the lease, where the store tells."""
+    lease_ends_ms: int | None = None
+    """When the lease ends unless it is renewed."""
+
+    def of(self, owner: str) -> Wait | None:
+        """The trouble with one dependency."""
+        return next((wait for wait in self.troubles if wait.owner == owner), None)
+
+
+class Surroundings:
+    """See the module's docstring. Safe to call from any thread."""
+
+    def __init__(self, broker: Broker, probe: StateStore, now_ms: Callable[[], int]) -> None:
+        """Look at this broker, and at the store over `probe`."""
+        self._broker, self._probe, self._now = broker, probe, now_ms
+        self._since: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._stop, self._answered = threading.Event(), threading.Event()
+        self._answered.set()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Look again and again, so that the begin of a trouble is known before anybody asks."""
+        self._thread = threading.Thread(target=self._watch, name="surroundings", daemon=True)
+        self._thread.start()
+
+    def _ask_broker(self) -> None:
+        """Send a message that the broker returns, one at a time; for the loop thread."""
+        self._broker.send(Outgoing("", NOBODY, "lorabbit.probe", b""), lambda _: self._answered.set())
+
+    def close(self) -> None:
+        """Look no more."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def look(self) -> Found:
+        """Look now."""
+        with self._lock:
+            said: dict[str, str | None] = {BROKER: self._broker.trouble(), STORE: None, LEASE: None}
+            leader, ends_ms = None, None
+            try:
+                leader = self._probe.lease_holder()
+                ends_ms = self._now() + round(1000 * self._probe.lease_seconds_left())
+            except StoreUnavailable as error:
+                said[STORE] = f"the store is unreachable: {error}"
+            else:
+                said[LEASE] = "no server leads: nobody holds the lease" if leader is None else None
+            troubles = [self._noted(name, what) for name, what in said.items() if self._keeps(name, what)]
+            return Found(tuple(troubles), leader, ends_ms)
+
+    def _keeps(self, name: str, what: str | None) -> bool:
+        """Note when a trouble began, or that it is over."""
+        if what is None:
+            self._since.pop(name, None)
+            return False
+        self._since.setdefault(name, self._now())
+        return True
+
+    def _noted(self, name: str, what: str | None) -> Wait:
+        return Wait(owner=name, reason=str(what), since_ms=self._since[name], ends=_ENDS[name])
+
+    def _watch(self) -> None:
+        while not self._stop.wait(PROBE_SECONDS):
+            self.look()
+            if self._answered.is_set():
+                self._answered.clear()
+                self._broker.post(self._ask_broker)

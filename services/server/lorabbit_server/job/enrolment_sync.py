@@ -1,0 +1,53 @@
+"""Door: keeps a server that leads in step with the store on who has joined and who was sent away.
+
+Any server may be told to revoke a client; the one that leads looks at once where it was told itself, and now and
+then in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import structlog
+
+from lorabbit.broker.base import Cancellable
+from lorabbit_server.context import Tools
+
+log = structlog.get_logger()
+
+
+class Door(Cancellable):
+    """See the module's docstring; for the loop thread."""
+
+    def __init__(self, tools: Tools, send_away: Callable[[Iterable[str]], None]) -> None:
+        """Read who was revoked, and give the broker the users it lacks."""
+        self._tools, self._send_away = tools, send_away
+        self._seconds = tools.settings.lease_seconds / 3
+        self._timer: Cancellable | None = None
+        if tools.access.is_enrolled:
+            tools.access.on_revoked = lambda: tools.loop.post(self._look)
+            self._watch()
+            self._restore()
+
+    def cancel(self) -> None:
+        """Look no more."""
+        self._send_away = lambda _: None
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _watch(self) -> None:
+        self._look()
+        self._timer = self._tools.loop.after(self._seconds, self._watch)
+
+    def _look(self) -> None:
+        """Send away whoever was revoked since the last look."""
+        self._send_away(self._tools.access.take_note())
+
+    def _restore(self) -> None:
+        """Bring the broker's users to what the store says, and again later where it cannot be asked."""
+
+        def again(error: Exception) -> None:
+            log.warning("users-not-restored", why=str(error))
+            self._tools.loop.after(self._seconds, self._restore)
+
+        self._tools.loop.work(self._tools.access.restore, lambda _: None, again)

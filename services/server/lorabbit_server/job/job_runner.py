@@ -1,0 +1,330 @@
+"""JobRun: the shell of one job. It feeds events to `decide` and performs the commands.
+
+Everything that a decision changes goes through the ledger, so it is durable before anybody hears
+of it; heavy work (hashing, admission, aggregation, exports) runs beside the loop and comes back as
+an event. After a crash the same commands are given again from the state in the store.
+
+Deadline: the one timer of a job, which the engine sets and the store remembers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import structlog
+
+from lorabbit.broker.base import Cancellable, Delivery
+from lorabbit.errors import Refused
+from lorabbit.events import job_events as ev
+from lorabbit.events.job_events import EVENTS, AnyEvent
+from lorabbit.job.spec import Coding, JobSpec
+from lorabbit.methods.registry import build
+from lorabbit.protocol.messages import CancelTask, Deny, ForTask, Offer, Task, TaskFailed, Verdict
+from lorabbit.state.base import JobEntry, JobRecord
+from lorabbit.types import INITIALISE, ClientId
+from lorabbit_server.aggregation import aggregator
+from lorabbit_server.aggregation.model_versions import Versions
+from lorabbit_server.artifacts.fenced_files import WholeFiles
+from lorabbit_server.artifacts.run_directory import RunFolder
+from lorabbit_server.context import Tools
+from lorabbit_server.engine import transitions
+from lorabbit_server.engine.reducer import decide, resume
+from lorabbit_server.engine.state import JobState, Offered, TaskState, load_state
+from lorabbit_server.engine.transitions import DeadlinePassed, Event, SetDeadline
+from lorabbit_server.job.task_builder import Planner
+from lorabbit_server.job.unit_of_work import Ledger
+from lorabbit_server.transfer.downloads import Downloads
+from lorabbit_server.transfer.traffic_meter import Meter
+from lorabbit_server.transfer.uploads import Uploads, refusal
+
+
+class Deadline:
+    """For the loop thread."""
+
+    def __init__(self, tools: Tools, passed: Callable[[Event], None]) -> None:
+        """Call `passed` with the event once the time has come."""
+        self._tools, self._passed = tools, passed
+        self._timer: Cancellable | None = None
+
+    def set(self, command: SetDeadline) -> None:
+        """Wait for this time, and for no other any more; a time that is over comes at once."""
+        self.close()
+        seconds = max(0, command.at_ms - self._tools.now_ms()) / 1000
+        self._timer = self._tools.loop.after(seconds, partial(self._ring, command.round))
+
+    def _ring(self, number: int) -> None:
+        self._timer = None
+        self._passed(DeadlinePassed(number, self._tools.now_ms()))
+
+    def close(self) -> None:
+        """Wait for nothing."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+log = structlog.get_logger()
+_Step = Callable[[], None]
+
+
+class JobRun:
+    """See the module's docstring; for the loop thread."""
+
+    def __init__(self, tools: Tools, job: str, spec: JobSpec, record: JobRecord) -> None:
+        """Continue a job from what the store holds of it, or begin it."""
+        self.job, self.spec = job, spec
+        self.on_events: Callable[[list[AnyEvent]], None] = lambda _: None
+        self.on_end: Callable[[], None] = lambda: None
+        state = JobState(job, spec) if record.header is None else load_state(record.header, spec, record.tasks)
+        self._is_new = record.header is None
+        files = WholeFiles(tools.settings.durable, tools.epoch, tools.fence)
+        self._tools, self._meter = tools, Meter(tools.traffic_of(job), files)
+        self._method = build(spec)
+        self._versions = Versions(self._method, tools.payloads, tools.settings.chunk_bytes, spec.transport.downloads)
+        self._planner = Planner(self._method, self._versions, tools.registry, epoch=tools.epoch)
+        self.uploads = Uploads(tools, job, self._meter, self._checked)
+        """Takes chunks and commits straight from reception."""
+        self._downloads = Downloads(tools, self._needs, self._step_failed)
+        self._deadline = Deadline(tools, self.apply)
+        folder = tools.settings.folder / "runs" / job
+        self._folder = RunFolder(folder, job, spec, tools.payloads, files)
+        self._ledger = Ledger(tools, state, record, self._meter, self._step_failed)
+        self._ledger.on_events = self._told
+
+    @property
+    def state(self) -> JobState:
+        """The state as decided, which may be a step ahead of the store."""
+        return self._ledger.state
+
+    def start(self, entry: JobEntry) -> None:
+        """Begin, or give again the commands that a stopped server left undone."""
+        if self._is_new:
+            self._ledger.record(ev.JobSubmitted(at_ms=entry.submitted_ms))
+        else:
+            self._recover(goes_on=not entry.cancel_requested)
+        self._downloads.tidy()
+        if self.state.stage == "ended":
+            self._ledger.afterwards(self._end)
+        elif entry.cancel_requested:
+            self.apply(transitions.CancelRequested(self._now()))
+        else:
+            self.apply(transitions.JobOpened(tuple(here := self._tools.registry.declared), self._now(), here))
+
+    def _recover(self, *, goes_on: bool) -> None:
+        """Make again what a stopped server may have left undone: files, and if it goes on streams and heavy steps."""
+        logged = self._tools.store.events(self.job, progress=False)
+        self._write(self._folder.recover(EVENTS.validate_json(each.event) for each in logged))
+        self._downloads.inherit(self._folder.recent)
+        self.uploads.inherit()
+        for task in self.state.tasks.values() if goes_on else ():
+            if task.status != "accepted":
+                self._downloads.publish(ref for _, ref in self._planner.message(self.state, task).published)
+        self._ledger.relay_all()
+        for command in resume(self.state) if goes_on else ():
+            self._heavy(command)()  # at once: behind the next commit, chunks that wait would find nobody
+
+    def commit(self) -> None:
+        """Make the step under way durable now."""
+        self._ledger.commit()
+
+    def close(self) -> None:
+        """Take no further step; the store holds what the next server needs."""
+        self._deadline.close()
+        self._ledger.close()
+
+    # ---- events ----
+    def apply(self, event: transitions.Event) -> None:
+        """Decide on an event and perform what follows."""
+        before = self.state
+        self._ledger.state, commands = decide(before, event)
+        for command in commands:
+            self._perform(command)
+        gone = self.uploads.keep(self.state.tasks)
+        if not gone and self.state.head is before.head and before.tasks.keys() <= self.state.tasks.keys():
+            return  # the common case, once a message: nothing has become superfluous
+        self._meter.keep(self.state.tasks.keys())
+        gone |= self._versions.keep(self.state.versions) | (before.payloads - self.state.payloads)
+        if gone:
+            self._ledger.afterwards(lambda: self._downloads.sweep(gone))
+
+    def on_offer(self, message: Offer, delivery: Delivery, client: ClientId) -> None:
+        """Weigh an offer; the delivery is acknowledged once the answer is durable."""
+        self._ledger.hold(delivery)
+        task = self.state.tasks.get(message.task)
+        wants_tensors, limit = None, self._tools.settings.max_payload_bytes
+        if task is not None and task.status != "accepted":
+            try:
+                wants_tensors = self._planner.weigh(self.state, task, message.payload, max_bytes=limit)
+            except Refused as why:
+                refused = transitions.ResultRefused(
+                    task.id, why.reason, why.detail, before_upload=True, at_ms=self._now()
+                )
+                self.apply(refused)
+                return
+        self.apply(
+            transitions.ResultOffered(
+                message.task,
+                client,
+                Offered.of(message),
+                counted=task is None and self._tools.store.effect(self.job, message.task) is not None,
+                wants_tensors=wants_tensors,
+                traffic=self._meter.read(message.task),
+                at_ms=self._now(),
+            )
+        )
+
+    def on_task_failed(self, message: TaskFailed, delivery: Delivery, client: ClientId) -> None:
+        """Hear that a client could not do a task."""
+        self._ledger.hold(delivery)
+        self.apply(transitions.TaskFailed(message.task, client, message.reason, message.bad_input, self._now()))
+
+    def meter(self, task: str, overhead: int, message: str) -> None:
+        """Count a control message from a client."""
+        self._meter.up(task, overhead=overhead, message=message)
+
+    def tick(self) -> None:
+        """Ask again where an upload has stalled."""
+        self.uploads.again(frozenset(self.state.lost))
+
+    # ---- commands ----
+    def _perform(self, command: transitions.Command) -> None:
+        """Put what a command changes into the ledger, and what it does behind the commit."""
+        match command:
+            case transitions.Record(event):
+                self._ledger.record(event)
+            case transitions.CountResult(id_, sha256):
+                self._ledger.count(id_, sha256)
+            case transitions.SendTask(task):
+                self._send_task(task)
+            case transitions.CancelTask(id_, client):
+                self._post(client, CancelTask(job=self.job, task=id_, client=client), f"{id_}.cancel")
+            case transitions.DenyUpload(id_, client, reason):
+                self._tools.refused[reason] += 1
+                self._post(client, Deny(job=self.job, task=id_, client=client, reason=reason), f"{id_}.deny")
+            case transitions.SendVerdict(id_, client, accepted, reason):
+                verdict = Verdict(job=self.job, task=id_, client=client, accepted=accepted, reason=reason)
+                self._post(client, verdict, f"{id_}.verdict")
+            case _:
+                self._ledger.afterwards(self._heavy(command))
+
+    def _heavy(self, command: transitions.Heavy) -> _Step:
+        """What a command does once it is durable."""
+        match command:
+            case transitions.GrantUpload(task):
+                return lambda: self._expect(task)
+            case transitions.StartMethod(task):
+                return lambda: self._start_method(task)
+            case transitions.Aggregate():
+                return lambda: self._aggregate(command)
+            case transitions.SetDeadline():
+                return lambda: self._deadline.set(command)
+            case transitions.EndJob():
+                return self._end
+
+    def _send_task(self, task: TaskState) -> None:
+        """Put a task into the outbox, and its payloads into streams."""
+        message = self._planner.message(self.state, task)
+        refs = [ref for _, ref in message.published]
+        for role, ref in self._downloads.announce(message.published):
+            told = ev.PayloadPublished(at_ms=self._now(), round=self.state.round, role=role, **ref.content)
+            self._ledger.record(told)
+        self._ledger.before_sending(lambda: self._downloads.publish(refs))
+        self._post(task.client, message, f"{task.id}.{message.attempt}.{self._tools.epoch}")
+
+    def _post(self, client: ClientId, message: ForTask | Task, message_id: str) -> None:
+        """Put a message into the outbox; a client without an address gets its tasks when it says hello."""
+        entry = self._tools.registry.get(client)
+        if entry is not None:
+            self._ledger.post(entry.address, message, message_id=message_id)
+
+    # ---- uploads ----
+    def _expect(self, task: TaskState) -> None:
+        current = self.state.tasks.get(task.id)
+        if current is not None and current.status == "offered":
+            self.uploads.expect(current, self._planner.expected(self.state, current))
+
+    def _checked(self, task: TaskState, found: Coding | Exception) -> None:
+        """Count a payload that passed admission, unless its offer is no longer the one that counts."""
+        current = self.state.tasks.get(task.id)
+        if current is None or current.status != "offered" or current.offered != task.offered:
+            return
+        if not isinstance(found, Exception):
+            self.apply(transitions.ResultArrived(task.id, self._meter.read(task.id), self._now(), found.word))
+        elif self.uploads.may_repeat(task, found):
+            self._expect(task)
+        elif (why := refusal(found)) is None:
+            self._step_failed(f"checking the {task.phase} result of {task.client}", found)
+        else:
+            self.apply(transitions.ResultRefused(task.id, why.reason, why.detail, at_ms=self._now()))
+
+    def _needs(self, sha256: str) -> bool:
+        """Tell whether the job as it stands may still read a payload; for any thread."""
+        state = self.state
+        if state.stage == "ended":
+            return False
+        return sha256 in state.payloads or sha256 in self._versions.unclaimed or sha256 in self._versions.current
+
+    def _start_method(self, task: TaskState) -> None:
+        """Make the first server state from the initial adapter."""
+        offered = task.offered
+        if task.phase != INITIALISE or offered is None:
+            return
+
+        facts = self._tools.with_versions(offered.metrics.facts)
+        work = partial(aggregator.start_method, self._versions, task, facts)
+        self._tools.loop.work(work, self._stepped, lambda error: self._step_failed("starting the method", error))
+
+    def _aggregate(self, command: transitions.Aggregate) -> None:
+        """Fold the round's updates into the next server state."""
+        if self.state.head is None:
+            return
+        background = self._planner.background(self.state, command.tasks)
+        state = self._versions.load(self.state.head)
+
+        work = partial(aggregator.fold_round, self._versions, state, command, background=background)
+        self._tools.loop.work(work, self._stepped, partial(self._step_failed, f"aggregating round {command.round}"))
+
+    def _stepped(
+        self, event: transitions.MethodStarted | transitions.RoundAggregated | transitions.ResultsUseless
+    ) -> None:
+        """Go on after heavy work; the files that it wrote are the state's now, or nobody's."""
+        self.apply(replace(event, at_ms=self._now()))
+        self._versions.unclaimed.clear()
+
+    def _step_failed(self, what: str, error: Exception) -> None:
+        """End the job on an error of the server's own work; it would come again."""
+        log.error("step-failed", job=self.job, what=what, why=repr(error))
+        reason = f"{what} failed: {error or type(error).__name__}"
+        self.apply(transitions.StepFailed(reason, getattr(error, "exit_code", 1), self._now()))
+
+    # ---- the run folder and the end ----
+    def _told(self, events: list[AnyEvent]) -> None:
+        """Bring committed events to the run folder and to whoever listens."""
+        self._write(self._folder.told(events))
+        self.on_events(events)
+
+    def _write(self, work: _Step | None) -> None:
+        if work is not None:
+            self._tools.loop.work(work, lambda _: None, lambda error: self._step_failed("writing the run", error))
+
+    def _end(self) -> None:
+        """Let everything reach its place, then hand over to the next job."""
+
+        def written(_: object) -> None:
+            self._ledger.when_relayed(self._hand_over)
+
+        self._downloads.tidy()
+        self._tools.loop.work(lambda: None, written, written)
+
+    def _hand_over(self) -> None:
+        self._meter.keep(())
+        state = self.state
+        status = "done" if state.outcome == "running" else state.outcome
+        reason, exit_code = state.reason, state.exit_code
+        self._tools.store.mark_job(self.job, status, epoch=self._tools.epoch, reason=reason, exit_code=exit_code)
+        self.on_end()
+
+    def _now(self) -> int:
+        return self._tools.now_ms()

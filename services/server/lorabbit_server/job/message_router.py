@@ -1,0 +1,299 @@
+"""Reception: every message from a client, checked and brought to whom it concerns.
+
+One server answers in one epoch. Answers that need no memory (a welcome, a word about a job that is
+over) are sent straight away, and the question is acknowledged once the broker has the answer;
+everything else is the business of the running job.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import structlog
+
+from lorabbit.broker import topology
+from lorabbit.broker.base import Delivery, Outgoing
+from lorabbit.errors import Refused
+from lorabbit.events.job_events import AnyEvent, TaskProgressed
+from lorabbit.protocol import codec
+from lorabbit.protocol.messages import (
+    AddressTaken,
+    Alive,
+    CancelTask,
+    Commit,
+    Deny,
+    ForTask,
+    Goodbye,
+    Hello,
+    Message,
+    Offer,
+    TaskAccepted,
+    TaskFailed,
+    TaskProgress,
+    Verdict,
+    Welcome,
+)
+from lorabbit.runtime import failpoints
+from lorabbit.types import ClientId
+from lorabbit_server.clients.addresses import Inboxes, Occupancy
+from lorabbit_server.context import Tools
+from lorabbit_server.engine import transitions
+from lorabbit_server.job.job_runner import JobRun
+from lorabbit_server.transfer.traffic_meter import header_bytes
+
+log = structlog.get_logger()
+PROGRESS_SECONDS = 0.5
+
+
+class Reception:
+    """See the module's docstring; for the loop thread."""
+
+    def __init__(
+        self, tools: Tools, running: Callable[[], JobRun | None], tell: Callable[[str, list[AnyEvent]], None]
+    ) -> None:
+        """Serve whatever job is `running`; `tell` listeners of progress."""
+        self._tools, self._running, self._tell = tools, running, tell
+        self._broker, self._registry, self._now = tools.broker, tools.registry, tools.now_ms
+        self._progress: dict[str, TaskProgressed] = {}
+        self._inboxes = Inboxes(tools.broker)
+        self._occupancy = Occupancy()
+
+    def on_data(self, delivery: Delivery) -> None:
+        """Take in a chunk."""
+        address = topology.address_of(delivery.routing_key)
+        try:
+            self._tools.access.check(delivery, address)
+        except Refused as why:
+            self._refuse(delivery, address, why)
+            return
+        run = self._running()
+        if run is None:
+            self._broker.ack(delivery)
+        else:
+            run.uploads.on_chunk(delivery)
+
+    def on_control(self, delivery: Delivery) -> None:
+        """Read a control message and bring it to whom it concerns."""
+        address = topology.address_of(delivery.routing_key)
+        try:
+            self._tools.access.check(delivery, address)
+            message = codec.decode(delivery.type, delivery.body)
+            self._check_sender(message, address)
+        except Refused as why:
+            self._refuse(delivery, address, why)
+            return
+        match message:
+            case Hello() | Alive() if self._is_surplus(message, delivery):
+                self._turn_away(message, delivery)
+            case Hello():
+                self._on_hello(message, delivery)
+            case Alive():
+                self._on_alive(message, delivery)
+            case Goodbye():
+                self._on_goodbye(message, delivery)
+            case ForTask():
+                self._on_task_message(message, delivery, address)
+            case _:
+                self._broker.ack(delivery)
+
+    def send_away(self, clients: Iterable[str]) -> None:
+        """Let go of clients that were revoked: their inboxes, their leases, their part in the job."""
+        for address in clients:
+            self._inboxes.delete(address)
+            self._occupancy.forget(address)
+            client = self._registry.leave(address)
+            if client is not None:
+                log.info("client-sent-away", client=client)
+                self._dismiss(client, f"{client} was revoked")
+
+    def expire(self, now_ms: int, every_ms: int) -> None:
+        """Notice clients that have been silent for their lease, or for the job's patience; to be called often."""
+        for client in self._registry.expire(now_ms, every_ms):
+            log.warning("client-lost", client=client)
+            self._apply(transitions.ClientLeft(client, self._registry.present, now_ms))
+        run = self._running()
+        if run is None or run.spec.patience_seconds is None:
+            return
+        patience_ms, silent_ms = 1000 * run.spec.patience_seconds, self._registry.silent_ms
+        for client in run.state.lost:
+            if client not in run.state.aside and now_ms - silent_ms.get(client, now_ms) >= patience_ms:
+                self._dismiss(client, f"{client} was lost for {run.spec.patience_seconds:.0f} s (patience_seconds)")
+
+    def _dismiss(self, client: ClientId, reason: str) -> None:
+        """Let the job go on without a client, where enough others are left."""
+        self._apply(transitions.ClientDismissed(client, self._registry.present, reason, self._now()))
+
+    def _refuse(self, delivery: Delivery, address: str, why: Refused) -> None:
+        """Count a message that no honest client sends, and put it aside."""
+        log.warning("message-refused", address=address, type=delivery.type, reason=why.reason, detail=why.detail)
+        self._tools.refused[why.reason] += 1
+        self._broker.reject(delivery)
+
+    def _check_sender(self, message: Message, address: str) -> None:
+        """Refuse a message in somebody else's name."""
+        if isinstance(message, Hello | Alive | Goodbye):
+            if message.address != address:
+                raise Refused("forged", f"it came from {address} in the name of {message.address}")
+            if self._tools.access.is_enrolled and message.client not in {None, address}:
+                raise Refused("forged", f"{address} wants to be {message.client}")
+        elif isinstance(message, ForTask):
+            known = self._registry.at(address)
+            if known != message.client:
+                raise Refused("unknown-client", f"{address} is {known or 'nobody'}, not {message.client}")
+
+    def _on_hello(self, message: Hello, delivery: Delivery) -> None:
+        """Give a client its inbox, its identity and what it has to do; with users of their own, identity is address."""
+        if self._tools.access.is_enrolled:
+            message = message.model_copy(update={"client": message.address})
+        known = self._registry.at(message.address)
+        was_here = known is not None and known in self._registry.present
+        self._inboxes.declare(message.address, may_be_gone=not was_here)
+        client = self._registry.hello(message, self._now())
+        log.info("client-arrived", client=client, address=message.address, device=message.device)
+        welcome = Welcome(client=client, heartbeat_seconds=self._tools.settings.heartbeat_seconds)
+        self._reply(message.address, welcome, f"welcome.{uuid.uuid4().hex}", delivery)
+        self._apply(self._arrived(client, frozenset(message.outbox), is_new=not was_here))
+
+    def _on_alive(self, message: Alive, delivery: Delivery) -> None:
+        """Renew a lease; a client that this server does not know is as good as one that says hello."""
+        client, back = self._registry.heard(message.address, self._now())
+        if client is None:
+            claimed = ClientId(message.client)
+            taken = claimed in self._registry.present
+            self._on_hello(self._registry.introduction(message.address, None if taken else claimed), delivery)
+            return
+        self._inboxes.declare(message.address)
+        if client != message.client:
+            welcome = Welcome(client=client, heartbeat_seconds=self._tools.settings.heartbeat_seconds)
+            self._reply(message.address, welcome, f"welcome.{uuid.uuid4().hex}", delivery)
+            return
+        self._broker.ack(delivery)
+        if back:
+            self._came_back(client)
+
+    def _came_back(self, client: ClientId) -> None:
+        """Note a client that was silent, but never gone: it still has its tasks."""
+        entry = self._registry.get(client)
+        run = self._running()
+        if run is None or entry is None:
+            return
+        own = frozenset(task.id for task in run.state.tasks.values() if task.client == client)
+        self._apply(self._arrived(client, own))
+
+    def _arrived(self, client: ClientId, outbox: frozenset[str], *, is_new: bool = True) -> transitions.ClientArrived:
+        """Tell of a client that is here, for the first time or again."""
+        declared = self._registry.declared[client]
+        return transitions.ClientArrived(
+            client, self._registry.present, declared.device, outbox, is_new, self._now(), declared
+        )
+
+    def _is_surplus(self, message: Hello | Alive, delivery: Delivery) -> bool:
+        """Tell whether an older process is alive at the same address; what comes a second time says nothing of now."""
+        if not message.process or delivery.redelivered:
+            return False
+        return self._occupancy.hear(message.address, message.process)
+
+    def _turn_away(self, message: Hello | Alive, delivery: Delivery) -> None:
+        """Tell whoever came second to an address; both read there, so it is told as often as it speaks."""
+        log.warning("address-taken", address=message.address, why="two clients use it; give each its own")
+        self._tools.refused["address-taken"] += 1
+        self._reply(message.address, AddressTaken(process=message.process), f"taken.{uuid.uuid4().hex}", delivery)
+
+    def _on_goodbye(self, message: Goodbye, delivery: Delivery) -> None:
+        if self._occupancy.leave(message.address, message.process):
+            # Whoever stays says hello once more, and is sent what the other one took.
+            self._reply(message.address, AddressTaken(process=message.process), f"taken.{uuid.uuid4().hex}", delivery)
+            return
+        client = self._registry.leave(message.address)
+        self._broker.ack(delivery)
+        if client is not None:
+            log.info("client-left", client=client)
+            self._apply(transitions.ClientLeft(client, self._registry.present, self._now()))
+
+    def _on_task_message(self, message: ForTask, delivery: Delivery, address: str) -> None:
+        """Bring a message about a task to its job."""
+        client, back = self._registry.heard(address, self._now())
+        if client is not None:
+            self._inboxes.declare(address)
+            if back:
+                self._came_back(client)
+        run = self._running()
+        if run is None or run.job != message.job or client is None:
+            self._on_other_job(message, delivery, address)
+            return
+        run.meter(message.task, len(delivery.body) + header_bytes(delivery), delivery.message_id)
+        match message:
+            case Offer():
+                failpoints.reached(failpoints.Point.OFFER_RECEIVED)
+                run.on_offer(message, delivery, client)
+            case TaskFailed():
+                if message.damaged is not None:
+                    self._tools.publisher.renew(message.damaged)
+                run.on_task_failed(message, delivery, client)
+            case TaskProgress():
+                self._on_progress(run, message)
+                self._broker.ack(delivery)
+            case Commit():
+                run.uploads.on_commit(message.task, client, message.sha256)
+                self._broker.ack(delivery)
+            case _:
+                self._broker.ack(delivery)
+
+    def _on_other_job(self, message: ForTask, delivery: Delivery, address: str) -> None:
+        """Answer whoever works for a job that is not running, so that the client can forget it."""
+        if not isinstance(message, Offer | TaskAccepted):
+            self._broker.ack(delivery)
+            return
+        about = {"job": message.job, "task": message.task, "client": message.client}
+        answer: Message
+        if isinstance(message, TaskAccepted):
+            answer = CancelTask(**about)
+        elif self._tools.store.effect(message.job, message.task) is not None:
+            answer = Verdict(**about, accepted=True)
+        else:
+            answer = Deny(**about, reason="job-ended")
+            self._tools.refused["job-ended"] += 1
+        self._reply(address, answer, f"{message.task}.late", delivery)
+
+    def _reply(self, address: str, message: Message, message_id: str, delivery: Delivery) -> None:
+        """Answer without the store: the question is acknowledged once the broker has the answer."""
+        outgoing = Outgoing(
+            topology.CONTROL,
+            topology.control_key(address),
+            message.type_name(),
+            codec.encode(message),
+            {"epoch": self._tools.epoch},
+            message_id,
+        )
+        self._broker.send_until_taken(outgoing, lambda _: self._broker.ack(delivery))
+
+    # ---- progress ----
+    def _on_progress(self, run: JobRun, message: TaskProgress) -> None:
+        """Show progress at once here, and a little later to those who read the store."""
+        task = run.state.tasks.get(message.task)
+        if task is None or task.client != message.client:
+            return
+        event = TaskProgressed(
+            at_ms=self._now(),
+            round=task.round,
+            client=task.client,
+            phase=task.phase,
+            fraction=message.fraction,
+            loss=message.loss,
+        )
+        self._tell(run.job, [event])
+        if not self._progress:
+            self._tools.loop.after(PROGRESS_SECONDS, partial(self._log_progress, run.job))
+        self._progress[task.id] = event
+
+    def _log_progress(self, job: str) -> None:
+        events, self._progress = list(self._progress.values()), {}
+        if events:
+            self._tools.store.log_progress(job, [event.model_dump_json() for event in events])
+
+    def _apply(self, event: transitions.Event) -> None:
+        run = self._running()
+        if run is not None:
+            run.apply(event)

@@ -1,0 +1,130 @@
+"""Relay: the outbox on its way to the broker, in order for each client.
+
+A message that names payloads waits until their streams hold a first chunk, because RabbitMQ 3.10
+refuses, and now and then breaks over, a reader that comes while a stream is being made. Whatever
+else goes to the same client waits behind it, so that a cancellation never overtakes its task.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TypeAlias
+
+import structlog
+
+from lorabbit.broker import topology
+from lorabbit.broker.base import Outgoing
+from lorabbit.errors import BrokerBusy, BrokerRefused, LoRAbbitError
+from lorabbit.protocol import codec
+from lorabbit.protocol.messages import Task
+from lorabbit.runtime import failpoints
+from lorabbit_server.context import Tools
+from lorabbit_server.transfer.traffic_meter import Meter
+
+RELAY_AGAIN_SECONDS = 1.0
+Entry: TypeAlias = dict[str, str]
+"""One message: ``address``, ``type``, ``task``, ``body``, ``message_id``; ``payloads``, hashes with spaces between."""
+
+log = structlog.get_logger()
+
+
+class Relay:
+    """See the module's docstring; for the loop thread."""
+
+    def __init__(
+        self,
+        tools: Tools,
+        meter: Meter,
+        on_relayed: Callable[[str], None],
+        on_failed: Callable[[str, Exception], None],
+    ) -> None:
+        """Count what is sent; call `on_relayed` with the id of a step once the broker has all its messages.
+
+        `on_failed` hears what the broker will never take, and why.
+        """
+        self._broker, self._loop, self._epoch = tools.broker, tools.loop, tools.epoch
+        self._publisher, self._meter = tools.publisher, meter
+        self._on_relayed, self._on_failed = on_relayed, on_failed
+        self._queues: dict[str, deque[tuple[str, Entry]]] = {}
+        """Messages that wait, by address."""
+        self._unconfirmed: dict[str, int] = {}
+        self._closed = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Tell whether the broker has everything that was taken over."""
+        return not self._unconfirmed
+
+    def take(self, step: str, messages: list[Entry]) -> None:
+        """Send the messages of one step."""
+        self._unconfirmed[step] = len(messages)
+        for message in messages:
+            queue = self._queues.get(message["address"])
+            if queue is not None:
+                queue.append((step, message))
+            else:
+                self._queues[message["address"]] = deque([(step, message)])
+                self._advance(message["address"])
+
+    def close(self) -> None:
+        """Send nothing more."""
+        self._closed = True
+
+    def _advance(self, address: str) -> None:
+        """Send to one client what needs not wait."""
+        if self._closed:
+            return
+        queue = self._queues[address]
+        while queue:
+            step, message = queue[0]
+            for sha256 in message.get("payloads", "").split():
+                if self._publisher.when_readable(sha256, lambda: self._advance(address)):
+                    return
+            queue.popleft()
+            self._send(step, message)
+        del self._queues[address]
+
+    def _send(self, step: str, message: Entry) -> None:
+        """Send one message until the broker has it."""
+        if self._closed:
+            return
+
+        def done(error: LoRAbbitError | None) -> None:
+            if isinstance(error, BrokerBusy):
+                self._loop.after(RELAY_AGAIN_SECONDS, lambda: self._send(step, message))
+                return
+            if error is not None:
+                log.warning("message-undeliverable", address=message["address"], type=message["type"], why=str(error))
+            self._confirmed(step)
+            if isinstance(error, BrokerRefused):
+                self._on_failed(f"sending {message['type']} to {message['address']}", error)
+
+        body = self._named(message).encode()
+        self._meter.down(message["task"], len(body))
+        self._broker.send(
+            Outgoing(
+                topology.CONTROL,
+                topology.control_key(message["address"]),
+                message["type"],
+                body,
+                {"epoch": self._epoch},
+                message["message_id"],
+            ),
+            done,
+        )
+        failpoints.reached(failpoints.Point.MESSAGE_SENT)
+
+    def _named(self, message: Entry) -> str:
+        """The body of a message, with the streams of its payloads where they are not the usual ones."""
+        numbers = {sha256: self._publisher.number(sha256) for sha256 in message.get("payloads", "").split()}
+        if not any(numbers.values()):
+            return message["body"]
+        return codec.encode(Task.model_validate_json(message["body"]).on_streams(numbers)).decode()
+
+    def _confirmed(self, step: str) -> None:
+        self._unconfirmed[step] -= 1
+        if not self._unconfirmed[step]:
+            failpoints.reached(failpoints.Point.MESSAGES_CONFIRMED)
+            del self._unconfirmed[step]
+            self._on_relayed(step)

@@ -1,0 +1,186 @@
+"""From a task of the engine to the message that a client can work from alone.
+
+What a task asks follows from the server state it starts from (`method.plan`), so nothing but its
+name needs to be stored: a restarted server makes the same message again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from lorabbit.aggregation import partial_work
+from lorabbit.aggregation.staleness import Carry
+from lorabbit.compression import compressed_file
+from lorabbit.errors import RunFailed
+from lorabbit.job.schedules import worth
+from lorabbit.job.spec import Coding
+from lorabbit.methods.api.method import Method
+from lorabbit.protocol.messages import PayloadRef, Task, Way
+from lorabbit.runtime.seeds import derive_seed
+from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, TRAIN, ClientProfile, Facts, Tensors
+from lorabbit_server.aggregation.aggregator import Background
+from lorabbit_server.aggregation.model_versions import Versions
+from lorabbit_server.aggregation.update_validation import Expected, Template, check_offer
+from lorabbit_server.clients.registry import Registry
+from lorabbit_server.engine import scheduling
+from lorabbit_server.engine.state import JobState, TaskState, Version
+
+log = structlog.get_logger()
+KEPT_TEMPLATES = 64
+"""Descriptions of uploads that are kept, for methods that want another one of every client."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a task asks for, beside its name."""
+
+    phase: str
+    payloads: dict[str, PayloadRef]
+    settings: Facts
+
+
+class Planner:
+    """Plans the tasks of one job."""
+
+    def __init__(self, method: Method, versions: Versions, registry: Registry, *, epoch: int) -> None:
+        """Plan with this method, in this epoch."""
+        self._method, self._versions, self._registry, self._epoch = method, versions, registry, epoch
+        self._templates: dict[int, tuple[Tensors, Template]] = {}
+        self._described: Version | None = None
+
+    def message(self, state: JobState, task: TaskState) -> Task:
+        """Make the message for a task; writes payloads that are not files yet."""
+        asked = self._asked(state, task)
+        codings = self._codings(task)
+        uploads = state.spec.transport.uploads
+        unknown = (uploads.needs | state.spec.transport.downloads.needs) - codings
+        if unknown and task.phase == TRAIN:
+            log.warning("client-served-without", client=task.client, task=task.id, unknown=sorted(unknown))
+        return Task(
+            job=state.job,
+            task=task.id,
+            client=task.client,
+            index=task.index,
+            population=len(state.clients),
+            round=task.round,
+            attempt=task.tries + task.attempt - 1,
+            epoch=self._epoch,
+            phase=asked.phase,
+            seed=derive_seed(state.spec.seed, task.phase, task.round, task.index, *([task.turn] if task.turn else [])),
+            share=task.share,
+            payloads=asked.payloads,
+            ways=self._ways(state, task, asked.payloads) if state.spec.transport.downloads.needs <= codings else {},
+            coding=uploads if task.phase == TRAIN and uploads.needs <= codings else Coding(),
+            settings=dict(asked.settings),
+            spec=state.spec,
+        )
+
+    def template(self, state: JobState, task: TaskState) -> Template | None:
+        """What a task's result must look like; None for the first adapter, which may be anything finite."""
+        start = state.version_for(task)
+        if task.phase != TRAIN or start is None:
+            return None
+        if self._described != start:
+            self._described = start
+            self._templates.clear()
+        tensors = self._method.uploads(self._versions.load(start), self._profile(task))
+        known = self._templates.get(id(tensors))
+        if known is None:
+            if len(self._templates) >= KEPT_TEMPLATES:
+                self._templates.clear()
+            known = self._templates[id(tensors)] = (tensors, Template.of(tensors))
+        return known[1]
+
+    def expected(self, state: JobState, task: TaskState) -> Expected:
+        """What admission holds a task's result to."""
+        template = self.template(state, task)
+        if template is None:
+            return Expected(may_be_empty=task.phase == INITIALISE and self._method.personal)
+        origin = self._asked(state, task).payloads.get(ADAPTER)
+        held = None if origin is None else (origin.sha256, self._versions.payloads.path(origin.sha256))
+        return Expected(template, state.spec.transport.uploads, held)
+
+    def weigh(self, state: JobState, task: TaskState, payload: PayloadRef | None, *, max_bytes: int) -> bool | None:
+        """Tell whether a task's result must have tensors, None where it may; raises Refused for a size too large."""
+        template = self.template(state, task)
+        if payload is not None:
+            check_offer(payload, template, max_bytes=max_bytes)
+        if task.phase == INITIALISE and self._method.personal:
+            return None
+        return template is None or not template.is_empty
+
+    def background(self, state: JobState, tasks: Sequence[TaskState]) -> Background:
+        """What the updates of tasks are differences to, and how those come to the newest version that are late."""
+        origins: dict[str, compressed_file.Origin] = {}
+        if state.spec.transport.uploads.delta:
+            known: dict[str, compressed_file.Origin] = {}
+            for task in tasks:
+                ref = self._asked(state, task).payloads.get(ADAPTER)
+                if ref is not None:
+                    path = self._versions.payloads.path(ref.sha256)
+                    known.setdefault(ref.sha256, compressed_file.Origin.of(ref.sha256, path))
+                    origins[task.id] = known[ref.sha256]
+        return Background(self._carries(state, tasks), origins)
+
+    def _carries(self, state: JobState, tasks: Sequence[TaskState]) -> dict[str, Carry]:
+        """How updates from older versions, or of unlike shares of work, come to the newest version, by task."""
+        examples = [0 if task.offered is None else task.offered.metrics.num_examples for task in tasks]
+        scales = partial_work.factors(state.spec, examples, [task.share for task in tasks])
+        carries: dict[str, Carry] = {}
+        for task, scale in zip(tasks, scales, strict=True):
+            start, head, staleness = state.version_for(task), state.head, scheduling.staleness(state, task)
+            if (staleness > 0 or scale != 1.0) and start is not None and head is not None:
+                profile = self._profile(task)
+                old = self._method.uploads(self._versions.load(start), profile)
+                new = self._method.uploads(self._versions.load(head), profile)
+                carries[task.id] = Carry(old, new, scale * worth(state.spec.schedule, staleness))
+        return carries
+
+    def _asked(self, state: JobState, task: TaskState) -> Asked:
+        if task.phase == EVALUATE:
+            scored = self._versions.load(state.scored[task.round])
+            plan = self._method.scoring(scored, self._profile(task))
+            settings = {**plan.settings, "on": state.spec.evaluation.on}
+            return Asked(EVALUATE, self._versions.refs(plan.payloads), settings)
+        if task.phase != TRAIN:
+            return Asked(task.phase, {}, {})
+        start = state.version_for(task)
+        if start is None:
+            raise RunFailed(f"job {state.job} trains without a server state")
+        plan = self._method.plan(self._versions.load(start), self._profile(task))
+        return Asked(plan.phase, self._versions.refs(plan.payloads), plan.settings)
+
+    def _ways(self, state: JobState, task: TaskState, payloads: Mapping[str, PayloadRef]) -> dict[str, Way]:
+        """The shorter way to a task's adapter, in the coding that the job asks for."""
+        whole = payloads.get(ADAPTER)
+        if state.spec.transport.downloads.is_plain or whole is None:
+            return {}
+        origin = None
+        if state.previous is not None and state.head is not None:
+            plan = self._method.plan(self._versions.load(state.previous), self._profile(task))
+            origin = self._versions.refs(plan.payloads).get(ADAPTER)
+            self._versions.load(state.head)
+        return {whole.sha256: self._versions.way(whole, origin)}
+
+    def _codings(self, task: TaskState) -> frozenset[str]:
+        """What a task's client can write and read."""
+        entry = self._registry.get(task.client)
+        return frozenset() if entry is None else frozenset(entry.codings)
+
+    def _profile(self, task: TaskState) -> ClientProfile:
+        """What the client declared about itself."""
+        entry = self._registry.get(task.client)
+        if entry is None:
+            return ClientProfile(task.client, task.index)
+        return ClientProfile(
+            task.client,
+            task.index,
+            entry.device,
+            entry.memory_bytes,
+            entry.tags,
+            pool=entry.pool,
+            max_rank=entry.max_rank,
+        )

@@ -1,0 +1,166 @@
+"""Writing coded files, one tensor at a time, and making whole files of them again."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+
+from lorabbit.compression import compressed_file
+from lorabbit.compression.compressed_file import (
+    INDEX,
+    MARK,
+    ORIGIN,
+    SECTIONS,
+    CodedTensors,
+    Origin,
+    change_of,
+    difference,
+    index_of,
+    is_lossless,
+    layout_of,
+    open_tensors,
+)
+from lorabbit.compression.quantizers import Floats, flushed, lossy
+from lorabbit.errors import CorruptPayload
+from lorabbit.job.spec import Coding
+from lorabbit.tensors import serialization
+from lorabbit.tensors.serialization import METADATA, NAMES
+from lorabbit.types import Array, Tensors
+
+LENGTH_BYTES = 8
+WRITTEN = frozenset({"codec", "block", "share", "delta", "zstd"})
+"""Keys of a coding that a reader needs."""
+
+
+def write_coded(
+    path: Path, tensors: Tensors, coding: Coding, *, origin: Origin | None = None, unsent: Tensors | None = None
+) -> dict[str, Array]:
+    """Write tensors with a coding, atomically; returns by name what of each was not sent, where the coding feeds back.
+
+    `unsent` is what the last call returned. Raises BadInput for a type that cannot travel.
+    """
+    held = origin if coding.delta else None
+    described = {name: serialization.describe(tensors, name) for name in sorted(tensors)}
+    index = index_of({name: (NAMES[dtype.name], shape) for name, (dtype, shape) in described.items()})
+    most = sum(
+        compressed_file.PREFIX_BYTES + compressed_file.size_of(layout_of(coding, dtype, math.prod(shape)))
+        for dtype, shape in described.values()
+    )
+    room = len(_header(coding, held, len(index), most))
+    left: dict[str, Array] = {}
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(bytes(room) + index)
+            written = 0
+            for name, (dtype, shape) in described.items():
+                beside = None if held is None else held.beside(name, dtype, shape)
+                body, rest = _section(np.asarray(tensors[name], dtype), beside, (unsent or {}).get(name), coding)
+                written += file.write(body)
+                if rest is not None:
+                    left[name] = rest.reshape(shape)
+            file.seek(0)
+            file.write(_header(coding, held, len(index), written, room=room))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return left
+
+
+def most_bytes(coding: Coding, tensors: Tensors, *, origin: Origin | None = None) -> int:
+    """Size of the file that `write_coded` writes; with zstd, more than which it never has."""
+    held = origin if coding.delta else None
+    described = {name: serialization.describe(tensors, name) for name in tensors}
+    index = index_of({name: (NAMES[dtype.name], shape) for name, (dtype, shape) in described.items()})
+    most = sum(
+        compressed_file.PREFIX_BYTES + compressed_file.size_of(layout_of(coding, dtype, math.prod(shape)))
+        for dtype, shape in described.values()
+    )
+    return len(_header(coding, held, len(index), most)) + len(index) + most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a whole file is made of a coded one and, where it tells a difference, of what that is to."""
+
+    coded: Path
+    origin: Path | None
+    target: Path
+    origin_sha256: str | None
+    sha256: str
+    size_bytes: int
+    """Hash and size of the whole file."""
+
+
+def restore(recipe: Recipe) -> None:
+    """Make the whole file unless it is there; raises CorruptPayload where it is not the one that was announced.
+
+    Then what it was made of is deleted as well: one of the two files is damaged, and the next try reads them anew.
+    """
+    if recipe.target.exists():
+        return
+    try:
+        _restore(recipe)
+    except CorruptPayload:
+        for path in (recipe.coded, recipe.origin):
+            if path is not None:
+                path.unlink(missing_ok=True)
+        raise
+
+
+def _restore(recipe: Recipe) -> None:
+    origin = None
+    if recipe.origin is not None and recipe.origin_sha256 is not None:
+        origin = Origin.of(recipe.origin_sha256, recipe.origin)
+    tensors = open_tensors(recipe.coded, origin)
+    described = [tensors.describe(name) for name in tensors]
+    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in described)
+    if not isinstance(tensors, CodedTensors) or size > recipe.size_bytes:
+        raise CorruptPayload(f"{recipe.coded.name} does not decode to the {recipe.size_bytes} bytes announced")
+    beside = recipe.target.with_name(f"{uuid4().hex}.new")
+    try:
+        found = serialization.write_tensors(beside, tensors)
+        if found != recipe.sha256:
+            raise CorruptPayload(f"{recipe.coded.name} decodes to {found[:12]}, not to {recipe.sha256[:12]}")
+        beside.replace(recipe.target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _section(value: Array, beside: Array | None, unsent: Array | None, coding: Coding) -> tuple[bytes, Floats | None]:
+    """A tensor's section, and what of the tensor it does not tell where the coding feeds back."""
+    if is_lossless(coding, value.dtype):
+        return compressed_file.pack([difference(value, beside)], compress=coding.zstd), None
+    wanted = change_of(value, beside)
+    if coding.feedback and unsent is not None and unsent.shape == value.shape:
+        wanted = wanted + unsent.reshape(-1).astype(np.float32)
+    wanted = flushed(wanted)
+    if not wanted.size:
+        return compressed_file.pack([], compress=False), None
+    codec_ = lossy(coding)
+    arrays = codec_.encode(wanted)
+    rest = None
+    if coding.feedback:
+        clean = np.nan_to_num(wanted, nan=0.0, posinf=0.0, neginf=0.0)
+        rest = clean - codec_.decode(codec_.encode(clean), clean.size)
+    return compressed_file.pack(arrays, compress=coding.zstd), rest
+
+
+def _header(coding: Coding, held: Origin | None, index: int, written: int, *, room: int = 0) -> bytes:
+    """The file's safetensors header for arrays of these sizes, with its length; filled with spaces to `room`."""
+    metadata = {MARK: coding.model_dump_json(include=set(WRITTEN), exclude_defaults=True)}
+    if held is not None:
+        metadata[ORIGIN] = held.sha256
+    header: dict[str, object] = {
+        METADATA: metadata,
+        INDEX: {"dtype": "U8", "shape": [index], "data_offsets": [0, index]},
+        SECTIONS: {"dtype": "U8", "shape": [written], "data_offsets": [index, index + written]},
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(max(room - LENGTH_BYTES, len(text) + -len(text) % LENGTH_BYTES))
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
