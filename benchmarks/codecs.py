@@ -18,7 +18,7 @@ from pathlib import Path
 from measure import Table, machine
 
 from lorabbit import job_loader
-from lorabbit_cli.local.embedded_run import Means, run_local
+from lorabbit_cli.local.embedded_run import ComputeOptions, run_local
 
 CODINGS: dict[str, tuple[str, ...]] = {
     "fp32": (),
@@ -38,7 +38,7 @@ def run(job: Path, rounds: int | None, seed: int, coding: Sequence[str]) -> dict
     settings = [f"seed={seed}", *(f"transport.{each}" for each in coding)]
     settings += [] if rounds is None else [f"rounds={rounds}"]
     with tempfile.TemporaryDirectory() as scratch:
-        report = run_local(job_loader.load(job, settings), Path(scratch), means=Means(workers=1)).report
+        report = run_local(job_loader.load(job, settings), Path(scratch), means=ComputeOptions(workers=1)).report
     return {
         "accuracy": report.final.metrics["accuracy"],
         "loss": report.final.metrics["loss"],

@@ -42,7 +42,7 @@ from lorabbit.errors import Refused
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol import codec
 from lorabbit.protocol.messages import FROM_CLIENT, FROM_SERVER
-from lorabbit_server.aggregation.update_validation import Template
+from lorabbit_server.aggregation.update_validation import UpdateTemplate
 
 ACCEPTED = "accepted"
 FLIPS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
@@ -52,7 +52,7 @@ HEADERS = st.dictionaries(
     st.sampled_from(["sha256", "index", "task", "size", "epoch"]),
     st.none() | st.integers() | st.text(max_size=8) | st.booleans() | st.binary(max_size=4),
 )
-TEMPLATE = Template.of({"w": np.zeros(1, np.float32)})
+TEMPLATE = UpdateTemplate.of({"w": np.zeros(1, np.float32)})
 Judge = Callable[[Any], Counter[str]]
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from services import RabbitMQ
 
 from lorabbit.broker.rabbitmq.broker import RabbitBroker
-from lorabbit.config.enrolment import Join, TokenWish, new_secret, password_hash
+from lorabbit.config.enrollment import JoinRequest, JoinTokenRequest, new_secret, password_hash
 from lorabbit.config.settings import ServerSettings
-from lorabbit.state.redis import RedisStore
+from lorabbit.state.redis import RedisStateStore
 from lorabbit_client.agent.credentials import Credentials, url_of
 from lorabbit_server.api.app import make_app
-from lorabbit_server.api.metrics import Measures
+from lorabbit_server.api.metrics import ServerMetrics
 from lorabbit_server.http_server import HttpServer
-from lorabbit_server.server import Service
+from lorabbit_server.server import Server
 
 HTTP_TOKEN = "an operator's token"
 SECONDS = 60.0
@@ -35,14 +35,14 @@ class Enrolling:
             durable=False,
             **settings,
         )
-        self.store = RedisStore.embedded()
-        self.measures = Measures()
+        self.store = RedisStateStore.embedded()
+        self.measures = ServerMetrics()
         self.leading, self.ended = threading.Event(), threading.Event()
         self.start()
 
     def start(self) -> None:
         self.broker = RabbitBroker(self.url, name="enrolling")
-        self.service = Service(self.broker, self.store, self.settings, owner="enrolling")
+        self.service = Server(self.broker, self.store, self.settings, owner="enrolling")
         self.service.listen(self.measures.on_event)
         self.service.on_leading(self.leading.set)
         self.service.on_job_ended(lambda _: self.ended.set())
@@ -54,12 +54,12 @@ class Enrolling:
         assert self.leading.wait(SECONDS)
 
     def token(self, **wish: object) -> str:
-        return self.service.access.make_token(TokenWish(**wish), now_ms=self.service.now_ms())[0]
+        return self.service.access.make_token(JoinTokenRequest(**wish), now_ms=self.service.now_ms())[0]
 
     def join(self, client: str) -> str:
         """Let a client in; the broker's URL with its user."""
         password = new_secret()
-        wish = Join(token=self.token(client=client), client=client, password_hash=password_hash(password))
+        wish = JoinRequest(token=self.token(client=client), client=client, password_hash=password_hash(password))
         self.service.access.join(wish, now_ms=self.service.now_ms())
         return url_of(self.url, Credentials(client, password, "", ""))
 

@@ -11,17 +11,21 @@ import numpy as np
 import zstandard
 from hypothesis import strategies as st
 
-from lorabbit.compression.compressed_file import Origin
-from lorabbit.compression.compressor import write_coded
+from lorabbit.compression.compressed_file import DeltaBase
+from lorabbit.compression.compressor import write_compressed
 from lorabbit.errors import Refused
-from lorabbit.job.spec import Coding
+from lorabbit.job.spec import CompressionSpec
 from lorabbit.tensors import serialization
-from lorabbit_server.aggregation.update_validation import Expected, Template, check_update
+from lorabbit_server.aggregation.update_validation import ExpectedUpdate, UpdateTemplate, check_update
 
 COUNT, BLOCK = 100, 64
 START = {"w": np.linspace(-1, 1, COUNT, dtype=np.float32)}
-TEMPLATE = Template.of(START)
-INT8, INT4, TOP = Coding(codec="int8", delta=True), Coding(codec="int4", delta=True), Coding(codec="top-k", delta=True)
+TEMPLATE = UpdateTemplate.of(START)
+INT8, INT4, TOP = (
+    CompressionSpec(codec="int8", delta=True),
+    CompressionSpec(codec="int4", delta=True),
+    CompressionSpec(codec="top-k", delta=True),
+)
 PACKED = INT8.model_copy(update={"zstd": True})
 KEPT = 5
 JSON = st.recursive(
@@ -38,7 +42,7 @@ def judged(content, coding=INT8, start=START):
     with TemporaryDirectory() as folder:
         path, held = Path(folder) / "u", Path(folder) / "held"
         path.write_bytes(content)
-        expected = Expected(Template.of(start), coding, (serialization.write_tensors(held, start), held))
+        expected = ExpectedUpdate(UpdateTemplate.of(start), coding, (serialization.write_tensors(held, start), held))
         try:
             check_update(path, expected)
         except Refused as why:
@@ -50,8 +54,8 @@ def honest(coding, tensors=START, start=START):
     """Bytes of an update that is what was asked for."""
     with TemporaryDirectory() as folder:
         path, held = Path(folder) / "u", Path(folder) / "held"
-        origin = Origin(serialization.write_tensors(held, start), serialization.read_tensors(held))
-        write_coded(path, tensors, coding, origin=origin)
+        origin = DeltaBase(serialization.write_tensors(held, start), serialization.read_tensors(held))
+        write_compressed(path, tensors, coding, origin=origin)
         return path.read_bytes()
 
 

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from hypothesis import strategies as st
 
 from lorabbit.errors import Refused
-from lorabbit_server.aggregation.update_validation import Expected, check_update
+from lorabbit_server.aggregation.update_validation import ExpectedUpdate, check_update
 
 SIDES = st.integers(-3, 3) | st.sampled_from([2**31, 2**48, 2**62, 2**63, 2**64, 10**30])
 NAMES = st.text(max_size=12) | st.sampled_from(["../../etc/passwd", "\ud800", "__metadata__", "a" * 5000, "w"])
@@ -45,7 +45,7 @@ def judged(content, template=None):
         path = Path(folder) / "u"
         path.write_bytes(content)
         try:
-            check_update(path, Expected(template))
+            check_update(path, ExpectedUpdate(template))
         except Refused as why:
             return why.reason
     return None

@@ -7,7 +7,7 @@ import json
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from lorabbit.config.enrolment import password_hash
+from lorabbit.config.enrollment import password_hash
 
 OPERATOR = "an operator's token"
 TOKEN = "a token that nobody made"

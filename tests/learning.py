@@ -11,7 +11,7 @@ from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Task
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, TRAIN, Tensors
-from lorabbit_client.execution.interface import Work
+from lorabbit_client.execution.interface import TaskInput
 from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.executor import Executor
 
@@ -118,10 +118,10 @@ def fingerprint(folder: Path) -> str:
     spec, executor = job(folder, model=model), Executor()
     start, end = folder / "start.safetensors", folder / "end.safetensors"
     first = executor.execute(
-        Work(task_of(spec, phase=INITIALISE), {}, start, folder / "private", folder / "privacy.json"), silent
+        TaskInput(task_of(spec, phase=INITIALISE), {}, start, folder / "private", folder / "privacy.json"), silent
     )
     then = executor.execute(
-        Work(task_of(spec), {ADAPTER: start}, end, folder / "private", folder / "privacy.json"), silent
+        TaskInput(task_of(spec), {ADAPTER: start}, end, folder / "private", folder / "privacy.json"), silent
     )
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (start, end)]
     return json.dumps([digests, first.base_sha256, first.metrics.facts, then.metrics.loss])

@@ -19,7 +19,7 @@ from lorabbit.events.job_events import AnyEvent
 from lorabbit.events.report import Report
 from lorabbit.job.spec import JobSpec
 from lorabbit_client.agent.agent import Agent
-from lorabbit_client.execution.interface import OnProgress, Outcome, Work
+from lorabbit_client.execution.interface import OnProgress, TaskInput, TaskResult
 from lorabbit_client.execution.runners import InlineRunner
 from lorabbit_client.executor import Executor
 
@@ -67,7 +67,7 @@ class Fate:
     after_writing: bool
     is_done: bool = False
 
-    def is_of(self, address: str, work: Work) -> bool:
+    def is_of(self, address: str, work: TaskInput) -> bool:
         task = work.task
         return not self.is_done and (address, task.round, task.phase) == (self.address, self.round, self.phase)
 
@@ -78,7 +78,7 @@ class Mortal:
     def __init__(self, executor: Executor, address: str, fate: Fate | None) -> None:
         self._executor, self._address, self._fate = executor, address, fate
 
-    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:
+    def execute(self, work: TaskInput, on_progress: OnProgress) -> TaskResult:
         fate = self._fate
         if fate is None or not fate.is_of(self._address, work):
             return self._executor.execute(work, on_progress)

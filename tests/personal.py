@@ -20,7 +20,7 @@ from lorabbit_client.data.features import Features
 from lorabbit_client.dataset import ClientData, Examples
 from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.models.loading import seeded
-from lorabbit_client.personal.models import Split
+from lorabbit_client.personal.models import SplitModel
 from lorabbit_client.personal.session import TorchPersonalSession, freeze
 from lorabbit_client.tasks.registry import TASKS
 from lorabbit_client.tasks.text_classification import ClassScorer
@@ -67,7 +67,7 @@ class Network(nn.Module):
 
 def network(width, *seed, statistics=True):
     with seeded(derive_seed(0, *seed)):
-        return Split(freeze(Network(width, statistics=statistics)), f"network of {width}", CLASSES)
+        return SplitModel(freeze(Network(width, statistics=statistics)), f"network of {width}", CLASSES)
 
 
 class Networks:

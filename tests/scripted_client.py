@@ -33,7 +33,7 @@ from lorabbit.protocol.messages import (
     Welcome,
 )
 from lorabbit.tensors import serialization
-from lorabbit.transfer.chunked_transfer import AdapterReader, ChunkSender
+from lorabbit.transfer.chunked_transfer import ChunkSender, StreamReader
 from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, Tensors
 
@@ -64,7 +64,7 @@ class ScriptedClient:
         self.declared: dict[str, Any] = {}
         """What it says of itself beside its name."""
         self._subscription: Cancellable | None = None
-        self._reading: list[AdapterReader] = []
+        self._reading: list[StreamReader] = []
 
     # ---- life ----
     def start(self) -> None:
@@ -143,7 +143,7 @@ class ScriptedClient:
                 self.finish(task)
 
         for sha256, ref in refs.items():
-            self._reading.append(AdapterReader(self.broker, self.store, ref, partial(read, sha256)))
+            self._reading.append(StreamReader(self.broker, self.store, ref, partial(read, sha256)))
 
     def finish(self, task: Task) -> None:
         if task.phase == EVALUATE and ADAPTER not in task.payloads:

@@ -18,10 +18,10 @@ from lorabbit.protocol import codec
 from lorabbit.protocol.messages import Hello, Message, Metrics, PayloadRef, Task, Welcome
 from lorabbit.tensors import serialization
 from lorabbit.transfer.payload_store import PayloadStore
-from lorabbit.transfer.stream_publisher import AdapterPublisher
+from lorabbit.transfer.stream_publisher import StreamPublisher
 from lorabbit.types import ADAPTER, TRAIN, Tensors
 from lorabbit_client.agent.agent import Agent
-from lorabbit_client.execution.interface import OnProgress, Outcome, Work
+from lorabbit_client.execution.interface import OnProgress, TaskInput, TaskResult
 
 Kind = TypeVar("Kind", bound=Message)
 CHUNK_BYTES = 1024
@@ -31,11 +31,11 @@ class ScriptedRunner:
     """Keeps work until `finish`."""
 
     def __init__(self) -> None:
-        self.work: dict[str, tuple[Work, OnProgress, Callable[[Outcome], None]]] = {}
+        self.work: dict[str, tuple[TaskInput, OnProgress, Callable[[TaskResult], None]]] = {}
         self.submitted: list[str] = []
         self.cancelled: list[str] = []
 
-    def submit(self, work: Work, on_progress: OnProgress, on_done: Callable[[Outcome], None]) -> None:
+    def submit(self, work: TaskInput, on_progress: OnProgress, on_done: Callable[[TaskResult], None]) -> None:
         self.submitted.append(work.task.task)
         self.work[work.task.task] = work, on_progress, on_done
 
@@ -52,7 +52,7 @@ class ScriptedRunner:
         work, _, on_done = self.work.pop(task)
         sha256 = None if tensors is None else serialization.write_tensors(work.output, tensors)
         has_tensors = tensors is not None
-        on_done(Outcome(Metrics(num_examples=3), has_tensors, error=error, rest_seconds=rest_seconds, sha256=sha256))
+        on_done(TaskResult(Metrics(num_examples=3), has_tensors, error=error, rest_seconds=rest_seconds, sha256=sha256))
 
 
 class Rig:
@@ -63,7 +63,7 @@ class Rig:
         self.seconds = 0.0
         self.broker = MemoryBroker(clock=lambda: self.seconds)
         self.store = PayloadStore(folder / "server", durable=False)
-        self.publisher = AdapterPublisher(self.broker, self.store)
+        self.publisher = StreamPublisher(self.broker, self.store)
         self.said: list[Message] = []
         self.chunks: list[Delivery] = []
         self.welcomes = True

@@ -9,11 +9,11 @@ from scripted_client import ScriptedClient
 
 from lorabbit.broker.memory import MemoryBroker
 from lorabbit.config.settings import ServerSettings
-from lorabbit.state.redis import RedisStore
+from lorabbit.state.redis import RedisStateStore
 from lorabbit_server.api.app import make_app
-from lorabbit_server.api.metrics import Measures
+from lorabbit_server.api.metrics import ServerMetrics
 from lorabbit_server.http_server import HttpServer
-from lorabbit_server.server import Service
+from lorabbit_server.server import Server
 
 SPEC = {"name": "job", "clients": 2, "rounds": 2}
 
@@ -22,10 +22,10 @@ class Served:
     """See the module's docstring; `settings` are further ones of the server."""
 
     def __init__(self, folder, **settings):
-        self.broker, self.store = MemoryBroker(), RedisStore.embedded()
+        self.broker, self.store = MemoryBroker(), RedisStateStore.embedded()
         self.settings = ServerSettings(folder=folder / "server", durable=False, **settings)
-        self.service = Service(self.broker, self.store, self.settings, owner="server")
-        self.measures = Measures()
+        self.service = Server(self.broker, self.store, self.settings, owner="server")
+        self.measures = ServerMetrics()
         self.service.listen(self.measures.on_event)
         self.ended = threading.Event()
         self.service.on_job_ended(lambda _: self.ended.set())

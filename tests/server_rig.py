@@ -19,9 +19,9 @@ from lorabbit.config.settings import ServerSettings
 from lorabbit.events.job_events import AnyEvent
 from lorabbit.events.report import Report
 from lorabbit.job.spec import JobSpec
-from lorabbit.state.redis import RedisStore
-from lorabbit_server.context import Means
-from lorabbit_server.server import Service
+from lorabbit.state.redis import RedisStateStore
+from lorabbit_server.context import ServerOverrides
+from lorabbit_server.server import Server
 
 
 class Died(BaseException):
@@ -95,18 +95,18 @@ class Rig:
         self.now = 1_000.0
         self.folder = folder
         self.broker = broker(clock=lambda: self.now)
-        self.store = RedisStore.embedded()
+        self.store = RedisStateStore.embedded()
         self.events: list[AnyEvent] = []
         self.ended: list[str] = []
         self.clients = [ScriptedClient(self.broker, f"host-{n}", folder / "clients") for n in range(1, clients + 1)]
         self.settings = ServerSettings(folder=folder / "server", durable=False, chunk_bytes=1024)
-        self.service: Service | None = None
+        self.service: Server | None = None
 
-    def serve(self, fuse: Fuse | None = None, *, owner: str = "server", worker: Executor | None = None) -> Service:
+    def serve(self, fuse: Fuse | None = None, *, owner: str = "server", worker: Executor | None = None) -> Server:
         """Start a server on whatever an earlier one left; `worker` does its heavy work, at once when None."""
         fuse = fuse or Fuse()
-        means = Means(now_ms=lambda: round(self.now * 1000), worker=worker or AtOnce())
-        service = Service(fuse.wrap(self.broker), fuse.wrap(self.store), self.settings, owner=owner, means=means)
+        means = ServerOverrides(now_ms=lambda: round(self.now * 1000), worker=worker or AtOnce())
+        service = Server(fuse.wrap(self.broker), fuse.wrap(self.store), self.settings, owner=owner, means=means)
         service.listen(lambda _, event: self.events.append(event))
         service.on_job_ended(self.ended.append)
         service.start()

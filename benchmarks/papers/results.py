@@ -21,7 +21,7 @@ from PIL import Image
 
 from lorabbit_bench.compare.plots import pictures
 from lorabbit_bench.compare.report import case_title, difference_text, of, score_spread, share_text
-from lorabbit_bench.compare.results import CaseResult, Comparison, Row
+from lorabbit_bench.compare.results import CaseResult, Comparison, RunRow
 from lorabbit_bench.compare.statistics import Spread
 from lorabbit_cli.formatting import bytes_text, duration_text, number_text, score_text
 
@@ -32,7 +32,7 @@ DRAWN = ("rounds", "bytes", "modelled seconds")
 """What scores are drawn against, of all that `lorabbit compare` draws."""
 COLOURS = 48
 """Of a plot's file: enough for lines and bands, a third of the bytes."""
-Column = tuple[str, Callable[[Row], str]]
+Column = tuple[str, Callable[[RunRow], str]]
 
 
 def main() -> None:
@@ -146,18 +146,18 @@ def _tables(comparison: Comparison, case: CaseResult) -> Iterable[str]:
     yield _markdown(second, case.rows)
 
 
-def _share_of(row: Row, case: CaseResult, reference: str) -> str:
+def _share_of(row: RunRow, case: CaseResult, reference: str) -> str:
     whole = next((other.parameters_up for other in case.rows if other.label == reference), None)
     if row.parameters_up is None or whole is None:
         return "-"
     return f"{100 * row.parameters_up.mean / whole.mean:.2f} %"
 
 
-def _payload(row: Row) -> str:
+def _payload(row: RunRow) -> str:
     return bytes_text(row.bytes_up.mean + row.bytes_down.mean) if row.bytes_up and row.bytes_down else "-"
 
 
-def _reached(row: Row, what: str, text: Callable[[float], str]) -> str:
+def _reached(row: RunRow, what: str, text: Callable[[float], str]) -> str:
     found: Spread | None = getattr(row.to_target, what, None)
     return of(found, text)
 
@@ -174,7 +174,7 @@ def _plots(comparison: Comparison, case: CaseResult) -> str:
     return "\n".join(shown)
 
 
-def _markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+def _markdown(columns: Sequence[Column], rows: Sequence[RunRow]) -> str:
     """A table; figures to the right."""
     lines = [[title for title, _ in columns], ["---", *["---:"] * (len(columns) - 1)]]
     lines += [[cell(row) for _, cell in columns] for row in rows]

@@ -18,10 +18,10 @@ from pathlib import Path
 from rich.console import Console
 
 from lorabbit_bench.stress import process_deployment
-from lorabbit_bench.stress.plan import Plan, read_plan
-from lorabbit_bench.stress.process_deployment import ProcessFederation
+from lorabbit_bench.stress.plan import StressPlan, read_plan
+from lorabbit_bench.stress.process_deployment import ProcessDeployment
 from lorabbit_bench.stress.report import machine
-from lorabbit_bench.stress.runner import Work
+from lorabbit_bench.stress.runner import StressRunner
 from lorabbit_cli.options import quiet_logs
 
 SHIPPED = "shipped"
@@ -67,19 +67,19 @@ def changed(variant: Variant) -> Iterator[None]:
         process_deployment.RABBITMQ_SETTINGS = before
 
 
-class Tuned(ProcessFederation):
+class Tuned(ProcessDeployment):
     """A federation whose server gets the variant's settings too."""
 
-    def __init__(self, plan: Plan, clients: int, variant: Variant) -> None:
+    def __init__(self, plan: StressPlan, clients: int, variant: Variant) -> None:
         """Prepare."""
         super().__init__(plan, clients, configured=False)
         self.server_settings = variant.server
 
 
-def measure(variant: Variant, plan: Plan, console: Console) -> dict[str, object]:
+def measure(variant: Variant, plan: StressPlan, console: Console) -> dict[str, object]:
     """Run the plan once under a variant."""
     console.print(f"{variant.name}:", highlight=False)
-    work = Work(plan, lambda plan, clients: Tuned(plan, clients, variant), console)
+    work = StressRunner(plan, lambda plan, clients: Tuned(plan, clients, variant), console)
     with changed(variant):
         work.run()
     if not work.rows:

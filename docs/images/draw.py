@@ -20,9 +20,9 @@ from lorabbit import job_loader
 from lorabbit.config.logging import configure
 from lorabbit.errors import BadInput
 from lorabbit.events import job_events as ev
-from lorabbit_cli.live_view.state import Progress
-from lorabbit_cli.live_view.view import draw
-from lorabbit_cli.local.embedded_run import Audience, Means, run_local
+from lorabbit_cli.live_view.state import JobProgress
+from lorabbit_cli.live_view.view import render
+from lorabbit_cli.local.embedded_run import Callbacks, ComputeOptions, run_local
 
 ROOT = Path(__file__).parents[2]
 JOB = "examples/quickstart.yaml"
@@ -33,7 +33,7 @@ HALF = 0.5
 class Photographer:
     """Follows a run, and takes one picture when somebody is half through the round."""
 
-    def __init__(self, progress: Progress, number: int) -> None:
+    def __init__(self, progress: JobProgress, number: int) -> None:
         """Wait for round `number`."""
         self._progress = progress
         self._number = number
@@ -50,7 +50,7 @@ class Photographer:
     def _svg(self) -> str:
         console = Console(record=True, width=SIZE.width, file=sys.stderr, force_terminal=True)
         console.print(f" lorabbit run {JOB}")
-        console.print(draw(self._progress, now_ms=time.time_ns() // 1_000_000, size=SIZE))
+        console.print(render(self._progress, now_ms=time.time_ns() // 1_000_000, size=SIZE))
         return console.export_svg(title="LoRAbbit")
 
 
@@ -58,9 +58,9 @@ def main(number: int) -> None:
     """Run, draw, and write the picture beside this file."""
     configure("ERROR", "text")
     spec = job_loader.load(ROOT / JOB)
-    photographer = Photographer(Progress(spec), number)
+    photographer = Photographer(JobProgress(spec), number)
     with tempfile.TemporaryDirectory() as out:
-        run_local(spec, Path(out), means=Means(), audience=Audience(on_event=photographer))
+        run_local(spec, Path(out), means=ComputeOptions(), audience=Callbacks(on_event=photographer))
     if photographer.picture is None:
         raise BadInput(f"no client was met half-way through round {number} of {spec.rounds}")
     (Path(__file__).parent / "run.svg").write_text(photographer.picture, encoding="utf-8")

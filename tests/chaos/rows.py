@@ -8,7 +8,7 @@ from typing import Any
 
 from chaos import faults, nodes, scarcity, standby
 from chaos.scene import Act, Scene
-from lorabbit.runtime.failpoints import Point
+from lorabbit.runtime.failpoints import Failpoint
 
 CLIENTS = 2
 JOB: dict[str, Any] = {
@@ -56,32 +56,32 @@ class Row:
 
 
 PASSAGES = {
-    Point.TASK_DECIDED: 4,
-    Point.STEP_COMMITTED: 4,
-    Point.MESSAGE_SENT: 5,
-    Point.MESSAGES_CONFIRMED: 3,
-    Point.STREAM_CHUNK_CONFIRMED: 10,
-    Point.VERSION_COMMITTED: 2,
-    Point.OFFER_RECEIVED: 4,
-    Point.CHUNK_WRITTEN: 10,
-    Point.UPLOAD_CHECKED: 3,
-    Point.RESULT_COUNTED: 3,
-    Point.AGGREGATING: 2,
-    Point.VERSION_WRITTEN: 2,
-    Point.RUN_WRITTEN: 1,
-    Point.PAYLOAD_CHUNK_READ: 10,
-    Point.UPLOAD_CHUNK_CONFIRMED: 3,
-    Point.PRIVATE_WRITTEN: 1,
-    Point.PRIVATE_COMMITTED: 1,
+    Failpoint.TASK_DECIDED: 4,
+    Failpoint.STEP_COMMITTED: 4,
+    Failpoint.MESSAGE_SENT: 5,
+    Failpoint.MESSAGES_CONFIRMED: 3,
+    Failpoint.STREAM_CHUNK_CONFIRMED: 10,
+    Failpoint.VERSION_COMMITTED: 2,
+    Failpoint.OFFER_RECEIVED: 4,
+    Failpoint.CHUNK_WRITTEN: 10,
+    Failpoint.UPLOAD_CHECKED: 3,
+    Failpoint.RESULT_COUNTED: 3,
+    Failpoint.AGGREGATING: 2,
+    Failpoint.VERSION_WRITTEN: 2,
+    Failpoint.RUN_WRITTEN: 1,
+    Failpoint.PAYLOAD_CHUNK_READ: 10,
+    Failpoint.UPLOAD_CHUNK_CONFIRMED: 3,
+    Failpoint.PRIVATE_WRITTEN: 1,
+    Failpoint.PRIVATE_COMMITTED: 1,
 }
 """Where a point is passed often: which passage is the last. Enough to be in the second round, or in the middle."""
-PRIVATE = {Point.PRIVATE_WRITTEN, Point.PRIVATE_COMMITTED}
+PRIVATE = {Failpoint.PRIVATE_WRITTEN, Failpoint.PRIVATE_COMMITTED}
 
 
 def crash_rows() -> list[Row]:
     """One row per crash point."""
     rows = []
-    for point in Point:
+    for point in Failpoint:
         at = f"{point.title}:{PASSAGES.get(point, 2)}"
         act = faults.server_dies_at(at) if point.side == "server" else faults.client_dies_at(at)
         rows.append(Row(point.title, f"{point.side}: {point.place}", act, "own" if point in PRIVATE else "chaos"))
@@ -142,8 +142,13 @@ def node_rows() -> list[Row]:
 
 ROWS = [*crash_rows(), *fault_rows(), *node_rows()]
 ALWAYS = {
-    *(Point.TASK_DECIDED.title, Point.CHUNK_WRITTEN.title, Point.RESULT_COUNTED.title, Point.VERSION_WRITTEN.title),
-    *(Point.TASK_JOURNALED.title, Point.TRAINING.title, Point.UPLOAD_CHUNK_CONFIRMED.title),
+    *(
+        Failpoint.TASK_DECIDED.title,
+        Failpoint.CHUNK_WRITTEN.title,
+        Failpoint.RESULT_COUNTED.title,
+        Failpoint.VERSION_WRITTEN.title,
+    ),
+    *(Failpoint.TASK_JOURNALED.title, Failpoint.TRAINING.title, Failpoint.UPLOAD_CHUNK_CONFIRMED.title),
     *("broker-killed", "store-killed", "link-cut", "server-drained", "client-drained"),
     *("leader-killed", "leader-frozen", "leader-drained"),
 }

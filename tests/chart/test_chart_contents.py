@@ -35,9 +35,9 @@ from tree import ROOT
 from lorabbit import job_loader
 from lorabbit.broker import topology
 from lorabbit.broker.rabbitmq.connection import parameters_of
-from lorabbit.config.network import Trust
+from lorabbit.config.network import TlsSettings
 from lorabbit.config.settings import ClientSettings, OperatorSettings, ServerSettings, read_settings
-from lorabbit_server.api.metrics import Measures
+from lorabbit_server.api.metrics import ServerMetrics
 
 case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 KINDS = {"server": ServerSettings, "client": ClientSettings, "test": OperatorSettings}
@@ -192,7 +192,7 @@ def test_passwords_come_through_a_url_whatever_they_hold():
     })  # fmt: skip
     secrets = {doc["metadata"]["name"]: doc["stringData"] for doc in of_kind(docs, "Secret")}
 
-    parameters = parameters_of(secrets["fed-rabbitmq"]["server-url"], "test", Trust())
+    parameters = parameters_of(secrets["fed-rabbitmq"]["server-url"], "test", TlsSettings())
 
     assert (parameters.credentials.username, parameters.credentials.password) == ("lorabbit-server", password)
     assert (parameters.host, parameters.port) == ("fed-rabbitmq.federation.svc", 5672)
@@ -226,7 +226,9 @@ def test_over_tls_a_client_checks_the_broker_s_certificate_and_name():
     url = named(docs, "Secret", "fed-rabbitmq")["stringData"]["client-url"]
     (certificate,) = of_kind(docs, "Certificate")
 
-    parameters = parameters_of(url.replace("%2Frun%2Florabbit%2Fbroker-ca%2Fca.crt", certifi.where()), "test", Trust())
+    parameters = parameters_of(
+        url.replace("%2Frun%2Florabbit%2Fbroker-ca%2Fca.crt", certifi.where()), "test", TlsSettings()
+    )
 
     assert parameters.ssl_options is not None
     assert parameters.ssl_options.context.verify_mode is ssl.CERT_REQUIRED
@@ -248,7 +250,7 @@ def test_a_broker_that_speaks_tls_speaks_nothing_else():
 # ---- metrics ----
 def test_alerts_dashboards_and_the_scaler_read_metrics_that_exist():
     exported = {
-        line.split()[2] for line in Measures().text(is_leading=True).decode().splitlines() if line[:6] == "# TYPE"
+        line.split()[2] for line in ServerMetrics().text(is_leading=True).decode().splitlines() if line[:6] == "# TYPE"
     }
     known = exported | {f"{name}{end}" for name in exported for end in ("_bucket", "_total")}
     texts = [json.dumps(objects(CHART / "values-prod.yaml")), json.dumps(objects(POOLS))]
@@ -267,7 +269,7 @@ def test_whatever_an_alert_reads_of_a_server_is_there_before_anything_happens():
         (name, dict(re.findall(r'(\w+)="(.*?)"', selector)) | {"namespace": "", "service": ""})
         for name, selector in re.findall(r"(lorabbit_\w+)\{([^}]*)\}", expressions)
     ]
-    families = text_string_to_metric_families(Measures().text(is_leading=True).decode())
+    families = text_string_to_metric_families(ServerMetrics().text(is_leading=True).decode())
     there = [(s.name, s.labels | {"namespace": "", "service": ""}) for family in families for s in family.samples]
 
     unseen = [(name, labels) for name, labels in asked

@@ -14,7 +14,7 @@ from lorabbit.job.spec import JobSpec
 from lorabbit.tensors import lora_math
 from lorabbit.types import Tensors
 from lorabbit_client.execution.private_state import PrivateState
-from lorabbit_client.training.activation_cache import PrefixCache, canonical_groups
+from lorabbit_client.training.activation_cache import ActivationCache, canonical_groups
 from lorabbit_client.training.workspace import LearningWorkspace
 
 TARGETS = {
@@ -40,7 +40,9 @@ def workspace(spec: JobSpec) -> LearningWorkspace:
     return LearningWorkspace(spec, data_root=Path(), device=torch.device("cpu"))
 
 
-def session(space: LearningWorkspace, spec: JobSpec, cache: PrefixCache | None, index: int = 0, **extra: Any) -> Any:
+def session(
+    space: LearningWorkspace, spec: JobSpec, cache: ActivationCache | None, index: int = 0, **extra: Any
+) -> Any:
     one = space.session(task_of(spec, index, **extra), PrivateState(), silent)
     one._prefixes = cache
     return one
@@ -59,7 +61,7 @@ def test_training_with_a_kept_prefix_gives_what_training_without_it_gives(name: 
     spec = spec_of(tmp_path, name)
     space = workspace(spec)
 
-    with_it = session(space, spec, PrefixCache()).train()
+    with_it = session(space, spec, ActivationCache()).train()
     without = session(space, spec, None).train()
 
     assert skipped(with_it) > 0
@@ -72,13 +74,13 @@ def test_training_with_a_kept_prefix_gives_what_training_without_it_gives(name: 
 @pytest.mark.parametrize("name", ["tiny:bert", "tiny:vit"])
 def test_what_was_kept_before_changes_no_bit(name: str, tmp_path: Path):
     spec = spec_of(tmp_path, name)
-    space, cache = workspace(spec), PrefixCache()
+    space, cache = workspace(spec), ActivationCache()
     for index in (1, 0):
         session(space, spec, cache, index, seed=9).train()
 
     warm = session(space, spec, cache).train()
-    cold = session(workspace(spec), spec, PrefixCache()).train()
-    crowded = session(workspace(spec), spec, PrefixCache(10**6)).train()
+    cold = session(workspace(spec), spec, ActivationCache()).train()
+    crowded = session(workspace(spec), spec, ActivationCache(10**6)).train()
 
     assert skipped(warm) > skipped(cold)
     assert same(warm.tensors, cold.tensors)
@@ -103,8 +105,8 @@ def test_the_clients_of_a_process_share_what_it_keeps_and_train_as_they_would_al
 def test_eviction_changes_no_bit_and_keeps_to_the_budget(tmp_path: Path):
     spec = spec_of(tmp_path)
     space = workspace(spec)
-    expected = session(space, spec, PrefixCache()).train().tensors
-    cache = PrefixCache()
+    expected = session(space, spec, ActivationCache()).train().tensors
+    cache = ActivationCache()
     one = session(space, spec, cache)
     cache.put("old", torch.zeros(2**18))
     find = one._find_prefix
@@ -124,7 +126,7 @@ def test_eviction_changes_no_bit_and_keeps_to_the_budget(tmp_path: Path):
 
 def test_a_shifted_base_has_a_prefix_of_its_own(tmp_path: Path):
     spec = spec_of(tmp_path, layers=[0, 1])
-    space, cache = workspace(spec), PrefixCache()
+    space, cache = workspace(spec), ActivationCache()
     low = lambda name: ".layer.0." in name  # noqa: E731
     session(space, spec, cache).train(frozen=low)
     one = session(space, spec, cache)
@@ -136,7 +138,7 @@ def test_a_shifted_base_has_a_prefix_of_its_own(tmp_path: Path):
 
     warm = one.train(frozen=low)
 
-    other = session(workspace(spec), spec, PrefixCache())
+    other = session(workspace(spec), spec, ActivationCache())
     other.shift_base(shift)
     assert skipped(warm) > 0
     assert same(warm.tensors, other.train(frozen=low).tensors)
@@ -145,13 +147,13 @@ def test_a_shifted_base_has_a_prefix_of_its_own(tmp_path: Path):
 def test_other_frozen_factors_have_a_prefix_of_their_own(tmp_path: Path):
     """As when a method freezes lower blocks that were trained before. Adam would blow rounding up to its step."""
     spec = spec_of(tmp_path, layers=[0, 1], local={"optimizer": "sgd", "learning_rate": 0.01})
-    space, cache = workspace(spec), PrefixCache()
+    space, cache = workspace(spec), ActivationCache()
     low = lambda name: ".layer.0." in name  # noqa: E731
     session(space, spec, cache).train(frozen=low)
     moved = {n: v + np.float32(0.1) for n, v in session(space, spec, None).tensors().items()}
 
     results = []
-    for kept in (cache, PrefixCache(), None):
+    for kept in (cache, ActivationCache(), None):
         one = session(space, spec, kept)
         one.load(moved)
         results.append(one.train(frozen=low))
@@ -166,7 +168,7 @@ def test_a_head_alone_leaves_the_whole_encoder_out(tmp_path: Path):
     ran: list[int] = []
     space._model.model.get_submodule("bert.encoder.layer.1.attention").register_forward_hook(lambda *_: ran.append(1))
 
-    cache = PrefixCache()
+    cache = ActivationCache()
     session(space, spec, cache).train()
     filled = len(ran)
     result = session(space, spec, cache).train()
@@ -194,7 +196,7 @@ def test_no_prefix_is_kept_where_there_is_none_or_it_does_not_pay(parts: dict[st
         spec = spec_of(tmp_path, **parts)
     space = workspace(spec)
 
-    results = [session(space, spec, cache).train() for cache in (PrefixCache(), None)]
+    results = [session(space, spec, cache).train() for cache in (ActivationCache(), None)]
 
     assert skipped(results[0]) == 0
     assert same(results[0].tensors, results[1].tensors)
@@ -208,7 +210,7 @@ def test_the_model_is_whole_again_afterwards(tmp_path: Path):
     with torch.no_grad():
         before = space._model.model.eval()(**batch).logits
 
-    session(space, spec, PrefixCache()).train()
+    session(space, spec, ActivationCache()).train()
 
     session(space, spec, None)
     with torch.no_grad():
@@ -217,7 +219,7 @@ def test_the_model_is_whole_again_afterwards(tmp_path: Path):
 
 def test_dropout_above_the_prefix_draws_the_same_cold_and_warm(tmp_path: Path):
     spec = spec_of(tmp_path, model={"lora": {"rank": 4, "targets": ["query"], "layers": [1], "dropout": 0.2}})
-    space, cache = workspace(spec), PrefixCache()
+    space, cache = workspace(spec), ActivationCache()
 
     cold, warm = (session(space, spec, cache).train() for _ in range(2))
 

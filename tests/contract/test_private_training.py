@@ -15,14 +15,14 @@ from lorabbit.errors import LoRAbbitError
 from lorabbit.job.spec import JobSpec
 from lorabbit.privacy.accountant import epsilon_of_steps
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE
-from lorabbit_cli.local.embedded_run import Means, run_local
+from lorabbit_cli.local.embedded_run import ComputeOptions, run_local
 from lorabbit_client.analysis.per_example_gradients import ExampleGradients, separate_owners
 from lorabbit_client.capabilities import Capability
-from lorabbit_client.execution.interface import Cancelled, OnProgress, Work
+from lorabbit_client.execution.interface import Cancelled, OnProgress, TaskInput
 from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.executor import Executor
-from lorabbit_client.training.dp_trainer import PrivateTrainer, _add_clipped
-from lorabbit_client.training.trainer import Clock
+from lorabbit_client.training.dp_trainer import DpTrainer, _add_clipped
+from lorabbit_client.training.trainer import TrainingSchedule
 from lorabbit_client.training.workspace import LearningWorkspace
 
 MODELS = [
@@ -151,9 +151,9 @@ def test_a_layer_keeps_examples_apart_where_its_first_axis_follows_their_number(
     assert (owners is not None) is apart
 
 
-def trainer_of(folder: Path, spec: JobSpec) -> PrivateTrainer:
+def trainer_of(folder: Path, spec: JobSpec) -> DpTrainer:
     space = space_of(folder, spec)
-    made = PrivateTrainer(space._model, space._data(0, spec.clients).train, spec.local, clock=Clock(1, 1), seed=5)
+    made = DpTrainer(space._model, space._data(0, spec.clients).train, spec.local, clock=TrainingSchedule(1, 1), seed=5)
     made.privacy = spec.privacy
     return made
 
@@ -232,9 +232,9 @@ def train(
     kept = (folder / "private", folder / "privacy.json")
     adapter = folder / "adapter.safetensors"
     if not adapter.exists():
-        Executor(data_root=folder).execute(Work(task_of(spec, 0, INITIALISE), {}, adapter, *kept), silent)
+        Executor(data_root=folder).execute(TaskInput(task_of(spec, 0, INITIALISE), {}, adapter, *kept), silent)
     task = task_of(spec, 0).model_copy(update={"round": round_number, "task": f"r{round_number}", **order})
-    return executor.execute(Work(task, {ADAPTER: adapter}, folder / task.task, *kept), on_progress)
+    return executor.execute(TaskInput(task, {ADAPTER: adapter}, folder / task.task, *kept), on_progress)
 
 
 def cost_of(folder: Path, *, steps: int) -> float:
@@ -362,7 +362,7 @@ def test_a_run_ends_with_a_sentence_when_its_clients_have_spent_their_budgets(tm
     budget = epsilon_of_steps(1.0, 4 / rows, 7, 1e-5)
     spec = spec_of(tmp_path, clients=2, rounds=5, privacy={**PRIVACY, "epsilon": budget})
 
-    report = run_local(spec, tmp_path / "runs", means=Means(data_root=tmp_path, workers=1)).report
+    report = run_local(spec, tmp_path / "runs", means=ComputeOptions(data_root=tmp_path, workers=1)).report
 
     assert report.status == "done"
     assert report.reason.startswith("privacy.epsilon: after round 2 of 5 no client may spend more")

@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from lorabbit.job.spec import JobSpec
 from lorabbit.types import ADAPTER, INITIALISE
 from lorabbit_client.capabilities import UNLIMITED, Capability
-from lorabbit_client.execution.interface import Work
+from lorabbit_client.execution.interface import TaskInput
 from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.executor import Executor
-from lorabbit_client.models.quantization import BLOCK, QuantisedLinear
+from lorabbit_client.models.quantization import BLOCK, QuantizedLinear
 from lorabbit_client.training.evaluation import evaluate
 from lorabbit_client.training.workspace import LearningWorkspace
 
@@ -64,7 +64,7 @@ def layer(rows: int, columns: int, kind: str = "linear") -> Any:
 def test_a_weight_is_off_by_half_a_level_of_its_block_at_most(codec: str, rows: int, columns: int):
     whole = layer(rows, columns)
 
-    found = QuantisedLinear(whole, codec).weight
+    found = QuantizedLinear(whole, codec).weight
 
     flat = functional.pad(whole.weight.reshape(-1), (0, -whole.weight.numel() % BLOCK)).reshape(-1, BLOCK)
     away = functional.pad((found - whole.weight).reshape(-1), (0, -whole.weight.numel() % BLOCK)).reshape(-1, BLOCK)
@@ -78,7 +78,7 @@ def test_a_weight_is_off_by_half_a_level_of_its_block_at_most(codec: str, rows: 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_a_layer_answers_and_hands_gradients_back_as_one_with_the_rounded_weight(codec: str, kind: str):
     whole = layer(24, 40, kind)
-    quantised = QuantisedLinear(whole, codec)
+    quantised = QuantizedLinear(whole, codec)
     with torch.no_grad():
         whole.weight.copy_(quantised.weight)
     value = torch.linspace(-1, 1, 3 * 40).reshape(3, 40).requires_grad_()
@@ -93,7 +93,7 @@ def test_a_layer_answers_and_hands_gradients_back_as_one_with_the_rounded_weight
 
 def test_the_backward_pass_keeps_no_wide_weight():
     kept: list[int] = []
-    quantised = QuantisedLinear(layer(64, 64), "int4")
+    quantised = QuantizedLinear(layer(64, 64), "int4")
     value = torch.ones(2, 64, requires_grad=True)
 
     with torch.autograd.graph.saved_tensors_hooks(lambda seen: kept.append(seen.numel()) or seen, lambda seen: seen):
@@ -112,7 +112,7 @@ def test_frozen_linear_weights_take_the_bits_that_they_are_said_to(codec: str, n
     spec = spec_of(tmp_path, name, task)
     whole, less = (workspace(spec, tmp_path, each)._model for each in ("none", codec))
 
-    layers = [module for module in less.model.modules() if isinstance(module, QuantisedLinear)]
+    layers = [module for module in less.model.modules() if isinstance(module, QuantizedLinear)]
     counts = [module.in_features * module.out_features for module in layers]
     padded = sum(-(-count // BLOCK) * BLOCK for count in counts)
 
@@ -215,9 +215,11 @@ def sha256_of(spec: JobSpec, folder: Path, capability: Capability) -> str:
     executor = Executor(data_root=folder, device="cpu", capability=capability)
     start, end = folder / "start.safetensors", folder / "end.safetensors"
     executor.execute(
-        Work(task_of(spec, phase=INITIALISE), {}, start, folder / "private", folder / "privacy.json"), silent
+        TaskInput(task_of(spec, phase=INITIALISE), {}, start, folder / "private", folder / "privacy.json"), silent
     )
-    executor.execute(Work(task_of(spec), {ADAPTER: start}, end, folder / "private", folder / "privacy.json"), silent)
+    executor.execute(
+        TaskInput(task_of(spec), {ADAPTER: start}, end, folder / "private", folder / "privacy.json"), silent
+    )
     return hashlib.sha256(end.read_bytes()).hexdigest()
 
 
@@ -253,7 +255,7 @@ def test_a_job_that_needs_the_whole_base_is_refused_by_a_quantised_client(
 ):
     write_reviews(tmp_path)
     executor = Executor(data_root=tmp_path, device="cpu", capability=Capability(quantisation="int4"))
-    work = Work(
+    work = TaskInput(
         task_of(job(tmp_path, **parts), phase=INITIALISE),
         {},
         tmp_path / "out",

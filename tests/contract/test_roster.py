@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lorabbit.state.enrolment import Token
-from lorabbit.state.redis import RedisStore
+from lorabbit.state.enrollment import JoinToken
+from lorabbit.state.redis import RedisStateStore
 
 D, HASH = "d" * 64, "hash"
 
@@ -13,16 +13,16 @@ D, HASH = "d" * 64, "hash"
 @pytest.fixture(params=["embedded", pytest.param("redis", marks=pytest.mark.services)])
 def roster(request):
     if request.param == "embedded":
-        store = RedisStore.embedded()
+        store = RedisStateStore.embedded()
     else:
-        store = RedisStore.connect(request.getfixturevalue("redis_url"))
+        store = RedisStateStore.connect(request.getfixturevalue("redis_url"))
         store._redis.flushdb()
     yield store.roster
     store.close()
 
 
 def test_a_token_lets_as_many_clients_in_as_it_says(roster):
-    roster.add_token(Token(D, uses=2, expires_ms=100))
+    roster.add_token(JoinToken(D, uses=2, expires_ms=100))
 
     said = [roster.join(D, client, HASH, now_ms=1) for client in ("a", "b", "c")]
 
@@ -31,7 +31,7 @@ def test_a_token_lets_as_many_clients_in_as_it_says(roster):
 
 
 def test_the_same_wish_again_uses_nothing_up_even_after_the_token_expired(roster):
-    roster.add_token(Token(D, uses=1, expires_ms=100))
+    roster.add_token(JoinToken(D, uses=1, expires_ms=100))
     roster.join(D, "a", HASH, now_ms=1)
 
     assert roster.join(D, "a", HASH, now_ms=1000) == "ok"
@@ -39,7 +39,7 @@ def test_the_same_wish_again_uses_nothing_up_even_after_the_token_expired(roster
 
 
 def test_an_unknown_or_expired_token_lets_nobody_in(roster):
-    roster.add_token(Token(D, expires_ms=100))
+    roster.add_token(JoinToken(D, expires_ms=100))
 
     assert roster.join("e" * 64, "a", HASH, now_ms=1) == "unknown"
     assert roster.join(D, "a", HASH, now_ms=100) == "expired"
@@ -47,14 +47,14 @@ def test_an_unknown_or_expired_token_lets_nobody_in(roster):
 
 
 def test_a_token_for_anybody_gives_nobody_anothers_name(roster):
-    roster.add_token(Token(D, uses=9, expires_ms=100))
+    roster.add_token(JoinToken(D, uses=9, expires_ms=100))
     roster.join(D, "a", HASH, now_ms=1)
 
     assert roster.join(D, "a", "another", now_ms=1) == "taken"
 
 
 def test_a_token_made_for_a_client_lets_it_alone_in_and_in_again(roster):
-    roster.add_token(Token(D, client="a", uses=2, expires_ms=100))
+    roster.add_token(JoinToken(D, client="a", uses=2, expires_ms=100))
 
     assert roster.join(D, "b", HASH, now_ms=1) == "other-client"
     assert roster.join(D, "a", HASH, now_ms=1) == "ok"
@@ -63,14 +63,14 @@ def test_a_token_made_for_a_client_lets_it_alone_in_and_in_again(roster):
 
 
 def test_a_revoked_client_comes_back_only_with_a_token_of_its_own(roster):
-    roster.add_token(Token(D, uses=9, expires_ms=100))
+    roster.add_token(JoinToken(D, uses=9, expires_ms=100))
     roster.join(D, "a", HASH, now_ms=1)
 
     assert roster.revoke("a", now_ms=2)
     assert roster.revoke("a", now_ms=3)
     assert (roster.members(), roster.revoked()) == ([], frozenset({"a"}))
     assert roster.join(D, "a", HASH, now_ms=4) == "revoked"
-    roster.add_token(Token("e" * 64, client="a", expires_ms=100))
+    roster.add_token(JoinToken("e" * 64, client="a", expires_ms=100))
     assert roster.join("e" * 64, "a", HASH, now_ms=4) == "ok"
     assert roster.revoked() == frozenset()
 
@@ -81,7 +81,7 @@ def test_nobody_is_revoked_who_never_joined(roster):
 
 
 def test_a_dropped_token_is_gone(roster):
-    token = Token(D, expires_ms=100)
+    token = JoinToken(D, expires_ms=100)
     roster.add_token(token)
 
     assert roster.tokens() == [token]

@@ -9,8 +9,8 @@ from uuid import uuid4
 import pytest
 
 from lorabbit.errors import Fenced, StoreUnavailable
-from lorabbit.state.base import START, Change, ClientEntry, Conflict
-from lorabbit.state.redis import RedisStore
+from lorabbit.state.base import START, ClientEntry, Conflict, StateChange
+from lorabbit.state.redis import RedisStateStore
 
 OWNER = "server-a"
 RECORD = '{"device": "cuda with spaces"}'
@@ -19,9 +19,9 @@ RECORD = '{"device": "cuda with spaces"}'
 @pytest.fixture(params=["embedded", pytest.param("redis", marks=pytest.mark.services)])
 def store(request):
     if request.param == "embedded":
-        made = RedisStore.embedded()
+        made = RedisStateStore.embedded()
     else:
-        made = RedisStore.connect(request.getfixturevalue("redis_url"))
+        made = RedisStateStore.connect(request.getfixturevalue("redis_url"))
         made._redis.flushdb()
     yield made
     made.close()
@@ -33,7 +33,7 @@ def epoch(store):
 
 
 def change(epoch, version, **what):
-    return Change(uuid4().hex, epoch, version, **what)
+    return StateChange(uuid4().hex, epoch, version, **what)
 
 
 # ---- lease ----
@@ -333,7 +333,7 @@ def test_a_reader_that_waits_in_vain_comes_back_with_nothing(store):
 
 
 def test_a_store_that_is_not_there_says_so():
-    store = RedisStore.connect("redis://127.0.0.1:1/0", patience=1)
+    store = RedisStateStore.connect("redis://127.0.0.1:1/0", patience=1)
 
     with pytest.raises(StoreUnavailable, match="does not answer"):
         store.ping()
@@ -342,7 +342,7 @@ def test_a_store_that_is_not_there_says_so():
 
 @pytest.mark.services
 def test_a_killed_redis_has_lost_nothing_and_calls_go_on_once_it_is_back(redis_server):
-    store = RedisStore.connect(redis_server.url)
+    store = RedisStateStore.connect(redis_server.url)
     epoch = store.acquire_lease(OWNER, 60.0)
     store.claim_job("j", epoch)
     store.commit("j", change(epoch, 0, header="one", effects={"t": "5ha"}, events=["e"], outbox=["m"]))

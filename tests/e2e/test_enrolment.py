@@ -14,7 +14,7 @@ import services
 from processes import START_SECONDS, Process
 from services import free_port, serve
 
-from lorabbit.config.network import Trust
+from lorabbit.config.network import TlsSettings
 from lorabbit_cli.certificates import make
 
 pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -32,7 +32,7 @@ class Secure:
         trust = {"LORABBIT_TLS_CA": str(certificates / "ca.pem")}
         port = free_port()
         self.url = f"https://127.0.0.1:{port}"
-        self.verify = Trust(certificates / "ca.pem").context()
+        self.verify = TlsSettings(certificates / "ca.pem").context()
         logs = {"LORABBIT_LOG_FORMAT": "json", "LORABBIT_LOG_LEVEL": "DEBUG"}
         nobody = f"127.0.0.1:{free_port()}"  # as of a cluster's node that is away
         secrets = {

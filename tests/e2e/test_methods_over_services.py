@@ -14,7 +14,7 @@ import services
 from processes import Event, Federation
 
 from lorabbit.job.spec import JobSpec
-from lorabbit_cli.local.embedded_run import Means, run_local
+from lorabbit_cli.local.embedded_run import ComputeOptions, run_local
 
 CLIENTS = 3
 LORA = {
@@ -51,7 +51,7 @@ def job(method: str) -> dict[str, Any]:
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The report of every job as one process makes it."""
     folder = tmp_path_factory.mktemp("embedded")
-    means = Means(device="cpu", workers=1)
+    means = ComputeOptions(device="cpu", workers=1)
     return {
         name: run_local(JobSpec.model_validate(job(name)), folder, means=means).report.model_dump(mode="json")
         for name in METHODS

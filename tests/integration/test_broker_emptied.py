@@ -11,12 +11,12 @@ from server_rig import Fuse
 from lorabbit.config.settings import ClientSettings, ServerSettings
 from lorabbit.events.report import Report
 from lorabbit.job.spec import JobSpec
-from lorabbit.state.redis import RedisStore
+from lorabbit.state.redis import RedisStateStore
 from lorabbit.types import TRAIN
 from lorabbit_client.agent.agent import Agent
 from lorabbit_client.execution.runners import InlineRunner
 from lorabbit_client.executor import Executor
-from lorabbit_server.server import Service
+from lorabbit_server.server import Server
 
 SPEC = JobSpec(name="job", clients=2, rounds=2, seed=7, model={"name": "null:3KB"})
 EVERY = 3
@@ -89,9 +89,9 @@ def test_rabbitmq_that_lost_its_volume_in_the_middle_of_a_job_costs_nothing_but_
     empty_rabbitmq_url, shared_rabbitmq, connect, undisturbed, tmp_path
 ):
     """RabbitMQ loses everything while one client trains and the other one's update is counted already."""
-    server, store = connect(empty_rabbitmq_url), RedisStore.embedded()
+    server, store = connect(empty_rabbitmq_url), RedisStateStore.embedded()
     settings = ServerSettings(folder=tmp_path / "server", durable=False, heartbeat_seconds=0.2)
-    service = Service(server, store, settings, owner="server")
+    service = Server(server, store, settings, owner="server")
     ended, counted, lost = threading.Event(), threading.Event(), threading.Event()
     service.on_job_ended(lambda _: ended.set())
     service.listen(lambda _, event: counted.set() if event.kind == "update-accepted" else None)

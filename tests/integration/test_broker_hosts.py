@@ -10,11 +10,11 @@ from proxy import Proxy
 from services import free_port, serve
 
 from lorabbit.broker.rabbitmq.broker import RabbitBroker
-from lorabbit.config.enrolment import password_hash
-from lorabbit.config.network import Trust
+from lorabbit.config.enrollment import password_hash
+from lorabbit.config.network import TlsSettings
 from lorabbit.errors import BrokerUnavailable
 from lorabbit_cli import doctor
-from lorabbit_server.clients.rabbitmq_admin import Management
+from lorabbit_server.clients.rabbitmq_admin import RabbitMqAdmin
 
 pytestmark = pytest.mark.services
 
@@ -50,7 +50,7 @@ def beside(url, *places):
 
 
 def test_every_host_of_a_tls_url_is_checked_against_the_authority(broker, certificates, nobody):
-    driver = RabbitBroker(beside(broker.tls_url, nobody), name="hosts", trust=Trust(certificates / "ca.pem"))
+    driver = RabbitBroker(beside(broker.tls_url, nobody), name="hosts", trust=TlsSettings(certificates / "ca.pem"))
     other = RabbitBroker(beside(broker.tls_url, nobody), name="hosts", patience_seconds=5.0)
 
     driver.declare_exchange("x")
@@ -86,7 +86,7 @@ def test_doctor_fails_where_no_host_answers(nobody, monkeypatch):
 
 def test_the_node_whose_management_interface_answered_last_is_asked_first(broker, nobody, links):
     places = ",".join([nobody, *(place_of(link.url) for link in links)])
-    management = Management(f"http://guest:guest@{places}/", broker.url, Trust())
+    management = RabbitMqAdmin(f"http://guest:guest@{places}/", broker.url, TlsSettings())
     hash_ = password_hash("a password of some length")
 
     management.put_user("site-a", hash_)
@@ -102,7 +102,7 @@ def test_the_node_whose_management_interface_answered_last_is_asked_first(broker
 
 
 def test_a_user_that_two_servers_make_at_once_is_there_for_both(broker):
-    two = [Management(broker.management_url, broker.url, Trust()) for _ in range(2)]
+    two = [RabbitMqAdmin(broker.management_url, broker.url, TlsSettings()) for _ in range(2)]
     hash_ = password_hash("a password of some length")
 
     with ThreadPoolExecutor(2) as threads:
@@ -117,7 +117,7 @@ def test_a_user_that_two_servers_make_at_once_is_there_for_both(broker):
 
 def test_management_interfaces_none_of_which_answers_are_all_named_without_the_password(broker, nobody):
     other = f"127.0.0.1:{free_port()}"
-    management = Management(f"http://guest:guest@{nobody},{other}/", broker.url, Trust())
+    management = RabbitMqAdmin(f"http://guest:guest@{nobody},{other}/", broker.url, TlsSettings())
 
     with pytest.raises(BrokerUnavailable) as caught:
         management.users()

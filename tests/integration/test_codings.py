@@ -9,8 +9,8 @@ from mortal_rig import Fate, Moment, MortalRig
 from server_rig import Rig
 
 from lorabbit.job.spec import JobSpec
-from lorabbit_cli.local.dry_run import forecast
-from lorabbit_cli.local.embedded_run import Means, run_local
+from lorabbit_cli.local.dry_run import dry_run
+from lorabbit_cli.local.embedded_run import ComputeOptions, run_local
 from lorabbit_cli.local.replay import replay
 from lorabbit_client.executor import Executor
 
@@ -51,7 +51,7 @@ def traffic(report):
 def test_a_coded_job_gives_the_same_adapter_and_bytes_embedded_and_over_services(tmp_path: Path, name: str):
     job = spec(TRANSPORTS[name], output={"keep_updates": True})
 
-    embedded = run_local(job, tmp_path / "out", means=Means())
+    embedded = run_local(job, tmp_path / "out", means=ComputeOptions())
     _, report, left = played(tmp_path / "services", job)
 
     assert report.status == "done"
@@ -149,8 +149,8 @@ def test_a_client_keeps_no_file_that_no_task_will_name_again(tmp_path):
 def test_the_forecast_of_a_coded_job_is_to_the_byte_what_it_then_moves(tmp_path: Path, name: str):
     job = spec(TRANSPORTS[name])
 
-    told = forecast(job, Means())
-    ended = run_local(job, tmp_path, means=Means())
+    told = dry_run(job, ComputeOptions())
+    ended = run_local(job, tmp_path, means=ComputeOptions())
 
     assert [r.bytes_up for r in ended.report.rounds] == [told.round_bytes_up] * 3
     assert ended.report.rounds[1].bytes_down == told.round_bytes_down
@@ -159,8 +159,8 @@ def test_the_forecast_of_a_coded_job_is_to_the_byte_what_it_then_moves(tmp_path:
 def test_a_compressed_job_never_moves_more_than_its_forecast(tmp_path: Path):
     job = spec(TRANSPORTS["lossless"])
 
-    told = forecast(job, Means())
-    ended = run_local(job, tmp_path, means=Means())
+    told = dry_run(job, ComputeOptions())
+    ended = run_local(job, tmp_path, means=ComputeOptions())
 
     assert all(0 < r.bytes_up <= told.round_bytes_up for r in ended.report.rounds)
     assert 0 < ended.report.rounds[1].bytes_down <= told.round_bytes_down

@@ -15,8 +15,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lorabbit.job_loader import of_content
-from lorabbit_bench.compare.cache import Cache, Keys, Outcome
-from lorabbit_bench.compare.orchestrator import Asked, choose_effort
+from lorabbit_bench.compare.cache import CacheKeys, RunCache, RunOutcome
+from lorabbit_bench.compare.orchestrator import CompareOptions, choose_parallelism
 from lorabbit_cli.__main__ import app
 
 TOY = """
@@ -196,7 +196,7 @@ def test_a_key_hangs_on_the_bytes_of_the_data_and_not_on_the_jobs_name(tmp_path:
 
     def key(name: str = "x", **changes: object) -> str:
         content = {"name": name, "data": {"source": "data.csv"}, **changes}
-        return Keys(tmp_path, "cpu").of(of_content(content, name="here"))
+        return CacheKeys(tmp_path, "cpu").of(of_content(content, name="here"))
 
     first = key()
     assert key("y", output={"keep_checkpoints": 5}) == first
@@ -212,17 +212,19 @@ def test_a_key_hangs_on_the_files_of_the_model(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
     spec = of_content({"model": {"name": str(tmp_path / "model")}}, name="here")
 
-    first = Keys(tmp_path, "cpu").of(spec)
+    first = CacheKeys(tmp_path, "cpu").of(spec)
     (tmp_path / "model" / "config.json").write_text("{ }", encoding="utf-8")
 
-    assert Keys(tmp_path, "cpu").of(spec) != first
-    assert Keys(tmp_path, "cuda").of(spec) != Keys(tmp_path, "cpu").of(spec)
+    assert CacheKeys(tmp_path, "cpu").of(spec) != first
+    assert CacheKeys(tmp_path, "cuda").of(spec) != CacheKeys(tmp_path, "cpu").of(spec)
 
 
 def test_an_entry_that_is_broken_is_none(tmp_path: Path) -> None:
-    cache = Cache(tmp_path)
+    cache = RunCache(tmp_path)
     cache.place("k").mkdir()
-    (cache.place("k") / "outcome.json").write_text(Outcome(key="k", status="done").model_dump_json(), encoding="utf-8")
+    (cache.place("k") / "outcome.json").write_text(
+        RunOutcome(key="k", status="done").model_dump_json(), encoding="utf-8"
+    )
     (cache.place("k") / "report.json").write_text('{"job": ', encoding="utf-8")
 
     assert cache.find("k") is None
@@ -232,7 +234,7 @@ def test_processors_are_shared_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
 
     def shared(device: str = "cpu", threads: int = 1, runs: int = 100, jobs: int | None = None) -> tuple[int, int]:
-        effort = choose_effort(device, threads, Asked(tmp_path, tmp_path, "", jobs=jobs), runs)
+        effort = choose_parallelism(device, threads, CompareOptions(tmp_path, tmp_path, "", jobs=jobs), runs)
         return effort.jobs, effort.workers
 
     assert shared() == (8, 1)

@@ -16,7 +16,7 @@ from lorabbit.job.spec import JobSpec
 from lorabbit.protocol import codec
 from lorabbit.protocol.messages import FROM_CLIENT, Hello, Metrics, Offer, PayloadRef, TaskFailed
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN
-from lorabbit_server.transfer.traffic_meter import MAX_TASKS, Meter
+from lorabbit_server.transfer.traffic_meter import MAX_TASKS, TrafficMeter
 
 HEADERS = st.dictionaries(
     st.sampled_from(["sha256", "index", "task", "size", "epoch"]),
@@ -154,7 +154,7 @@ def test_a_queue_that_somebody_writes_to_directly_does_not_stop_the_server():
 
 
 def test_names_that_clients_make_up_do_not_fill_the_meter():
-    meter = Meter()
+    meter = TrafficMeter()
     for number in range(MAX_TASKS + 10):
         meter.up(f"t{number}", overhead=1)
     meter.up("x" * 10**6, overhead=1)

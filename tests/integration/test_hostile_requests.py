@@ -17,10 +17,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from served import Served
 
-from lorabbit.config.enrolment import Join, TokenWish
+from lorabbit.config.enrollment import JoinRequest, JoinTokenRequest
 from lorabbit.errors import JoinRefused
 from lorabbit.protocol.codec import MAX_MESSAGE_BYTES
-from lorabbit_server.api.auth import MAX_JOIN_BYTES, Bodies
+from lorabbit_server.api.auth import MAX_JOIN_BYTES, RequestBodyLimit
 from lorabbit_server.http_server import HttpServer
 
 
@@ -120,7 +120,7 @@ def test_a_body_that_comes_too_slowly_is_refused():
     async def app(_scope, _receive, _send):
         raise AssertionError("it came to the application")
 
-    door = HttpServer(Bodies(app, counted.append, seconds=0.2), "127.0.0.1", 0)
+    door = HttpServer(RequestBodyLimit(app, counted.append, seconds=0.2), "127.0.0.1", 0)
     door.start()
     try:
         with socket.create_connection(("127.0.0.1", door.port), timeout=30) as link:
@@ -139,13 +139,13 @@ def test_a_client_that_may_not_join_is_told_why_and_counted_by_that_reason(enrol
     access, now = enrolling.service.access, enrolling.service.now_ms()
 
     def token(*, used=False, late=False, **wish):
-        secret, made = access.make_token(TokenWish(**wish), now_ms=now - (10**9 if late else 0))
+        secret, made = access.make_token(JoinTokenRequest(**wish), now_ms=now - (10**9 if late else 0))
         if used:
             access._roster.join(made.digest, f"first-{made.id}", WISH["password_hash"], now_ms=now)
         return secret
 
     for client in ("taken", "gone"):
-        digest = access.make_token(TokenWish(), now_ms=now)[1].digest
+        digest = access.make_token(JoinTokenRequest(), now_ms=now)[1].digest
         access._roster.join(digest, client, WISH["password_hash"], now_ms=now)
     access._roster.revoke("gone", now_ms=now)
     tried = {
@@ -165,7 +165,7 @@ def test_a_client_that_may_not_join_is_told_why_and_counted_by_that_reason(enrol
 
 def test_a_refusal_to_join_has_a_name_and_a_sentence(enrolling):
     with pytest.raises(JoinRefused, match="knows no such join token") as caught:
-        enrolling.service.access.join(Join(**WISH), now_ms=enrolling.service.now_ms())
+        enrolling.service.access.join(JoinRequest(**WISH), now_ms=enrolling.service.now_ms())
 
     assert caught.value.reason == "unknown"
 

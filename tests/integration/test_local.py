@@ -21,8 +21,8 @@ from lorabbit import job_loader
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import JobSpec
 from lorabbit_cli.__main__ import app
-from lorabbit_cli.local.dry_run import forecast
-from lorabbit_cli.local.embedded_run import Audience, Means, run_local
+from lorabbit_cli.local.dry_run import dry_run
+from lorabbit_cli.local.embedded_run import Callbacks, ComputeOptions, run_local
 
 NULL = "name: walk\nmodel: {name: 'null:40KB'}\nrounds: 3\nclients: 6\ncohort: 0.5\nevaluation: {on: central}\n"
 DIGITS = """
@@ -45,7 +45,10 @@ def test_a_null_job_runs_to_its_end(tmp_path: Path) -> None:
     kinds: list[str] = []
 
     ended = run_local(
-        job_loader.parse(NULL), tmp_path, means=Means(), audience=Audience(on_event=lambda e: kinds.append(e.kind))
+        job_loader.parse(NULL),
+        tmp_path,
+        means=ComputeOptions(),
+        audience=Callbacks(on_event=lambda e: kinds.append(e.kind)),
     )
 
     assert (ended.exit_code, ended.report.status) == (0, "done")
@@ -59,10 +62,10 @@ def test_a_null_job_runs_to_its_end(tmp_path: Path) -> None:
 
 
 def test_a_second_run_of_the_same_name_leaves_the_first_as_it_is(tmp_path: Path) -> None:
-    first = run_local(job_loader.parse(NULL), tmp_path, means=Means()).folder
+    first = run_local(job_loader.parse(NULL), tmp_path, means=ComputeOptions()).folder
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
 
-    second = run_local(job_loader.parse(NULL), tmp_path, means=Means()).folder
+    second = run_local(job_loader.parse(NULL), tmp_path, means=ComputeOptions()).folder
 
     assert (first.name, second.name) == ("walk", "walk-2")
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
@@ -72,7 +75,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
     spec = job_loader.parse(DIGITS.replace("source: digits", "source: nowhere.csv"))
 
     with pytest.raises(BadInput, match=r"nowhere\.csv"):
-        run_local(spec, tmp_path / "runs", means=Means())
+        run_local(spec, tmp_path / "runs", means=ComputeOptions())
 
     assert list(tmp_path.iterdir()) == []
 
@@ -80,9 +83,9 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
 def test_the_same_job_and_seed_give_the_same_adapter(tmp_path: Path) -> None:
     spec = job_loader.parse(NULL)
 
-    first = run_local(spec, tmp_path, means=Means())
-    second = run_local(spec, tmp_path, means=Means())
-    other = run_local(spec.model_copy(update={"seed": 1}), tmp_path, means=Means())
+    first = run_local(spec, tmp_path, means=ComputeOptions())
+    second = run_local(spec, tmp_path, means=ComputeOptions())
+    other = run_local(spec.model_copy(update={"seed": 1}), tmp_path, means=ComputeOptions())
 
     assert (first.folder.name, second.folder.name) == ("walk", "walk-2")
     assert first.report.adapter.sha256 == second.report.adapter.sha256
@@ -92,8 +95,8 @@ def test_the_same_job_and_seed_give_the_same_adapter(tmp_path: Path) -> None:
 def test_the_number_of_training_processes_changes_nothing(tmp_path: Path, family: Family) -> None:
     spec = job_loader.parse(DIGITS)
 
-    one = run_local(spec, tmp_path, means=Means(device="cpu", workers=1))
-    three = run_local(spec, tmp_path, means=Means(device="cpu", workers=3))
+    one = run_local(spec, tmp_path, means=ComputeOptions(device="cpu", workers=1))
+    three = run_local(spec, tmp_path, means=ComputeOptions(device="cpu", workers=3))
 
     assert one.report.status == three.report.status == "done"
     assert one.report.adapter.sha256 == three.report.adapter.sha256
@@ -106,8 +109,8 @@ def test_the_forecast_is_what_the_run_then_moves(tmp_path: Path, method: str, on
     text = NULL.replace("central", on).replace("cohort: 0.5", "cohort: 1.0") + f"method: {{name: {method}}}\n"
     spec = job_loader.parse(text)
 
-    found = forecast(spec, Means())
-    report = run_local(spec, tmp_path, means=Means()).report
+    found = dry_run(spec, ComputeOptions())
+    report = run_local(spec, tmp_path, means=ComputeOptions()).report
 
     assert report.rounds[1].bytes_up == found.round_bytes_up
     assert sum(r.bytes_up + r.bytes_down for r in report.rounds) <= found.total_bytes
@@ -117,7 +120,7 @@ def test_bad_input_that_only_the_clients_can_see_ends_the_run_with_exit_code_2(t
     text = DIGITS.replace("tiny:vit", "tiny:nothing")
 
     with pytest.raises(BadInput, match="tiny:nothing"):
-        run_local(job_loader.parse(text), tmp_path, means=Means(device="cpu"))
+        run_local(job_loader.parse(text), tmp_path, means=ComputeOptions(device="cpu"))
 
     assert family.members() == []
     assert list(tmp_path.iterdir()) == []

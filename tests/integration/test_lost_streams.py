@@ -10,9 +10,9 @@ from seen import Seen
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing, Queue
 from lorabbit.broker.rabbitmq.broker import RabbitBroker
-from lorabbit.transfer.chunked_transfer import AdapterReader
+from lorabbit.transfer.chunked_transfer import StreamReader
 from lorabbit.transfer.payload_store import PayloadStore
-from lorabbit.transfer.stream_publisher import AdapterPublisher
+from lorabbit.transfer.stream_publisher import StreamPublisher
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 
@@ -30,13 +30,13 @@ def test_a_payload_whose_stream_the_broker_lost_is_published_and_read_all_the_sa
     broker.declare_queue(topology.adapter_stream(ref.sha256))
     rabbitmq.kill()
     rabbitmq.start()
-    publisher = AdapterPublisher(broker, server)
+    publisher = StreamPublisher(broker, server)
     published, read = Seen(broker), Seen(broker)
 
     publisher.publish(ref, published.add)
     published.wait(1)
     told = ref.model_copy(update={"stream": publisher.number(ref.sha256)})
-    reader = AdapterReader(broker, PayloadStore(tmp_path / "client", durable=False), told, read.add)
+    reader = StreamReader(broker, PayloadStore(tmp_path / "client", durable=False), told, read.add)
     read.wait(1)
     publisher.withdraw(ref.sha256)
 
@@ -54,8 +54,8 @@ def test_a_stream_without_a_process_costs_nobody_the_payload(broker, rabbitmq, t
     published, early, read, letters = Seen(broker), Seen(broker), Seen(broker), Seen(broker)
     store = PayloadStore(tmp_path / "client", durable=False)
 
-    too_early = AdapterReader(broker, store, ref, early.add)
-    publisher = AdapterPublisher(broker, server)
+    too_early = StreamReader(broker, store, ref, early.add)
+    publisher = StreamPublisher(broker, server)
     publisher.publish(ref, published.add)
     published.wait(1)
     broker.subscribe("inbox", letters.add)
@@ -63,7 +63,7 @@ def test_a_stream_without_a_process_costs_nobody_the_payload(broker, rabbitmq, t
     letters.wait(1)
     too_early.cancel()
     told = ref.model_copy(update={"stream": publisher.number(ref.sha256)})
-    AdapterReader(broker, store, told, read.add)
+    StreamReader(broker, store, told, read.add)
     read.wait(1)
 
     assert (published, early, read) == ([None], [], [None])

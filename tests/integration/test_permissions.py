@@ -21,7 +21,7 @@ from services import serve
 from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing
 from lorabbit.broker.rabbitmq.broker import RabbitBroker
-from lorabbit.config.enrolment import digest
+from lorabbit.config.enrollment import digest
 from lorabbit.config.settings import ClientSettings
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol import codec

@@ -10,8 +10,8 @@ from lorabbit import job_loader
 from lorabbit.errors import BadInput
 from lorabbit.methods.registry import METHODS
 from lorabbit.tensors.serialization import read_tensors
-from lorabbit_cli.local.dry_run import forecast, lines
-from lorabbit_cli.local.embedded_run import Means, run_local
+from lorabbit_cli.local.dry_run import dry_run, lines
+from lorabbit_cli.local.embedded_run import ComputeOptions, run_local
 
 JOB = """
 name: own
@@ -27,7 +27,7 @@ PERSONAL = sorted(name for name in METHODS if METHODS[name].personal)
 
 def run(folder: Path, method: str, *, workers: int = 1, **changes):
     spec = job_loader.parse(JOB.replace("METHOD", method)).model_copy(update=changes)
-    return run_local(spec, folder, means=Means(device="cpu", workers=workers))
+    return run_local(spec, folder, means=ComputeOptions(device="cpu", workers=workers))
 
 
 @pytest.mark.parametrize("method", PERSONAL)
@@ -76,8 +76,8 @@ def test_the_number_of_training_processes_changes_nothing(tmp_path: Path) -> Non
 def test_the_forecast_of_a_method_with_own_models_is_what_the_run_then_moves(tmp_path: Path, method: str) -> None:
     spec = job_loader.parse(JOB.replace("METHOD", method)).model_copy(update={"rounds": 3})
 
-    found = forecast(spec, Means(device="cpu"))
-    report = run_local(spec, tmp_path, means=Means(device="cpu", workers=1)).report
+    found = dry_run(spec, ComputeOptions(device="cpu"))
+    report = run_local(spec, tmp_path, means=ComputeOptions(device="cpu", workers=1)).report
 
     moved = (report.rounds[1].bytes_up, report.rounds[1].bytes_down)
     forecasted = (found.round_bytes_up, found.round_bytes_down)
@@ -89,7 +89,7 @@ def test_the_forecast_of_a_method_with_own_models_is_what_the_run_then_moves(tmp
 
 
 def test_the_forecast_counts_the_parameters_of_every_own_model_and_calls_none_of_them_shared() -> None:
-    found = forecast(job_loader.parse(JOB.replace("METHOD", "lg-fedavg")), Means(device="cpu"))
+    found = dry_run(job_loader.parse(JOB.replace("METHOD", "lg-fedavg")), ComputeOptions(device="cpu"))
     told = dict(lines(found))
 
     assert found.base_parameters is None

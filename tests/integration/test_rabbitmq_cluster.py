@@ -19,9 +19,9 @@ from lorabbit.broker.base import Outgoing, Queue
 from lorabbit.broker.rabbitmq.broker import RabbitBroker
 from lorabbit.config.network import urls_of_hosts
 from lorabbit.errors import BrokerRefused, BrokerUnavailable
-from lorabbit.transfer.chunked_transfer import AdapterReader, ChunkSender
+from lorabbit.transfer.chunked_transfer import ChunkSender, StreamReader
 from lorabbit.transfer.payload_store import PayloadStore
-from lorabbit.transfer.stream_publisher import AdapterPublisher
+from lorabbit.transfer.stream_publisher import StreamPublisher
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 
@@ -170,7 +170,7 @@ def test_an_adapter_is_read_whole_while_the_reader_loses_its_node(cluster, url, 
     ref = noise(store)
     server, client = connect(url), connect(url)
     published, done = Seen(server), Seen(client)
-    AdapterPublisher(server, store).publish(ref, published.add)
+    StreamPublisher(server, store).publish(ref, published.add)
     published.wait(1)
     let_the_cluster_note_its_queues(server)
     lost = []
@@ -182,7 +182,7 @@ def test_an_adapter_is_read_whole_while_the_reader_loses_its_node(cluster, url, 
                 lost.append(next(n for n in cluster.nodes if n.port == client._consuming.parameters.port))
                 lost[0].kill()
 
-    AdapterReader(client, Killing(tmp_path / "client", durable=False), ref, done.add)
+    StreamReader(client, Killing(tmp_path / "client", durable=False), ref, done.add)
 
     done.wait(1)
     assert done == [None]

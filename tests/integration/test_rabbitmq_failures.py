@@ -18,10 +18,10 @@ from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing, Queue
 from lorabbit.errors import BrokerUnavailable, LoRAbbitError
 from lorabbit.protocol.messages import PayloadRef
-from lorabbit.transfer.chunked_transfer import AdapterReader, ChunkSender, DamagedStream
+from lorabbit.transfer.chunked_transfer import ChunkSender, DamagedStream, StreamReader
 from lorabbit.transfer.chunking import CHUNK, WINDOW
 from lorabbit.transfer.payload_store import PayloadStore
-from lorabbit.transfer.stream_publisher import AdapterPublisher
+from lorabbit.transfer.stream_publisher import StreamPublisher
 
 pytestmark = pytest.mark.services
 MIB = 2**20
@@ -81,7 +81,7 @@ def test_a_download_goes_on_after_a_cut_in_the_middle(connect, empty_rabbitmq_ur
     ref = noise(store, 24)
     server, client = connect(empty_rabbitmq_url), connect(proxy.url)
     published = Seen(server)
-    AdapterPublisher(server, store).publish(ref, published.add)
+    StreamPublisher(server, store).publish(ref, published.add)
     published.wait(1)
     mine = PayloadStore(tmp_path / "client", durable=False)
     cuts = [5, 12]
@@ -94,7 +94,7 @@ def test_a_download_goes_on_after_a_cut_in_the_middle(connect, empty_rabbitmq_ur
                 proxy.cut()
 
     done = Seen(client)
-    reader = AdapterReader(client, Cutting(mine.folder, durable=False), ref, done.add)
+    reader = StreamReader(client, Cutting(mine.folder, durable=False), ref, done.add)
 
     done.wait(1)
     assert done == [None]
@@ -110,7 +110,7 @@ def test_a_download_goes_on_with_what_another_process_left(connect, empty_rabbit
     ref = noise(store, 24)
     server = connect(empty_rabbitmq_url)
     published = Seen(server)
-    AdapterPublisher(server, store).publish(ref, published.add)
+    StreamPublisher(server, store).publish(ref, published.add)
     published.wait(1)
     mine = tmp_path / "client"
     half = PayloadStore(mine, durable=False)
@@ -120,7 +120,7 @@ def test_a_download_goes_on_with_what_another_process_left(connect, empty_rabbit
     client = connect(proxy.url)
     done = Seen(client)
 
-    reader = AdapterReader(client, PayloadStore(mine, durable=False), ref, done.add)
+    reader = StreamReader(client, PayloadStore(mine, durable=False), ref, done.add)
     done.wait(1)
 
     missing = ref.size_bytes - 20 * MIB
@@ -133,13 +133,13 @@ def test_a_bit_that_flips_on_the_way_down_costs_its_chunk(connect, empty_rabbitm
     ref = noise(store, 24)
     server, client = connect(empty_rabbitmq_url), connect(proxy.url)
     published, done = Seen(server), Seen(client)
-    AdapterPublisher(server, store).publish(ref, published.add)
+    StreamPublisher(server, store).publish(ref, published.add)
     published.wait(1)
     mine = PayloadStore(tmp_path / "client", durable=False)
     proxy.flip_a_bit(upwards=False)
 
     with structlog.testing.capture_logs() as logs:
-        reader = AdapterReader(client, mine, ref, done.add)
+        reader = StreamReader(client, mine, ref, done.add)
         done.wait(1)
 
     assert done == [None]
@@ -264,12 +264,12 @@ def test_an_adapter_is_read_whole_over_a_broker_that_is_killed(connect, rabbitmq
     ref = noise(store, 8)
     server, client = connect(rabbitmq.url), connect(rabbitmq.url)
     published, done = Seen(server), Seen(client)
-    AdapterPublisher(server, store).publish(ref, published.add)
+    StreamPublisher(server, store).publish(ref, published.add)
     published.wait(1)
     let_the_broker_note_its_queues(server)
 
     rabbitmq.kill()
-    AdapterReader(client, PayloadStore(tmp_path / "client", durable=False), ref, done.add)
+    StreamReader(client, PayloadStore(tmp_path / "client", durable=False), ref, done.add)
     rabbitmq.start()
 
     done.wait(1)
@@ -310,7 +310,7 @@ def test_a_flipped_byte_in_the_stream_is_refused(connect, empty_rabbitmq_url, st
         broker.send(Outgoing("", stream.name, CHUNK, body, {"index": index}))
     done = Seen(broker)
 
-    AdapterReader(broker, PayloadStore(tmp_path / "client", durable=False), ref, done.add)
+    StreamReader(broker, PayloadStore(tmp_path / "client", durable=False), ref, done.add)
 
     done.wait(1)
     assert [type(answer) for answer in done] == [DamagedStream]
@@ -401,11 +401,11 @@ def test_200_megabytes_pass_a_broker_that_takes_16_at_a_time(connect, empty_rabb
     mine = PayloadStore(tmp_path / "client", durable=False)
     done, sent, arrived = Seen(client), Seen(client), Seen(server)
     published = Seen(server)
-    publisher = AdapterPublisher(server, store)
+    publisher = StreamPublisher(server, store)
     publisher.publish(ref, published.add)
     published.wait(1)
 
-    AdapterReader(client, mine, ref, done.add)
+    StreamReader(client, mine, ref, done.add)
     done.wait(1)
     publisher.withdraw(ref.sha256)
     receive_into(server, target, ref, arrived)

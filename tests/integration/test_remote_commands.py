@@ -17,18 +17,18 @@ from lorabbit.broker.memory import MemoryBroker
 from lorabbit.config.logging import configure
 from lorabbit.config.settings import ClientSettings, ServerSettings
 from lorabbit.errors import BadInput
-from lorabbit.state.redis import RedisStore
+from lorabbit.state.redis import RedisStateStore
 from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit_cli.__main__ import app
-from lorabbit_cli.api_client import Server
+from lorabbit_cli.api_client import ApiClient
 from lorabbit_client.agent.agent import Agent
-from lorabbit_client.agent.payload_cache import Shelf
+from lorabbit_client.agent.payload_cache import PayloadCache
 from lorabbit_client.execution.runners import InlineRunner
 from lorabbit_client.executor import Executor
 from lorabbit_server.api.app import make_app
-from lorabbit_server.api.metrics import Measures
+from lorabbit_server.api.metrics import ServerMetrics
 from lorabbit_server.http_server import HttpServer
-from lorabbit_server.server import Service
+from lorabbit_server.server import Server
 
 JOB = "name: walk\nmodel: {name: 'null:40KB'}\nrounds: 2\nclients: 3\n"
 FOREVER = 1e8
@@ -39,13 +39,13 @@ class Deployment:
 
     def __init__(self, folder: Path) -> None:
         self.broker = MemoryBroker()
-        self.store = RedisStore.embedded()
+        self.store = RedisStateStore.embedded()
         settings = ServerSettings(
             folder=folder / "server", durable=False, lease_seconds=FOREVER, client_lease_seconds=FOREVER
         )
-        self.service = Service(self.broker, self.store, settings, owner="test")
-        self.http = HttpServer(make_app(self.service, Measures()), "127.0.0.1", 0)
-        self.shelf = Shelf(self.broker, PayloadStore(folder / "payloads", durable=False), keep=4)
+        self.service = Server(self.broker, self.store, settings, owner="test")
+        self.http = HttpServer(make_app(self.service, ServerMetrics()), "127.0.0.1", 0)
+        self.shelf = PayloadCache(self.broker, PayloadStore(folder / "payloads", durable=False), keep=4)
         self.folder = folder
         self.thread = threading.Thread(target=self.broker.run, name="loop")
 
@@ -212,7 +212,7 @@ def test_clients_are_listed_by_pool_with_device_and_state(deployment: Deployment
 
 
 def test_doctor_finds_the_server_and_its_clients(deployment: Deployment) -> None:
-    with Server(deployment.http.url) as server:
+    with ApiClient(deployment.http.url) as server:
         assert server.ready() is None
         assert server.clients() == []
 
@@ -230,4 +230,4 @@ def test_an_export_of_what_was_not_made_names_what_there_is(deployment: Deployme
 
 def test_an_address_that_is_no_url_is_bad_input() -> None:
     with pytest.raises(BadInput, match="is no URL"):
-        Server("http://[::1").close()
+        ApiClient("http://[::1").close()

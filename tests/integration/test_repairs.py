@@ -17,14 +17,14 @@ from lorabbit.config.settings import ClientSettings, ServerSettings
 from lorabbit.events.report import Report
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Commit, Grant, PayloadRef
-from lorabbit.state.redis import RedisStore
-from lorabbit.transfer.chunking import Chunks
+from lorabbit.state.redis import RedisStateStore
+from lorabbit.transfer.chunking import ChunkedPayload
 from lorabbit.types import TRAIN
 from lorabbit_client.agent import task_run
 from lorabbit_client.agent.agent import Agent
 from lorabbit_client.execution.runners import InlineRunner
 from lorabbit_client.executor import Executor
-from lorabbit_server.server import Service
+from lorabbit_server.server import Server
 from lorabbit_server.transfer import uploads
 from lorabbit_server.transfer.uploads import AT_ONCE
 
@@ -49,7 +49,7 @@ def send(rig, client, grant, indices, *, damaged=()):
     """Send chunks of what a grant asks for, some of them with a wrong byte."""
     path = client.store.path(grant.sha256)
     ref = PayloadRef(sha256=grant.sha256, size_bytes=path.stat().st_size, chunk_bytes=1024)
-    chunks = Chunks(ref, path, (topology.UP, topology.data_key(client.address)), {"task": grant.task})
+    chunks = ChunkedPayload(ref, path, (topology.UP, topology.data_key(client.address)), {"task": grant.task})
     for index in indices:
         message = chunks.message(index)
         if index in damaged:
@@ -155,7 +155,7 @@ def test_a_bit_that_flips_on_the_way_up_costs_its_chunk_and_no_waiting(empty_rab
     link = Proxy(empty_rabbitmq_url)
     near, far = RabbitBroker(empty_rabbitmq_url, name="server"), RabbitBroker(link.url, name="client")
     settings = ServerSettings(folder=tmp_path / "server", durable=False, chunk_bytes=MIB // 4)
-    service = Service(near, RedisStore.embedded(), settings, owner="server")
+    service = Server(near, RedisStateStore.embedded(), settings, owner="server")
     of_client = ClientSettings(folder=tmp_path / "client", durable=False, address="site", device="cpu")
     ended, sizes = Seen(far), []
 

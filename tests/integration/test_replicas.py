@@ -13,10 +13,10 @@ from server_rig import Paused, Rig
 
 from lorabbit.errors import StoreUnavailable
 from lorabbit.job.spec import JobSpec
-from lorabbit.state.redis import RedisStore
+from lorabbit.state.redis import RedisStateStore
 from lorabbit.types import TRAIN
-from lorabbit_server.api.status import Lookout
-from lorabbit_server.health.dependencies import Surroundings
+from lorabbit_server.api.status import StatusService
+from lorabbit_server.health.dependencies import DependencyHealth
 from lorabbit_server.server import TICK_SECONDS
 
 LEASE = "lorabbit:{server}:lease"
@@ -98,7 +98,7 @@ class Drowsy(Paused):
         return super().submit(fn, *args, **kwargs)
 
 
-class Watched(RedisStore):
+class Watched(RedisStateStore):
     """Does something behind the n-th look at the newest epoch, whose answer is an old one by then."""
 
     def behind_look(self, number, do):
@@ -212,7 +212,7 @@ def test_a_server_that_stands_by_leads_a_second_after_the_lease_was_given_up_how
 
 @pytest.mark.services
 def test_a_server_that_is_told_to_stop_while_the_store_is_away_stops(rig, redis_server):
-    rig.store = RedisStore.connect(redis_server.url, patience=1)
+    rig.store = RedisStateStore.connect(redis_server.url, patience=1)
     service, stopped = rig.serve(), []
     rig.idle()
     assert service.is_leading
@@ -228,7 +228,7 @@ def test_a_server_that_is_told_to_stop_while_the_store_is_away_stops(rig, redis_
 def test_a_server_that_leads_renews_its_lease_before_it_ends_however_short_it_is(rig, lease_seconds):
     renewed = []
 
-    class Noting(RedisStore):
+    class Noting(RedisStateStore):
         def renew_lease(self, *args):
             renewed.append(rig.now)
             super().renew_lease(*args)
@@ -272,7 +272,7 @@ def elsewhere(rig):
 
 def told(rig, service):
     """Whom the job waits for, as an operator is told."""
-    lookout = Lookout(service, Surroundings(rig.broker, rig.store, service.now_ms), rig.store)
+    lookout = StatusService(service, DependencyHealth(rig.broker, rig.store, service.now_ms), rig.store)
     return lookout.status("job").waits
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from lorabbit_cli.__main__ import app
 from lorabbit_cli.scaling.base import OverQuota
 from lorabbit_cli.scaling.kubernetes_api import find_access
-from lorabbit_cli.scaling.kubernetes_pods import Warnings
+from lorabbit_cli.scaling.kubernetes_pods import WarningEvents
 from lorabbit_cli.scaling.kubernetes_workloads import Workload
 
 Scale = Callable[..., Result]
@@ -222,7 +222,7 @@ def test_what_is_said_of_a_pool_with_a_longer_name_is_not_taken_for_this_one_s(
 ):
     monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
     access = find_access(None, None)
-    warnings = Warnings(client.CoreV1Api(access.api), access.namespace)
+    warnings = WarningEvents(client.CoreV1Api(access.api), access.namespace)
     workload = Workload(kind, "fed-client", "fed", "client", "2026-01-01T00:00:00Z", scales_itself=False)
 
     api.cluster.tell(*others.split("/"), "FailedCreate", "exceeded quota: theirs")

@@ -18,7 +18,7 @@ from lorabbit.errors import BadInput
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Deny, Grant, Offer, TaskFailed, Verdict
 from lorabbit.tensors import serialization
-from lorabbit.transfer.chunking import Chunks
+from lorabbit.transfer.chunking import ChunkedPayload
 from lorabbit.types import EVALUATE, TRAIN
 from lorabbit_server.api.status import status_of
 
@@ -301,7 +301,9 @@ def test_a_chunk_that_is_damaged_on_its_way_is_sent_again_alone(rig, what):
             return False
         asked.append(grant)
         place = topology.UP, topology.data_key(client.address)
-        chunks = Chunks(client.offers[grant.task].payload, client.store.path(grant.sha256), place, {"task": grant.task})
+        chunks = ChunkedPayload(
+            client.offers[grant.task].payload, client.store.path(grant.sha256), place, {"task": grant.task}
+        )
         for index in grant.missing:
             message = chunks.message(index)
             if index == 1 and what == "body":

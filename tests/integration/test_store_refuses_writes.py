@@ -13,11 +13,11 @@ from services import Redis, free_port
 
 from lorabbit.errors import StoreRefuses
 from lorabbit.job.spec import JobSpec
-from lorabbit.state.base import Change, ClientEntry
-from lorabbit.state.redis import RedisStore
+from lorabbit.state.base import ClientEntry, StateChange
+from lorabbit.state.redis import RedisStateStore
 from lorabbit.types import TRAIN
-from lorabbit_server.api.status import Lookout
-from lorabbit_server.health.dependencies import STORE, Surroundings
+from lorabbit_server.api.status import StatusService
+from lorabbit_server.health.dependencies import STORE, DependencyHealth
 
 pytestmark = pytest.mark.services
 FULL, ROOM = "1mb", "0"
@@ -32,7 +32,7 @@ def admin(redis_server):
 
 @pytest.fixture
 def store(redis_server):
-    made = RedisStore.connect(redis_server.url, patience=1)
+    made = RedisStateStore.connect(redis_server.url, patience=1)
     yield made
     with contextlib.suppress(redis.RedisError):
         made.close()
@@ -82,7 +82,7 @@ def test_every_write_that_redis_refuses_is_one_to_try_again_and_nothing_of_it_is
         "touch_clients": lambda: store.touch_clients({"client-1": 5}),
         "enqueue": lambda: store.enqueue("job", "{}"),
         "claim_job": lambda: store.claim_job("job", epoch),
-        "commit": lambda: store.commit("job", Change(uuid4().hex, epoch, 0, effects={"t": "5ha"}, events=["e"])),
+        "commit": lambda: store.commit("job", StateChange(uuid4().hex, epoch, 0, effects={"t": "5ha"}, events=["e"])),
         "log_progress": lambda: store.log_progress("job", ["p"]),
         "acquire_lease": lambda: store.acquire_lease("a", 600.0),
     }
@@ -116,7 +116,7 @@ def test_a_server_lives_through_a_full_redis_says_so_and_goes_on_once_there_is_r
     led = server.is_leading
     with pytest.raises(StoreRefuses):
         server.submit(JobSpec(name="another", clients=2))
-    lookout = Lookout(server, Surroundings(rig.broker, rig.store, server.now_ms), rig.store)
+    lookout = StatusService(server, DependencyHealth(rig.broker, rig.store, server.now_ms), rig.store)
     told = lookout.status(job).waits[0]
     rig.pass_seconds(2 * rig.settings.lease_seconds)
     later = lookout.status(job).waits[0]
@@ -150,7 +150,7 @@ def test_what_redis_has_of_a_job_that_is_over_may_be_deleted_to_make_room(tmp_pa
     server = rig.serve()
     rig.idle()
 
-    status = Lookout(server, Surroundings(rig.broker, rig.store, server.now_ms), rig.store).status("job")
+    status = StatusService(server, DependencyHealth(rig.broker, rig.store, server.now_ms), rig.store).status("job")
     assert (status.status, status.waits) == ("done", ())
     assert rig.report("job") == report
     assert rig.run(JobSpec(name="job", clients=2, rounds=1)).job == "job-2"

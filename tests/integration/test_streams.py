@@ -8,13 +8,13 @@ from server_rig import AtOnce, Rig
 from lorabbit.broker import topology
 from lorabbit.config.settings import ClientSettings
 from lorabbit.job.spec import JobSpec
-from lorabbit.state.redis import RedisStore
+from lorabbit.state.redis import RedisStateStore
 from lorabbit.transfer.chunked_transfer import PATIENCE_SECONDS
 from lorabbit_client.agent.agent import Agent
 from lorabbit_client.execution.runners import InlineRunner
 from lorabbit_client.executor import Executor
-from lorabbit_server.context import Means
-from lorabbit_server.server import Service
+from lorabbit_server.context import ServerOverrides
+from lorabbit_server.server import Server
 
 LEASE = "lorabbit:{server}:lease"
 SPEC = JobSpec.model_validate({
@@ -107,7 +107,7 @@ def test_a_server_that_slept_after_a_commit_destroys_no_stream_of_its_successor(
     """It wakes with the answer to its commit in hand, and would publish what another server published by then."""
     servers = []
 
-    class Sleepy(RedisStore):
+    class Sleepy(RedisStateStore):
         """Sleeps once, for longer than the lease, between a commit and its answer."""
 
         def commit(self, job, change):
@@ -124,8 +124,8 @@ def test_a_server_that_slept_after_a_commit_destroys_no_stream_of_its_successor(
             return answer
 
     rig.store = Sleepy.embedded()
-    means = Means(now_ms=lambda: round(rig.now * 1000), worker=AtOnce())
-    first = Service(rig.broker, rig.store, rig.settings, owner="first", means=means)
+    means = ServerOverrides(now_ms=lambda: round(rig.now * 1000), worker=AtOnce())
+    first = Server(rig.broker, rig.store, rig.settings, owner="first", means=means)
     rig.service = first
     first.start()
     servers.append(first)

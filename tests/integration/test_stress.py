@@ -22,7 +22,7 @@ SECONDS = 200.0
 
 @pytest.fixture(autouse=True)
 def _programs() -> None:
-    lacking = process_deployment.missing()
+    lacking = process_deployment.missing_programs()
     if lacking is not None:
         pytest.skip(f"{lacking} on this machine")
 

@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 
 from lorabbit.broker.base import Outgoing, Queue
 from lorabbit.broker.rabbitmq.broker import RabbitBroker
-from lorabbit.config.network import Trust
+from lorabbit.config.network import TlsSettings
 from lorabbit.config.settings import ServerSettings
 from lorabbit.errors import BadInput, ServerUnavailable, StoreUnavailable
-from lorabbit.state.redis import RedisStore
+from lorabbit.state.redis import RedisStateStore
 from lorabbit_cli.__main__ import app
-from lorabbit_cli.api_client import Server
+from lorabbit_cli.api_client import ApiClient
 from lorabbit_cli.certificates import make
 from lorabbit_server.http_server import HttpServer
 
@@ -24,14 +24,14 @@ pytestmark = pytest.mark.services
 
 @pytest.fixture(scope="module")
 def trust(certificates):
-    return Trust(certificates / "ca.pem")
+    return TlsSettings(certificates / "ca.pem")
 
 
 @pytest.fixture(scope="module")
 def another_authority(tmp_path_factory):
     folder = tmp_path_factory.mktemp("other")
     make(folder)
-    return Trust(folder / "ca.pem")
+    return TlsSettings(folder / "ca.pem")
 
 
 @pytest.fixture(scope="module")
@@ -112,20 +112,20 @@ def test_a_rabbitmq_of_another_authority_is_refused_in_one_sentence(tls_rabbitmq
 
 
 def test_without_verification_any_certificate_will_do(tls_rabbitmq):
-    broker = RabbitBroker(tls_rabbitmq.tls_url, name="tls", trust=Trust(verify=False))
+    broker = RabbitBroker(tls_rabbitmq.tls_url, name="tls", trust=TlsSettings(verify=False))
 
     assert sent_to_itself(broker, "unverified") == [b"over tls"]
 
 
 def test_the_store_speaks_tls_to_redis(tls_redis, trust):
-    store = RedisStore.connect(tls_redis.tls_url, trust=trust)
+    store = RedisStateStore.connect(tls_redis.tls_url, trust=trust)
 
     assert store.acquire_lease("a", 1.0) is not None
     store.close()
 
 
 def test_a_redis_of_another_authority_is_refused_in_one_sentence(tls_redis, another_authority):
-    store = RedisStore.connect(tls_redis.tls_url, trust=another_authority, patience=0)
+    store = RedisStateStore.connect(tls_redis.tls_url, trust=another_authority, patience=0)
 
     with pytest.raises(StoreUnavailable) as caught:
         store.ping()
@@ -137,13 +137,13 @@ def test_a_redis_of_another_authority_is_refused_in_one_sentence(tls_redis, anot
 
 def test_the_http_interface_speaks_tls(https, trust):
     assert https.url.startswith("https://")
-    with Server(https.url, trust=trust) as server:
+    with ApiClient(https.url, trust=trust) as server:
         assert server.jobs() == []
 
 
 def test_a_server_of_another_authority_is_refused_in_one_sentence(https, another_authority, monkeypatch):
     with (
-        Server(https.url, trust=another_authority) as server,
+        ApiClient(https.url, trust=another_authority) as server,
         pytest.raises(ServerUnavailable, match="_TLS_CA"),
     ):
         server.jobs()

@@ -11,10 +11,16 @@ from hypothesis import strategies as st
 from lorabbit.errors import Refused
 from lorabbit.protocol.messages import PayloadRef
 from lorabbit.tensors import serialization
-from lorabbit_server.aggregation.update_validation import HEADER_BYTES, Expected, Template, check_offer, check_update
+from lorabbit_server.aggregation.update_validation import (
+    HEADER_BYTES,
+    ExpectedUpdate,
+    UpdateTemplate,
+    check_offer,
+    check_update,
+)
 
 RIGHT = {"a": np.ones((2, 3), np.float32), "b": np.ones((4,), ml_dtypes.bfloat16), "n": np.ones((), np.int64)}
-TEMPLATE = Template.of(RIGHT)
+TEMPLATE = UpdateTemplate.of(RIGHT)
 
 
 @pytest.fixture
@@ -29,22 +35,22 @@ def write(tmp_path):
 
 def refused(path, template=TEMPLATE):
     with pytest.raises(Refused) as caught:
-        check_update(path, Expected(template))
+        check_update(path, ExpectedUpdate(template))
     return caught.value.reason
 
 
 def test_an_update_like_the_template_is_admitted(write):
-    check_update(write(RIGHT), Expected(TEMPLATE))
+    check_update(write(RIGHT), ExpectedUpdate(TEMPLATE))
 
 
 def test_an_update_may_be_as_large_as_what_it_started_from(write):
     start = {"a": np.full(3, 1e7, np.float32)}
 
-    check_update(write({"a": np.full(3, 2e9, np.float32)}), Expected(Template.of(start)))
+    check_update(write({"a": np.full(3, 2e9, np.float32)}), ExpectedUpdate(UpdateTemplate.of(start)))
 
 
 def test_a_template_is_the_same_from_values_and_from_a_file(write):
-    assert Template.of(serialization.read_tensors(write(RIGHT))) == TEMPLATE
+    assert UpdateTemplate.of(serialization.read_tensors(write(RIGHT))) == TEMPLATE
     assert TEMPLATE.size_bytes == 6 * 4 + 4 * 2 + 8
     assert TEMPLATE.parameters == 6 + 4 + 1
 
@@ -78,16 +84,16 @@ def test_a_file_that_is_no_safetensors_file_is_corrupt(tmp_path):
 
 
 def test_the_first_adapter_may_be_anything_finite_but_nothing(write):
-    check_update(write(RIGHT), Expected())
+    check_update(write(RIGHT), ExpectedUpdate())
 
     assert refused(write({"a": np.array([np.inf], np.float32)}), None) == "not-finite"
     assert refused(write({}), None) == "names"
 
 
 def test_where_clients_keep_models_of_their_own_the_first_adapter_may_hold_no_tensor(write):
-    check_update(write({}), Expected(may_be_empty=True))
+    check_update(write({}), ExpectedUpdate(may_be_empty=True))
 
-    assert Template.of({}).is_empty
+    assert UpdateTemplate.of({}).is_empty
     assert not TEMPLATE.is_empty
 
 

@@ -10,7 +10,7 @@ from doubles import QuadraticSession, profile
 from lorabbit.aggregation import client_side
 from lorabbit.aggregation.aggregator import HELD, Aggregation
 from lorabbit.aggregation.base_delta import compressed
-from lorabbit.aggregation.rules import RULES, Target, mean_of_components
+from lorabbit.aggregation.rules import RULES, FactorShape, mean_of_components
 from lorabbit.errors import BadInput, Refused
 from lorabbit.job.spec import JobSpec
 from lorabbit.methods.registry import METHODS, build
@@ -240,7 +240,7 @@ def test_components_are_averaged_over_the_clients_that_trained_them():
     kept = lora_math.read(adapter(), "m.q", 2.0)
     strong, weak = (lora_math.read(update(k, rank=r).tensors, "m.q", 2.0) for k, r in enumerate((3, 1)))
 
-    folded = mean_of_components([(1.0, strong), (3.0, weak)], Target(4, 2.0, kept=kept)).factors
+    folded = mean_of_components([(1.0, strong), (3.0, weak)], FactorShape(4, 2.0, kept=kept)).factors
 
     np.testing.assert_allclose(folded.a[0], 0.25 * strong.a[0] + 0.75 * weak.a[0])
     np.testing.assert_array_equal(folded.a[1:3], strong.a[1:3])

@@ -7,15 +7,15 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from lorabbit.aggregation.staleness import Carried, Carry
+from lorabbit.aggregation.staleness import CorrectedUpdate, StalenessCorrection
 from lorabbit.methods.shared_model.fedavg import FedAvg
 from lorabbit.protocol.messages import Metrics
 from lorabbit.tensors import serialization
 from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit.types import ClientId, ServerState
-from lorabbit_server.aggregation.aggregator import Background, Updates, aggregate
-from lorabbit_server.aggregation.model_versions import Versions
-from lorabbit_server.engine.state import Offered, TaskState
+from lorabbit_server.aggregation.aggregator import AcceptedUpdates, UpdateContext, aggregate
+from lorabbit_server.aggregation.model_versions import ModelVersionStore
+from lorabbit_server.engine.state import TaskState, UploadOffer
 
 SHAPE = (64, 64)
 
@@ -28,7 +28,7 @@ def payloads(tmp_path):
 def task(payloads, index, value, *, examples=1):
     ref = payloads.add_tensors({name: np.full(SHAPE, value, np.float32) for name in ("a", "b", "c")})
     name = ClientId(f"client-{index}")
-    return TaskState(f"t{index}", "train", 1, name, index, offered=Offered(Metrics(num_examples=examples), ref))
+    return TaskState(f"t{index}", "train", 1, name, index, offered=UploadOffer(Metrics(num_examples=examples), ref))
 
 
 def test_updates_are_weighted_by_examples(payloads):
@@ -44,9 +44,9 @@ def test_an_update_from_an_older_version_brings_its_change_discounted_to_the_new
         return {name: np.full(SHAPE, value, np.float32) for name in ("a", "b", "c")}
 
     fresh, stale = task(payloads, 0, 12.0, examples=1), task(payloads, 1, 5.0, examples=3)
-    carries = {stale.id: Carry(whole(1.0), whole(10.0), 0.5)}
+    carries = {stale.id: StalenessCorrection(whole(1.0), whole(10.0), 0.5)}
 
-    state = aggregate(FedAvg(), ServerState({}), [fresh, stale], payloads=payloads, background=Background(carries))
+    state = aggregate(FedAvg(), ServerState({}), [fresh, stale], payloads=payloads, background=UpdateContext(carries))
 
     # FedBuff: w + mean over n_k of s(tau_k) (w_k - w^(t - tau_k)) = 10 + (1 * 2 + 3 * 0.5 * 4) / 4
     assert np.array_equal(state.tensors["b"], np.full(SHAPE, 12.0, np.float32))
@@ -57,7 +57,7 @@ def test_one_update_alone_is_discounted_too(payloads):
     start = {name: np.full(SHAPE, 1.0, np.float32) for name in head}
     stale = task(payloads, 0, 5.0)
 
-    background = Background({stale.id: Carry(start, head, 0.25)})
+    background = UpdateContext({stale.id: StalenessCorrection(start, head, 0.25)})
     state = aggregate(FedAvg(), ServerState({}), [stale], payloads=payloads, background=background)
 
     assert np.array_equal(state.tensors["a"], np.full(SHAPE, 11.0, np.float32))
@@ -66,7 +66,9 @@ def test_one_update_alone_is_discounted_too(payloads):
 def test_what_has_no_real_numbers_is_carried_as_it_came():
     counts = {"n": np.array([3], np.int64)}
 
-    assert Carried(counts, Carry({"n": np.array([1])}, {"n": np.array([9])}, 0.5))["n"].tolist() == [3]
+    assert CorrectedUpdate(counts, StalenessCorrection({"n": np.array([1])}, {"n": np.array([9])}, 0.5))[
+        "n"
+    ].tolist() == [3]
 
 
 def test_the_order_of_arrival_does_not_change_a_bit(payloads):
@@ -82,7 +84,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(payloads):
 
 
 def test_a_loss_that_a_client_did_not_measure_is_not_a_number(payloads):
-    (update,) = Updates(FedAvg(), [task(payloads, 0, 1.0)], payloads)
+    (update,) = AcceptedUpdates(FedAvg(), [task(payloads, 0, 1.0)], payloads)
 
     assert np.isnan(update.loss)
 
@@ -101,7 +103,7 @@ def test_memory_grows_by_the_headers_of_updates_and_not_by_their_tensors(payload
 
 
 def test_a_server_state_survives_its_file_and_hands_its_own_file_out(payloads):
-    versions = Versions(FedAvg(), payloads, 1024)
+    versions = ModelVersionStore(FedAvg(), payloads, 1024)
     state = ServerState({"a": np.arange(6, dtype=np.float32)})
 
     saved = versions.save(state)
@@ -114,7 +116,7 @@ def test_a_server_state_survives_its_file_and_hands_its_own_file_out(payloads):
 
 
 def test_facts_travel_with_the_state_and_stay_out_of_what_clients_get(payloads):
-    versions = Versions(FedAvg(), payloads, 1024)
+    versions = ModelVersionStore(FedAvg(), payloads, 1024)
     saved = versions.save(ServerState({"a": np.ones(3, np.float32)}, {"round": 3, "who": ["x"]}))
 
     loaded = versions.load(saved)
@@ -126,7 +128,7 @@ def test_facts_travel_with_the_state_and_stay_out_of_what_clients_get(payloads):
 
 
 def test_one_object_in_many_plans_is_written_once(payloads):
-    versions = Versions(FedAvg(), payloads, 1024)
+    versions = ModelVersionStore(FedAvg(), payloads, 1024)
     versions.load(versions.save(ServerState({"a": np.ones(3, np.float32)})))
     shared, other = {"b": np.zeros(2, np.float32)}, {"b": np.ones(2, np.float32)}
 

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lorabbit.compression.compressor import write_coded
+from lorabbit.compression.compressor import write_compressed
 from lorabbit.errors import BadInput, CorruptPayload, Refused
-from lorabbit.job.spec import Coding
+from lorabbit.job.spec import CompressionSpec
 from lorabbit.protocol import codec
 from lorabbit.protocol.messages import (
     FROM_CLIENT,
@@ -295,7 +295,9 @@ def test_adapters_of_every_matrix_of_large_models_have_room_in_a_header(file, la
     assert len(serialization.read_tensors(file)) == len(adapter) == 2 * layers * len(matrices)
 
 
-@pytest.mark.parametrize("write", [serialization.write_tensors, partial(write_coded, coding=Coding(codec="bf16"))])
+@pytest.mark.parametrize(
+    "write", [serialization.write_tensors, partial(write_compressed, coding=CompressionSpec(codec="bf16"))]
+)
 def test_nobody_writes_a_header_that_nobody_reads(file, write):
     with pytest.raises(BadInput, match="train fewer matrices"):
         write(file, factors(140, OF_128_EXPERTS))

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from lorabbit.compression.compressed_file import Origin, coding_of, open_tensors
-from lorabbit.compression.compressor import Recipe, most_bytes, restore, write_coded
+from lorabbit.compression.compressed_file import DeltaBase, compression_of, open_tensors
+from lorabbit.compression.compressor import DecodeStep, most_bytes, restore, write_compressed
 from lorabbit.compression.quantizers import flushed, lossy
 from lorabbit.errors import BadInput, CorruptPayload, Refused
-from lorabbit.job.spec import Coding
+from lorabbit.job.spec import CompressionSpec
 from lorabbit.tensors import serialization
 
 EXAMPLES = settings(max_examples=60, deadline=None)
@@ -28,11 +28,11 @@ VALUES = arrays.arrays(
 )
 LOSSY = st.sampled_from(
     [
-        Coding(codec="bf16", delta=True),
-        Coding(codec="int8", delta=True),
-        Coding(codec="int8", delta=True, block=7),
-        Coding(codec="int4", delta=True, zstd=True),
-        Coding(codec="top-k", delta=True, share=0.1),
+        CompressionSpec(codec="bf16", delta=True),
+        CompressionSpec(codec="int8", delta=True),
+        CompressionSpec(codec="int8", delta=True, block=7),
+        CompressionSpec(codec="int4", delta=True, zstd=True),
+        CompressionSpec(codec="top-k", delta=True, share=0.1),
     ]
 )
 FACTORS = {
@@ -61,7 +61,7 @@ def largest_scale(blocks, levels):
 def test_a_block_loses_at_most_half_a_step_of_its_scale(values, codec_name, block):
     levels = {"int8": 127, "int4": 7}[codec_name]
 
-    found = there_and_back(values, Coding(codec=codec_name, block=block))
+    found = there_and_back(values, CompressionSpec(codec=codec_name, block=block))
 
     padded = np.zeros(-(-values.size // block) * block)
     padded[: values.size] = values
@@ -74,7 +74,7 @@ def test_a_block_loses_at_most_half_a_step_of_its_scale(values, codec_name, bloc
 @EXAMPLES
 @given(values=VALUES)
 def test_bf16_loses_at_most_a_256th_of_each_value(values):
-    found = there_and_back(values, Coding(codec="bf16"))
+    found = there_and_back(values, CompressionSpec(codec="bf16"))
 
     assert (np.abs(values.astype(np.float64) - found) <= 2**-8 * np.abs(values.astype(np.float64)) + 2.0**-100).all()
 
@@ -84,7 +84,7 @@ def test_bf16_loses_at_most_a_256th_of_each_value(values):
 def test_top_k_sends_the_largest_values_as_they_are_and_no_other(values, share):
     kept = min(values.size, max(1, int(np.ceil(share * values.size - 1e-9))))
 
-    found = there_and_back(values, Coding(codec="top-k", share=share))
+    found = there_and_back(values, CompressionSpec(codec="top-k", share=share))
 
     sent = found != 0
     assert np.array_equal(found[sent], values[sent])
@@ -95,7 +95,7 @@ def test_top_k_sends_the_largest_values_as_they_are_and_no_other(values, share):
 
 
 def test_of_equal_values_top_k_takes_the_first():
-    found = there_and_back(np.array([1, -2, 2, 2, 1], np.float32), Coding(codec="top-k", share=0.4))
+    found = there_and_back(np.array([1, -2, 2, 2, 1], np.float32), CompressionSpec(codec="top-k", share=0.4))
 
     assert found.tolist() == [0, -2, 2, 0, 0]
 
@@ -107,7 +107,7 @@ def test_what_top_k_leaves_out_is_smaller_by_the_share_at_least(values, share):
     kept = min(values.size, max(1, int(np.ceil(share * values.size - 1e-9))))
     wide = values.astype(np.float64) / LIMIT
 
-    left = wide - there_and_back(values, Coding(codec="top-k", share=share)).astype(np.float64) / LIMIT
+    left = wide - there_and_back(values, CompressionSpec(codec="top-k", share=share)).astype(np.float64) / LIMIT
 
     assert (left**2).sum() <= (1 - kept / values.size) * (wide**2).sum() * (1 + 1e-9)
 
@@ -120,7 +120,10 @@ def test_what_top_k_leaves_out_is_smaller_by_the_share_at_least(values, share):
         max_size=8,
     ),
     coding=st.sampled_from(
-        [Coding(codec="top-k", delta=True, share=0.1, feedback=True), Coding(codec="int4", delta=True, feedback=True)]
+        [
+            CompressionSpec(codec="top-k", delta=True, share=0.1, feedback=True),
+            CompressionSpec(codec="int4", delta=True, feedback=True),
+        ]
     ),
 )
 def test_what_was_sent_and_what_is_left_are_together_what_was_to_be_sent(changes, coding):
@@ -130,7 +133,7 @@ def test_what_was_sent_and_what_is_left_are_together_what_was_to_be_sent(changes
         path = Path(folder) / "u"
         origin = held(Path(folder), start)
         for change in changes:
-            unsent = write_coded(path, {"w": change}, coding, origin=origin, unsent=unsent)
+            unsent = write_compressed(path, {"w": change}, coding, origin=origin, unsent=unsent)
             sent += open_tensors(path, origin)["w"]
 
     wanted = np.sum(np.asarray(changes, np.float64), axis=0)
@@ -138,12 +141,12 @@ def test_what_was_sent_and_what_is_left_are_together_what_was_to_be_sent(changes
 
 
 def test_feedback_brings_every_value_across_in_the_end(tmp_path):
-    coding = Coding(codec="top-k", delta=True, share=0.1, feedback=True)
+    coding = CompressionSpec(codec="top-k", delta=True, share=0.1, feedback=True)
     origin = held(tmp_path, {"w": np.zeros(20, np.float32)})
     change, unsent, sent = np.arange(1, 21, dtype=np.float32), {}, np.zeros(20)
     for number in range(40):
         wanted = change if number == 0 else np.zeros_like(change)
-        unsent = write_coded(tmp_path / "u", {"w": wanted}, coding, origin=origin, unsent=unsent)
+        unsent = write_compressed(tmp_path / "u", {"w": wanted}, coding, origin=origin, unsent=unsent)
         sent += open_tensors(tmp_path / "u", origin)["w"]
 
     assert np.array_equal(sent, change)
@@ -153,24 +156,26 @@ def test_feedback_brings_every_value_across_in_the_end(tmp_path):
 # ---- files ----
 def held(folder, tensors):
     path = folder / "held"
-    return Origin(serialization.write_tensors(path, tensors), serialization.read_tensors(path))
+    return DeltaBase(serialization.write_tensors(path, tensors), serialization.read_tensors(path))
 
 
 def moved(tensors, by=0.01):
     return {name: value + np.float32(by) if value.dtype == np.float32 else value for name, value in tensors.items()}
 
 
-@pytest.mark.parametrize("coding", [Coding(zstd=True), Coding(delta=True, zstd=True)], ids=lambda coding: coding.word)
+@pytest.mark.parametrize(
+    "coding", [CompressionSpec(zstd=True), CompressionSpec(delta=True, zstd=True)], ids=lambda coding: coding.word
+)
 @pytest.mark.parametrize("kind", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
 def test_a_lossless_file_comes_back_to_the_bit(tmp_path, coding, kind):
     given_ = {name: value.astype(kind) if value.dtype == np.float32 else value for name, value in FACTORS.items()}
     origin = held(tmp_path, given_)
     new = {name: value + kind(0.01) if value.dtype == kind else value for name, value in given_.items()}
 
-    write_coded(tmp_path / "c", new, coding, origin=origin)
+    write_compressed(tmp_path / "c", new, coding, origin=origin)
 
     found = open_tensors(tmp_path / "c", origin)
-    assert coding_of(found) == coding
+    assert compression_of(found) == coding
     assert serialization.tensors_sha256(found) == serialization.tensors_sha256(new)
 
 
@@ -180,7 +185,7 @@ def test_a_difference_brings_any_bits_across_whatever_they_mean(values, before):
     with TemporaryDirectory() as folder:
         origin = held(Path(folder), {"w": before[: values.size].view(np.float32)})
         path = Path(folder) / "c"
-        write_coded(path, {"w": values.view(np.float32)}, Coding(delta=True, zstd=True), origin=origin)
+        write_compressed(path, {"w": values.view(np.float32)}, CompressionSpec(delta=True, zstd=True), origin=origin)
 
         assert np.array_equal(open_tensors(path, origin)["w"].view(np.uint32), values)
 
@@ -190,7 +195,7 @@ def test_a_difference_brings_any_bits_across_whatever_they_mean(values, before):
 def test_what_is_no_real_number_is_never_rounded(tmp_path, name, delta):
     origin = held(tmp_path, FACTORS)
 
-    write_coded(tmp_path / "c", moved(FACTORS), Coding(codec=name, delta=delta), origin=origin)
+    write_compressed(tmp_path / "c", moved(FACTORS), CompressionSpec(codec=name, delta=delta), origin=origin)
 
     found = open_tensors(tmp_path / "c", origin)
     assert dict(found).keys() == FACTORS.keys()
@@ -206,7 +211,7 @@ def test_a_small_change_of_large_factors_loses_little_where_the_factors_themselv
     origin, new = held(tmp_path, large), moved(large, 1e-3)
     lost = {}
     for delta in (True, False):
-        write_coded(tmp_path / "c", new, Coding(codec="int8", delta=delta), origin=origin)
+        write_compressed(tmp_path / "c", new, CompressionSpec(codec="int8", delta=delta), origin=origin)
         lost[delta] = np.abs(open_tensors(tmp_path / "c", origin)["w"] - new["w"]).max()
 
     assert lost[True] < 1e-5
@@ -217,7 +222,7 @@ def test_a_client_of_lower_rank_tells_the_difference_to_the_leading_components(t
     origin = held(tmp_path, FACTORS)
     part = {"b.lora_A": FACTORS["b.lora_A"][:3] + 1, "b.lora_B": FACTORS["b.lora_B"][:, :3] + 1}
 
-    write_coded(tmp_path / "c", part, Coding(codec="int8", delta=True), origin=origin)
+    write_compressed(tmp_path / "c", part, CompressionSpec(codec="int8", delta=True), origin=origin)
 
     found = open_tensors(tmp_path / "c", origin)
     assert np.abs(found["b.lora_A"] - part["b.lora_A"]).max() <= 1 / 127
@@ -227,18 +232,18 @@ def test_a_client_of_lower_rank_tells_the_difference_to_the_leading_components(t
 def test_the_size_is_known_before_and_zstd_never_makes_it_larger(tmp_path):
     origin = held(tmp_path, FACTORS)
     for name in ("bf16", "int8", "int4", "top-k"):
-        coding = Coding(codec=name, delta=True)
-        write_coded(tmp_path / "c", moved(FACTORS), coding, origin=origin)
+        coding = CompressionSpec(codec=name, delta=True)
+        write_compressed(tmp_path / "c", moved(FACTORS), coding, origin=origin)
         assert (tmp_path / "c").stat().st_size == most_bytes(coding, FACTORS, origin=origin)
     noise = {"w": np.random.default_rng(0).integers(0, 2**32, 999, dtype=np.uint32).view(np.float32)}
-    write_coded(tmp_path / "c", noise, Coding(zstd=True))
-    assert (tmp_path / "c").stat().st_size <= most_bytes(Coding(zstd=True), noise)
+    write_compressed(tmp_path / "c", noise, CompressionSpec(zstd=True))
+    assert (tmp_path / "c").stat().st_size <= most_bytes(CompressionSpec(zstd=True), noise)
 
 
 def test_the_same_tensors_give_the_same_bytes_and_a_file_any_safetensors_reader_opens(tmp_path):
     origin = held(tmp_path, FACTORS)
     for path in (tmp_path / "1", tmp_path / "2"):
-        write_coded(path, moved(FACTORS), Coding(codec="int4", delta=True), origin=origin)
+        write_compressed(path, moved(FACTORS), CompressionSpec(codec="int4", delta=True), origin=origin)
 
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
     assert set(serialization.read_tensors(tmp_path / "1")) == {"index", "sections"}
@@ -246,7 +251,9 @@ def test_the_same_tensors_give_the_same_bytes_and_a_file_any_safetensors_reader_
 
 
 def test_decoded_values_are_those_of_the_formula_on_every_machine(tmp_path):
-    write_coded(tmp_path / "c", {"w": np.array([1, -0.3, 0.1, 0], np.float32)}, Coding(codec="int8", block=2))
+    write_compressed(
+        tmp_path / "c", {"w": np.array([1, -0.3, 0.1, 0], np.float32)}, CompressionSpec(codec="int8", block=2)
+    )
 
     scales = [130 * 2**-14, 207 * 2**-18]  # 1/127 = 129.01 2^-14 and 0.1/127 = 206.4 2^-18, up to eight bits
     expected = [126 * scales[0], -38 * scales[0], 127 * scales[1], 0]
@@ -255,23 +262,23 @@ def test_decoded_values_are_those_of_the_formula_on_every_machine(tmp_path):
 
 def test_another_origin_than_the_one_told_is_refused(tmp_path):
     origin = held(tmp_path, FACTORS)
-    write_coded(tmp_path / "c", moved(FACTORS), Coding(codec="int8", delta=True), origin=origin)
+    write_compressed(tmp_path / "c", moved(FACTORS), CompressionSpec(codec="int8", delta=True), origin=origin)
 
-    for wrong in (None, Origin("0" * 64, origin.tensors)):
+    for wrong in (None, DeltaBase("0" * 64, origin.tensors)):
         with pytest.raises(Refused, match="origin"):
             open_tensors(tmp_path / "c", wrong)
 
 
 def test_a_tensor_of_a_type_that_cannot_travel_is_bad_input_and_leaves_nothing(tmp_path):
     with pytest.raises(BadInput, match="complex64"):
-        write_coded(tmp_path / "c", {"w": np.zeros(2, np.complex64)}, Coding(codec="int8"))
+        write_compressed(tmp_path / "c", {"w": np.zeros(2, np.complex64)}, CompressionSpec(codec="int8"))
 
     assert list(tmp_path.iterdir()) == []
 
 
 # ---- whole files of coded ones ----
 def recipe(folder, new, coding, origin, **more):
-    write_coded(folder / "coded", new, coding, origin=origin)
+    write_compressed(folder / "coded", new, coding, origin=origin)
     whole = folder / "whole"
     sha256 = serialization.write_tensors(whole, open_tensors(folder / "coded", origin))
     size = whole.stat().st_size
@@ -280,11 +287,11 @@ def recipe(folder, new, coding, origin, **more):
         "coded": folder / "coded", "origin": folder / "held", "target": folder / "whole",
         "origin_sha256": origin.sha256, "sha256": sha256, "size_bytes": size,
     }  # fmt: skip
-    return Recipe(**{**known, **more})
+    return DecodeStep(**{**known, **more})
 
 
 def test_a_whole_file_is_made_of_a_coded_one_and_checked_against_its_hash(tmp_path):
-    made = recipe(tmp_path, moved(FACTORS), Coding(delta=True, zstd=True), held(tmp_path, FACTORS))
+    made = recipe(tmp_path, moved(FACTORS), CompressionSpec(delta=True, zstd=True), held(tmp_path, FACTORS))
 
     restore(made)
     restore(made)
@@ -295,7 +302,7 @@ def test_a_whole_file_is_made_of_a_coded_one_and_checked_against_its_hash(tmp_pa
 
 @pytest.mark.parametrize("wrong", [{"sha256": "0" * 64}, {"size_bytes": 64}])
 def test_a_coded_file_that_does_not_give_what_was_announced_is_deleted_with_what_it_needs(tmp_path, wrong):
-    made = recipe(tmp_path, moved(FACTORS), Coding(delta=True, zstd=True), held(tmp_path, FACTORS), **wrong)
+    made = recipe(tmp_path, moved(FACTORS), CompressionSpec(delta=True, zstd=True), held(tmp_path, FACTORS), **wrong)
 
     with pytest.raises(CorruptPayload):
         restore(made)

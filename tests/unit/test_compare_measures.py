@@ -6,10 +6,10 @@ import pytest
 
 from lorabbit.events.report import AdapterFacts, ClientRound, Report, Round
 from lorabbit.job.spec import JobSpec
-from lorabbit_bench.compare.cache import Outcome
-from lorabbit_bench.compare.metrics import Measures, measure, round_seconds
+from lorabbit_bench.compare.cache import RunOutcome
+from lorabbit_bench.compare.metrics import RunMetrics, round_seconds, run_metrics
 from lorabbit_bench.compare.statistics import bootstrap, paired_t, spread
-from lorabbit_bench.compare.sweep import Device, Link, Planned
+from lorabbit_bench.compare.sweep import ComputeDevice, NetworkLink, RunSpec
 
 CLIENTS = ["a", "b"]
 
@@ -42,9 +42,9 @@ def report(scores: list[float | None], metric: str = "accuracy") -> Report:
     )
 
 
-def measured(scores: list[float | None], metric: str = "accuracy", **more: object) -> Measures:
-    planned = Planned("all", "x", 0, JobSpec())
-    return measure(planned, report(scores, metric), Outcome(key="k", status="done"), **more)  # type: ignore[arg-type]
+def measured(scores: list[float | None], metric: str = "accuracy", **more: object) -> RunMetrics:
+    planned = RunSpec("all", "x", 0, JobSpec())
+    return run_metrics(planned, report(scores, metric), RunOutcome(key="k", status="done"), **more)  # type: ignore[arg-type]
 
 
 def test_totals_are_sums_over_the_rounds() -> None:
@@ -60,7 +60,7 @@ def test_what_prepared_the_job_counts_before_the_first_round() -> None:
         round=0, cohort=CLIENTS, bytes_up=1000, bytes_down=7, seconds=2.0, per_client=[part("a", seconds=2.0)]
     )
 
-    found = measure(Planned("all", "x", 0, JobSpec()), prepared, Outcome(key="k", status="done"))
+    found = run_metrics(RunSpec("all", "x", 0, JobSpec()), prepared, RunOutcome(key="k", status="done"))
 
     assert (found.bytes_up, found.bytes_down, found.client_seconds, found.rounds) == (1200, 107, 6.0, 1)
     assert [(p.round, p.bytes_up, p.seconds) for p in found.curve] == [(1, 1200, 7.0)]
@@ -122,26 +122,30 @@ def test_a_modelled_round_lasts_as_long_as_its_slowest_client() -> None:
             part("b", seconds=3.0, bytes_up=2_000_000, bytes_down=1_000_000),
         ],
     )  # fmt: skip
-    link = Link(up_mbit=4, down_mbit=8, latency_ms=10)
+    link = NetworkLink(up_mbit=4, down_mbit=8, latency_ms=10)
 
-    assert round_seconds(row, CLIENTS, link, Device(seconds_factor=10, client_speeds=(1, 2))) == pytest.approx(20.52)
-    assert round_seconds(row, CLIENTS, link, Device(seconds_factor=10, client_speeds=(1, 4))) == pytest.approx(15.52)
+    assert round_seconds(row, CLIENTS, link, ComputeDevice(seconds_factor=10, client_speeds=(1, 2))) == pytest.approx(
+        20.52
+    )
+    assert round_seconds(row, CLIENTS, link, ComputeDevice(seconds_factor=10, client_speeds=(1, 4))) == pytest.approx(
+        15.52
+    )
 
 
 def test_overhead_takes_its_time_on_the_link() -> None:
     row = Round(round=1, cohort=["a"], per_client=[part("a", overhead_up=1_000_000, overhead_down=1_000_000)])
 
-    assert round_seconds(row, CLIENTS, Link(up_mbit=8, down_mbit=4), Device()) == pytest.approx(3.0)
+    assert round_seconds(row, CLIENTS, NetworkLink(up_mbit=8, down_mbit=4), ComputeDevice()) == pytest.approx(3.0)
 
 
 def test_a_client_that_was_only_scored_holds_up_no_modelled_round() -> None:
     row = Round(round=1, cohort=["a"], per_client=[part("a", seconds=1.0), part("b", seconds=50.0)])
 
-    assert round_seconds(row, CLIENTS, Link(up_mbit=1, down_mbit=1), Device()) == pytest.approx(1.0)
+    assert round_seconds(row, CLIENTS, NetworkLink(up_mbit=1, down_mbit=1), ComputeDevice()) == pytest.approx(1.0)
 
 
 def test_modelled_time_adds_up_over_the_rounds() -> None:
-    found = measured([0.5, 0.6], link=Link(up_mbit=0.0008, down_mbit=0.0004))
+    found = measured([0.5, 0.6], link=NetworkLink(up_mbit=0.0008, down_mbit=0.0004))
 
     # Each round: 50 bytes at 50 a second, 3 seconds, 100 bytes at 100 a second, half a second.
     assert [point.modelled_seconds for point in found.curve] == pytest.approx([5.5, 11.0])
@@ -209,11 +213,11 @@ def test_operations_and_numbers_sent_are_sums_and_unknown_where_a_training_was_n
     for round_ in counted.rounds:
         round_.per_client[0].flops, round_.per_client[1].flops = 3e9, 4e9
         round_.per_client[0].parameters_up, round_.per_client[1].parameters_up = 10, 11
-    planned, outcome = Planned("all", "x", 0, JobSpec()), Outcome(key="k", status="done")
+    planned, outcome = RunSpec("all", "x", 0, JobSpec()), RunOutcome(key="k", status="done")
 
-    found = measure(planned, counted, outcome)
+    found = run_metrics(planned, counted, outcome)
     counted.rounds[1].per_client[0].flops = 0.0
-    partly = measure(planned, counted, outcome)
+    partly = run_metrics(planned, counted, outcome)
 
     assert (found.flops, found.parameters_up, [p.flops for p in found.curve]) == (1.4e10, 42, [7e9, 1.4e10])
     assert (partly.flops, [p.flops for p in partly.curve]) == (None, [7e9, None])
@@ -221,10 +225,10 @@ def test_operations_and_numbers_sent_are_sums_and_unknown_where_a_training_was_n
 
 def test_a_device_with_a_rate_computes_for_as_long_as_its_counted_operations_take() -> None:
     row = report([0.5]).rounds[0]
-    link = Link(up_mbit=1e9, down_mbit=1e9)
+    link = NetworkLink(up_mbit=1e9, down_mbit=1e9)
     row.per_client[0].flops, row.per_client[1].flops = 8e9, 2e9
 
     # client-a: 8e9 operations at 2e9 a second; client-b: 2e9 at 1e9. Measured seconds no longer count.
-    found = round_seconds(row, CLIENTS, link, Device(gflops=2.0, client_speeds=(1.0, 0.5)))
+    found = round_seconds(row, CLIENTS, link, ComputeDevice(gflops=2.0, client_speeds=(1.0, 0.5)))
 
     assert found == pytest.approx(4.0 + 0.5)

@@ -11,27 +11,27 @@ import pytest
 
 from lorabbit.job.spec import JobSpec
 from lorabbit_bench.compare import report
-from lorabbit_bench.compare.metrics import Measures, Point
+from lorabbit_bench.compare.metrics import RunMetrics, ScoredRound
 from lorabbit_bench.compare.report import difference_text, share_text, tables
-from lorabbit_bench.compare.results import Comparison, Row, compare
-from lorabbit_bench.compare.sweep import Link, Planned, Sweep, Target
+from lorabbit_bench.compare.results import Comparison, RunRow, compare
+from lorabbit_bench.compare.sweep import NetworkLink, RunSpec, ScoreTarget, Sweep
 
 SEEDS = (0, 1, 2)
 
 
 def run(
     label: str, seed: int, scores: list[float], *, size: int = 100, clients: dict[str, float] | None = None
-) -> Measures:
+) -> RunMetrics:
     """A run whose every round costs `size` bytes up, half of it down, 2 seconds and 4 modelled ones."""
     curve = [
-        Point(
+        ScoredRound(
             round=n, score=score, bytes_up=size * n, bytes_down=size * n // 2, seconds=2.0 * n, client_seconds=1.0 * n,
             modelled_seconds=4.0 * n,
         )
         for n, score in enumerate(scores, start=1)
     ]  # fmt: skip
     n = len(scores)
-    return Measures(
+    return RunMetrics(
         case="all", label=label, seed=seed, key="k", job=label, metric="accuracy", lower_is_better=False,
         final=scores[-1], best=max(scores), best_round=1, client_scores=clients or {}, rounds=n, trainable=7,
         base_parameters=70, bytes_up=size * n, bytes_down=size * n // 2, overhead=0, bytes_by_role={},
@@ -40,9 +40,9 @@ def run(
     )  # fmt: skip
 
 
-def sweep(target: Target | None = None) -> Sweep:
-    planned = tuple(Planned("all", label, seed, JobSpec()) for label in ("full", "lora") for seed in SEEDS)
-    link = Link(up_mbit=1, down_mbit=1)
+def sweep(target: ScoreTarget | None = None) -> Sweep:
+    planned = tuple(RunSpec("all", label, seed, JobSpec()) for label in ("full", "lora") for seed in SEEDS)
+    link = NetworkLink(up_mbit=1, down_mbit=1)
     return Sweep("toy", "", ("all",), ("full", "lora"), SEEDS, "full", "final", target, link, None, planned)
 
 
@@ -50,13 +50,13 @@ FULL = [run("full", seed, [0.5, 0.8 + seed / 100], size=1000) for seed in SEEDS]
 LORA = [run("lora", seed, [0.6, 0.7, 0.8, 0.81 + seed / 50]) for seed in SEEDS]
 
 
-def compared(target: Target | None = None, failed: dict[str, str] | None = None) -> Comparison:
+def compared(target: ScoreTarget | None = None, failed: dict[str, str] | None = None) -> Comparison:
     names = set(failed or {})
     runs = [m for m in (*FULL, *LORA) if f"all/{m.label}/{m.seed}" not in names]
     return compare(sweep(target), runs, failed or {}, {"lorabbit": "0"})
 
 
-def row(comparison: Comparison, label: str) -> Row:
+def row(comparison: Comparison, label: str) -> RunRow:
     return next(row for row in comparison.cases[0].rows if row.label == label)
 
 
@@ -112,7 +112,7 @@ def test_payload_is_a_share_of_the_references() -> None:
 
 
 def test_a_stated_target_is_read_off_every_seed() -> None:
-    comparison = compared(Target(value=0.8))
+    comparison = compared(ScoreTarget(value=0.8))
 
     full, lora = row(comparison, "full").to_target, row(comparison, "lora").to_target
     assert full is not None
@@ -126,7 +126,7 @@ def test_a_stated_target_is_read_off_every_seed() -> None:
 
 
 def test_a_target_that_some_seeds_miss_has_no_shares() -> None:
-    found = row(compared(Target(value=0.82)), "full").to_target
+    found = row(compared(ScoreTarget(value=0.82)), "full").to_target
 
     assert found is not None
     assert (found.seeds, found.of, found.bytes_share) == (1, 3, None)
@@ -134,14 +134,14 @@ def test_a_target_that_some_seeds_miss_has_no_shares() -> None:
 
 def test_a_shared_target_is_below_the_worst_plateau() -> None:
     # Plateaus: full mean(0.5, 0.81) = 0.655; lora mean(0.7, 0.8, 0.83) = 0.7767.
-    assert compared(Target(share=0.9)).cases[0].target == pytest.approx(0.9 * 0.655)
+    assert compared(ScoreTarget(share=0.9)).cases[0].target == pytest.approx(0.9 * 0.655)
 
 
 def test_a_target_can_be_a_share_of_the_references_plateau() -> None:
     # lora is made the worse one: its plateau would be 0.3.
     worse = [run("lora", seed, [0.3]) for seed in SEEDS]
 
-    found = compare(sweep(Target(share=0.9, of="reference")), [*FULL, *worse], {}, {}).cases[0].target
+    found = compare(sweep(ScoreTarget(share=0.9, of="reference")), [*FULL, *worse], {}, {}).cases[0].target
 
     assert found == pytest.approx(0.9 * 0.655)
 
@@ -155,7 +155,7 @@ def test_a_missing_run_is_named_with_its_reason() -> None:
 
 
 def test_a_run_that_failed_with_every_seed_leaves_a_row_of_dashes() -> None:
-    comparison = compared(Target(value=0.8), {f"all/lora/{seed}": "it broke" for seed in SEEDS})
+    comparison = compared(ScoreTarget(value=0.8), {f"all/lora/{seed}": "it broke" for seed in SEEDS})
 
     scores, cost, target, *_ = tables(comparison, comparison.cases[0])
 
@@ -181,13 +181,13 @@ def test_shares_are_written_as_percent(share: float | None, text: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    report.write(compared(Target(value=0.8)), sweep(), tmp_path / "made", "lorabbit compare toy.yaml")
+    report.write(compared(ScoreTarget(value=0.8)), sweep(), tmp_path / "made", "lorabbit compare toy.yaml")
     return tmp_path / "made"
 
 
 def test_the_json_is_the_comparison(folder: Path) -> None:
     assert Comparison.model_validate(json.loads((folder / "comparison.json").read_text())) == compared(
-        Target(value=0.8)
+        ScoreTarget(value=0.8)
     )
 
 
@@ -204,7 +204,7 @@ def test_the_csv_has_a_line_for_each_run(folder: Path) -> None:
 def test_the_pages_show_every_table(folder: Path) -> None:
     markdown, html = (folder / "report.md").read_text(), (folder / "report.html").read_text()
 
-    comparison = compared(Target(value=0.8))
+    comparison = compared(ScoreTarget(value=0.8))
     for table in tables(comparison, comparison.cases[0]):
         assert f"### {table.title}" in markdown
         assert f"<h2>{table.title}</h2>" in html
@@ -232,7 +232,7 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
 
 
 def test_the_same_comparison_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
-    report.write(compared(Target(value=0.8)), sweep(), tmp_path / "again", "lorabbit compare toy.yaml")
+    report.write(compared(ScoreTarget(value=0.8)), sweep(), tmp_path / "again", "lorabbit compare toy.yaml")
 
     for name in ("comparison.json", "report.html", "report.md", "summary.csv", "plots/all-bytes.png"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()

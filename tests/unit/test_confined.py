@@ -9,8 +9,8 @@ import pytest
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, Task
-from lorabbit_client.execution.data_sandbox import ConfinedExecutor, check_source
-from lorabbit_client.execution.interface import OnProgress, Outcome, Work
+from lorabbit_client.execution.data_sandbox import SandboxedExecutor, check_source
+from lorabbit_client.execution.interface import OnProgress, TaskInput, TaskResult
 from lorabbit_client.execution.runners import InlineRunner
 
 
@@ -20,20 +20,20 @@ class Recording:
     def __init__(self) -> None:
         self.sources: list[str] = []
 
-    def execute(self, work: Work, _on_progress: OnProgress) -> Outcome:
+    def execute(self, work: TaskInput, _on_progress: OnProgress) -> TaskResult:
         self.sources.append(work.task.spec.data.source)
-        return Outcome(Metrics(num_examples=1), has_tensors=False)
+        return TaskResult(Metrics(num_examples=1), has_tensors=False)
 
 
-def outcome_of(executor: Recording, root: Path, source: str) -> Outcome:
+def outcome_of(executor: Recording, root: Path, source: str) -> TaskResult:
     """What a confined runner makes of a task of a job with this source."""
     spec = JobSpec.model_validate({"data": {"source": source}})
     ids = {"job": "job", "task": "job.1", "client": "client-1", "phase": "train"}
     numbers = {"index": 0, "population": 1, "round": 1, "attempt": 1, "epoch": 1, "seed": 0}
     task = Task.model_validate({**ids, **numbers, "payloads": {}, "settings": {}, "spec": spec})
-    outcomes: list[Outcome] = []
-    runner = InlineRunner(ConfinedExecutor(executor, root))
-    runner.submit(Work(task, {}, root / "output", root, root / "privacy.json"), lambda *_: None, outcomes.append)
+    outcomes: list[TaskResult] = []
+    runner = InlineRunner(SandboxedExecutor(executor, root))
+    runner.submit(TaskInput(task, {}, root / "output", root, root / "privacy.json"), lambda *_: None, outcomes.append)
     return outcomes[0]
 
 

@@ -24,7 +24,7 @@ def alive():
 def test_every_point_is_at_one_place_of_the_side_it_names():
     sources = {path: path.read_text() for path in (ROOT / "services").rglob("*.py")}
 
-    for point in failpoints.Point:
+    for point in failpoints.Failpoint:
         places = [path for path, text in sources.items() if re.search(rf"\bcrash\.Point\.{point.name}\b", text)]
         assert len(places) == 1, f"{point.title} is at {places}"
         assert f"lorabbit_{point.side}" in str(places[0]) or places[0].name in {"transfer.py", "publishing.py"}
@@ -39,7 +39,7 @@ def test_an_unknown_point_is_refused_at_the_start_with_the_known_ones(main, monk
     said = capsys.readouterr().err
     assert code == 2
     assert said.startswith("error: environment variable LORABBIT_CRASH_AT: there is no crash point 'somewhere'; known")
-    assert all(point.title in said for point in failpoints.Point)
+    assert all(point.title in said for point in failpoints.Failpoint)
     assert len(said.splitlines()) == 1
 
 

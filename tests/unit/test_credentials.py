@@ -7,7 +7,7 @@ import hashlib
 
 import pytest
 
-from lorabbit.config.enrolment import Join, password_hash
+from lorabbit.config.enrollment import JoinRequest, password_hash
 from lorabbit.config.settings import ClientSettings
 from lorabbit.errors import BadInput
 from lorabbit_client.agent.credentials import BEGUN, FILE, Credentials, read, settled, url_of, write
@@ -78,7 +78,7 @@ def test_a_password_is_hashed_as_rabbitmq_keeps_it():
 
 
 def test_nothing_that_holds_a_secret_shows_it():
-    wish = Join(token="a token of sixteen", client="a", password_hash=password_hash(PASSWORD))
+    wish = JoinRequest(token="a token of sixteen", client="a", password_hash=password_hash(PASSWORD))
     settings = ClientSettings(join_token="a token of sixteen", broker_url="amqp://u:s3cret@h/")
 
     shown = f"{KNOWN!r} {wish!r} {settings!r}"

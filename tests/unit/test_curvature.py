@@ -11,8 +11,15 @@ import torch
 from learning import job, write_reviews
 
 from lorabbit_client.analysis import curvature
-from lorabbit_client.analysis.curvature import Spectrum, gap_share, lanczos, lossless_share, settled_share, share_above
-from lorabbit_client.analysis.probe import looking
+from lorabbit_client.analysis.curvature import (
+    SpectralDensity,
+    gap_share,
+    lanczos,
+    lossless_share,
+    settled_share,
+    share_above,
+)
+from lorabbit_client.analysis.probe import evaluation_mode
 from lorabbit_client.dataset import Examples
 from lorabbit_client.training.workspace import LearningWorkspace
 
@@ -37,7 +44,7 @@ def test_F13_half_of_the_mass_near_zero_and_half_above_one_gives_one_half() -> N
 def test_F13_the_share_is_always_between_half_of_the_mass_above_zero_and_all_of_it(seed: int) -> None:
     draw = np.random.default_rng(seed)
     weights = draw.random(30)
-    above = share_above(Spectrum(draw.normal(0.3, 10.0 ** -(seed % 4), 30), weights / weights.sum()))
+    above = share_above(SpectralDensity(draw.normal(0.3, 10.0 ** -(seed % 4), 30), weights / weights.sum()))
 
     assert above(0.0) / 2 <= settled_share(above) <= above(0.0)
 
@@ -61,8 +68,8 @@ def test_the_first_gap_wider_than_four_lipschitz_constants_is_the_cut() -> None:
 
 def test_the_product_is_that_of_the_hessian_by_finite_differences(tmp_path: Path) -> None:
     model, rows = client(tmp_path)
-    with looking(model, attention="eager"), torch.enable_grad():
-        surface = curvature.Surface(model, rows, np.arange(6))
+    with evaluation_mode(model, attention="eager"), torch.enable_grad():
+        surface = curvature.LossSurface(model, rows, np.arange(6))
         direction = np.random.default_rng(0).standard_normal(surface.size)
         direction /= np.linalg.norm(direction)
         step = 1e-2
@@ -97,12 +104,12 @@ def test_F13_second_derivatives_are_taken_with_eager_attention_and_do_not_pass_t
     model, rows = client(tmp_path)
     assert model.model.config._attn_implementation == "sdpa"
 
-    with looking(model, attention="eager"), torch.enable_grad():
+    with evaluation_mode(model, attention="eager"), torch.enable_grad():
         assert model.model.config._attn_implementation == "eager"
-        surface = curvature.Surface(model, rows, np.arange(4))
+        surface = curvature.LossSurface(model, rows, np.arange(4))
         assert np.any(surface.product(np.ones(surface.size)))
 
-    with looking(model), torch.enable_grad():
-        surface = curvature.Surface(model, rows, np.arange(4))
+    with evaluation_mode(model), torch.enable_grad():
+        surface = curvature.LossSurface(model, rows, np.arange(4))
         with pytest.raises(RuntimeError, match="derivative"):
             surface.product(np.ones(surface.size))

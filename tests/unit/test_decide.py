@@ -15,11 +15,11 @@ from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, PayloadRef
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId
 from lorabbit_server.engine import transitions
-from lorabbit_server.engine.client_selection import Draw, population
+from lorabbit_server.engine.client_selection import ClientSampler, population
 from lorabbit_server.engine.reducer import decide, resume
 from lorabbit_server.engine.results import MAX_TRIES
 from lorabbit_server.engine.rounds import over_clients, pool
-from lorabbit_server.engine.state import JobState, Offered, Version, dump_header, dump_task, load_state
+from lorabbit_server.engine.state import JobState, ModelVersion, UploadOffer, dump_header, dump_task, load_state
 
 A, B, C = ClientId("client-1"), ClientId("client-2"), ClientId("client-3")
 BASE = "ba5e" * 16
@@ -34,7 +34,7 @@ def ref(text):
 
 
 def version(name):
-    return Version(ref(f"state {name}"), ref(f"adapter {name}"))
+    return ModelVersion(ref(f"state {name}"), ref(f"adapter {name}"))
 
 
 def metrics(**what):
@@ -44,12 +44,12 @@ def metrics(**what):
 def offer(task, *, base=BASE, **what):
     """What a client would offer for a task, made of nothing but the task itself."""
     if task.phase == EVALUATE:
-        return Offered(metrics(values={"accuracy": task.index / 10}, **what), None, base)
-    return Offered(metrics(**what), ref(f"{task.phase} {task.round} {task.index}"), base)
+        return UploadOffer(metrics(values={"accuracy": task.index / 10}, **what), None, base)
+    return UploadOffer(metrics(**what), ref(f"{task.phase} {task.round} {task.index}"), base)
 
 
 def offered(state, task, **what):
-    return decide(state, transitions.ResultOffered(task.id, task.client, offer(task, **what)))
+    return decide(state, transitions.OfferReceived(task.id, task.client, offer(task, **what)))
 
 
 def answered(state, task):
@@ -57,7 +57,7 @@ def answered(state, task):
     state, first = offered(state, task)
     if task.phase == EVALUATE:
         return state, first
-    state, second = decide(state, transitions.ResultArrived(task.id))
+    state, second = decide(state, transitions.UpdateReceived(task.id))
     return state, (*first, *second)
 
 
@@ -66,7 +66,7 @@ def sent(commands):
 
 
 def told(commands):
-    return [command.event.kind for command in commands if isinstance(command, transitions.Record)]
+    return [command.event.kind for command in commands if isinstance(command, transitions.AppendEvent)]
 
 
 def of(commands, kind):
@@ -98,7 +98,7 @@ def aggregating():
 
 def test_a_job_waits_until_its_population_is_complete():
     state, commands = decide(JobState("job", spec()), transitions.JobOpened((A,)))
-    state, more = decide(state, transitions.ClientArrived(B, (A, B)))
+    state, more = decide(state, transitions.HelloReceived(B, (A, B)))
 
     assert commands == ()
     assert told(more) == ["client-joined"]
@@ -108,7 +108,7 @@ def test_a_job_waits_until_its_population_is_complete():
 def test_a_client_that_says_hello_twice_while_gathering_joined_once():
     state, _ = decide(JobState("job", spec()), transitions.JobOpened((A,)))
 
-    _, commands = decide(state, transitions.ClientArrived(A, (A,), is_new=False))
+    _, commands = decide(state, transitions.HelloReceived(A, (A,), is_new=False))
 
     assert commands == ()
 
@@ -134,10 +134,10 @@ def test_an_offer_is_granted_and_its_arrival_counts_with_a_verdict():
     state, (task, *_) = training()
 
     state, first = offered(state, task)
-    state, second = decide(state, transitions.ResultArrived(task.id, transitions.Traffic(3, 2, 1)))
+    state, second = decide(state, transitions.UpdateReceived(task.id, transitions.PayloadTraffic(3, 2, 1)))
 
     assert of(first, transitions.GrantUpload)[0].task.id == task.id
-    assert second[0] == transitions.CountResult(task.id, offer(task).payload.sha256)
+    assert second[0] == transitions.MarkAccepted(task.id, offer(task).payload.sha256)
     accepted = second[1].event
     assert (accepted.bytes_up, accepted.overhead_up, accepted.overhead_down) == (3, 2, 1)
     assert second[2] == transitions.SendVerdict(task.id, task.client, accepted=True)
@@ -148,13 +148,13 @@ def test_a_result_that_arrives_twice_counts_once():
     state, (task, *_) = training()
     state, _ = answered(state, task)
 
-    assert decide(state, transitions.ResultArrived(task.id)) == (state, ())
+    assert decide(state, transitions.UpdateReceived(task.id)) == (state, ())
     assert offered(state, task) == (state, (transitions.SendVerdict(task.id, task.client, accepted=True),))
 
 
 def test_an_offer_for_a_task_of_a_past_round_is_accepted_again_if_it_counted_and_stale_if_not():
     state, _ = training()
-    late = transitions.ResultOffered("job.r0.train.k0", A, offer(replace(state.tasks["job.r1.train.k0"])))
+    late = transitions.OfferReceived("job.r0.train.k0", A, offer(replace(state.tasks["job.r1.train.k0"])))
 
     assert decide(state, replace(late, counted=True))[1] == (transitions.SendVerdict(late.task, A, accepted=True),)
     assert decide(state, late)[1] == (transitions.DenyUpload(late.task, A, "stale"),)
@@ -163,7 +163,7 @@ def test_an_offer_for_a_task_of_a_past_round_is_accepted_again_if_it_counted_and
 def test_an_offer_in_somebody_elses_name_changes_nothing():
     state, (task, *_) = training()
 
-    after, commands = decide(state, transitions.ResultOffered(task.id, B, offer(task)))
+    after, commands = decide(state, transitions.OfferReceived(task.id, B, offer(task)))
 
     assert after == state
     assert commands == (transitions.DenyUpload(task.id, B, "not-yours"),)
@@ -172,7 +172,7 @@ def test_an_offer_in_somebody_elses_name_changes_nothing():
 def test_a_training_result_without_tensors_is_refused():
     state, (task, *_) = training()
 
-    state, commands = decide(state, transitions.ResultOffered(task.id, task.client, Offered(metrics())))
+    state, commands = decide(state, transitions.OfferReceived(task.id, task.client, UploadOffer(metrics())))
 
     assert of(commands, transitions.DenyUpload)[0].reason == "payload"
     assert told(commands) == ["update-rejected", "task-sent"]
@@ -190,7 +190,7 @@ def test_a_refused_result_is_asked_for_again_under_a_new_name():
     state, (task, *_) = training()
     state, _ = offered(state, task)
 
-    state, commands = decide(state, transitions.ResultRefused(task.id, "not-finite", "it holds NaN"))
+    state, commands = decide(state, transitions.UpdateFailedValidation(task.id, "not-finite", "it holds NaN"))
 
     assert commands[0] == transitions.SendVerdict(task.id, task.client, accepted=False, reason="not-finite")
     assert told(commands) == ["update-rejected", "task-sent"]
@@ -200,9 +200,9 @@ def test_a_refused_result_is_asked_for_again_under_a_new_name():
 
 def test_a_late_duplicate_of_a_refused_result_is_not_counted_against_the_client_again():
     state, (task, *_) = training()
-    state, _ = decide(state, transitions.ResultRefused(task.id, "not-finite", "it holds NaN"))
+    state, _ = decide(state, transitions.UpdateFailedValidation(task.id, "not-finite", "it holds NaN"))
 
-    assert decide(state, transitions.ResultRefused(task.id, "not-finite", "it holds NaN")) == (state, ())
+    assert decide(state, transitions.UpdateFailedValidation(task.id, "not-finite", "it holds NaN")) == (state, ())
     assert offered(state, task)[1] == (transitions.DenyUpload(task.id, task.client, "stale"),)
 
 
@@ -211,7 +211,7 @@ def fail(state, index, *, phase=TRAIN, reason="out of memory"):
     seen = []
     for _ in range(MAX_TRIES):
         task = next(t for t in state.tasks.values() if t.index == index and t.phase == phase)
-        state, commands = decide(state, transitions.TaskFailed(task.id, task.client, reason, at_ms=9))
+        state, commands = decide(state, transitions.TaskFailureReceived(task.id, task.client, reason, at_ms=9))
         seen += commands
     return state, seen
 
@@ -272,7 +272,7 @@ def test_a_first_adapter_that_is_none_is_left_out_and_the_next_client_makes_one(
     state, commands = opened()
     state, _ = answered(state, sent(commands)[0])
     state, commands = decide(
-        state, transitions.ResultsUseless(0, {next(iter(state.tasks)): "first-adapter: no factors"})
+        state, transitions.UpdatesUnusable(0, {next(iter(state.tasks)): "first-adapter: no factors"})
     )
 
     assert told(commands) == ["update-rejected", "client-set-aside", "task-sent"]
@@ -284,10 +284,10 @@ def test_a_result_that_cannot_be_folded_is_left_out_with_its_client_and_the_othe
     state = aggregating()
     bad = next(task for task in state.tasks.values() if task.index == 1)
     state, commands = decide(
-        state, transitions.ResultsUseless(1, {bad.id: "scaling: factors with scaling 9 have no mean"})
+        state, transitions.UpdatesUnusable(1, {bad.id: "scaling: factors with scaling 9 have no mean"})
     )
 
-    rejected = next(c.event for c in of(commands, transitions.Record))
+    rejected = next(c.event for c in of(commands, transitions.AppendEvent))
     assert (rejected.client, rejected.reason) == (B, "scaling")
     assert state.aside == (B,)
     assert [task.client for task in of(commands, transitions.Aggregate)[0].tasks] == [A, C]
@@ -296,7 +296,7 @@ def test_a_result_that_cannot_be_folded_is_left_out_with_its_client_and_the_othe
 def test_useless_results_of_another_round_change_nothing():
     state = aggregating()
 
-    assert decide(state, transitions.ResultsUseless(9, {next(iter(state.tasks)): "scaling: 9"})) == (state, ())
+    assert decide(state, transitions.UpdatesUnusable(9, {next(iter(state.tasks)): "scaling: 9"})) == (state, ())
 
 
 def test_a_client_that_scores_nothing_is_set_aside_and_the_score_is_the_others():
@@ -306,7 +306,7 @@ def test_a_client_that_scores_nothing_is_set_aside_and_the_score_is_the_others()
         state, _ = answered(state, task)
     state, commands = fail(state, 2, phase=EVALUATE)
 
-    scored = next(c.event for c in of(commands, transitions.Record) if isinstance(c.event, ev.RoundEvaluated))
+    scored = next(c.event for c in of(commands, transitions.AppendEvent) if isinstance(c.event, ev.RoundEvaluated))
     assert scored.metrics["accuracy"] == pytest.approx(0.05)
     assert {task.client for task in state.tasks.values()} == {A, B}
 
@@ -328,7 +328,7 @@ def test_a_revoked_client_is_not_awaited():
     state, commands = decide(state, transitions.ClientDismissed(A, (B, C), f"{A} was revoked", at_ms=9))
 
     assert told(commands) == ["client-lost", "client-set-aside"]
-    assert of(commands, transitions.CancelTask) == [transitions.CancelTask(tasks[0].id, A)]
+    assert of(commands, transitions.SendCancelTask) == [transitions.SendCancelTask(tasks[0].id, A)]
     assert [task.client for task in of(commands, transitions.Aggregate)[0].tasks] == [B, C]
 
 
@@ -336,7 +336,7 @@ def test_a_client_that_was_set_aside_is_asked_for_nothing_when_it_comes_back():
     state, _ = fail(training()[0], 0)
     state, _ = decide(state, transitions.ClientLeft(A, (B, C)))
 
-    state, commands = decide(state, transitions.ClientArrived(A, (A, B, C)))
+    state, commands = decide(state, transitions.HelloReceived(A, (A, B, C)))
 
     assert sent(commands) == []
     assert all(task.client != A for task in state.tasks.values())
@@ -359,7 +359,7 @@ def test_one_client_that_calls_the_job_bad_does_not_end_it():
     state, tasks = training()
 
     state, commands = decide(
-        state, transitions.TaskFailed(tasks[1].id, B, "data file x has no field 'label'", bad_input=True)
+        state, transitions.TaskFailureReceived(tasks[1].id, B, "data file x has no field 'label'", bad_input=True)
     )
 
     assert (state.stage, state.aside) == ("training", (B,))
@@ -369,11 +369,11 @@ def test_one_client_that_calls_the_job_bad_does_not_end_it():
 def test_a_job_that_most_clients_call_bad_ends_with_the_sentence_and_the_code_of_bad_input():
     state, tasks = training()
     for task in tasks[:2]:
-        said = transitions.TaskFailed(task.id, task.client, "data file x has no field 'label'", bad_input=True)
+        said = transitions.TaskFailureReceived(task.id, task.client, "data file x has no field 'label'", bad_input=True)
         state, commands = decide(state, said)
 
     assert (state.outcome, state.exit_code, state.reason) == ("failed", 2, "data file x has no field 'label'")
-    assert {c.client for c in of(commands, transitions.CancelTask)} == {B, C}
+    assert {c.client for c in of(commands, transitions.SendCancelTask)} == {B, C}
     assert isinstance(commands[-1], transitions.EndJob)
 
 
@@ -433,7 +433,7 @@ def test_scores_are_pooled_by_examples_and_perplexity_from_the_pooled_loss():
     _, tasks = training()
     parts = [(1, 0.0, {"accuracy": 1.0, "perplexity": 1.0}), (3, 2.0, {"accuracy": 0.0, "perplexity": math.exp(2)})]
     scored = [
-        replace(task, offered=Offered(Metrics(num_examples=n, loss=loss, values=values)))
+        replace(task, offered=UploadOffer(Metrics(num_examples=n, loss=loss, values=values)))
         for task, (n, loss, values) in zip(tasks, parts, strict=False)
     ]
 
@@ -444,7 +444,8 @@ def test_over_clients_each_client_counts_once_and_one_without_examples_not_at_al
     _, tasks = training()
     parts = [(1, 1.0), (3, 0.5), (0, 0.0)]
     scored = [
-        replace(tasks[0], offered=Offered(Metrics(num_examples=n, values={"accuracy": value}))) for n, value in parts
+        replace(tasks[0], offered=UploadOffer(Metrics(num_examples=n, values={"accuracy": value})))
+        for n, value in parts
     ]
 
     assert over_clients(scored) == {"mean_accuracy_of_clients": 0.75}
@@ -493,7 +494,7 @@ def test_a_preparation_with_a_quorum_calls_off_who_has_not_answered():
 
     state, commands = answered(state, tasks[0])
 
-    assert of(commands, transitions.CancelTask) == [transitions.CancelTask(tasks[1].id, B)]
+    assert of(commands, transitions.SendCancelTask) == [transitions.SendCancelTask(tasks[1].id, B)]
     assert [t.index for t in of(commands, transitions.Aggregate)[0].tasks] == [0, 2]
     assert offered(state, tasks[1])[1] == (transitions.DenyUpload(tasks[1].id, B, "stale"),)
 
@@ -513,16 +514,16 @@ def test_methods_whose_scores_read_private_state_are_scored_before_they_train():
 def test_a_result_without_tensors_counts_where_the_method_wants_none(wants, reason):
     state, (task, *_) = training()
 
-    state, commands = decide(state, transitions.ResultOffered(task.id, A, Offered(metrics()), wants_tensors=wants))
+    state, commands = decide(state, transitions.OfferReceived(task.id, A, UploadOffer(metrics()), wants_tensors=wants))
 
     assert [command.reason for command in of(commands, transitions.DenyUpload)] == reason
-    assert [command.sha256 for command in of(commands, transitions.CountResult)] == ([] if reason else ["-"])
+    assert [command.sha256 for command in of(commands, transitions.MarkAccepted)] == ([] if reason else ["-"])
 
 
 def test_tensors_that_the_method_does_not_want_are_refused_before_they_move():
     state, (task, *_) = training()
 
-    _, commands = decide(state, transitions.ResultOffered(task.id, A, offer(task), wants_tensors=False))
+    _, commands = decide(state, transitions.OfferReceived(task.id, A, offer(task), wants_tensors=False))
 
     assert of(commands, transitions.DenyUpload)[0].reason == "payload"
 
@@ -536,7 +537,7 @@ def test_a_lost_client_is_told_once_and_its_return_sends_its_open_tasks_again():
     state, lost = decide(state, transitions.ClientLeft(B, (A, C)))
     again = decide(state, transitions.ClientLeft(B, (A, C)))
 
-    state, commands = decide(state, transitions.ClientArrived(B, (A, B, C), "cuda"))
+    state, commands = decide(state, transitions.HelloReceived(B, (A, B, C), "cuda"))
 
     assert told(lost) == ["client-lost"]
     assert again[1] == ()
@@ -550,7 +551,7 @@ def test_a_returned_client_is_not_asked_for_what_it_holds_or_what_counted():
     state, _ = answered(state, tasks[1])
     state, _ = decide(state, transitions.RoundAggregated(1, version("1")))
 
-    _, commands = decide(state, transitions.ClientArrived(B, (A, B, C), outbox=frozenset({tasks[1].id})))
+    _, commands = decide(state, transitions.HelloReceived(B, (A, B, C), outbox=frozenset({tasks[1].id})))
 
     assert sent(commands) == []
 
@@ -559,7 +560,7 @@ def test_a_stranger_changes_nothing_in_a_job_that_has_started():
     state, _ = training()
     stranger = ClientId("client-9")
 
-    assert decide(state, transitions.ClientArrived(stranger, (A, B, C, stranger))) == (state, ())
+    assert decide(state, transitions.HelloReceived(stranger, (A, B, C, stranger))) == (state, ())
     assert decide(state, transitions.ClientLeft(stranger, (A, B, C))) == (state, ())
 
 
@@ -572,12 +573,12 @@ def test_a_cancelled_job_calls_everything_off():
     state, commands = decide(state, transitions.CancelRequested(at_ms=7))
 
     assert (state.stage, state.outcome, state.exit_code) == ("ended", "cancelled", 130)
-    assert len(of(commands, transitions.CancelTask)) == 3
+    assert len(of(commands, transitions.SendCancelTask)) == 3
     assert told(commands) == ["job-ended"]
 
 
 def test_the_servers_own_failure_ends_the_job_with_its_reason():
-    state, _ = decide(aggregating(), transitions.StepFailed("aggregating round 1 failed: disk full"))
+    state, _ = decide(aggregating(), transitions.ServerWorkFailed("aggregating round 1 failed: disk full"))
 
     assert (state.outcome, state.reason) == ("failed", "aggregating round 1 failed: disk full")
 
@@ -585,12 +586,12 @@ def test_the_servers_own_failure_ends_the_job_with_its_reason():
 def test_after_the_end_offers_are_answered_and_nothing_else_happens():
     running, tasks = training()
     state, _ = decide(running, transitions.CancelRequested())
-    late = transitions.ResultOffered(tasks[0].id, A, offer(tasks[0]))
+    late = transitions.OfferReceived(tasks[0].id, A, offer(tasks[0]))
 
     assert decide(state, late) == (state, (transitions.DenyUpload(tasks[0].id, A, "job-ended"),))
     assert decide(state, replace(late, counted=True))[1] == (transitions.SendVerdict(tasks[0].id, A, accepted=True),)
     assert decide(state, transitions.CancelRequested()) == (state, ())
-    assert decide(state, transitions.ClientArrived(A, (A,))) == (state, ())
+    assert decide(state, transitions.HelloReceived(A, (A,))) == (state, ())
 
 
 # ---- restarts ----
@@ -624,12 +625,12 @@ def test_every_state_comes_back_from_the_store_as_it_was():
 
 
 def test_a_cohort_hangs_on_seed_and_round_alone_and_is_ascending():
-    drawn = [Draw(7, r).choose(range(100), 10) for r in range(1, 50)]
+    drawn = [ClientSampler(7, r).choose(range(100), 10) for r in range(1, 50)]
 
-    assert drawn == [Draw(7, r).choose(range(100), 10) for r in range(1, 50)]
+    assert drawn == [ClientSampler(7, r).choose(range(100), 10) for r in range(1, 50)]
     assert all(list(indices) == sorted(set(indices)) and len(indices) == 10 for indices in drawn)
     assert len(set(drawn)) == 49
-    assert Draw(7, 1).choose(range(4), 4) == (0, 1, 2, 3)
+    assert ClientSampler(7, 1).choose(range(4), 4) == (0, 1, 2, 3)
 
 
 # ---- whole jobs ----
@@ -644,7 +645,7 @@ def play(job, choose):
             match command:
                 case transitions.SendTask(task):
                     waiting.append(task)
-                case transitions.Record(event):
+                case transitions.AppendEvent(event):
                     log.append(event)
                 case transitions.StartMethod():
                     waiting.append(transitions.MethodStarted(version("0"), 7))
@@ -686,8 +687,8 @@ def test_duplicates_late_arrivals_and_returning_clients_do_not_change_the_outcom
         if not past or not data.draw(st.booleans()):
             return state, []
         old = data.draw(st.sampled_from(past))
-        state, commands = decide(state, data.draw(st.sampled_from([old, transitions.ClientArrived(B, (A, B, C))])))
-        assert not of(commands, transitions.CountResult | transitions.Aggregate | transitions.EndJob)
+        state, commands = decide(state, data.draw(st.sampled_from([old, transitions.HelloReceived(B, (A, B, C))])))
+        assert not of(commands, transitions.MarkAccepted | transitions.Aggregate | transitions.EndJob)
         return state, sent(commands)
 
     state, commands = opened()
@@ -705,7 +706,7 @@ def test_duplicates_late_arrivals_and_returning_clients_do_not_change_the_outcom
             past.append(step)
         else:
             state, commands = answered(state, step)
-            past.append(transitions.ResultArrived(step.id))
+            past.append(transitions.UpdateReceived(step.id))
         state, again = disturb(state)
         ids = {task.id for task in again}
         waiting = [each for each in waiting if getattr(each, "id", None) not in ids] + again

@@ -17,23 +17,23 @@ from learning import fingerprint, job, silent, task_of, write_reviews
 from lorabbit.job.spec import JobSpec
 from lorabbit.tensors import serialization
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, TRAIN
-from lorabbit_client.execution.interface import Cancelled, Outcome, Work
+from lorabbit_client.execution.interface import Cancelled, TaskInput, TaskResult
 from lorabbit_client.executor import Executor
 
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def work(folder: Path, spec: JobSpec, phase: str = TRAIN, index: int = 0, **extra: Any) -> Work:
+def work(folder: Path, spec: JobSpec, phase: str = TRAIN, index: int = 0, **extra: Any) -> TaskInput:
     """One task, with the adapter of `folder` as its payload where there is one."""
     task = task_of(spec, index, phase, **extra)
     adapter = folder / "adapter.safetensors"
     inputs = {ADAPTER: adapter} if phase != INITIALISE and adapter.exists() else {}
-    return Work(
+    return TaskInput(
         task, inputs, folder / f"{task.task}.safetensors", folder / f"private-{index}", folder / f"privacy-{index}.json"
     )
 
 
-def initialise(executor: Executor, folder: Path, spec: JobSpec) -> Outcome:
+def initialise(executor: Executor, folder: Path, spec: JobSpec) -> TaskResult:
     """Do the first task of a job and lay its tensors where later tasks find them."""
     first = work(folder, spec, INITIALISE)
     outcome = executor.execute(first, silent)
@@ -179,7 +179,7 @@ def test_an_upload_with_a_frozen_half_leaves_it_out(folder: Path):
         serialization.write_tensors(paths[role], half)
 
     outcome = executor.execute(
-        Work(task_of(spec), paths, folder / "up.safetensors", folder / "private", folder / "privacy.json"), silent
+        TaskInput(task_of(spec), paths, folder / "up.safetensors", folder / "private", folder / "privacy.json"), silent
     )
 
     assert outcome.error is None

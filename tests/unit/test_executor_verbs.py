@@ -14,7 +14,7 @@ from lorabbit.methods.registry import METHODS
 from lorabbit.methods.shared_model.fedavg import FedAvg
 from lorabbit.tensors import lora_math, serialization
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, SHIFT, TRAIN
-from lorabbit_client.execution.interface import Work
+from lorabbit_client.execution.interface import TaskInput
 from lorabbit_client.executor import Executor
 
 
@@ -53,7 +53,9 @@ def do(  # noqa: PLR0913, PLR0917
     for role, tensors in roles.items():
         serialization.write_tensors(paths[role], tensors)
     order = task_of(spec, phase=phase, task=task)
-    outcome = executor.execute(Work(order, paths, folder / task, folder / "private", folder / "privacy.json"), silent)
+    outcome = executor.execute(
+        TaskInput(order, paths, folder / task, folder / "private", folder / "privacy.json"), silent
+    )
     assert outcome.error is None
     return serialization.read_tensors(folder / task) if outcome.has_tensors else outcome.metrics
 

@@ -22,9 +22,9 @@ from lorabbit.protocol.messages import Metrics
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit.tensors import serialization
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId, ClientProfile, ClientUpdate, Plan, ServerState
-from lorabbit_cli.local.dry_run import forecast
-from lorabbit_cli.local.embedded_run import Means
-from lorabbit_client.execution.interface import Work
+from lorabbit_cli.local.dry_run import dry_run
+from lorabbit_cli.local.embedded_run import ComputeOptions
+from lorabbit_client.execution.interface import TaskInput
 from lorabbit_client.execution.private_state import PrivateState, read_private
 from lorabbit_client.executor import Executor
 from lorabbit_client.models.loading import seeded
@@ -75,7 +75,9 @@ class Federation:
         """Everything that travelled, in either direction."""
         self.told: list[Metrics] = []
         first = self.folder / "first.safetensors"
-        self.run(Work(task_of(self.spec, phase=INITIALISE), {}, first, self.private(0), self.folder / "privacy.json"))
+        self.run(
+            TaskInput(task_of(self.spec, phase=INITIALISE), {}, first, self.private(0), self.folder / "privacy.json")
+        )
         self.state: ServerState = self.method.start(serialization.read_tensors(first))
 
     def private(self, index: int) -> Path:
@@ -84,12 +86,12 @@ class Federation:
     def kept(self, index: int) -> PrivateState:
         return read_private(self.private(index), "another task")
 
-    def run(self, work: Work) -> Metrics:
+    def run(self, work: TaskInput) -> Metrics:
         outcome = self.executor.execute(work, silent)
         assert outcome.error is None, outcome
         return outcome.metrics
 
-    def work(self, plan: Plan, number: int, index: int, phase: str = TRAIN) -> Work:
+    def work(self, plan: Plan, number: int, index: int, phase: str = TRAIN) -> TaskInput:
         inputs = {}
         for role, tensors in plan.payloads.items():
             inputs[role] = self.folder / f"{role}-{phase}-{number}-{index}.safetensors"
@@ -99,7 +101,7 @@ class Federation:
             self.spec, index, phase, round=number, task=f"{phase}-{number}-{index}", settings=dict(plan.settings),
             seed=derive_seed(self.spec.seed, phase, number, index),
         )  # fmt: skip
-        return Work(
+        return TaskInput(
             task,
             inputs,
             self.folder / f"update-{number}-{index}.safetensors",
@@ -346,7 +348,7 @@ def test_a_half_precision_job_keeps_its_own_factors_in_the_dtype_of_the_wire(tmp
 
 def test_the_forecast_of_a_round_is_what_then_travels(tmp_path: Path) -> None:
     run = fibecfed(tmp_path)
-    found = forecast(run.spec, Means())
+    found = dry_run(run.spec, ComputeOptions())
     run.round(0)
 
     run.round(1)

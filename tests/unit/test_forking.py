@@ -14,7 +14,7 @@ from family import Family
 from lorabbit.errors import BadInput, RunFailed
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, Task
-from lorabbit_client.execution.interface import OnProgress, Outcome, Work
+from lorabbit_client.execution.interface import OnProgress, TaskInput, TaskResult
 from lorabbit_client.execution.process_pool import ForkRunner
 
 PATIENCE = 20.0
@@ -33,7 +33,7 @@ class Scripted:
             raise ZeroDivisionError("1 / 0")
         self.loaded = f"{spec.name} for {list(indices)} of {population}"
 
-    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:
+    def execute(self, work: TaskInput, on_progress: OnProgress) -> TaskResult:
         phase = work.task.phase
         if phase == "die":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -53,30 +53,32 @@ class Scripted:
         if phase in {"write", "late"}:
             work.output.write_bytes(b"tensors")
         details = {"loaded": self.loaded, "pid": str(os.getpid())}
-        return Outcome(Metrics(num_examples=work.task.index), has_tensors=phase in {"write", "late"}, details=details)
+        return TaskResult(
+            Metrics(num_examples=work.task.index), has_tensors=phase in {"write", "late"}, details=details
+        )
 
 
 class Answers:
     """Collects what a runner calls back."""
 
     def __init__(self) -> None:
-        self.outcomes: queue.Queue[Outcome] = queue.Queue()
+        self.outcomes: queue.Queue[TaskResult] = queue.Queue()
         self.progress: queue.Queue[tuple[float, float | None]] = queue.Queue()
 
-    def submit(self, runner: ForkRunner, work: Work) -> None:
+    def submit(self, runner: ForkRunner, work: TaskInput) -> None:
         runner.submit(work, lambda fraction, loss: self.progress.put((fraction, loss)), self.outcomes.put)
 
-    def next(self) -> Outcome:
+    def next(self) -> TaskResult:
         return self.outcomes.get(timeout=PATIENCE)
 
 
-def work_of(tmp_path: Path, *, task: str = "t-1", client: str = "client-1", phase: str = "report") -> Work:
+def work_of(tmp_path: Path, *, task: str = "t-1", client: str = "client-1", phase: str = "report") -> TaskInput:
     spec = JobSpec()
     wire = Task(
         job="job", task=task, client=client, index=int(client.removeprefix("client-")), population=4, round=1,
         attempt=1, epoch=1, phase=phase, seed=0, payloads={}, settings={}, spec=spec,
     )  # fmt: skip
-    return Work(wire, {}, tmp_path / f"{task}.safetensors", tmp_path, tmp_path / "privacy.json")
+    return TaskInput(wire, {}, tmp_path / f"{task}.safetensors", tmp_path, tmp_path / "privacy.json")
 
 
 @pytest.fixture
@@ -129,7 +131,7 @@ def test_work_of_one_client_is_done_in_the_order_submitted(runner: ForkRunner, t
     for number in range(20):
         work = work_of(tmp_path, task=f"t-{number}")
 
-        def done(outcome: Outcome, name: str = work.task.task) -> None:
+        def done(outcome: TaskResult, name: str = work.task.task) -> None:
             finished.append(name)
             answers.outcomes.put(outcome)
 

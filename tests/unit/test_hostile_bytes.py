@@ -19,11 +19,17 @@ from lorabbit.errors import CorruptPayload, Refused
 from lorabbit.protocol import codec
 from lorabbit.protocol.messages import FROM_CLIENT, Hello, Offer, PayloadRef
 from lorabbit.tensors import serialization
-from lorabbit_server.aggregation.update_validation import MAX_CHUNKS, Expected, Template, check_offer, check_update
+from lorabbit_server.aggregation.update_validation import (
+    MAX_CHUNKS,
+    ExpectedUpdate,
+    UpdateTemplate,
+    check_offer,
+    check_update,
+)
 
 SHA = "ab" * 32
 OFFER = {"job": "j", "task": "t", "client": "c", "payload": None, "metrics": {"num_examples": 1, "facts": {"x": 0}}}
-TEMPLATE = Template.of({"w": np.zeros(1, np.float32)})
+TEMPLATE = UpdateTemplate.of({"w": np.zeros(1, np.float32)})
 REASONS = {None, "corrupt", "names", "shape", "dtype", "not-finite", "norm"}
 
 
@@ -69,9 +75,9 @@ def test_a_refusal_repeats_little_of_a_name_a_million_letters_long():
         path.write_bytes(written(header, struct.pack("<f", np.inf)))
 
         with pytest.raises(Refused) as caught:
-            check_update(path, Expected(TEMPLATE))
+            check_update(path, ExpectedUpdate(TEMPLATE))
         with pytest.raises(Refused) as without_template:
-            check_update(path, Expected())
+            check_update(path, ExpectedUpdate())
 
     assert max(len(caught.value.detail), len(without_template.value.detail)) < 1000
 

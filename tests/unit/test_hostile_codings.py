@@ -30,15 +30,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabbit.errors import Refused
-from lorabbit.job.spec import Coding
+from lorabbit.job.spec import CompressionSpec
 from lorabbit.tensors import serialization
-from lorabbit_server.aggregation.update_validation import Expected, check_update
+from lorabbit_server.aggregation.update_validation import ExpectedUpdate, check_update
 
 EXAMPLES = settings(max_examples=150, deadline=None)
 REASONS = {None, "corrupt", "names", "shape", "dtype", "not-finite", "coding", "origin"}
 
 
-@pytest.mark.parametrize("coding", [INT8, INT4, TOP, PACKED, Coding(codec="bf16", delta=True)], ids=lambda c: c.word)
+@pytest.mark.parametrize(
+    "coding", [INT8, INT4, TOP, PACKED, CompressionSpec(codec="bf16", delta=True)], ids=lambda c: c.word
+)
 def test_an_honest_update_passes(coding):
     assert judged(honest(coding, {"w": START["w"] + 1}), coding) is None
     assert judged(forged(blocks())) is None
@@ -118,9 +120,16 @@ def test_a_finite_change_that_makes_an_infinite_value_is_refused():
 
 
 @pytest.mark.parametrize(
-    "asked", [Coding(), INT4, INT8.model_copy(update={"block": 32}), PACKED, Coding(codec="int8", delta=False)],
+    "asked",
+    [
+        CompressionSpec(),
+        INT4,
+        INT8.model_copy(update={"block": 32}),
+        PACKED,
+        CompressionSpec(codec="int8", delta=False),
+    ],
     ids=lambda coding: coding.word,
-)  # fmt: skip
+)
 def test_a_coding_that_the_job_did_not_ask_for_is_refused(asked):
     assert judged(honest(INT8), asked) == "coding"
 
@@ -135,7 +144,7 @@ def test_a_first_adapter_may_not_come_coded(tmp_path):
     (tmp_path / "u").write_bytes(forged(blocks()))
 
     with pytest.raises(Refused, match="coding"):
-        check_update(tmp_path / "u", Expected())
+        check_update(tmp_path / "u", ExpectedUpdate())
 
 
 def test_a_difference_to_something_else_than_was_sent_is_refused():

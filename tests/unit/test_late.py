@@ -7,7 +7,7 @@ import pytest
 
 from lorabbit.aggregation import aggregator
 from lorabbit.aggregation.rules import RULES
-from lorabbit.aggregation.staleness import Carried, CarriedProducts, Carry
+from lorabbit.aggregation.staleness import CorrectedProducts, CorrectedUpdate, StalenessCorrection
 from lorabbit.job.spec import JobSpec
 from lorabbit.methods.registry import METHODS, build
 from lorabbit.tensors import lora_math
@@ -48,19 +48,19 @@ def folded(rule, head, update, carry, state=None):
 def test_products_carry_the_discounted_change_of_the_product_over_to_the_newest_version(worth):
     start, head, update = factors(1), factors(2), factors(3)
 
-    carried = CarriedProducts(update, Carry(start, head, worth))
+    carried = CorrectedProducts(update, StalenessCorrection(start, head, worth))
 
     expected = product(head) + worth * (product(update) - product(start))
     assert np.allclose(product(carried), expected, atol=1e-5)
     assert carried[A].shape == (3 * RANK, INS)
-    by_value = Carried(update, Carry(start, head, worth))
+    by_value = CorrectedUpdate(update, StalenessCorrection(start, head, worth))
     assert np.array_equal(carried["classifier.weight"], by_value["classifier.weight"])
 
 
 def test_clients_of_a_lower_rank_are_carried_from_the_prefix_that_they_had():
     start, head, update = factors(1, 1), factors(2, 1), factors(3, 1)
 
-    carried = CarriedProducts(update, Carry(start, head, 0.5))
+    carried = CorrectedProducts(update, StalenessCorrection(start, head, 0.5))
 
     assert np.allclose(product(carried), product(head) + 0.5 * (product(update) - product(start)), atol=1e-5)
 
@@ -68,7 +68,7 @@ def test_clients_of_a_lower_rank_are_carried_from_the_prefix_that_they_had():
 def test_factors_that_start_afresh_leave_the_discounted_product_of_the_update_alone():
     start, head, update = factors(1, zero=True), factors(2, zero=True), factors(3)
 
-    carried = CarriedProducts(update, Carry(start, head, 0.5))
+    carried = CorrectedProducts(update, StalenessCorrection(start, head, 0.5))
 
     assert np.array_equal(carried[A], update[A])
     assert np.allclose(carried[B], 0.5 * update[B])
@@ -77,15 +77,17 @@ def test_factors_that_start_afresh_leave_the_discounted_product_of_the_update_al
 def test_a_carry_worth_nothing_leaves_the_newest_version():
     head = factors(2)
 
-    assert np.allclose(product(CarriedProducts(factors(3), Carry(factors(1), head, 0.0))), product(head))
+    assert np.allclose(
+        product(CorrectedProducts(factors(3), StalenessCorrection(factors(1), head, 0.0))), product(head)
+    )
     nothing = factors(5, zero=True)
-    assert not np.any(product(CarriedProducts(factors(3), Carry(factors(1), nothing, 0.0))))
+    assert not np.any(product(CorrectedProducts(factors(3), StalenessCorrection(factors(1), nothing, 0.0))))
 
 
 def test_svd_stacks_a_late_update_and_truncates_to_its_rank():
     start, head, update = factors(1), factors(2), factors(3)
 
-    after = folded("svd", head, update, Carry(start, head, 0.5))
+    after = folded("svd", head, update, StalenessCorrection(start, head, 0.5))
 
     exact = product(head) + 0.5 * (product(update) - product(start))
     left, sigma, right = np.linalg.svd(exact)
@@ -97,10 +99,10 @@ def test_svd_stacks_a_late_update_and_truncates_to_its_rank():
 def test_stack_puts_the_discounted_product_of_a_late_update_into_the_newest_base():
     method = build(job("stack", schedule={"kind": "buffered", "buffer": 1}))
     first = factors(1, zero=True)
-    before = folded("stack", first, factors(4), Carry(first, first, 1.0), method.start(first))
+    before = folded("stack", first, factors(4), StalenessCorrection(first, first, 1.0), method.start(first))
     update = factors(3)
 
-    after = folded("stack", None, update, Carry(first, before.tensors, 0.5), before)
+    after = folded("stack", None, update, StalenessCorrection(first, before.tensors, 0.5), before)
 
     shifted = {s: lora_math.read(state.shared[SHIFT], "m") for s, state in (("before", before), ("after", after))}
     moved = [shifted[s].b.astype(np.float64) @ shifted[s].a for s in ("before", "after")]
@@ -111,7 +113,7 @@ def test_stack_puts_the_discounted_product_of_a_late_update_into_the_newest_base
 def test_an_update_in_time_is_folded_as_it_came():
     head, update = factors(2), factors(3)
 
-    in_time = folded("factors", head, update, Carry(head, head, 1.0))
+    in_time = folded("factors", head, update, StalenessCorrection(head, head, 1.0))
 
     assert np.allclose(in_time.tensors[B], update[B], atol=1e-6)
 
@@ -122,7 +124,8 @@ def test_every_rule_says_what_becomes_of_late_updates(rule):
 
     assert not (refused and products)
     assert isinstance(
-        aggregator.of(job(rule)).carried({}, Carry({}, {}, 1.0)), CarriedProducts if products else Carried
+        aggregator.of(job(rule)).carried({}, StalenessCorrection({}, {}, 1.0)),
+        CorrectedProducts if products else CorrectedUpdate,
     )
 
 
@@ -130,8 +133,8 @@ def test_every_rule_says_what_becomes_of_late_updates(rule):
 def test_a_method_that_folds_late_updates_carries_them_by_its_own_rule(name):
     method = build(JobSpec(method={"name": name}, schedule={"kind": "buffered", "buffer": 1}))
 
-    carried = method.carried(factors(3), Carry(factors(1), factors(2), 0.5))
+    carried = method.carried(factors(3), StalenessCorrection(factors(1), factors(2), 0.5))
 
-    assert isinstance(carried, Carried)
+    assert isinstance(carried, CorrectedUpdate)
     assert np.allclose(carried[B], factors(2)[B] + 0.5 * (factors(3)[B] - factors(1)[B]), atol=1e-6)
     assert isinstance(method.start(factors(1)), ServerState)

@@ -10,14 +10,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
-from lorabbit_client.training.flop_counter import Operations
+from lorabbit_client.training.flop_counter import FlopCounter
 
 CLASSES, ROWS, WORDS = 3, 2, 7
 
 
 def counted(step: Any) -> tuple[float, int]:
     """What is counted here, and by torch, which watches the backward pass too."""
-    with Operations() as ours:
+    with FlopCounter() as ours:
         step()
     with FlopCounterMode(display=False) as theirs:
         step()
@@ -66,11 +66,11 @@ def test_convolutions_count_what_torch_counts() -> None:
 def test_a_linear_layer_counts_two_for_each_multiply_add_and_once_more_for_each_operand_that_moves() -> None:
     layer, rows = nn.Linear(5, 3), torch.zeros(4, 5)
 
-    with Operations() as trained:
+    with FlopCounter() as trained:
         layer(rows)
-    with Operations() as below, torch.enable_grad():
+    with FlopCounter() as below, torch.enable_grad():
         layer(rows.clone().requires_grad_())
-    with Operations() as looked_at, torch.no_grad():
+    with FlopCounter() as looked_at, torch.no_grad():
         layer(rows)
 
     assert (looked_at.flops, trained.flops, below.flops) == (2 * 4 * 5 * 3, 2 * 2 * 4 * 5 * 3, 3 * 2 * 4 * 5 * 3)
@@ -82,7 +82,7 @@ def test_counting_changes_no_bit() -> None:
     plain = [value.grad.clone() for value in model.parameters() if value.grad is not None]
     model.zero_grad()
 
-    with Operations():
+    with FlopCounter():
         step_of(model)()
 
     assert all(torch.equal(a, b.grad) for a, b in zip(plain, model.parameters(), strict=True) if b.grad is not None)

@@ -17,8 +17,16 @@ from lorabbit.protocol.messages import Metrics, PayloadRef
 from lorabbit.types import EVALUATE, TRAIN, ClientId
 from lorabbit_server.engine import client_selection, scheduling, transitions
 from lorabbit_server.engine.reducer import decide
-from lorabbit_server.engine.state import Declared, JobState, Offered, Version, dump_header, dump_task, load_state
-from lorabbit_server.engine.wait_reasons import waits_of
+from lorabbit_server.engine.state import (
+    Declared,
+    JobState,
+    ModelVersion,
+    UploadOffer,
+    dump_header,
+    dump_task,
+    load_state,
+)
+from lorabbit_server.engine.wait_reasons import wait_reasons
 
 NAMES = tuple(ClientId(f"client-{n}") for n in range(1, 7))
 OWN = {"partition": {"kind": "own"}}
@@ -30,7 +38,7 @@ def ref(number):
 
 
 def version(number):
-    return Version(ref(number), ref(number + 1))
+    return ModelVersion(ref(number), ref(number + 1))
 
 
 def sent(commands, phase=TRAIN):
@@ -41,9 +49,9 @@ def answered(state, task, at_ms=0, *, seconds=0.0, steps_done=0):
     payload = None if task.phase == EVALUATE else ref(1000 + task.round * 100 + task.index)
     metrics = Metrics(num_examples=10, loss=0.5, seconds=seconds, steps=steps_done)
     state, first = decide(
-        state, transitions.ResultOffered(task.id, task.client, Offered(metrics, payload), at_ms=at_ms)
+        state, transitions.OfferReceived(task.id, task.client, UploadOffer(metrics, payload), at_ms=at_ms)
     )
-    state, second = decide(state, transitions.ResultArrived(task.id, at_ms=at_ms))
+    state, second = decide(state, transitions.UpdateReceived(task.id, at_ms=at_ms))
     return state, (*first, *second)
 
 
@@ -92,15 +100,15 @@ def rounds(state, asked, number, at_ms=0):
     ],
 )
 def test_a_client_suits_a_job_by_all_that_it_declared(selection, suits):
-    assert client_selection.suits(SelectionSpec.model_validate(selection), GPU) is suits
+    assert client_selection.matches(SelectionSpec.model_validate(selection), GPU) is suits
 
 
 def test_a_job_gathers_clients_that_suit_it_and_says_which_are_lacking():
     spec = job(clients=2, selection={"tags": ["gpu"], "memory_gib": 8})
     state, _ = decide(JobState("job", spec), transitions.JobOpened(NAMES[:3], 1, {NAMES[1]: GPU}))
-    (wait,) = waits_of(state)
+    (wait,) = wait_reasons(state)
     state = load_state(dump_header(state), spec, {})
-    state, _ = decide(state, transitions.ClientArrived(NAMES[4], NAMES[:5], declared=GPU))
+    state, _ = decide(state, transitions.HelloReceived(NAMES[4], NAMES[:5], declared=GPU))
 
     assert wait.reason == (
         "job job waits for 1 more client with tags gpu and 8 GiB of memory: 1 of 2 needed are connected; "
@@ -113,9 +121,9 @@ def test_a_job_gathers_clients_that_suit_it_and_says_which_are_lacking():
 def test_a_client_below_the_one_rank_of_an_aggregation_is_left_out_with_the_reason():
     spec, small = job(clients=2, model={"lora": {"rank": 8}}), Declared(max_rank=4)
     state, _ = decide(JobState("job", spec), transitions.JobOpened(NAMES[:2], 1, {NAMES[0]: small, NAMES[1]: GPU}))
-    (wait,) = waits_of(state)
+    (wait,) = wait_reasons(state)
     state = load_state(dump_header(state), spec, {})
-    state, _ = decide(state, transitions.ClientArrived(NAMES[2], NAMES[:3], declared=Declared(max_rank=8)))
+    state, _ = decide(state, transitions.HelloReceived(NAMES[2], NAMES[:3], declared=Declared(max_rank=8)))
 
     assert wait.reason == (
         "job job waits for 1 more client with a LORABBIT_MAX_RANK of at least 8, the one rank of this aggregation: "
@@ -127,9 +135,9 @@ def test_a_client_below_the_one_rank_of_an_aggregation_is_left_out_with_the_reas
 def test_a_client_with_a_quantised_base_is_left_out_of_a_job_that_needs_the_base_whole():
     spec, less = job(clients=2, aggregation="stack"), Declared(quantisation="int4")
     state, _ = decide(JobState("job", spec), transitions.JobOpened(NAMES[:2], 1, {NAMES[0]: less, NAMES[1]: GPU}))
-    (wait,) = waits_of(state)
+    (wait,) = wait_reasons(state)
     state = load_state(dump_header(state), spec, {})
-    state, _ = decide(state, transitions.ClientArrived(NAMES[2], NAMES[:3], declared=Declared()))
+    state, _ = decide(state, transitions.HelloReceived(NAMES[2], NAMES[:3], declared=Declared()))
 
     assert wait.reason == (
         "job job waits for 1 more client with LORABBIT_QUANTISATION none, since aggregation 'stack' changes the base "
@@ -142,8 +150,8 @@ def test_a_client_with_a_quantised_base_does_not_join_a_running_job_that_needs_i
     spec = job(clients=1, data={"partition": {"kind": "own"}}, model={"trainable": "head"})
     state, _ = training(spec)
 
-    left_out, _ = decide(state, transitions.ClientArrived(NAMES[1], NAMES[:2], declared=Declared(quantisation="int8")))
-    taken_in, _ = decide(state, transitions.ClientArrived(NAMES[1], NAMES[:2], declared=Declared()))
+    left_out, _ = decide(state, transitions.HelloReceived(NAMES[1], NAMES[:2], declared=Declared(quantisation="int8")))
+    taken_in, _ = decide(state, transitions.HelloReceived(NAMES[1], NAMES[:2], declared=Declared()))
 
     assert (left_out.clients, taken_in.clients) == (NAMES[:1], NAMES[:2])
 
@@ -170,7 +178,9 @@ def test_quantised_clients_are_taken_in_where_lora_leaves_the_base_alone():
 )
 def test_a_method_says_whether_it_needs_the_base_whole(method, taken):
     assert (
-        client_selection.suits(None, Declared(quantisation="int8"), client_selection.needs(JobSpec(method=method)))
+        client_selection.matches(
+            None, Declared(quantisation="int8"), client_selection.requirements_of(JobSpec(method=method))
+        )
         is taken
     )
 
@@ -210,14 +220,14 @@ def test_a_choice_is_the_same_for_the_same_seed_and_facts_and_another_for_anothe
 
 def test_a_fast_selection_measures_everybody_once_and_then_asks_the_fastest():
     speeds = {
-        0: partial_work.Speed(10, 0, 10),
-        1: partial_work.Speed(30, 0, 10),
-        2: partial_work.Speed(20, 50, 10),
-        3: partial_work.Speed(1, 500, 10),
+        0: partial_work.ClientSpeed(10, 0, 10),
+        1: partial_work.ClientSpeed(30, 0, 10),
+        2: partial_work.ClientSpeed(20, 50, 10),
+        3: partial_work.ClientSpeed(1, 500, 10),
     }
 
-    assert client_selection.Draw(0, 1, "fast", speeds=speeds).choose(range(4), 2) == (0, 2)
-    assert 4 in client_selection.Draw(0, 1, "fast", speeds=speeds).choose(range(5), 1)
+    assert client_selection.ClientSampler(0, 1, "fast", speeds=speeds).choose(range(4), 2) == (0, 2)
+    assert 4 in client_selection.ClientSampler(0, 1, "fast", speeds=speeds).choose(range(5), 1)
 
 
 def test_clients_that_are_lost_are_passed_over_where_the_others_are_enough():
@@ -227,14 +237,14 @@ def test_clients_that_are_lost_are_passed_over_where_the_others_are_enough():
 
     state = replace(state, tasks={})
 
-    assert set(scheduling.to_ask(state)) <= {3, 4, 5}
+    assert set(scheduling.select_clients(state)) <= {3, 4, 5}
     assert len(asked) == 2
 
 
 def test_a_job_that_selects_nothing_is_drawn_as_ever():
     state, asked = training(job(cohort=3, seed=5))
 
-    assert tuple(task.index for task in asked) == client_selection.Draw(5, 1).choose(range(6), 3)
+    assert tuple(task.index for task in asked) == client_selection.ClientSampler(5, 1).choose(range(6), 3)
     assert (state.asked, state.speeds, state.declared) == ({}, {}, {})
 
 
@@ -247,18 +257,18 @@ def test_a_job_that_selects_nothing_is_drawn_as_ever():
 )
 def test_the_share_of_a_client_is_what_fits_into_nine_tenths_of_the_time(within_ms, share):
     spec = job(work={"within_seconds": 1})
-    speed = partial_work.Speed(step_ms=10, rest_ms=100, steps=100)
+    speed = partial_work.ClientSpeed(step_ms=10, rest_ms=100, steps=100)
 
     assert partial_work.share(spec, speed, within_ms) == share
     assert partial_work.share(spec, None, within_ms) == 1.0
 
 
 def test_a_speed_is_taken_from_a_training_of_any_share():
-    speed = partial_work.Speed.measured(took_ms=1_500, training_seconds=1.0, steps=50, share=0.5)
+    speed = partial_work.ClientSpeed.measured(took_ms=1_500, training_seconds=1.0, steps=50, share=0.5)
 
-    assert speed == partial_work.Speed(step_ms=20.0, rest_ms=500.0, steps=100.0)
-    assert partial_work.Speed.measured(took_ms=10, training_seconds=99.0, steps=1, share=1.0).rest_ms == 0
-    assert partial_work.Speed.measured(took_ms=10, training_seconds=1.0, steps=0, share=1.0) is None
+    assert speed == partial_work.ClientSpeed(step_ms=20.0, rest_ms=500.0, steps=100.0)
+    assert partial_work.ClientSpeed.measured(took_ms=10, training_seconds=99.0, steps=1, share=1.0).rest_ms == 0
+    assert partial_work.ClientSpeed.measured(took_ms=10, training_seconds=1.0, steps=0, share=1.0) is None
 
 
 @pytest.mark.parametrize(
@@ -372,8 +382,8 @@ def test_clients_with_data_of_their_own_join_and_those_of_a_partition_do_not(spe
 def test_a_client_that_comes_later_gets_the_next_index_and_is_asked_from_the_next_round_on():
     state, asked = training(job(clients=2, data=OWN), NAMES[:2])
 
-    state, commands = decide(state, transitions.ClientArrived(NAMES[2], NAMES[:3]))
-    (told,) = [c.event for c in commands if isinstance(c, transitions.Record)]
+    state, commands = decide(state, transitions.HelloReceived(NAMES[2], NAMES[:3]))
+    (told,) = [c.event for c in commands if isinstance(c, transitions.AppendEvent)]
     _, cohorts = rounds(state, asked, 2)
 
     assert (told.kind, told.client, told.index) == ("client-joined", NAMES[2], 2)
@@ -383,7 +393,7 @@ def test_a_client_that_comes_later_gets_the_next_index_and_is_asked_from_the_nex
 def test_where_clients_never_wait_one_that_comes_later_is_asked_at_once():
     state, _ = training(job(clients=2, data=OWN, schedule=Buffered(buffer=2)), NAMES[:2])
 
-    _, commands = decide(state, transitions.ClientArrived(NAMES[2], NAMES[:3]))
+    _, commands = decide(state, transitions.HelloReceived(NAMES[2], NAMES[:3]))
 
     assert [task.client for task in sent(commands)] == [NAMES[2]]
 
@@ -391,7 +401,7 @@ def test_where_clients_never_wait_one_that_comes_later_is_asked_at_once():
 def test_a_share_of_the_population_grows_with_those_who_join():
     state, asked = training(job(clients=2, data=OWN, cohort=0.5), NAMES[:2])
     for place in range(2, 6):
-        state, _ = decide(state, transitions.ClientArrived(NAMES[place], NAMES[: place + 1]))
+        state, _ = decide(state, transitions.HelloReceived(NAMES[place], NAMES[: place + 1]))
 
     _, cohorts = rounds(state, asked, 2)
 
@@ -403,4 +413,4 @@ def test_a_client_that_does_not_suit_or_has_no_part_of_the_data_changes_nothing(
     declared = dict.fromkeys(NAMES, GPU)
     state, _ = training(job(clients=2, **what), NAMES[:2], declared)
 
-    assert decide(state, transitions.ClientArrived(NAMES[2], NAMES[:3])) == (state, ())
+    assert decide(state, transitions.HelloReceived(NAMES[2], NAMES[:3])) == (state, ())

@@ -9,36 +9,40 @@ from hypothesis import strategies as st
 
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import PartitionSpec
-from lorabbit_client.data.partitioners import Keys, Share, apportion, hold_out, partition
+from lorabbit_client.data.partitioners import ClientSplit, PartitionKeys, apportion, hold_out, partition
 
 SPLITS = st.sampled_from(["iid", "dirichlet", "pathological", "quantity", "natural"])
 
 
-def keys(classes: list[int], groups: list[str] | None = None) -> Keys:
-    return Keys(np.array(classes, dtype=np.int64), None if groups is None else tuple(groups))
+def keys(classes: list[int], groups: list[str] | None = None) -> PartitionKeys:
+    return PartitionKeys(np.array(classes, dtype=np.int64), None if groups is None else tuple(groups))
 
 
 @st.composite
-def labelled(draw: st.DrawFn, least: int = 20, most: int = 200) -> Keys:
+def labelled(draw: st.DrawFn, least: int = 20, most: int = 200) -> PartitionKeys:
     classes = draw(st.lists(st.integers(0, 4), min_size=least, max_size=most))
     groups = draw(st.lists(st.sampled_from("abcdefgh"), min_size=len(classes), max_size=len(classes)))
     return keys(classes, groups)
 
 
-def try_partition(spec: PartitionSpec, clients: int, seed: int, train: Keys, test: Keys) -> tuple[Share, ...]:
+def try_partition(
+    spec: PartitionSpec, clients: int, seed: int, train: PartitionKeys, test: PartitionKeys
+) -> tuple[ClientSplit, ...]:
     try:
         return partition(spec, clients, seed, train=train, test=test)
     except BadInput:
         reject()
 
 
-def classes_of(share: Share, train: Keys) -> set[int]:
+def classes_of(share: ClientSplit, train: PartitionKeys) -> set[int]:
     return set(train.classes[share.train].tolist())
 
 
 @settings(deadline=None, max_examples=150)
 @given(SPLITS, labelled(), labelled(least=0, most=60), st.integers(1, 8), st.integers(0, 2**62))
-def test_every_row_belongs_to_exactly_one_client(kind: str, train: Keys, test: Keys, clients: int, seed: int):
+def test_every_row_belongs_to_exactly_one_client(
+    kind: str, train: PartitionKeys, test: PartitionKeys, clients: int, seed: int
+):
     spec = PartitionSpec(kind=kind, classes=2)
 
     shares = try_partition(spec, clients, seed, train, test)
@@ -50,7 +54,9 @@ def test_every_row_belongs_to_exactly_one_client(kind: str, train: Keys, test: K
 
 @settings(deadline=None, max_examples=60)
 @given(SPLITS, labelled(), labelled(least=1), st.integers(1, 6), st.integers(0, 2**62))
-def test_the_same_seed_gives_the_same_split(kind: str, train: Keys, test: Keys, clients: int, seed: int):
+def test_the_same_seed_gives_the_same_split(
+    kind: str, train: PartitionKeys, test: PartitionKeys, clients: int, seed: int
+):
     spec = PartitionSpec(kind=kind)
 
     first = try_partition(spec, clients, seed, train, test)
@@ -64,7 +70,7 @@ def test_the_same_seed_gives_the_same_split(kind: str, train: Keys, test: Keys, 
 @settings(deadline=None, max_examples=100)
 @given(labelled(least=40), st.integers(2, 8), st.integers(1, 5), st.sampled_from([0.01, 0.1, 1.0]), st.integers(0, 99))
 def test_dirichlet_and_quantity_leave_nobody_below_the_minimum(
-    train: Keys, clients: int, least: int, alpha: float, seed: int
+    train: PartitionKeys, clients: int, least: int, alpha: float, seed: int
 ):
     assume(len(set(train.classes.tolist())) > 1)
 
@@ -77,7 +83,7 @@ def test_dirichlet_and_quantity_leave_nobody_below_the_minimum(
 @settings(deadline=None, max_examples=100)
 @given(labelled(least=60), labelled(least=0), st.integers(2, 10), st.integers(1, 4), st.integers(0, 99))
 def test_a_pathological_client_holds_exactly_k_classes_and_is_tested_on_them_alone(
-    train: Keys, test: Keys, clients: int, k: int, seed: int
+    train: PartitionKeys, test: PartitionKeys, clients: int, k: int, seed: int
 ):
     shares = try_partition(PartitionSpec(kind="pathological", classes=k), clients, seed, train, test)
 
@@ -107,7 +113,7 @@ def test_J11_two_of_ten_classes_a_client_and_one_table_of_shares_for_training_an
 
 @settings(deadline=None, max_examples=100)
 @given(labelled(), labelled(least=0), st.integers(1, 6))
-def test_a_natural_group_is_never_torn_apart(train: Keys, test: Keys, clients: int):
+def test_a_natural_group_is_never_torn_apart(train: PartitionKeys, test: PartitionKeys, clients: int):
     shares = try_partition(PartitionSpec(kind="natural"), clients, 0, train, test)
 
     assert train.groups is not None
@@ -171,7 +177,7 @@ def test_pathological_holders_share_a_class_between_two_fifths_and_three_fifths_
 
 @settings(deadline=None, max_examples=50)
 @given(labelled(least=50), st.integers(2, 5), st.integers(0, 99))
-def test_test_rows_follow_the_class_shares_of_training_rows(train: Keys, clients: int, seed: int):
+def test_test_rows_follow_the_class_shares_of_training_rows(train: PartitionKeys, clients: int, seed: int):
     assume(len(set(train.classes.tolist())) > 1)
     shares = partition(PartitionSpec(kind="dirichlet", alpha=0.3), clients, seed, train=train, test=train)
 
@@ -201,7 +207,9 @@ def test_a_client_that_owns_its_data_keeps_all_of_it():
         (PartitionSpec(kind="dirichlet"), 2, keys([0] * 9), "one class or none"),
     ],
 )
-def test_an_impossible_split_says_why_in_numbers(spec: PartitionSpec, clients: int, train: Keys, sentence: str):
+def test_an_impossible_split_says_why_in_numbers(
+    spec: PartitionSpec, clients: int, train: PartitionKeys, sentence: str
+):
     with pytest.raises(BadInput, match=sentence):
         partition(spec, clients, 0, train=train, test=keys([]))
 
@@ -219,7 +227,9 @@ def test_apportioning_gives_everyone_its_exact_part_rounded_up_or_down(weights: 
 
 @settings(deadline=None)
 @given(labelled(least=10), st.sampled_from([0.1, 0.25, 0.5]), st.integers(0, 99))
-def test_holding_out_takes_the_share_asked_for_and_leaves_every_class_to_train_on(rows: Keys, share: float, seed: int):
+def test_holding_out_takes_the_share_asked_for_and_leaves_every_class_to_train_on(
+    rows: PartitionKeys, share: float, seed: int
+):
     train, test = hold_out(rows, share, seed)
 
     assert sorted([*train.tolist(), *test.tolist()]) == list(range(len(rows)))

@@ -15,13 +15,13 @@ from lorabbit.methods.personal_model.requirements import is_own
 from lorabbit.methods.personal_model.standalone import Standalone
 from lorabbit.methods.registry import METHODS, build
 from lorabbit.protocol.messages import Task
-from lorabbit_client.execution.interface import Work
+from lorabbit_client.execution.interface import TaskInput
 from lorabbit_client.execution.private_state import PrivateState, read_private, write_private
 from lorabbit_client.executor import Executor
 from lorabbit_client.models.cnn import Cnn
 from lorabbit_client.models.loading import load_model
 from lorabbit_client.models.source import ModelSource
-from lorabbit_client.personal.models import Split, widths_of
+from lorabbit_client.personal.models import SplitModel, widths_of
 from lorabbit_client.personal.workspace import PersonalWorkspace
 
 PIXELS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -42,7 +42,7 @@ def built(name, task):
 @pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "gpt2", "llama"])
 def test_a_text_classifier_is_cut_without_changing_its_answer(name):
     model = built(f"tiny:{name}", "text-classification")
-    split = Split(model, name, 3)
+    split = SplitModel(model, name, 3)
 
     with torch.no_grad():
         view = split.view({"input_ids": TOKENS, "attention_mask": MASK, "labels": torch.zeros(2, dtype=torch.long)})
@@ -56,7 +56,7 @@ def test_a_text_classifier_is_cut_without_changing_its_answer(name):
 @pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "gpt2", "llama"])
 def test_the_last_layer_of_a_text_classifier_reads_the_representation(name):
     model = built(f"tiny:{name}", "text-classification")
-    split = Split(model, name, 3)
+    split = SplitModel(model, name, 3)
     last = model.get_submodule(split.last)
 
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_the_last_layer_of_a_text_classifier_reads_the_representation(name):
 
 def test_a_vision_transformer_is_cut_at_its_first_token():
     model = built("tiny:vit", "image-classification")
-    split = Split(model, "vit", 3)
+    split = SplitModel(model, "vit", 3)
 
     with torch.no_grad():
         view = split.view({"pixel_values": PIXELS})
@@ -79,7 +79,7 @@ def test_a_vision_transformer_is_cut_at_its_first_token():
 @pytest.mark.parametrize(("name", "flat"), [("1", 800), ("2", 400), ("3", 800), ("4", 800), ("5", 800)])
 def test_a_cnn_is_cut_at_its_flattened_convolutions_and_before_its_last_layer(name, flat):
     model = Cnn(name, 10)
-    split = Split(model, f"cnn:{name}", 10)
+    split = SplitModel(model, f"cnn:{name}", 10)
 
     with torch.no_grad():
         view = split.view({"pixel_values": PIXELS})
@@ -94,12 +94,12 @@ def test_a_cnn_is_cut_at_its_flattened_convolutions_and_before_its_last_layer(na
 def test_widths_are_known_from_the_configuration_alone(name):
     model = Cnn(name[-1], 3) if name.startswith("cnn") else built(name, "text-classification")
 
-    assert widths_of(name, ModelSource("built-in", None, name)) == Split(model, name, 3).widths
+    assert widths_of(name, ModelSource("built-in", None, name)) == SplitModel(model, name, 3).widths
 
 
 def test_a_model_without_a_layer_that_answers_is_refused():
     with pytest.raises(BadInput, match=r"model\.name: 'odd' has no linear layer with 9 outputs"):
-        Split(Cnn("5", 3), "odd", 9)
+        SplitModel(Cnn("5", 3), "odd", 9)
 
 
 # ---- what is kept ----
@@ -334,7 +334,7 @@ class Leaking(Standalone):
 def test_no_method_can_send_a_tensor_of_the_own_model(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "standalone", Leaking)
     spec = JobSpec.model_validate({**DIGITS, "method": {"name": "standalone"}, "local": {"steps": 1}})
-    work = Work(task_of(spec, 0), {}, tmp_path / "out", tmp_path / "private", tmp_path / "privacy.json")
+    work = TaskInput(task_of(spec, 0), {}, tmp_path / "out", tmp_path / "private", tmp_path / "privacy.json")
 
     outcome = Executor(device="cpu").execute(work, lambda *_: None)
 

@@ -8,12 +8,12 @@ import pytest
 
 from lorabbit.errors import BadInput, LoRAbbitError
 from lorabbit.job.spec import PrivacySpec
-from lorabbit.privacy.accountant import Sampled, epsilon_of, epsilon_of_steps
+from lorabbit.privacy.accountant import SampledGaussian, epsilon_of, epsilon_of_steps
 from lorabbit_client.capabilities import UNLIMITED, Capability
 from lorabbit_client.execution.privacy_ledger import PrivacyLedger
 from lorabbit_client.training.privacy_budget import count
 
-FEW, MANY = Sampled(1.0, 0.01, 10), Sampled(2.0, 0.5, 4)
+FEW, MANY = SampledGaussian(1.0, 0.01, 10), SampledGaussian(2.0, 0.5, 4)
 
 
 def test_releases_are_counted_by_job_and_over_all_jobs_and_survive_the_process(tmp_path: Path):

@@ -19,15 +19,15 @@ from doubles_events import (
 
 from lorabbit.events import job_events as ev
 from lorabbit.types import EVALUATE, TRAIN
-from lorabbit_cli.live_view.state import Note, Progress
+from lorabbit_cli.live_view.state import JobProgress, Note
 
 
-def fold(progress: Progress, log: list[ev.AnyEvent]) -> list[Note]:
+def fold(progress: JobProgress, log: list[ev.AnyEvent]) -> list[Note]:
     return [note for event in log for note in progress.apply(event)]
 
 
 def test_a_whole_log_leaves_every_figure_of_the_run():
-    progress = Progress(sample_spec())
+    progress = JobProgress(sample_spec())
 
     fold(progress, sample_log())
 
@@ -44,7 +44,7 @@ def test_a_whole_log_leaves_every_figure_of_the_run():
 
 
 def test_a_client_shows_the_task_that_it_reports_on():
-    progress = Progress(sample_spec())
+    progress = JobProgress(sample_spec())
     fold(progress, [*opening(), *one_round(1)[:4]])
     assert progress.clients[name(0)].state == "waiting"
 
@@ -60,7 +60,7 @@ def test_a_client_shows_the_task_that_it_reports_on():
 
 
 def test_training_and_evaluation_of_one_client_do_not_mix():
-    progress = Progress(sample_spec())
+    progress = JobProgress(sample_spec())
     fold(progress, [*opening(), *one_round(1)])
     fold(progress, one_round(2)[:4])
     fold(progress, [ev.TaskSent(at_ms=START_MS, round=1, client=name(0), phase=EVALUATE, attempt=1)])
@@ -72,7 +72,7 @@ def test_training_and_evaluation_of_one_client_do_not_mix():
 
 
 def test_the_evaluation_of_a_round_does_not_count_as_its_training():
-    progress = Progress(sample_spec())
+    progress = JobProgress(sample_spec())
     fold(progress, [*opening(), ev.RoundStarted(at_ms=START_MS, round=1, cohort=(name(0),))])
 
     progress.apply(ev.TaskSent(at_ms=START_MS, round=1, client=name(1), phase=EVALUATE, attempt=1))
@@ -82,7 +82,7 @@ def test_the_evaluation_of_a_round_does_not_count_as_its_training():
 
 
 def test_a_lost_client_is_shown_as_lost_until_it_comes_back():
-    progress = Progress(sample_spec())
+    progress = JobProgress(sample_spec())
     fold(progress, opening())
 
     notes = progress.apply(ev.ClientLost(at_ms=START_MS, client=name(2)))
@@ -94,7 +94,7 @@ def test_a_lost_client_is_shown_as_lost_until_it_comes_back():
 
 
 def test_refused_updates_are_counted_by_reason_and_told():
-    progress = Progress(sample_spec())
+    progress = JobProgress(sample_spec())
     fold(progress, [*opening(), *one_round(1)[:1]])
 
     refused = ev.UpdateRejected(at_ms=START_MS, round=1, client=name(0), reason="not-finite", detail="NaN in lora_B")
@@ -106,7 +106,7 @@ def test_refused_updates_are_counted_by_reason_and_told():
 
 
 def test_every_scored_round_is_told_in_one_line_with_its_main_metric():
-    progress = Progress(sample_spec(rounds=2))
+    progress = JobProgress(sample_spec(rounds=2))
 
     notes = fold(progress, sample_log(rounds=2))
 
@@ -122,7 +122,7 @@ def test_a_round_that_is_not_scored_is_told_when_it_closes():
     spec = sample_spec(rounds=4).model_copy(
         update={"evaluation": sample_spec().evaluation.model_copy(update={"every": 2})}
     )
-    progress = Progress(spec)
+    progress = JobProgress(spec)
     fold(progress, opening())
 
     log = [event for event in one_round(1) if not isinstance(event, ev.RoundEvaluated)]
@@ -132,7 +132,7 @@ def test_a_round_that_is_not_scored_is_told_when_it_closes():
 
 
 def test_a_round_whose_scores_never_came_is_told_when_the_job_ends():
-    progress = Progress(sample_spec())
+    progress = JobProgress(sample_spec())
     fold(progress, opening())
     fold(progress, [event for event in one_round(1) if not isinstance(event, ev.RoundEvaluated)])
 
@@ -143,7 +143,7 @@ def test_a_round_whose_scores_never_came_is_told_when_the_job_ends():
 
 
 def test_time_left_is_the_mean_of_the_latest_rounds_times_the_rounds_to_go():
-    progress = Progress(sample_spec(rounds=10))
+    progress = JobProgress(sample_spec(rounds=10))
     fold(progress, [*opening(), *one_round(1), *one_round(2)])
     start_of_third = START_MS + 4000
     progress.apply(ev.RoundStarted(at_ms=start_of_third, round=3, cohort=(name(0),)))
@@ -154,7 +154,7 @@ def test_time_left_is_the_mean_of_the_latest_rounds_times_the_rounds_to_go():
 
 
 def test_time_left_in_the_first_round_comes_from_how_far_it_is():
-    progress = Progress(sample_spec(clients=2, rounds=4))
+    progress = JobProgress(sample_spec(clients=2, rounds=4))
     fold(progress, opening(clients=2))
     assert progress.seconds_left(START_MS) is None
 
@@ -164,14 +164,14 @@ def test_time_left_in_the_first_round_comes_from_how_far_it_is():
 
 
 def test_the_clock_stops_when_the_job_ends():
-    progress = Progress(sample_spec())
+    progress = JobProgress(sample_spec())
     fold(progress, sample_log())
 
     assert progress.elapsed_seconds(START_MS + 10**9) == 6.0
 
 
 def test_a_big_population_is_not_told_one_by_one():
-    progress = Progress(sample_spec(clients=30))
+    progress = JobProgress(sample_spec(clients=30))
 
     notes = fold(progress, opening(clients=30))
 
@@ -179,7 +179,7 @@ def test_a_big_population_is_not_told_one_by_one():
 
 
 def test_a_preparation_is_told_by_its_name_when_it_closes():
-    progress = Progress(sample_spec())
+    progress = JobProgress(sample_spec())
     progress.apply(ev.RoundStarted(at_ms=START_MS, round=0, cohort=("client-1", "client-2")))
 
     closed = ev.RoundClosed(at_ms=START_MS, round=0, accepted=2, sha256="0" * 64, seconds=1.0, aggregate_seconds=0.1)
@@ -189,7 +189,7 @@ def test_a_preparation_is_told_by_its_name_when_it_closes():
 
 
 def test_the_line_of_a_round_tells_aggregation_error_and_rank():
-    progress = Progress(sample_spec())
+    progress = JobProgress(sample_spec())
     told = {"rank": 4, "aggregation_error": 0.125, "rule": "svd"}
 
     log = [
@@ -201,7 +201,7 @@ def test_the_line_of_a_round_tells_aggregation_error_and_rank():
 
 
 def test_the_line_of_a_round_that_does_not_wait_tells_who_was_late_and_how_old_updates_were():
-    progress = Progress(sample_spec())
+    progress = JobProgress(sample_spec())
     pace = {"late": 2, "too_stale": 0, "staleness_mean": 0.5, "staleness_max": 3}
     closed = ev.RoundClosed(
         at_ms=START_MS, round=0, accepted=2, sha256="0" * 64, seconds=1.0, aggregate_seconds=0.1, pace=pace
@@ -214,7 +214,7 @@ def test_the_line_of_a_round_that_does_not_wait_tells_who_was_late_and_how_old_u
 
 
 def test_a_training_that_counts_in_a_later_round_than_it_began_in_is_no_longer_under_way():
-    progress = Progress(sample_spec())
+    progress = JobProgress(sample_spec())
     began = ev.TaskSent(at_ms=START_MS, round=1, client=name(0), phase=TRAIN, attempt=1)
     accepted = next(e for e in sample_log() if isinstance(e, ev.UpdateAccepted) and e.phase == TRAIN)
 

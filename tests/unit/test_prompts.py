@@ -12,8 +12,8 @@ from torch import nn
 
 from lorabbit.tensors import serialization, soft_prompts
 from lorabbit.transfer.payload_store import PayloadStore
-from lorabbit_server.artifacts.adapter_export import Exports
-from lorabbit_server.artifacts.fenced_files import WholeFiles
+from lorabbit_server.artifacts.adapter_export import AdapterExporter
+from lorabbit_server.artifacts.fenced_files import FencedFileWriter
 
 
 def encoder(rows: int = 3, width: int = 5) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -48,7 +48,7 @@ def test_the_prompt_keeps_the_dtype_of_the_wire():
 @pytest.mark.parametrize("durable", [False, True])
 def test_an_exported_folder_holds_the_prompt_instead_of_the_encoder(tmp_path: Path, *, durable: bool):
     tensors, expected = encoder()
-    exports = Exports(PayloadStore(tmp_path / "payloads", durable=durable), WholeFiles(durable))
+    exports = AdapterExporter(PayloadStore(tmp_path / "payloads", durable=durable), FencedFileWriter(durable))
     serialization.write_tensors(tmp_path / "source", tensors)
 
     exports._write_weights(tmp_path / "source", tmp_path / "adapter_model.safetensors")

@@ -17,12 +17,12 @@ from lorabbit.errors import BadInput, RunFailed
 from lorabbit.job.spec import RobustSpec
 from lorabbit.methods.registry import METHODS, build
 from lorabbit.robust.defense import defend
-from lorabbit.robust.geometry import Cohort, norms, squared_distances
+from lorabbit.robust.geometry import CohortUpdates, norms, squared_distances
 from lorabbit.robust.rules import krum_scores
 from lorabbit.tensors import lora_math
 from lorabbit.tensors.lora_math import Factors
 from lorabbit.types import ServerState
-from lorabbit_cli.local.embedded_run import Means, run_local
+from lorabbit_cli.local.embedded_run import ComputeOptions, run_local
 
 KINDS = ("clip", "median", "trimmed-mean", "krum", "multi-krum")
 HEAD = "classifier.weight"
@@ -66,7 +66,7 @@ def defended(spec, state, updates):
 def test_inner_products_are_those_of_the_dense_changes():
     state, updates = cohort_of()
 
-    gram = Cohort(state, updates, SCALING).gram()
+    gram = CohortUpdates(state, updates, SCALING).gram()
 
     flat = points(state, updates)
     assert np.allclose(gram, flat @ flat.T, rtol=1e-12, atol=1e-12)
@@ -75,7 +75,7 @@ def test_inner_products_are_those_of_the_dense_changes():
 def test_distances_are_those_of_the_dense_products():
     state, updates = cohort_of()
 
-    found = squared_distances(Cohort(state, updates, SCALING).gram())
+    found = squared_distances(CohortUpdates(state, updates, SCALING).gram())
 
     flat = points(state, updates)
     assert np.allclose(found, np.square(flat[:, None] - flat[None]).sum(-1))
@@ -87,7 +87,7 @@ def test_a_frozen_a_counts_in_the_norm_though_it_does_not_travel():
     state = ServerState(dict([b]), shared={FROZEN: dict([a])})
     sent = replace(update(0, a[1], b[1] + 1.0), tensors={b[0]: b[1] + 1.0})
 
-    (length,) = norms(Cohort(state, [sent], SCALING).gram())
+    (length,) = norms(CohortUpdates(state, [sent], SCALING).gram())
 
     assert length == pytest.approx(np.linalg.norm(SCALING * np.ones((7, RANK)) @ a[1]))
 
@@ -98,7 +98,7 @@ def test_a_small_change_of_a_large_weight_keeps_its_norm():
     state = ServerState(lora_math.write(MODULE, Factors(large.a * 1e4, large.b * 1e4)))
     sent = update(0, large.a * 1e4, large.b * 1e4 * (1 + 1e-9))
 
-    (length,) = norms(Cohort(state, [sent], SCALING).gram())
+    (length,) = norms(CohortUpdates(state, [sent], SCALING).gram())
 
     assert length == pytest.approx(1e-9 * lora_math.norm(Factors(large.a * 1e4, large.b * 1e4, SCALING)), rel=1e-4)
 
@@ -312,7 +312,7 @@ def test_a_defence_that_would_mean_nothing_is_refused(more, sentence):
 def test_a_run_reports_what_its_defence_did_to_whom(tmp_path: Path):
     text = "model: {name: 'null:40KB'}\nrounds: 3\nclients: 4\nrobust: {kind: clip, norm: 0.0001}\n"
 
-    report = run_local(job_loader.parse(text), tmp_path, means=Means()).report
+    report = run_local(job_loader.parse(text), tmp_path, means=ComputeOptions()).report
 
     assert report.guarded == {client: {"clipped": 3} for client in report.clients}
     assert report.rounds[0].facts["robust"]["kind"] == "clip"

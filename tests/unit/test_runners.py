@@ -10,7 +10,7 @@ import pytest
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, Task
 from lorabbit_client.execution.failures import OUT_OF_MEMORY
-from lorabbit_client.execution.interface import OnProgress, Outcome, Work
+from lorabbit_client.execution.interface import OnProgress, TaskInput, TaskResult
 from lorabbit_client.execution.runners import InlineRunner, ThreadRunner
 
 PATIENCE = 20.0
@@ -24,13 +24,13 @@ class Gated:
         self.started: queue.Queue[str] = queue.Queue()
         self.threads: set[str] = set()
 
-    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:
+    def execute(self, work: TaskInput, on_progress: OnProgress) -> TaskResult:
         self.threads.add(threading.current_thread().name)
         self.started.put(work.task.task)
         assert self.gate.wait(PATIENCE)
         on_progress(0.5, 1.0)
         work.output.write_bytes(b"tensors")
-        return Outcome(Metrics(num_examples=1), has_tensors=True)
+        return TaskResult(Metrics(num_examples=1), has_tensors=True)
 
 
 class Late:
@@ -40,12 +40,12 @@ class Late:
         self.gate = threading.Event()
         self.reported = threading.Event()
 
-    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:
+    def execute(self, work: TaskInput, on_progress: OnProgress) -> TaskResult:
         on_progress(1.0, 1.0)
         self.reported.set()
         assert self.gate.wait(PATIENCE)
         work.output.write_bytes(b"tensors")
-        return Outcome(Metrics(num_examples=1), has_tensors=True)
+        return TaskResult(Metrics(num_examples=1), has_tensors=True)
 
 
 class Endless:
@@ -54,7 +54,7 @@ class Endless:
     def __init__(self) -> None:
         self.started = threading.Event()
 
-    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:  # noqa: ARG002 - no work is ever done
+    def execute(self, work: TaskInput, on_progress: OnProgress) -> TaskResult:  # noqa: ARG002 - no work is ever done
         while True:
             self.started.set()
             on_progress(0.5, 1.0)
@@ -66,12 +66,12 @@ class Failing:
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:  # noqa: ARG002 - it makes no progress
+    def execute(self, work: TaskInput, on_progress: OnProgress) -> TaskResult:  # noqa: ARG002 - it makes no progress
         if work.task.task == "raises":
             raise self.error
         if work.task.task == "writes":
             work.output.write_bytes(b"tensors")
-        return Outcome(Metrics(num_examples=1), has_tensors=True)
+        return TaskResult(Metrics(num_examples=1), has_tensors=True)
 
 
 WITHOUT_MEMORY = """
@@ -96,7 +96,7 @@ for outcome in outcomes:
 """
 
 
-def work_of(folder: Path, task: str) -> Work:
+def work_of(folder: Path, task: str) -> TaskInput:
     wire = Task(
         job="job",
         task=task,
@@ -112,7 +112,7 @@ def work_of(folder: Path, task: str) -> Work:
         settings={},
         spec=JobSpec(),
     )
-    return Work(wire, {}, folder / task, folder, folder / "privacy.json")
+    return TaskInput(wire, {}, folder / task, folder, folder / "privacy.json")
 
 
 def submit(runner: ThreadRunner, folder: Path, *tasks: str) -> "queue.Queue[str]":
@@ -139,7 +139,7 @@ def test_a_thread_runner_executes_in_order_in_one_thread_of_its_own(tmp_path: Pa
 def test_a_result_is_sealed_with_the_sha256_of_its_file(tmp_path: Path) -> None:
     executor = Gated()
     executor.gate.set()
-    outcomes: list[Outcome] = []
+    outcomes: list[TaskResult] = []
 
     InlineRunner(executor).submit(work_of(tmp_path, "a"), lambda *_: None, outcomes.append)
 
@@ -204,7 +204,7 @@ def test_memory_that_runs_out_fails_the_task_in_one_sentence_and_the_next_one_ru
     tmp_path: Path, error: Exception
 ) -> None:
     runner = ThreadRunner(Failing(error))
-    finished: queue.Queue[Outcome] = queue.Queue()
+    finished: queue.Queue[TaskResult] = queue.Queue()
 
     for task in ("raises", "writes"):
         runner.submit(work_of(tmp_path, task), lambda *_: None, finished.put)
@@ -217,7 +217,7 @@ def test_memory_that_runs_out_fails_the_task_in_one_sentence_and_the_next_one_ru
 
 def test_a_result_that_cannot_be_sealed_fails_its_task_and_the_next_one_runs(tmp_path: Path) -> None:
     runner = ThreadRunner(Failing(MemoryError()))
-    finished: queue.Queue[Outcome] = queue.Queue()
+    finished: queue.Queue[TaskResult] = queue.Queue()
 
     for task in ("writes-nothing", "writes"):
         runner.submit(work_of(tmp_path, task), lambda *_: None, finished.put)

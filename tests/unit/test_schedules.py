@@ -17,7 +17,7 @@ from lorabbit.protocol.messages import Metrics, PayloadRef
 from lorabbit.types import EVALUATE, TRAIN, ClientId
 from lorabbit_server.engine import scheduling, transitions
 from lorabbit_server.engine.reducer import decide, resume
-from lorabbit_server.engine.state import JobState, Offered, Version, dump_header, dump_task, load_state
+from lorabbit_server.engine.state import JobState, ModelVersion, UploadOffer, dump_header, dump_task, load_state
 
 NAMES = tuple(ClientId(f"client-{n}") for n in range(1, 5))
 
@@ -31,7 +31,7 @@ def ref(text):
 
 
 def version(name):
-    return Version(ref(f"s{name}"), ref(f"a{name}"))
+    return ModelVersion(ref(f"s{name}"), ref(f"a{name}"))
 
 
 def sent(commands, phase=TRAIN):
@@ -43,18 +43,18 @@ def of(commands, kind):
 
 
 def events(commands, kind):
-    return [c.event for c in of(commands, transitions.Record) if c.event.kind == kind]
+    return [c.event for c in of(commands, transitions.AppendEvent) if c.event.kind == kind]
 
 
 def offered(state, task, at_ms=0):
     payload = None if task.phase == EVALUATE else ref(f"{task.round} {task.index} {task.turn}")
-    result = Offered(Metrics(num_examples=10, loss=0.5), payload)
-    return decide(state, transitions.ResultOffered(task.id, task.client, result, at_ms=at_ms))
+    result = UploadOffer(Metrics(num_examples=10, loss=0.5), payload)
+    return decide(state, transitions.OfferReceived(task.id, task.client, result, at_ms=at_ms))
 
 
 def answered(state, task, at_ms=0):
     state, first = offered(state, task, at_ms)
-    state, second = decide(state, transitions.ResultArrived(task.id, at_ms=at_ms))
+    state, second = decide(state, transitions.UpdateReceived(task.id, at_ms=at_ms))
     return state, (*first, *second)
 
 
@@ -159,8 +159,8 @@ def test_an_aggregation_whose_coordinates_or_base_change_folds_no_late_updates(r
 
 @pytest.mark.parametrize(("tau", "a", "worth"), [(0, 0.5, 1.0), (3, 0.5, 0.5), (1, 1.0, 0.5), (8, 0.0, 1.0)])
 def test_an_update_is_worth_one_over_one_plus_its_staleness_to_the_a(tau, a, worth):
-    assert sc.worth(sc.Buffered(staleness_exponent=a), tau) == worth
-    assert sc.worth(sc.Quorum(staleness_exponent=a), tau) == worth
+    assert sc.staleness_weight(sc.Buffered(staleness_exponent=a), tau) == worth
+    assert sc.staleness_weight(sc.Quorum(staleness_exponent=a), tau) == worth
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_an_update_is_worth_one_over_one_plus_its_staleness_to_the_a(tau, a, wor
 def test_a_quorum_is_a_share_of_the_cohort_and_more_are_asked(share, over, cohort, needed, asked):
     state, tasks, _ = training(job(sc.Quorum(quorum=share, over_select=over), cohort=cohort))
 
-    assert (scheduling.needed(state), len(tasks)) == (needed, asked)
+    assert (scheduling.required_updates(state), len(tasks)) == (needed, asked)
 
 
 # ---- quorum ----
@@ -184,7 +184,7 @@ def test_a_round_closes_at_its_quorum_and_calls_the_rest_off():
 
     assert state.stage == "aggregating"
     assert [t.index for t in of(commands, transitions.Aggregate)[0].tasks] == [1, 3]
-    assert {c.task for c in of(commands, transitions.CancelTask)} == {tasks[0].id, tasks[2].id}
+    assert {c.task for c in of(commands, transitions.SendCancelTask)} == {tasks[0].id, tasks[2].id}
 
 
 def test_privacy_waits_for_everybody_and_a_defence_needs_the_clients_of_one_round():
@@ -214,7 +214,7 @@ def test_a_late_result_of_a_quorum_that_keeps_joins_the_next_round_from_its_own_
     state, tasks, _ = training(job(sc.Quorum(quorum=0.5, late="keep")))
     for index in (0, 1):
         state, commands = answered(state, tasks[index])
-    assert not of(commands, transitions.CancelTask)
+    assert not of(commands, transitions.SendCancelTask)
     state, commands = aggregated(state)
     again = {task.index: task for task in sent(commands)}
     assert set(again) == {0, 1}, "those who are late are not asked for more"
@@ -314,7 +314,7 @@ def test_every_k_arrivals_make_a_version_and_nobody_is_called_off():
     state, commands = answered(state, tasks[0])
 
     assert [t.index for t in of(commands, transitions.Aggregate)[0].tasks] == [0, 3]
-    assert not of(commands, transitions.CancelTask)
+    assert not of(commands, transitions.SendCancelTask)
 
 
 def test_staleness_is_the_number_of_versions_since_the_one_a_task_started_from():
@@ -364,12 +364,12 @@ def test_a_result_that_grew_too_stale_while_it_travelled_is_refused_as_well():
     state, _ = offered(state, tasks[2])
     state, _ = answered(state, tasks[0])
 
-    state, commands = decide(state, transitions.ResultArrived(tasks[2].id))
+    state, commands = decide(state, transitions.UpdateReceived(tasks[2].id))
 
     assert of(commands, transitions.SendVerdict) == [
         transitions.SendVerdict(tasks[2].id, tasks[2].client, accepted=False, reason="too-stale")
     ]
-    assert not of(commands, transitions.CountResult)
+    assert not of(commands, transitions.MarkAccepted)
 
 
 def test_a_result_that_comes_while_a_version_is_made_belongs_to_the_next_one():
@@ -391,7 +391,7 @@ def folding_again(schedule):
     state, first = answered(state, tasks[0])
     (alone,) = of(first, transitions.Aggregate)[0].tasks
     state, _ = answered(state, tasks[1])
-    state, commands = decide(state, transitions.ResultsUseless(1, {alone.id: "scaling: not the server's"}))
+    state, commands = decide(state, transitions.UpdatesUnusable(1, {alone.id: "scaling: not the server's"}))
     return state, tasks, of(commands, transitions.Aggregate)
 
 
@@ -444,9 +444,9 @@ def test_a_client_that_comes_back_with_too_old_a_task_gets_a_new_one():
     state, _ = answered(state, tasks[0])
     state, _ = aggregated(state)
 
-    _, commands = decide(state, transitions.ClientArrived(NAMES[2], NAMES))
+    _, commands = decide(state, transitions.HelloReceived(NAMES[2], NAMES))
 
-    assert of(commands, transitions.CancelTask) == [transitions.CancelTask(tasks[2].id, NAMES[2])]
+    assert of(commands, transitions.SendCancelTask) == [transitions.SendCancelTask(tasks[2].id, NAMES[2])]
     assert [(t.index, t.round) for t in sent(commands)] == [(2, 2)]
 
 
@@ -457,11 +457,11 @@ def test_a_client_that_was_lost_does_not_go_on_from_an_old_version_unless_it_has
         state, _ = answered(state, tasks[index])
     state, _ = aggregated(state)
 
-    _, restarted = decide(state, transitions.ClientArrived(NAMES[2], NAMES))
-    _, silent = decide(state, transitions.ClientArrived(NAMES[2], NAMES, outbox=frozenset({tasks[2].id})))
+    _, restarted = decide(state, transitions.HelloReceived(NAMES[2], NAMES))
+    _, silent = decide(state, transitions.HelloReceived(NAMES[2], NAMES, outbox=frozenset({tasks[2].id})))
 
-    assert of(restarted, transitions.CancelTask) == [transitions.CancelTask(tasks[2].id, NAMES[2])]
-    assert not of(silent, transitions.CancelTask)
+    assert of(restarted, transitions.SendCancelTask) == [transitions.SendCancelTask(tasks[2].id, NAMES[2])]
+    assert not of(silent, transitions.SendCancelTask)
 
 
 def test_a_buffered_job_ends_after_its_versions_and_calls_the_rest_off():
@@ -470,7 +470,7 @@ def test_a_buffered_job_ends_after_its_versions_and_calls_the_rest_off():
         for index in pair:
             state, commands = answered(state, tasks[index])
         if state.round == 2:
-            assert {c.client for c in of(commands, transitions.CancelTask)} == set(NAMES[:3])
+            assert {c.client for c in of(commands, transitions.SendCancelTask)} == set(NAMES[:3])
         state, commands = aggregated(state)
 
     state, commands = offered(state, sent(commands, EVALUATE)[0])
@@ -512,7 +512,7 @@ def test_whoever_answers_leaves_and_returns_every_counted_update_is_folded_once_
             break
         task = dice.choice([t for t in state.tasks.values() if t.phase == TRAIN and t.status != "accepted"])
         state, commands = something_happens(state, task, dice.randrange(10), now)
-        counted += [c.task for c in of(commands, transitions.CountResult)]
+        counted += [c.task for c in of(commands, transitions.MarkAccepted)]
         while state.stage == "aggregating":
             (command, *_) = [c for c in resume(state) if isinstance(c, transitions.Aggregate)]
             folded += [t.id for t in command.tasks]
@@ -521,7 +521,7 @@ def test_whoever_answers_leaves_and_returns_every_counted_update_is_folded_once_
             (closed,) = events(commands, "round-closed")
             assert closed.pace["staleness_max"] <= getattr(schedule, "max_staleness", 99)
         if len(state.lost) == len(NAMES):
-            state, _ = decide(state, transitions.ClientArrived(NAMES[0], NAMES, at_ms=now))
+            state, _ = decide(state, transitions.HelloReceived(NAMES[0], NAMES, at_ms=now))
 
     assert (state.stage, state.round) == ("scoring", 4)
     assert sorted(folded) == sorted(counted)
@@ -534,7 +534,7 @@ def something_happens(state, task, what, now):
         case 0:
             return decide(state, transitions.ClientLeft(task.client, NAMES, now))
         case 1:
-            return decide(state, transitions.ClientArrived(task.client, NAMES, at_ms=now))
+            return decide(state, transitions.HelloReceived(task.client, NAMES, at_ms=now))
         case 2:
             return decide(state, transitions.DeadlinePassed(state.round, state.deadline_ms or 0))
         case _:
@@ -562,7 +562,7 @@ def test_the_scores_of_a_lost_client_are_left_out_where_no_round_waits_for_every
 
     state, commands = decide(state, transitions.ClientLeft(NAMES[0], NAMES[1:], 9))
 
-    assert of(commands, transitions.CancelTask) == [transitions.CancelTask(asked[0].id, NAMES[0])]
+    assert of(commands, transitions.SendCancelTask) == [transitions.SendCancelTask(asked[0].id, NAMES[0])]
     assert len(events(commands, "round-evaluated")) == 1
     assert (state.stage, state.outcome) == ("ended", "done")
 
@@ -579,7 +579,7 @@ def test_central_scores_pass_on_from_a_lost_client_and_are_awaited_where_nobody_
 
     assert sent(commands, EVALUATE) == []
     assert [task.client for task in state.tasks.values()] == [NAMES[3]]
-    state, commands = decide(state, transitions.ClientArrived(NAMES[3], NAMES[3:], at_ms=10))
+    state, commands = decide(state, transitions.HelloReceived(NAMES[3], NAMES[3:], at_ms=10))
     state, _ = answered(state, sent(commands, EVALUATE)[0])
     assert (state.stage, state.outcome) == ("ended", "done")
 
@@ -591,7 +591,7 @@ def test_when_all_were_lost_scores_wait_for_the_first_who_is_back_and_for_no_oth
     for gone in range(4):
         state, _ = decide(state, transitions.ClientLeft(NAMES[gone], NAMES[gone + 1 :], 9))
 
-    state, commands = decide(state, transitions.ClientArrived(NAMES[1], NAMES[1:2], at_ms=10))
+    state, commands = decide(state, transitions.HelloReceived(NAMES[1], NAMES[1:2], at_ms=10))
 
     (asked,) = sent(commands, EVALUATE)
     assert (asked.client, tuple(state.tasks)) == (NAMES[1], (asked.id,))
@@ -606,5 +606,5 @@ def test_under_sync_scores_wait_for_everybody():
 
     state, commands = decide(state, transitions.ClientLeft(NAMES[0], NAMES[1:], 9))
 
-    assert of(commands, transitions.CancelTask) == []
+    assert of(commands, transitions.SendCancelTask) == []
     assert state.stage == "scoring"

@@ -11,8 +11,8 @@ import torch
 from learning import data_of, job, write_reviews
 
 from lorabbit.errors import BadInput
-from lorabbit_client.analysis.probe import batch_at, call, in_float32, looking, losses
-from lorabbit_client.analysis.sensitivity import Probe, _noise, _steepest, sensitivities
+from lorabbit_client.analysis.probe import batch_at, call, evaluation_mode, fp32_overrides, losses
+from lorabbit_client.analysis.sensitivity import ProbeSettings, _noise, _steepest, sensitivities
 from lorabbit_client.data.features import Batch, Features, Scorer
 from lorabbit_client.data.table import Codes
 from lorabbit_client.dataset import Examples
@@ -27,8 +27,8 @@ def client(folder: Path, **model: Any) -> tuple[Any, Examples]:
     return space._model, space._data(0, spec.clients).train
 
 
-def probe(**knobs: Any) -> Probe:
-    return Probe(**{"noise": 0.05, "draws": 2, "probes": 6, "variant": "relative", "seed": 11, **knobs})
+def probe(**knobs: Any) -> ProbeSettings:
+    return ProbeSettings(**{"noise": 0.05, "draws": 2, "probes": 6, "variant": "relative", "seed": 11, **knobs})
 
 
 class Padded(Features):
@@ -138,8 +138,8 @@ def test_F5_adversarial_noise_needs_no_seed_and_no_draws_and_padding_has_no_infl
 def test_adversarial_noise_raises_the_loss_of_every_example_more_than_random_noise_of_its_norm(tmp_path: Path) -> None:
     model, rows = client(tmp_path)
     names = np.arange(8)
-    batch, stand_ins, told = batch_at(model, rows, names), in_float32(model), {}
-    with looking(model):
+    batch, stand_ins, told = batch_at(model, rows, names), fp32_overrides(model), {}
+    with evaluation_mode(model):
         along = _steepest(model, stand_ins, batch)
         for direction, given in (("none", None), ("random", None), ("adversarial", along)):
             small = probe(noise=0.0 if direction == "none" else 1e-3)

@@ -6,7 +6,7 @@ import pytest
 
 import lorabbit_client.__main__ as client
 import lorabbit_server.__main__ as server
-from lorabbit.config.settings import ClientSettings, ServerSettings, read_settings, strangers
+from lorabbit.config.settings import ClientSettings, ServerSettings, read_settings, unknown_variables
 from lorabbit.errors import BadInput
 
 
@@ -87,7 +87,7 @@ def test_a_server_that_cannot_make_its_folder_says_so(monkeypatch, tmp_path):
 
 
 def test_a_variable_that_nobody_reads_is_named_with_what_was_meant():
-    said = strangers({"LORABBIT_BROKERURL": "amqp://x", "LORABBIT_BROKER_URL": "amqp://y", "HOME": "/root"})
+    said = unknown_variables({"LORABBIT_BROKERURL": "amqp://x", "LORABBIT_BROKER_URL": "amqp://y", "HOME": "/root"})
 
     assert said == [
         "environment variable LORABBIT_BROKERURL is no setting and is not read; did you mean LORABBIT_BROKER_URL?"
@@ -97,4 +97,4 @@ def test_a_variable_that_nobody_reads_is_named_with_what_was_meant():
 def test_secret_files_sweeps_data_and_variables_of_kubernetes_are_no_strangers():
     known = ("REDIS_URL_FILE", "DATA", "SERVER_SERVICE_HOST", "PORT_8080_TCP_ADDR", "RABBITMQ_PORT")
 
-    assert strangers({f"LORABBIT_{name}": "x" for name in known}) == []
+    assert unknown_variables({f"LORABBIT_{name}": "x" for name in known}) == []

@@ -22,7 +22,7 @@ from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.models.cnn import Cnn
 from lorabbit_client.models.loading import quiet, seeded
 from lorabbit_client.models.tiny import WIDTH, tiny_config
-from lorabbit_client.personal.models import Split, filled, slots_of
+from lorabbit_client.personal.models import SplitModel, filled, slots_of
 from lorabbit_client.personal.session import freeze
 from lorabbit_client.tasks.registry import TASKS
 from lorabbit_client.tasks.text_classification import ClassScorer
@@ -90,7 +90,7 @@ def test_a_model_without_so_many_query_and_value_layers_is_refused(model):
 @pytest.mark.parametrize("layers", [2, 4])
 def test_factors_in_slots_answer_as_peft_s_lora_in_the_last_layers_does(layers):
     given, values = batch(), pairs()
-    split = Split(classifier(layers=layers), "bert", CLASSES)
+    split = SplitModel(classifier(layers=layers), "bert", CLASSES)
     with torch.no_grad():
         answered = split.adapted(given, values)
     lora = LoraConfig(
@@ -160,7 +160,7 @@ class Depths:
 
     def own(self, index, *, fresh):
         if fresh or index not in self.lent:
-            self.lent[index] = Split(freeze(classifier(layers=2 + 2 * (index % 2), seed=index)), "bert", CLASSES)
+            self.lent[index] = SplitModel(freeze(classifier(layers=2 + 2 * (index % 2), seed=index)), "bert", CLASSES)
         return self.lent[index]
 
     def widest(self, place):  # noqa: ARG002 - one for both

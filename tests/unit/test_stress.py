@@ -12,17 +12,17 @@ from lorabbit.errors import BadInput
 from lorabbit.events import job_events as ev
 from lorabbit.protocol.messages import Metrics
 from lorabbit_bench.stress import process_deployment
-from lorabbit_bench.stress.measurement import Measured, Row, Tally, percentile, row_of
-from lorabbit_bench.stress.plan import Plan, read_clients, read_payloads, read_plan
-from lorabbit_bench.stress.report import draw, growth
-from lorabbit_bench.stress.resource_limits import Demand, LimitReached, check
-from lorabbit_bench.stress.traces import LONGEST_AWAY, SHORTEST_AWAY, Trace, read_slowness
+from lorabbit_bench.stress.measurement import EventStats, MeasuredJob, Measurement, percentile, row_of
+from lorabbit_bench.stress.plan import StressPlan, read_clients, read_payloads, read_plan
+from lorabbit_bench.stress.report import render, scaling_cost
+from lorabbit_bench.stress.resource_limits import LimitReached, ResourceDemand, check
+from lorabbit_bench.stress.traces import LONGEST_AWAY, SHORTEST_AWAY, ClientTraces, read_slowness
 from lorabbit_cli.__main__ import app
 
 ROOT = Path(__file__).parents[2]
 
 
-def plan(tmp_path: Path, **changes: object) -> Plan:
+def plan(tmp_path: Path, **changes: object) -> StressPlan:
     options: dict[str, object] = {
         "clients": "10,5",
         "payload": "0.3,4MB",
@@ -102,7 +102,7 @@ def test_a_real_job_names_a_model_instead_of_a_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize("slow", ["uniform:1:2", "exponential:0.5", "lognormal:0.5:1", "pareto:0.1:2"])
 def test_the_same_seed_gives_the_same_trace_and_another_seed_another(slow: str) -> None:
     def steps(seed: int) -> list[object]:
-        trace = Trace(seed, 0.3, read_slowness(slow))
+        trace = ClientTraces(seed, 0.3, read_slowness(slow))
         return [trace.step(client, number) for client in range(20) for number in range(1, 4)]
 
     assert steps(1) == steps(1)
@@ -110,40 +110,44 @@ def test_the_same_seed_gives_the_same_trace_and_another_seed_another(slow: str) 
 
 
 def test_a_client_is_as_fast_in_every_round_and_among_any_number_of_others() -> None:
-    trace = Trace(0, 0.5, read_slowness("lognormal:0.5:1"))
+    trace = ClientTraces(0, 0.5, read_slowness("lognormal:0.5:1"))
 
     for client in range(10):
         assert len({trace.step(client, number).train_seconds for number in range(1, 9)}) == 1
 
 
 def test_the_drawn_speeds_follow_the_distribution() -> None:
-    drawn = [Trace(0, 0, read_slowness("lognormal:0.5:1")).train_seconds(client) for client in range(2000)]
+    drawn = [ClientTraces(0, 0, read_slowness("lognormal:0.5:1")).train_seconds(client) for client in range(2000)]
 
     assert statistics.median(drawn) == pytest.approx(0.5, rel=0.1)
-    assert Trace(0, 0, read_slowness("none")).train_seconds(0) == 0.0
+    assert ClientTraces(0, 0, read_slowness("none")).train_seconds(0) == 0.0
 
 
 def test_clients_leave_as_often_as_asked_and_come_back() -> None:
-    trace = Trace(5, 0.2, read_slowness("none"))
+    trace = ClientTraces(5, 0.2, read_slowness("none"))
     steps = [trace.step(client, number) for client in range(500) for number in range(1, 5)]
     away = [step.away_seconds for step in steps if step.away_seconds is not None]
 
     assert len(away) / len(steps) == pytest.approx(0.2, abs=0.03)
     assert all(SHORTEST_AWAY <= seconds <= LONGEST_AWAY for seconds in away)
-    assert all(Trace(5, 0.0, read_slowness("none")).step(c, 1).away_seconds is None for c in range(50))
+    assert all(ClientTraces(5, 0.0, read_slowness("none")).step(c, 1).away_seconds is None for c in range(50))
 
 
 @pytest.mark.parametrize(
     ("demand", "descriptors", "sentence"),
     [
-        (Demand(10**6, 0.3), 10**9, "memory: 1000000 clients need about"),
-        (Demand(100, 0.3), 500, "file descriptors: the broker needs about 600 for 100 clients, and may open 500"),
-        (Demand(100, 10**7), 10**6, "disk: 100 clients with 1e+07 MB each need up to"),
-        (Demand(10**8, 0.3, mb_per_client=0), 10**12, "threads: 100000000 clients need about"),
+        (ResourceDemand(10**6, 0.3), 10**9, "memory: 1000000 clients need about"),
+        (
+            ResourceDemand(100, 0.3),
+            500,
+            "file descriptors: the broker needs about 600 for 100 clients, and may open 500",
+        ),
+        (ResourceDemand(100, 10**7), 10**6, "disk: 100 clients with 1e+07 MB each need up to"),
+        (ResourceDemand(10**8, 0.3, mb_per_client=0), 10**12, "threads: 100000000 clients need about"),
     ],
 )
 def test_what_the_machine_does_not_bear_is_named(
-    tmp_path: Path, demand: Demand, descriptors: int, sentence: str
+    tmp_path: Path, demand: ResourceDemand, descriptors: int, sentence: str
 ) -> None:
     with pytest.raises(LimitReached) as reached:
         check(demand, tmp_path, descriptors=descriptors)
@@ -156,7 +160,7 @@ def test_a_measurement_is_let_through_where_the_machine_bears_it(
     tmp_path: Path, descriptors: int, *, is_enough: bool
 ) -> None:
     try:
-        check(Demand(1, 0.001), tmp_path, descriptors=descriptors)
+        check(ResourceDemand(1, 0.001), tmp_path, descriptors=descriptors)
         was_enough = True
     except LimitReached:
         was_enough = False
@@ -164,8 +168,8 @@ def test_a_measurement_is_let_through_where_the_machine_bears_it(
     assert was_enough is is_enough
 
 
-def told(*, rounds: int = 2, clients: int = 3) -> Tally:
-    tally = Tally()
+def told(*, rounds: int = 2, clients: int = 3) -> EventStats:
+    tally = EventStats()
     for number in range(1, rounds + 1):
         start = number * 10_000
         tally.take(ev.RoundStarted(at_ms=start, round=number, cohort=tuple(f"client-{n}" for n in range(clients))))
@@ -200,9 +204,9 @@ def told(*, rounds: int = 2, clients: int = 3) -> Tally:
     return tally
 
 
-def row(tmp_path: Path, tally: Tally, *, clients: int = 3, stopped: str = "") -> Row | None:
+def row(tmp_path: Path, tally: EventStats, *, clients: int = 3, stopped: str = "") -> Measurement | None:
     memory, cpu = {"server": 70.0, "clients": 30.0 * clients}, {"server": 0.06, "clients": 0.12}
-    measured = Measured(tally, memory, cpu, stopped)
+    measured = MeasuredJob(tally, memory, cpu, stopped)
     return row_of(measured, plan(tmp_path).job(clients, 0.3), payload_mb=0.3, spread="here", joining_seconds=1.0)
 
 
@@ -218,7 +222,7 @@ def test_the_figures_of_a_size_follow_from_its_events(tmp_path: Path) -> None:
 
 
 def test_a_size_of_which_no_round_was_closed_has_no_figures(tmp_path: Path) -> None:
-    tally = Tally()
+    tally = EventStats()
     tally.take(ev.RoundStarted(at_ms=0, round=1, cohort=("client-0",)))
 
     assert row(tmp_path, tally, stopped="time") is None
@@ -235,17 +239,17 @@ def test_growth_compares_the_ends_of_each_payload(tmp_path: Path) -> None:
     assert small is not None
     assert large is not None
 
-    (found,) = growth([large, small])
+    (found,) = scaling_cost([large, small])
 
     assert found.clients == (3, 6)
     assert found.cpu_times == pytest.approx(0.5)
-    assert growth([small]) == []
+    assert scaling_cost([small]) == []
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     small, large = row(tmp_path, told()), row(tmp_path, told(clients=6), clients=6)
 
-    assert draw([each for each in (small, large) if each is not None]).startswith(b"\x89PNG")
+    assert render([each for each in (small, large) if each is not None]).startswith(b"\x89PNG")
 
 
 def test_a_private_rabbitmq_is_set_as_the_shipped_one() -> None:

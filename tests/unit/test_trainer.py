@@ -20,7 +20,7 @@ from lorabbit_client.dataset import Examples
 from lorabbit_client.execution.interface import Cancelled
 from lorabbit_client.models.trainable import TrainableModel
 from lorabbit_client.training.batching import epoch_order, steps_of
-from lorabbit_client.training.trainer import Clock, Trainer, rate_factor
+from lorabbit_client.training.trainer import Trainer, TrainingSchedule, lr_multiplier
 
 CURVATURE, TARGET, START, RATE = 2.0, 3.0, -1.0, 0.05
 
@@ -76,7 +76,7 @@ def local(**knobs: Any) -> LocalSpec:
 
 
 def train(model: TrainableModel, knobs: LocalSpec | None = None, **extra: Any) -> Any:
-    return Trainer(model, rows(10), knobs or local(), clock=Clock(1, 1), seed=5).run(silent, **extra)
+    return Trainer(model, rows(10), knobs or local(), clock=TrainingSchedule(1, 1), seed=5).run(silent, **extra)
 
 
 def descent(steps: int, curvature: float, fixed_point: float) -> float:
@@ -132,7 +132,7 @@ def test_freezing_everything_is_refused():
 
 
 def test_a_loss_that_is_not_finite_ends_the_task_with_advice():
-    trainer = Trainer(toy(), rows(8, float("inf")), local(), clock=Clock(3, 5), seed=0)
+    trainer = Trainer(toy(), rows(8, float("inf")), local(), clock=TrainingSchedule(3, 5), seed=0)
 
     with pytest.raises(LoRAbbitError, match=r"round 3: lower local\.learning_rate"):
         trainer.run(silent)
@@ -144,7 +144,7 @@ def test_a_cancelled_training_leaves_a_model_that_trains_again():
 
     model = toy()
     with pytest.raises(Cancelled):
-        Trainer(model, rows(8), local(), clock=Clock(1, 1), seed=0).run(cancel)
+        Trainer(model, rows(8), local(), clock=TrainingSchedule(1, 1), seed=0).run(cancel)
 
     assert all(value.grad is None for value in model.tensors.values())
     model.reset()
@@ -172,7 +172,9 @@ def test_a_frozen_batch_norm_does_not_gather_statistics():
 def test_progress_ends_at_one_with_the_mean_loss():
     seen: list[tuple[float, float | None]] = []
 
-    trained = Trainer(toy(), rows(8), local(), clock=Clock(1, 1), seed=0).run(lambda f, loss: seen.append((f, loss)))
+    trained = Trainer(toy(), rows(8), local(), clock=TrainingSchedule(1, 1), seed=0).run(
+        lambda f, loss: seen.append((f, loss))
+    )
 
     assert seen[-1] == (1.0, trained.loss)
 
@@ -228,9 +230,14 @@ def test_a_round_takes_the_steps_that_the_job_asks_for(knobs: dict[str, float], 
 def test_the_learning_rate_follows_its_schedule_over_the_whole_job(schedule: str, share: float, expected: float):
     knobs = LocalSpec.model_validate({"schedule": schedule, "warmup_share": 0.1})
 
-    assert rate_factor(knobs, share) == pytest.approx(expected)
+    assert lr_multiplier(knobs, share) == pytest.approx(expected)
 
 
 def test_the_schedule_never_stands_at_zero():
-    assert 0.0 < Clock(1, 4).share(0, 10) < Clock(1, 4).share(9, 10) < Clock(2, 4).share(0, 10)
-    assert Clock(4, 4).share(9, 10) < 1.0
+    assert (
+        0.0
+        < TrainingSchedule(1, 4).share(0, 10)
+        < TrainingSchedule(1, 4).share(9, 10)
+        < TrainingSchedule(2, 4).share(0, 10)
+    )
+    assert TrainingSchedule(4, 4).share(9, 10) < 1.0

@@ -10,10 +10,10 @@ from lorabbit.broker import topology
 from lorabbit.broker.base import Outgoing, Queue
 from lorabbit.broker.memory import MemoryBroker
 from lorabbit.errors import BrokerUnavailable, LoRAbbitError, StoreUnavailable
-from lorabbit.transfer.chunked_transfer import MAX_DAMAGES, AdapterReader, ChunkSender, DamagedStream
-from lorabbit.transfer.chunking import CHUNK, WINDOW, Chunks
+from lorabbit.transfer.chunked_transfer import MAX_DAMAGES, ChunkSender, DamagedStream, StreamReader
+from lorabbit.transfer.chunking import CHUNK, WINDOW, ChunkedPayload
 from lorabbit.transfer.payload_store import PayloadStore
-from lorabbit.transfer.stream_publisher import MAX_STREAMS, AdapterPublisher
+from lorabbit.transfer.stream_publisher import MAX_STREAMS, StreamPublisher
 
 
 class Clock:
@@ -60,8 +60,8 @@ def collect(broker, sink):
 
 def test_a_published_adapter_arrives_whole(broker, server_store, client_store, ref):
     answers = []
-    reader = AdapterReader(broker, client_store, ref, answers.append)
-    AdapterPublisher(broker, server_store).publish(ref, answers.append)
+    reader = StreamReader(broker, client_store, ref, answers.append)
+    StreamPublisher(broker, server_store).publish(ref, answers.append)
 
     broker.run_until_idle()
 
@@ -71,12 +71,12 @@ def test_a_published_adapter_arrives_whole(broker, server_store, client_store, r
 
 
 def test_an_adapter_is_published_once(broker, server_store, tmp_path, ref):
-    publisher, answers = AdapterPublisher(broker, server_store), []
+    publisher, answers = StreamPublisher(broker, server_store), []
     publisher.publish(ref)
     broker.run_until_idle()
     publisher.publish(ref, answers.append)
     readers = [
-        AdapterReader(broker, PayloadStore(tmp_path / f"{n}", durable=False), ref, answers.append) for n in range(3)
+        StreamReader(broker, PayloadStore(tmp_path / f"{n}", durable=False), ref, answers.append) for n in range(3)
     ]
 
     broker.run_until_idle()
@@ -88,7 +88,7 @@ def test_an_adapter_is_published_once(broker, server_store, tmp_path, ref):
 def test_a_client_that_holds_the_adapter_reads_nothing(broker, server_store, ref):
     answers = []
 
-    reader = AdapterReader(broker, server_store, ref, answers.append)
+    reader = StreamReader(broker, server_store, ref, answers.append)
     assert answers == []
     broker.run_until_idle()
 
@@ -96,12 +96,12 @@ def test_a_client_that_holds_the_adapter_reads_nothing(broker, server_store, ref
 
 
 def test_a_withdrawn_adapter_leaves_no_stream(broker, server_store, client_store, ref):
-    publisher, answers = AdapterPublisher(broker, server_store), []
+    publisher, answers = StreamPublisher(broker, server_store), []
     publisher.publish(ref)
     broker.run_until_idle()
 
     publisher.withdraw(ref.sha256)
-    AdapterReader(broker, client_store, ref, answers.append)
+    StreamReader(broker, client_store, ref, answers.append)
     broker.run_until_idle()
 
     assert answers == []
@@ -109,7 +109,7 @@ def test_a_withdrawn_adapter_leaves_no_stream(broker, server_store, client_store
 
 
 def test_a_reader_is_told_to_wait_until_the_first_chunk_is_in_the_stream(broker, server_store, ref):
-    publisher, told = AdapterPublisher(broker, server_store), []
+    publisher, told = StreamPublisher(broker, server_store), []
     publisher.publish(ref)
 
     waits = publisher.when_readable(ref.sha256, lambda: told.append(len(told)))
@@ -121,7 +121,7 @@ def test_a_reader_is_told_to_wait_until_the_first_chunk_is_in_the_stream(broker,
 
 
 def test_nobody_waits_for_a_payload_that_is_not_being_published(broker, server_store, ref):
-    publisher, told = AdapterPublisher(broker, server_store), []
+    publisher, told = StreamPublisher(broker, server_store), []
     assert not publisher.when_readable(ref.sha256, lambda: told.append("never published"))
 
     publisher.publish(ref)
@@ -133,7 +133,7 @@ def test_nobody_waits_for_a_payload_that_is_not_being_published(broker, server_s
 
 
 def test_readers_of_a_payload_that_cannot_be_published_do_not_wait_for_ever(broker, server_store, ref):
-    publisher, told = AdapterPublisher(broker, server_store), []
+    publisher, told = StreamPublisher(broker, server_store), []
     server_store.delete(ref.sha256)
     publisher.publish(ref)
 
@@ -144,11 +144,11 @@ def test_readers_of_a_payload_that_cannot_be_published_do_not_wait_for_ever(brok
 
 
 def test_a_closed_publisher_leaves_streams_to_the_next_server(broker, server_store, client_store, ref):
-    replaced, answers = AdapterPublisher(broker, server_store), []
+    replaced, answers = StreamPublisher(broker, server_store), []
     replaced.publish(ref, lambda _: answers.append("published by the first"))
     replaced.close()
-    AdapterPublisher(broker, server_store).publish(ref, answers.append)
-    AdapterReader(broker, client_store, ref, answers.append)
+    StreamPublisher(broker, server_store).publish(ref, answers.append)
+    StreamReader(broker, client_store, ref, answers.append)
 
     broker.run_until_idle()
 
@@ -157,11 +157,11 @@ def test_a_closed_publisher_leaves_streams_to_the_next_server(broker, server_sto
 
 def test_a_restarted_server_publishes_over_what_is_there(broker, server_store, client_store, ref):
     answers = []
-    AdapterPublisher(broker, server_store).publish(ref)
+    StreamPublisher(broker, server_store).publish(ref)
     broker.run_until_idle()
-    reader = AdapterReader(broker, client_store, ref, answers.append)
+    reader = StreamReader(broker, client_store, ref, answers.append)
 
-    AdapterPublisher(broker, server_store).publish(ref)
+    StreamPublisher(broker, server_store).publish(ref)
     broker.run_until_idle()
 
     assert answers == [None]
@@ -169,11 +169,11 @@ def test_a_restarted_server_publishes_over_what_is_there(broker, server_store, c
 
 
 def test_a_reader_goes_on_after_a_reconnect_with_what_it_has(broker, server_store, client_store, ref):
-    AdapterPublisher(broker, server_store).publish(ref)
+    StreamPublisher(broker, server_store).publish(ref)
     broker.run_until_idle()
     client_store.write_chunk(ref, 0, server_store.path(ref.sha256).read_bytes()[:1024])
     answers = []
-    reader = AdapterReader(broker, client_store, ref, answers.append)
+    reader = StreamReader(broker, client_store, ref, answers.append)
 
     broker.reconnect()
     broker.run_until_idle()
@@ -186,7 +186,7 @@ def fill(broker, store, ref, indices):
     """A payload's stream with these of its chunks, in this order."""
     stream = topology.adapter_stream(ref.sha256)
     broker.declare_queue(stream)
-    chunks = Chunks(ref, store.path(ref.sha256), ("", stream.name), {})
+    chunks = ChunkedPayload(ref, store.path(ref.sha256), ("", stream.name), {})
     for index in indices:
         broker.send(chunks.message(index))
 
@@ -204,7 +204,7 @@ def test_a_reader_finds_chunks_that_stand_in_another_order(broker, server_store,
         client_store.write_chunk(ref, index, server_store.path(ref.sha256).read_bytes()[index * 1024 :][:1024])
     answers = []
 
-    AdapterReader(broker, client_store, ref, answers.append)
+    StreamReader(broker, client_store, ref, answers.append)
     broker.run_until_idle()
 
     assert answers == [None]
@@ -218,7 +218,7 @@ def test_a_reader_that_finds_nothing_behind_what_it_has_reads_from_the_beginning
     for index in range(ref.chunks - 1):
         client_store.write_chunk(ref, index, content[index * 1024 :][:1024])
     answers = []
-    AdapterReader(broker, client_store, ref, answers.append, patience_seconds=10)
+    StreamReader(broker, client_store, ref, answers.append, patience_seconds=10)
     broker.run_until_idle()
     assert answers == []
 
@@ -252,11 +252,11 @@ class Spoiling(MemoryBroker):
 @pytest.mark.parametrize("header", [False, True])
 def test_a_damaged_chunk_is_read_again_and_nothing_else(server_store, client_store, ref, header):
     broker, answers = Spoiling(), []
-    AdapterPublisher(broker, server_store).publish(ref)
+    StreamPublisher(broker, server_store).publish(ref)
     broker.run_until_idle()
     broker.damages, broker.header = 1, header
 
-    reader = AdapterReader(broker, client_store, ref, answers.append)
+    reader = StreamReader(broker, client_store, ref, answers.append)
     broker.run_until_idle()
 
     assert answers == [None]
@@ -266,11 +266,11 @@ def test_a_damaged_chunk_is_read_again_and_nothing_else(server_store, client_sto
 
 def test_a_chunk_that_arrives_damaged_every_time_ends_the_read(server_store, client_store, ref):
     broker, answers = Spoiling(), []
-    AdapterPublisher(broker, server_store).publish(ref)
+    StreamPublisher(broker, server_store).publish(ref)
     broker.run_until_idle()
     broker.damages = 100
 
-    AdapterReader(broker, client_store, ref, answers.append)
+    StreamReader(broker, client_store, ref, answers.append)
     broker.run_until_idle()
 
     assert broker.hits == MAX_DAMAGES
@@ -281,7 +281,7 @@ def test_a_chunk_that_arrives_damaged_every_time_ends_the_read(server_store, cli
 
 
 def test_a_payload_whose_stream_is_damaged_gets_another_one_once(broker, server_store, client_store, ref):
-    publisher, answers = AdapterPublisher(broker, server_store), []
+    publisher, answers = StreamPublisher(broker, server_store), []
     publisher.publish(ref)
     publisher.renew(ref)
     assert publisher.number(ref.sha256) == 0, "a stream that is being filled is not renewed"
@@ -291,7 +291,7 @@ def test_a_payload_whose_stream_is_damaged_gets_another_one_once(broker, server_
         publisher.renew(ref)
         broker.run_until_idle()
     told = ref.model_copy(update={"stream": publisher.number(ref.sha256)})
-    AdapterReader(broker, client_store, told, answers.append)
+    StreamReader(broker, client_store, told, answers.append)
     broker.run_until_idle()
     publisher.withdraw(ref.sha256)
 
@@ -301,7 +301,7 @@ def test_a_payload_whose_stream_is_damaged_gets_another_one_once(broker, server_
 
 
 def test_a_payload_is_not_published_again_for_ever(broker, server_store, ref):
-    publisher = AdapterPublisher(broker, server_store)
+    publisher = StreamPublisher(broker, server_store)
     publisher.publish(ref)
     broker.run_until_idle()
 
@@ -331,8 +331,8 @@ def held(broker):
 
 def test_a_server_that_was_replaced_publishes_and_withdraws_nothing(broker, server_store, ref):
     leads, done = Successive(), []
-    late = AdapterPublisher(broker, server_store, leads=leads)
-    AdapterPublisher(broker, server_store).publish(ref)
+    late = StreamPublisher(broker, server_store, leads=leads)
+    StreamPublisher(broker, server_store).publish(ref)
     broker.run_until_idle()
     before = held(broker)
 
@@ -350,7 +350,7 @@ def test_a_server_that_was_replaced_publishes_and_withdraws_nothing(broker, serv
 def test_whether_a_server_leads_is_asked_until_the_store_answers(broker, clock, server_store, ref, still):
     leads = Successive()
     leads.answer = StoreUnavailable("Redis is away")
-    publisher, done = AdapterPublisher(broker, server_store, leads=leads), []
+    publisher, done = StreamPublisher(broker, server_store, leads=leads), []
     publisher.publish(ref, done.append)
     broker.run_until_idle()
     assert held(broker) == {}
@@ -373,7 +373,7 @@ def test_a_stream_with_a_flipped_byte_is_refused(broker, server_store, client_st
         broker.send(Outgoing("", stream.name, CHUNK, body, {"index": index}))
     answers = []
 
-    AdapterReader(broker, client_store, ref, answers.append)
+    StreamReader(broker, client_store, ref, answers.append)
     broker.run_until_idle()
 
     assert [type(answer) for answer in answers] == [DamagedStream]
@@ -387,7 +387,7 @@ def test_a_stream_of_something_else_is_refused(broker, client_store, ref, header
     broker.send(Outgoing("", stream.name, CHUNK, b"x" * 1024, headers))
     answers = []
 
-    AdapterReader(broker, client_store, ref, answers.append)
+    StreamReader(broker, client_store, ref, answers.append)
     broker.run_until_idle()
 
     assert [type(answer) for answer in answers] == [DamagedStream]
@@ -396,7 +396,7 @@ def test_a_stream_of_something_else_is_refused(broker, client_store, ref, header
 def silence(broker, clock, store, ref):
     """What a reader says of a stream that is not there, after as many seconds as it has patience for."""
     answers = []
-    AdapterReader(broker, store, ref, answers.append, patience_seconds=10)
+    StreamReader(broker, store, ref, answers.append, patience_seconds=10)
     broker.run_until_idle()
 
     clock.now = 9.9
@@ -421,13 +421,13 @@ def test_a_read_on_which_nothing_arrives_though_the_broker_answers_ends_and_name
 def test_a_stream_that_lost_its_end_is_found_out_although_its_beginning_is_read_again(
     broker, clock, server_store, client_store, ref
 ):
-    AdapterPublisher(broker, server_store).publish(ref)
+    StreamPublisher(broker, server_store).publish(ref)
     broker.run_until_idle()
     (stream,) = held(broker)
     while len(broker._queues[stream].messages) > 5:
         broker._queues[stream].messages.pop()
     answers = []
-    reader = AdapterReader(broker, client_store, ref, answers.append, patience_seconds=10)
+    reader = StreamReader(broker, client_store, ref, answers.append, patience_seconds=10)
     for second in range(31):
         clock.now = float(second)
         broker.run_until_idle()
@@ -448,8 +448,8 @@ def test_a_read_on_which_nothing_arrives_as_the_broker_is_away_says_so(broker, c
 
 def test_a_cancelled_read_tells_nothing(broker, server_store, client_store, ref):
     answers = []
-    reader = AdapterReader(broker, client_store, ref, answers.append)
-    AdapterPublisher(broker, server_store).publish(ref)
+    reader = StreamReader(broker, client_store, ref, answers.append)
+    StreamPublisher(broker, server_store).publish(ref)
 
     reader.cancel()
     reader.cancel()

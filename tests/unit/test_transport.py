@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorabbit.errors import BadInput
-from lorabbit.job.spec import KNOWN, Coding, JobSpec
+from lorabbit.job.spec import KNOWN, CompressionSpec, JobSpec
 from lorabbit.methods.registry import build
 
 
@@ -89,6 +89,6 @@ def test_a_coding_that_there_is_not_is_refused(wrong):
 
 
 def test_the_word_names_what_is_on_the_wire():
-    coding = Coding(codec="top-k", delta=True, feedback=True, zstd=True)
+    coding = CompressionSpec(codec="top-k", delta=True, feedback=True, zstd=True)
 
     assert coding.word == "top-k+delta+zstd"

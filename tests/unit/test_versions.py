@@ -13,7 +13,7 @@ from lorabbit.methods.shared_model.fedavg import FedAvg
 from lorabbit.tensors import serialization
 from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit.types import BASE, ServerState
-from lorabbit_server.aggregation.model_versions import Versions
+from lorabbit_server.aggregation.model_versions import ModelVersionStore
 from lorabbit_server.engine.state import JobState, dump_header, load_state
 
 
@@ -40,7 +40,7 @@ def state(value=1.0, **what):
 
 
 def test_every_shared_group_is_a_file_of_its_own(payloads):
-    versions = Versions(FedAvg(), payloads, 1024)
+    versions = ModelVersionStore(FedAvg(), payloads, 1024)
 
     saved = versions.save(state())
 
@@ -50,7 +50,7 @@ def test_every_shared_group_is_a_file_of_its_own(payloads):
 
 
 def test_a_group_that_is_handed_on_is_not_serialised_again(payloads):
-    versions = Versions(FedAvg(), payloads, 1024)
+    versions = ModelVersionStore(FedAvg(), payloads, 1024)
     first = versions.save(state())
     loaded = versions.load(first)
 
@@ -61,7 +61,7 @@ def test_a_group_that_is_handed_on_is_not_serialised_again(payloads):
 
 
 def test_two_versions_in_use_hand_out_the_same_group_and_its_one_file(payloads):
-    versions = Versions(FedAvg(), payloads, 1024)
+    versions = ModelVersionStore(FedAvg(), payloads, 1024)
     head = versions.save(state())
     loaded = versions.load(head)
     scored = versions.save(replace(loaded, tensors={"a": np.zeros(3, np.float32)}))
@@ -75,7 +75,7 @@ def test_two_versions_in_use_hand_out_the_same_group_and_its_one_file(payloads):
 
 
 def test_files_of_plans_are_needed_until_their_version_is_no_longer_in_use(payloads):
-    versions = Versions(FedAvg(), payloads, 1024)
+    versions = ModelVersionStore(FedAvg(), payloads, 1024)
     head, scored = versions.save(state()), versions.save(state(2.0))
     versions.load(scored)
     made = versions.refs({"adapter": {"z": np.ones(2, np.float32)}})["adapter"].sha256
@@ -90,7 +90,7 @@ def test_files_of_plans_are_needed_until_their_version_is_no_longer_in_use(paylo
 
 
 def test_the_report_of_a_round_is_in_the_version_and_costs_no_second_file(payloads):
-    versions = Versions(FedAvg(), payloads, 1024)
+    versions = ModelVersionStore(FedAvg(), payloads, 1024)
 
     saved = versions.save(state(facts={"report": {"rank": 4}}))
 
@@ -100,7 +100,7 @@ def test_the_report_of_a_round_is_in_the_version_and_costs_no_second_file(payloa
 
 
 def test_a_state_with_facts_hands_out_the_adapter_that_is_written_already(payloads):
-    versions = Versions(FedAvg(), payloads, 1024)
+    versions = ModelVersionStore(FedAvg(), payloads, 1024)
     saved = versions.save(state(facts={"best": 4}))
     loaded, before = versions.load(saved), list(payloads.written)
 
@@ -112,7 +112,9 @@ def test_a_state_with_facts_hands_out_the_adapter_that_is_written_already(payloa
 
 def test_a_version_comes_back_from_the_store_as_it_was(payloads):
     method = Surveying()
-    saved = Versions(method, payloads, 1024).save(state(facts={"report": {"rank": 4, "aggregation_error": 0.25}}))
+    saved = ModelVersionStore(method, payloads, 1024).save(
+        state(facts={"report": {"rank": 4, "aggregation_error": 0.25}})
+    )
     job = JobState("job", JobSpec(), head=saved, scored={3: saved})
 
     back = load_state(dump_header(job), job.spec, {})

@@ -13,8 +13,8 @@ from rich.console import Console
 from lorabbit.events import job_events as ev
 from lorabbit.types import TRAIN
 from lorabbit_cli.formatting import bytes_text, duration_text, score_text, sparkline
-from lorabbit_cli.live_view.state import Progress
-from lorabbit_cli.live_view.view import View, draw
+from lorabbit_cli.live_view.state import JobProgress
+from lorabbit_cli.live_view.view import LiveView, render
 from lorabbit_cli.report.summary import print_summary
 
 
@@ -29,16 +29,16 @@ def text_of(out: Console) -> str:
     return out.file.getvalue()
 
 
-def frame(progress: Progress, *, height: int = 40) -> str:
+def frame(progress: JobProgress, *, height: int = 40) -> str:
     out = console(terminal=True, height=height)
-    out.print(draw(progress, now_ms=START_MS + 3000, size=out.size))
+    out.print(render(progress, now_ms=START_MS + 3000, size=out.size))
     return text_of(out)
 
 
 def test_without_a_terminal_a_run_is_a_line_a_round():
     out = console(terminal=False)
 
-    with View(sample_spec(), console=out) as view:
+    with LiveView(sample_spec(), console=out) as view:
         for event in sample_log():
             view.feed(event)
 
@@ -52,7 +52,7 @@ def test_without_a_terminal_a_run_is_a_line_a_round():
 
 
 def test_on_a_terminal_a_frame_shows_rounds_clients_and_totals():
-    progress = Progress(sample_spec())
+    progress = JobProgress(sample_spec())
     for event in [*opening(), *one_round(1), *one_round(2)[:5]]:
         progress.apply(event)
 
@@ -70,7 +70,7 @@ def test_on_a_terminal_a_frame_shows_rounds_clients_and_totals():
 def test_the_last_frame_stays_on_the_terminal():
     out = console(terminal=True)
 
-    view = View(sample_spec(), console=out, now_ms=lambda: START_MS)
+    view = LiveView(sample_spec(), console=out, now_ms=lambda: START_MS)
     view.start()
     for event in sample_log():
         view.feed(event)
@@ -82,7 +82,7 @@ def test_the_last_frame_stays_on_the_terminal():
 
 @pytest.mark.parametrize("height", [24, 40, 100])
 def test_a_big_population_is_summarised_and_fits_the_window(height: int):
-    progress = Progress(sample_spec(clients=1000))
+    progress = JobProgress(sample_spec(clients=1000))
     for event in [*opening(clients=1000), *one_round(1, clients=1000)[:1]]:
         progress.apply(event)
     for k in (5, 700):
@@ -99,7 +99,7 @@ def test_a_big_population_is_summarised_and_fits_the_window(height: int):
 
 
 def test_feeding_thousands_of_events_is_cheap():
-    view = View(sample_spec(clients=10), console=console(terminal=True))
+    view = LiveView(sample_spec(clients=10), console=console(terminal=True))
     view.start()
     progressed = ev.TaskProgressed(at_ms=START_MS, round=1, client=name(0), phase=TRAIN, fraction=0.5, loss=1.0)
 

@@ -18,9 +18,9 @@ from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId
 from lorabbit_cli.commands.jobs import lines, sentence, span_text
 from lorabbit_server.engine import transitions
 from lorabbit_server.engine.reducer import decide
-from lorabbit_server.engine.state import JobState, Offered, Stage, TaskState, TaskStatus, Version
-from lorabbit_server.engine.wait_reasons import Sight, waits_of
-from lorabbit_server.health.server_faults import Setbacks
+from lorabbit_server.engine.state import JobState, ModelVersion, Stage, TaskState, TaskStatus, UploadOffer
+from lorabbit_server.engine.wait_reasons import ClientObservations, wait_reasons
+from lorabbit_server.health.server_faults import ServerFaults
 
 NAMES = tuple(ClientId(f"client-{n}") for n in range(1, 5))
 SCHEDULES = (
@@ -30,7 +30,7 @@ SCHEDULES = (
     sc.Buffered(buffer=1, concurrency=2, max_staleness=1),
     sc.Buffered(buffer=3),
 )
-SIGHT = Sight(dict.fromkeys(NAMES, 1_000), 15_000)
+SIGHT = ClientObservations(dict.fromkeys(NAMES, 1_000), 15_000)
 
 
 def ref(number):
@@ -47,12 +47,12 @@ class Walk:
         self.here = set()
 
     def version(self):
-        return Version(ref(next(self.files)), ref(next(self.files)))
+        return ModelVersion(ref(next(self.files)), ref(next(self.files)))
 
     def step(self):
         self.now += self.random.randrange(1, 4_000)
         event = self.random.choice(self.possible())
-        if isinstance(event, transitions.ClientArrived | transitions.ClientLeft):
+        if isinstance(event, transitions.HelloReceived | transitions.ClientLeft):
             self.here = set(event.present)
         self.state, _ = decide(self.state, event)
         return self.state
@@ -72,24 +72,24 @@ class Walk:
         gone = [name for name in NAMES if name not in self.here]
         if gone and self.random.random() < 0.8:
             name = self.random.choice(gone)
-            return transitions.ClientArrived(name, tuple(sorted({*self.here, name})), at_ms=self.now)
+            return transitions.HelloReceived(name, tuple(sorted({*self.here, name})), at_ms=self.now)
         name = self.random.choice(NAMES)
         return transitions.ClientLeft(name, tuple(sorted(self.here - {name})), self.now)
 
     def about(self, task: TaskState):
         if task.status == "offered":
-            yield transitions.ResultArrived(task.id, at_ms=self.now)
+            yield transitions.UpdateReceived(task.id, at_ms=self.now)
             if task.tries < 2:
-                yield transitions.ResultRefused(task.id, "shapes", "they differ", at_ms=self.now)
+                yield transitions.UpdateFailedValidation(task.id, "shapes", "they differ", at_ms=self.now)
         if task.status == "open" and task.client not in self.state.lost:
             payload = None if task.phase == EVALUATE else ref(next(self.files))
-            offered = Offered(Metrics(num_examples=10, loss=0.5), payload)
-            yield transitions.ResultOffered(task.id, task.client, offered, at_ms=self.now)
+            offered = UploadOffer(Metrics(num_examples=10, loss=0.5), payload)
+            yield transitions.OfferReceived(task.id, task.client, offered, at_ms=self.now)
 
 
 def check(state, sight):
     """No state in which nothing happens and nothing is said."""
-    waits = waits_of(state, sight)
+    waits = wait_reasons(state, sight)
     assert waits, state
     for wait in waits:
         assert wait.owner, wait
@@ -113,7 +113,7 @@ def test_in_every_state_of_the_engine_something_is_waited_for_and_said():
                 state = walk.step()
                 if state.stage == "ended":
                     break
-                check(state, SIGHT if seed % 2 else Sight())
+                check(state, SIGHT if seed % 2 else ClientObservations())
                 seen.add(state.stage)
                 seen |= {(t.phase, t.status) for t in state.tasks.values()}
                 seen |= {(t.phase, "lost") for t in state.tasks.values() if t.client in state.lost}
@@ -132,17 +132,17 @@ def training(schedule="sync"):
     state, commands = decide(walk.state, transitions.JobOpened(NAMES, 1_000))
     (first,) = [c.task for c in commands if isinstance(c, transitions.SendTask)]
     state, _ = decide(
-        state, transitions.ResultOffered(first.id, first.client, Offered(Metrics(num_examples=1), ref(1)))
+        state, transitions.OfferReceived(first.id, first.client, UploadOffer(Metrics(num_examples=1), ref(1)))
     )
-    state, _ = decide(state, transitions.ResultArrived(first.id, at_ms=2_000))
+    state, _ = decide(state, transitions.UpdateReceived(first.id, at_ms=2_000))
     state, _ = decide(state, transitions.MethodStarted(walk.version(), 7, at_ms=3_000))
     return state
 
 
 def test_a_wait_for_a_client_says_how_far_it_is_when_it_was_seen_and_when_the_round_closes():
-    sight = Sight({"client-3": 57_000}, 15_000, {("client-3", TRAIN, 1): (56_000, 0.41)})
+    sight = ClientObservations({"client-3": 57_000}, 15_000, {("client-3", TRAIN, 1): (56_000, 0.41)})
 
-    found = {wait.owner: wait for wait in waits_of(training(sc.Quorum(deadline_seconds=177)), sight)}
+    found = {wait.owner: wait for wait in wait_reasons(training(sc.Quorum(deadline_seconds=177)), sight)}
 
     said = sentence(found["client-3"].model_dump(), now_ms=61_000)
     assert said == (
@@ -152,7 +152,7 @@ def test_a_wait_for_a_client_says_how_far_it_is_when_it_was_seen_and_when_the_ro
 
 
 def test_without_a_deadline_of_the_round_the_clients_lease_is_the_next_thing_to_happen():
-    (wait, *_) = waits_of(training(), Sight({"client-1": 57_000}, 15_000))
+    (wait, *_) = wait_reasons(training(), ClientObservations({"client-1": 57_000}, 15_000))
 
     assert wait.deadline_ms == 72_000
     assert wait.ends == (
@@ -163,9 +163,9 @@ def test_without_a_deadline_of_the_round_the_clients_lease_is_the_next_thing_to_
 
 
 def test_progress_of_an_earlier_try_is_not_taken_for_that_of_this_one():
-    sight = Sight({}, 15_000, {("client-1", TRAIN, 1): (2_000, 0.9)})
+    sight = ClientObservations({}, 15_000, {("client-1", TRAIN, 1): (2_000, 0.9)})
 
-    assert waits_of(training(), sight)[0].fraction is None
+    assert wait_reasons(training(), sight)[0].fraction is None
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_lost_client_is_awaited_for_as_long_as_the_job_says_and_what_ends_that
     spec = state.spec.model_copy(update={"patience_seconds": patience, "min_clients": fewest})
     sight = replace(SIGHT, silent_ms={"client-3": 7_000})
 
-    wait = next(wait for wait in waits_of(replace(state, spec=spec), sight) if wait.owner == "client-3")
+    wait = next(wait for wait in wait_reasons(replace(state, spec=spec), sight) if wait.owner == "client-3")
 
     assert wait.reason == "round 1 waits for client-3: lost; start it again, or another client in its place"
     assert wait.deadline_ms == deadline_ms
@@ -191,9 +191,9 @@ def test_a_lost_client_is_awaited_for_as_long_as_the_job_says_and_what_ends_that
 
 
 def test_a_client_that_lives_and_does_not_move_is_told_from_one_that_works():
-    sight = Sight({"client-3": 907_000}, 15_000, {("client-3", TRAIN, 1): (307_000, 0.41)})
+    sight = ClientObservations({"client-3": 907_000}, 15_000, {("client-3", TRAIN, 1): (307_000, 0.41)})
 
-    wait = next(wait for wait in waits_of(training(), sight) if wait.owner == "client-3")
+    wait = next(wait for wait in wait_reasons(training(), sight) if wait.owner == "client-3")
 
     said = sentence(wait.model_dump(), now_ms=911_000)
     assert "training, 41 % done, no progress for 10 min 4 s, last seen 4 s ago" in said
@@ -202,7 +202,7 @@ def test_a_client_that_lives_and_does_not_move_is_told_from_one_that_works():
 def test_a_gathering_job_says_how_many_clients_it_lacks():
     state, _ = decide(Walk("sync", 0).state, transitions.JobOpened(NAMES[:3], 1_000))
 
-    (wait,) = waits_of(state)
+    (wait,) = wait_reasons(state)
 
     assert wait.reason == "job job waits for 1 more client: 3 of 4 needed are connected"
 
@@ -224,7 +224,7 @@ def test_a_span_of_time_is_told_in_two_units_at_most(seconds, text):
 
 
 def test_a_full_disk_is_told_from_its_begin_for_as_long_as_it_comes_again():
-    setbacks = Setbacks(lease_ms=15_000)
+    setbacks = ServerFaults(lease_ms=15_000)
     full = OSError(errno.ENOSPC, "No space left on device")
 
     for now_ms in (1_000, 2_000, 20_000):
@@ -238,7 +238,7 @@ def test_a_full_disk_is_told_from_its_begin_for_as_long_as_it_comes_again():
 
 
 def test_a_lease_that_went_to_another_server_is_no_setback_of_this_ones():
-    setbacks = Setbacks(lease_ms=15_000)
+    setbacks = ServerFaults(lease_ms=15_000)
 
     setbacks.note(Fenced("another server leads"), 1_000)
 

@@ -1,22 +1,22 @@
-from lorabbit_server.transfer.uploads import AT_LEAST, MOST_BYTES, SLOW_MS, Window
+from lorabbit_server.transfer.uploads import AT_LEAST, MOST_BYTES, SLOW_MS, UploadWindow
 
 MIB = 2**20
 
 
-def fill(window: Window, number: int, size: int, now_ms: int = 0) -> list[str]:
+def fill(window: UploadWindow, number: int, size: int, now_ms: int = 0) -> list[str]:
     return [name for n in range(number) if window.enter(name := f"p{n}", size, now_ms)]
 
 
 def test_as_many_enter_as_their_bytes_allow() -> None:
-    assert len(fill(Window(), 1000, MIB)) == MOST_BYTES // MIB
+    assert len(fill(UploadWindow(), 1000, MIB)) == MOST_BYTES // MIB
 
 
 def test_a_few_enter_however_large_they_are() -> None:
-    assert len(fill(Window(), 100, 10 * MOST_BYTES)) == AT_LEAST
+    assert len(fill(UploadWindow(), 100, 10 * MOST_BYTES)) == AT_LEAST
 
 
 def test_who_leaves_makes_room_for_the_one_that_waits_longest() -> None:
-    window = Window()
+    window = UploadWindow()
     inside = fill(window, 70, MIB)
 
     window.leave(inside[3])
@@ -26,7 +26,7 @@ def test_who_leaves_makes_room_for_the_one_that_waits_longest() -> None:
 
 
 def test_nobody_overtakes_those_who_wait() -> None:
-    window = Window()
+    window = UploadWindow()
     fill(window, 70, MIB)
     window.leave("p0")
 
@@ -35,14 +35,14 @@ def test_nobody_overtakes_those_who_wait() -> None:
 
 
 def test_who_is_inside_may_ask_again_and_counts_once() -> None:
-    window = Window()
+    window = UploadWindow()
 
     assert all(window.enter("same", MOST_BYTES // 4, 0) for _ in range(20))
     assert len(fill(window, 100, MOST_BYTES // 4)) == AT_LEAST - 1
 
 
 def test_who_is_slow_no_longer_holds_up_the_others() -> None:
-    window = Window()
+    window = UploadWindow()
     fill(window, 3 * AT_LEAST, MOST_BYTES)
 
     assert window.advance(SLOW_MS - 1) == []
@@ -50,7 +50,7 @@ def test_who_is_slow_no_longer_holds_up_the_others() -> None:
 
 
 def test_who_waits_and_is_forgotten_never_enters() -> None:
-    window = Window()
+    window = UploadWindow()
     fill(window, AT_LEAST + 2, MOST_BYTES)
 
     window.leave(f"p{AT_LEAST}")

@@ -27,7 +27,7 @@ Exit codes: 0 done, 1 the run failed or was cancelled, 2 bad input (a job file, 
 """
 
 
-class OneSentence(TyperGroup):
+class ErrorReportingGroup(TyperGroup):
     """Turns every error that LoRAbbit raises on purpose into one line and its exit code."""
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer does not export its context class
@@ -48,7 +48,7 @@ class OneSentence(TyperGroup):
 
 
 app = typer.Typer(
-    cls=OneSentence,
+    cls=ErrorReportingGroup,
     help=ABOUT,
     no_args_is_help=True,
     add_completion=False,

@@ -16,8 +16,8 @@ from urllib.parse import quote
 
 import httpx
 
-from lorabbit.config.enrolment import TokenWish
-from lorabbit.config.network import Trust, distrust
+from lorabbit.config.enrollment import JoinTokenRequest
+from lorabbit.config.network import TlsSettings, tls_error
 from lorabbit.errors import BadInput, NotAllowed, RunFailed, ServerUnavailable
 from lorabbit.events.job_events import EVENTS, AnyEvent, JobEnded
 from lorabbit.events.report import Report
@@ -31,14 +31,14 @@ WRITTEN_SECONDS = 0.1
 """Between two questions whether a run folder is whole."""
 
 
-class Server:
+class ApiClient:
     """A server, by its URL."""
 
-    def __init__(self, url: str, *, token: str | None = None, trust: Trust | None = None) -> None:
+    def __init__(self, url: str, *, token: str | None = None, trust: TlsSettings | None = None) -> None:
         """Connect to nothing yet; `token` is what the server asks its operator for."""
         self._url = url.rstrip("/")
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        verify = (trust or Trust()).context() if self._url.startswith("https:") else True
+        verify = (trust or TlsSettings()).context() if self._url.startswith("https:") else True
         try:
             self._http = httpx.Client(base_url=self._url, timeout=TIMEOUT_SECONDS, headers=headers, verify=verify)
         except (httpx.InvalidURL, ValueError) as error:
@@ -91,7 +91,7 @@ class Server:
         clients: list[dict[str, Any]] = self._json("GET", "/clients")
         return clients
 
-    def make_token(self, wish: TokenWish) -> dict[str, Any]:
+    def make_token(self, wish: JoinTokenRequest) -> dict[str, Any]:
         """Make a join token; returns it with its id."""
         made: dict[str, Any] = self._json("POST", "/tokens", json=wish.model_dump())
         return made
@@ -196,7 +196,7 @@ class Server:
             raise self._unreachable(error) from error
 
     def _unreachable(self, error: Exception) -> ServerUnavailable:
-        why = distrust(error) or error
+        why = tls_error(error) or error
         return ServerUnavailable(
             f"the server at {self._url} cannot be reached ({why}); start it with `lorabbit server`, "
             "or name another one with --server or LORABBIT_SERVER_URL"

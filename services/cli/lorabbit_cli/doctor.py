@@ -22,8 +22,8 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from lorabbit import __version__
-from lorabbit.config.network import Trust, urls_of_hosts, without_password
-from lorabbit.config.settings import ClientSettings, OperatorSettings, ServerSettings, strangers, variable
+from lorabbit.config.network import TlsSettings, urls_of_hosts, without_password
+from lorabbit.config.settings import ClientSettings, OperatorSettings, ServerSettings, unknown_variables, variable
 from lorabbit.errors import LoRAbbitError, NotAllowed, Retryable
 from lorabbit_cli.formatting import bytes_text
 from lorabbit_cli.options import read_settings
@@ -83,7 +83,7 @@ def _versions() -> Iterator[Finding]:
 
 def _environment() -> Iterator[Finding]:
     """Variables that nobody reads."""
-    for said in strangers():
+    for said in unknown_variables():
         yield Finding("environment", WARN, f"{said}; docs/reference/settings.md has the names")
 
 
@@ -179,7 +179,7 @@ def _broker() -> Iterator[Finding]:
             yield Finding("broker", FAIL, f"{shown}: {trouble}; {todo}")
 
 
-def _trouble_of(url: str, trust: Trust) -> str | None:
+def _trouble_of(url: str, trust: TlsSettings) -> str | None:
     """What keeps RabbitMQ at one host from answering within seconds; None if nothing."""
     from lorabbit.broker.rabbitmq.broker import RabbitBroker  # noqa: PLC0415 - imports pika
 
@@ -193,13 +193,13 @@ def _trouble_of(url: str, trust: Trust) -> str | None:
 
 def _store() -> Iterator[Finding]:
     """A connection to Redis."""
-    from lorabbit.state.redis import RedisStore  # noqa: PLC0415 - imports redis
+    from lorabbit.state.redis import RedisStateStore  # noqa: PLC0415 - imports redis
 
     settings = read_settings(ServerSettings)
     url = settings.redis_url
     todo = "start Redis or set LORABBIT_REDIS_URL (`lorabbit run` needs none)"
     try:
-        store = RedisStore.connect(url, trust=settings.trust, patience=0)
+        store = RedisStateStore.connect(url, trust=settings.trust, patience=0)
         store.ping()
         store.close()
     except (Retryable, ValueError) as error:
@@ -218,12 +218,12 @@ def _is_named(name: str) -> bool:
 
 def _server() -> Iterator[Finding]:
     """A LoRAbbit server."""
-    from lorabbit_cli.api_client import Server  # noqa: PLC0415 - imports httpx
+    from lorabbit_cli.api_client import ApiClient  # noqa: PLC0415 - imports httpx
 
     settings = read_settings(OperatorSettings)
     url = settings.server_url
     try:
-        with Server(url, token=settings.http_token, trust=settings.trust) as server:
+        with ApiClient(url, token=settings.http_token, trust=settings.trust) as server:
             trouble = server.ready()
             clients = sum(bool(client["present"]) for client in server.clients())
     except (Retryable, NotAllowed) as error:

@@ -21,7 +21,7 @@ from lorabbit import __version__
 from lorabbit.broker.base import Broker
 from lorabbit.broker.rabbitmq.broker import RabbitBroker
 from lorabbit.config.logging import configure
-from lorabbit.config.settings import ClientSettings, read_settings, strangers
+from lorabbit.config.settings import ClientSettings, read_settings, unknown_variables
 from lorabbit.errors import BadInput, LoRAbbitError, NotAllowed
 from lorabbit.runtime import failpoints
 from lorabbit_client.agent.agent import Agent
@@ -29,7 +29,7 @@ from lorabbit_client.agent.credentials import FILE, settled
 from lorabbit_client.agent.folder_lock import FolderLock
 from lorabbit_client.agent.registration import device
 from lorabbit_client.capabilities import Capability
-from lorabbit_client.execution.data_sandbox import ConfinedExecutor
+from lorabbit_client.execution.data_sandbox import SandboxedExecutor
 from lorabbit_client.execution.failures import FAILED, OUT_OF_MEMORY, end_with_a_thread, is_memory
 from lorabbit_client.execution.runners import ThreadRunner
 from lorabbit_client.executor import Executor
@@ -83,7 +83,7 @@ def _work(settings: ClientSettings) -> int:
         device=settings.device,
         capability=_capability(settings),
     )
-    runner = ThreadRunner(ConfinedExecutor(executor, settings.data_root), durable=settings.durable)
+    runner = ThreadRunner(SandboxedExecutor(executor, settings.data_root), durable=settings.durable)
     agent = Agent(broker, runner, settings)
     finished: list[bool] = []
     taken: list[str] = []
@@ -98,7 +98,7 @@ def _work(settings: ClientSettings) -> int:
 
     agent.when_idle(finish)
     agent.when_taken(leave)
-    for said in strangers():
+    for said in unknown_variables():
         log.warning("variable-not-read", why=said)
     log.info("client-started", version=__version__, address=settings.address, folder=str(settings.folder))
     try:

@@ -20,8 +20,8 @@ import numpy as np
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import DataSpec, JobSpec
 from lorabbit.runtime.seeds import derive_seed
-from lorabbit_client.data.features import Batch, Features, Reader, Scorer
-from lorabbit_client.data.partitioners import Keys, Share, hold_out, partition
+from lorabbit_client.data.features import Batch, Features, ProcessorKey, Scorer
+from lorabbit_client.data.partitioners import ClientSplit, PartitionKeys, hold_out, partition
 from lorabbit_client.data.sources import Stamp, read_source, stamp
 from lorabbit_client.data.table import Codes, Source, Table
 from lorabbit_client.tasks.base import LearningTask, Records
@@ -92,14 +92,14 @@ class DataOutline:
 
 
 @dataclass(frozen=True, slots=True)
-class _Split:
+class _CheckedExamples:
     """Checked examples in training and test, with what partitioners may see of them."""
 
     labels: tuple[str, ...]
     train: Records
     test: Records
-    train_keys: Keys
-    test_keys: Keys
+    train_keys: PartitionKeys
+    test_keys: PartitionKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +109,8 @@ class _Encoded:
     labels: tuple[str, ...]
     train: Features
     test: Features
-    train_keys: Keys
-    test_keys: Keys
+    train_keys: PartitionKeys
+    test_keys: PartitionKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def load_client(
     """
     request = _Request.of(spec, data_root)
     with _LOCK:
-        dataset = _encoded(request, Reader.of(processor))
+        dataset = _encoded(request, ProcessorKey.of(processor))
         share = _shares(request, population)[index]
     return ClientData(
         train=_examples(dataset.train, share.train),
@@ -159,7 +159,7 @@ def load_client(
 def load_test(spec: JobSpec, *, processor: Any, data_root: Path = Path()) -> Examples:  # noqa: ANN401 - as above
     """Return the whole test set; raises BadInput as `load_client` does."""
     with _LOCK:
-        dataset = _encoded(_Request.of(spec, data_root), Reader.of(processor))
+        dataset = _encoded(_Request.of(spec, data_root), ProcessorKey.of(processor))
     return _examples(dataset.test, np.arange(len(dataset.test_keys)))
 
 
@@ -210,7 +210,7 @@ def forget_what_changed() -> bool:
 
 
 @lru_cache(maxsize=2)
-def _encoded(request: _Request, reader: Reader) -> _Encoded:
+def _encoded(request: _Request, reader: ProcessorKey) -> _Encoded:
     """Encode a dataset; the texts it was made from are not kept."""
     labels, train_keys, test_keys = _keys(request)
     task, spec, split = TASKS[request.task], request.spec, _read(request)
@@ -221,21 +221,21 @@ def _encoded(request: _Request, reader: Reader) -> _Encoded:
 
 
 @lru_cache(maxsize=8)
-def _shares(request: _Request, population: int) -> tuple[Share, ...]:
+def _shares(request: _Request, population: int) -> tuple[ClientSplit, ...]:
     """Split a dataset over the population."""
     _, train, test = _keys(request)
     return partition(request.spec.partition, population, request.seed, train=train, test=test)
 
 
 @lru_cache(maxsize=MOST_STAMPS)
-def _keys(request: _Request) -> tuple[tuple[str, ...], Keys, Keys]:
+def _keys(request: _Request) -> tuple[tuple[str, ...], PartitionKeys, PartitionKeys]:
     """Return the label table and the keys of both splits."""
     split = _read(request)
     return split.labels, split.train_keys, split.test_keys
 
 
 @lru_cache(maxsize=1)
-def _read(request: _Request) -> _Split:
+def _read(request: _Request) -> _CheckedExamples:
     """Read and check a dataset and set its test examples apart."""
     spec, task = request.spec, TASKS[request.task]
     task.check(spec)
@@ -245,14 +245,18 @@ def _read(request: _Request) -> _Split:
     train, train_keys = _checked(source.train, source, labels, request=request)
     if source.test is not None:
         test, test_keys = _checked(source.test, source, labels, request=request)
-        return _Split(labels, train, test, train_keys, test_keys)
+        return _CheckedExamples(labels, train, test, train_keys, test_keys)
     if len(train) < 2:  # noqa: PLR2004 - one to train, one to test
         raise BadInput(f"{source.train.name} has {len(train)} rows; at least 2 are needed to hold some out for testing")
     kept, held = hold_out(train_keys, spec.test_share, request.seed)
-    return _Split(labels, train.take(kept), train.take(held), _take(train_keys, kept), _take(train_keys, held))
+    return _CheckedExamples(
+        labels, train.take(kept), train.take(held), _take(train_keys, kept), _take(train_keys, held)
+    )
 
 
-def _checked(table: Table, source: Source, labels: tuple[str, ...], *, request: _Request) -> tuple[Records, Keys]:
+def _checked(
+    table: Table, source: Source, labels: tuple[str, ...], *, request: _Request
+) -> tuple[Records, PartitionKeys]:
     """Limit and check one table, and read what partitioners may see of it."""
     spec = request.spec
     if spec.limit is not None and len(table) > spec.limit:
@@ -262,17 +266,17 @@ def _checked(table: Table, source: Source, labels: tuple[str, ...], *, request: 
     records = task.parse(table, labels, spec)
     group = spec.partition.field or source.group
     if group is None:
-        return records, Keys(records.classes, classed=task.has_classes)
+        return records, PartitionKeys(records.classes, classed=task.has_classes)
     if group not in table.columns:
         raise BadInput(f"data.partition.field: {table.name} has no field {group!r}; it has {', '.join(table.columns)}")
-    return records, Keys(
+    return records, PartitionKeys(
         records.classes,
         tuple(str(table.value(group, row)) for row in range(len(table))),
         classed=task.has_classes,
     )
 
 
-def _take(keys: Keys, rows: Codes) -> Keys:
+def _take(keys: PartitionKeys, rows: Codes) -> PartitionKeys:
     groups = keys.groups
     return replace(
         keys, classes=keys.classes[rows], groups=None if groups is None else tuple(groups[row] for row in rows)
@@ -283,7 +287,7 @@ def _examples(features: Features, examples: Codes) -> Examples:
     return Examples(features, features.rows_of(examples), len(examples))
 
 
-def _label_counts(labels: tuple[str, ...], keys: Keys, rows: Codes) -> dict[str, int]:
+def _label_counts(labels: tuple[str, ...], keys: PartitionKeys, rows: Codes) -> dict[str, int]:
     """Count a client's training examples by label; nothing where examples have no class."""
     if not keys.classed:
         return {}

@@ -24,7 +24,7 @@ from lorabbit.tensors import serialization
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, ClientUpdate, Json, Plan, Tensors
 from lorabbit_client.capabilities import UNLIMITED, Capability
 from lorabbit_client.execution.failures import failed
-from lorabbit_client.execution.interface import Cancelled, OnProgress, Outcome, TaskSession, Work, Workspace
+from lorabbit_client.execution.interface import Cancelled, OnProgress, TaskInput, TaskResult, TaskSession, Workspace
 from lorabbit_client.execution.null_workspace import NullWorkspace, is_null
 from lorabbit_client.execution.privacy_ledger import PrivacyLedger
 from lorabbit_client.execution.private_state import PrivateState, read_private, write_private
@@ -52,7 +52,7 @@ class Executor:
         """Load the model and these clients' data now, so that a fork shares them; raises LoRAbbitError."""
         self._open(spec, "").warm(population, indices)
 
-    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:
+    def execute(self, work: TaskInput, on_progress: OnProgress) -> TaskResult:
         """Do one task; every failure but `Cancelled` becomes an outcome with an error."""
         start = time.perf_counter()
         try:
@@ -63,9 +63,9 @@ class Executor:
         except Exception as error:  # noqa: BLE001 - a defect must fail the task, not the client
             return failed(work, error)
         seconds = time.perf_counter() - start
-        return Outcome(metrics.model_copy(update={"seconds": seconds}), has_tensors, workspace.base_sha256)
+        return TaskResult(metrics.model_copy(update={"seconds": seconds}), has_tensors, workspace.base_sha256)
 
-    def _do(self, workspace: Workspace, work: Work, on_progress: OnProgress) -> tuple[Metrics, bool]:
+    def _do(self, workspace: Workspace, work: TaskInput, on_progress: OnProgress) -> tuple[Metrics, bool]:
         """Open the client's session, and dispatch on the phase; returns the metrics and whether tensors were written.
 
         Private state is committed after a result's tensors are written; a score leaves it as it was.
@@ -146,7 +146,7 @@ def _personal() -> Callable[..., Workspace]:
     return open_personal_workspace
 
 
-def _write_update(work: Work, tensors: Tensors, private: PrivateState) -> int:
+def _write_update(work: TaskInput, tensors: Tensors, private: PrivateState) -> int:
     """Write a result as the task asks for it; returns how many numbers it has.
 
     What stays unsent is kept with the client's private state.
@@ -156,9 +156,9 @@ def _write_update(work: Work, tensors: Tensors, private: PrivateState) -> int:
         serialization.write_tensors(work.output, tensors)
         return serialization.read_tensors(work.output).scalars
     held = work.task.payloads.get(ADAPTER)
-    origin = None if held is None else compressed_file.Origin.of(held.sha256, work.inputs[ADAPTER])
+    origin = None if held is None else compressed_file.DeltaBase.of(held.sha256, work.inputs[ADAPTER])
     before = private.tensors[UNSENT] if wanted.feedback and UNSENT in private.tensors else None
-    unsent = compressor.write_coded(work.output, tensors, wanted, origin=origin, unsent=before)
+    unsent = compressor.write_compressed(work.output, tensors, wanted, origin=origin, unsent=before)
     if wanted.feedback:
         private.tensors[UNSENT] = unsent
     return compressed_file.open_tensors(work.output, origin).scalars
@@ -171,7 +171,7 @@ class _Payloads(dict[str, Tensors]):
         raise Refused("malformed", f"the task came without the payload {role!r} that its method needs")
 
 
-def _payloads(work: Work) -> _Payloads:
+def _payloads(work: TaskInput) -> _Payloads:
     return _Payloads({role: serialization.read_tensors(path) for role, path in work.inputs.items()})
 
 

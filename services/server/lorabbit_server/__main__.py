@@ -21,17 +21,17 @@ from lorabbit import __version__
 from lorabbit.broker.base import Broker
 from lorabbit.broker.rabbitmq.broker import RabbitBroker
 from lorabbit.config.logging import configure
-from lorabbit.config.settings import ServerSettings, read_settings, strangers
+from lorabbit.config.settings import ServerSettings, read_settings, unknown_variables
 from lorabbit.errors import BadInput, LoRAbbitError, StoreUnavailable
 from lorabbit.events.job_events import AnyEvent, TaskProgressed
 from lorabbit.runtime import failpoints
-from lorabbit.state.redis import RedisStore
+from lorabbit.state.redis import RedisStateStore
 from lorabbit_server.api.app import make_app
-from lorabbit_server.api.metrics import Measures
-from lorabbit_server.api.status import Lookout
-from lorabbit_server.health.dependencies import Surroundings
+from lorabbit_server.api.metrics import ServerMetrics
+from lorabbit_server.api.status import StatusService
+from lorabbit_server.health.dependencies import DependencyHealth
 from lorabbit_server.http_server import HttpServer
-from lorabbit_server.server import Service
+from lorabbit_server.server import Server
 
 log = structlog.get_logger()
 INTERRUPTED = 130
@@ -69,30 +69,30 @@ def _make(folder: Path) -> None:
 
 def _serve(settings: ServerSettings) -> int:
     """Put the parts together and run the loop."""
-    store = RedisStore.connect(settings.redis_url, trust=settings.trust)
+    store = RedisStateStore.connect(settings.redis_url, trust=settings.trust)
     broker: Broker = RabbitBroker(
         settings.broker_url,
         name=f"lorabbit-server@{settings.name}",
         trust=settings.trust,
         replicated=settings.replicates,
     )
-    service = Service(broker, store, settings, owner=f"{settings.name}:{settings.folder.resolve()}")
-    measures = Measures()
+    service = Server(broker, store, settings, owner=f"{settings.name}:{settings.folder.resolve()}")
+    measures = ServerMetrics()
     service.listen(measures.on_event)
     service.listen(_log_event)
     if settings.submit is not None:
         service.on_leading(partial(_submit, service, settings.submit))
-    probe = RedisStore.connect(
+    probe = RedisStateStore.connect(
         settings.redis_url, trust=settings.trust, patience=1, timeout_seconds=PROBE_TIMEOUT_SECONDS
     )
-    surroundings = Surroundings(broker, probe, service.now_ms)
+    surroundings = DependencyHealth(broker, probe, service.now_ms)
     try:
-        app = make_app(service, measures, Lookout(service, surroundings, probe))
+        app = make_app(service, measures, StatusService(service, surroundings, probe))
         where = (settings.http_host, settings.http_port)
         http = HttpServer(app, *where, cert=settings.http_cert, key=settings.http_key)
         http.start()
         surroundings.start()
-        for said in strangers():
+        for said in unknown_variables():
             log.warning("variable-not-read", why=said)
         log.info("server-started", version=__version__, http=http.url, folder=str(settings.folder))
         try:
@@ -113,7 +113,7 @@ def _serve(settings: ServerSettings) -> int:
     return 0
 
 
-def _submit(service: Service, path: Path) -> None:
+def _submit(service: Server, path: Path) -> None:
     """Submit a job file, unless this store has had this very file before."""
     from lorabbit import job_loader  # noqa: PLC0415 - needed once, by few
 
@@ -131,7 +131,7 @@ def _log_event(job: str, event: AnyEvent) -> None:
 
 
 @contextmanager
-def _signals(service: Service, broker: Broker) -> Iterator[None]:
+def _signals(service: Server, broker: Broker) -> Iterator[None]:
     """Drain on the first SIGTERM or SIGINT, stop at once on the second."""
     asked = 0
 

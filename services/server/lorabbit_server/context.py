@@ -19,10 +19,10 @@ from lorabbit.config.settings import ServerSettings
 from lorabbit.errors import Fenced
 from lorabbit.state.base import StateStore
 from lorabbit.transfer.payload_store import PayloadStore
-from lorabbit.transfer.stream_publisher import AdapterPublisher
-from lorabbit_server.clients.enrolment import Access
-from lorabbit_server.clients.registry import Registry
-from lorabbit_server.event_loop import GuardedLoop
+from lorabbit.transfer.stream_publisher import StreamPublisher
+from lorabbit_server.clients.enrollment import ClientAccess
+from lorabbit_server.clients.registry import ClientRegistry
+from lorabbit_server.event_loop import EventLoop
 
 VERSIONS = {"lorabbit": __version__, "python": platform.python_version(), "numpy": np.__version__}
 
@@ -33,7 +33,7 @@ def wall_ms() -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class ServerOverrides:
     """What a test replaces: the clock, and the executor of heavy work."""
 
     now_ms: Callable[[], int] = wall_ms
@@ -41,16 +41,16 @@ class Means:
 
 
 @dataclass(frozen=True, slots=True)
-class Tools:
+class ServerContext:
     """Valid as long as the server holds the lease under `epoch`."""
 
-    loop: GuardedLoop
+    loop: EventLoop
     broker: Broker
     store: StateStore
     payloads: PayloadStore
-    publisher: AdapterPublisher
-    registry: Registry
-    access: Access
+    publisher: StreamPublisher
+    registry: ClientRegistry
+    access: ClientAccess
     settings: ServerSettings
     now_ms: Callable[[], int]
     epoch: int

@@ -23,17 +23,17 @@ Result = TypeVar("Result")
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
-def is_no_room(error: Exception) -> bool:
+def is_out_of_space(error: Exception) -> bool:
     """Tell whether the disk is full: what fails for it succeeds once there is room."""
     return isinstance(error, OSError) and error.errno in NO_ROOM
 
 
-def is_setback(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Tell whether an error is no fault of the work, which may succeed later or on another server."""
-    return isinstance(error, Fenced | Conflict | Retryable) or is_no_room(error)
+    return isinstance(error, Fenced | Conflict | Retryable) or is_out_of_space(error)
 
 
-class GuardedLoop:
+class EventLoop:
     """Posts guarded callbacks to the broker's loop thread."""
 
     def __init__(
@@ -51,7 +51,7 @@ class GuardedLoop:
         try:
             callback()
         except (LoRAbbitError, OSError) as error:
-            if not is_setback(error):
+            if not is_transient(error):
                 raise
             self._on_setback(error)
 
@@ -80,7 +80,7 @@ class GuardedLoop:
             except Fenced as error:
                 log.info("work-left", why=str(error))  # it is another server's; the next commit tells the service
             except Exception as error:  # noqa: BLE001 - whatever it was, its owner must hear of it
-                told = self._on_setback if is_no_room(error) or isinstance(error, Retryable) else failed
+                told = self._on_setback if is_out_of_space(error) or isinstance(error, Retryable) else failed
                 self.post(partial(told, error))
             else:
                 self.post(lambda: then(result))

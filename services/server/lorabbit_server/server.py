@@ -24,17 +24,17 @@ from lorabbit.job.spec import JobSpec
 from lorabbit.methods.registry import build
 from lorabbit.state.base import JobEntry, StateStore
 from lorabbit.transfer.payload_store import PayloadStore
-from lorabbit.transfer.stream_publisher import AdapterPublisher
-from lorabbit_server.clients.enrolment import Access
-from lorabbit_server.clients.registry import Registry
-from lorabbit_server.context import VERSIONS, Means, Tools
+from lorabbit.transfer.stream_publisher import StreamPublisher
+from lorabbit_server.clients.enrollment import ClientAccess
+from lorabbit_server.clients.registry import ClientRegistry
+from lorabbit_server.context import VERSIONS, ServerContext, ServerOverrides
 from lorabbit_server.engine import transitions
 from lorabbit_server.engine.state import JobState
-from lorabbit_server.event_loop import GuardedLoop, is_setback
-from lorabbit_server.health.server_faults import Setbacks
-from lorabbit_server.job.enrolment_sync import Door
-from lorabbit_server.job.job_runner import JobRun
-from lorabbit_server.job.message_router import Reception
+from lorabbit_server.event_loop import EventLoop, is_transient
+from lorabbit_server.health.server_faults import ServerFaults
+from lorabbit_server.job.enrollment_sync import RevocationWatcher
+from lorabbit_server.job.job_runner import JobRunner
+from lorabbit_server.job.message_router import MessageRouter
 
 log = structlog.get_logger()
 TICK_SECONDS = 1.0
@@ -44,7 +44,7 @@ DATA_PREFETCH = 32
 Listener = Callable[[str, AnyEvent], None]
 
 
-class Service:
+class Server:
     """See the module's docstring. `submit`, `cancel`, `start` are for any thread, callbacks come on the loop's."""
 
     def __init__(
@@ -54,31 +54,31 @@ class Service:
         settings: ServerSettings,
         *,
         owner: str,
-        means: Means | None = None,
+        means: ServerOverrides | None = None,
     ) -> None:
         """Serve over this broker and store; `owner` names this server in the lease, the same after a restart."""
-        means = means or Means()
+        means = means or ServerOverrides()
         self.broker, self.store, self.settings = broker, store, settings
         self.payloads = PayloadStore(settings.folder / "payloads", durable=settings.durable)
-        self.access = Access(store.roster, settings)
+        self.access = ClientAccess(store.roster, settings)
         self.owner, self._now = owner, means.now_ms
         self._pace = min(TICK_SECONDS, settings.lease_seconds / 3)
-        self._loop = GuardedLoop(broker, self._step_down, worker=means.worker)
+        self._loop = EventLoop(broker, self._step_down, worker=means.worker)
         self._listeners: list[Listener] = []
         self._on_job_ended: list[Callable[[str], None]] = []
         self._on_leading: list[Callable[[], None]] = []
         self._epoch: int | None = None
-        self._run: JobRun | None = None
+        self._run: JobRunner | None = None
         self._known: JobState | None = None
-        self._registry = Registry(store, lease_ms=round(settings.client_lease_seconds * 1000))
+        self._registry = ClientRegistry(store, lease_ms=round(settings.client_lease_seconds * 1000))
         self._subscriptions: list[Cancellable] = []
         self._timers: list[Cancellable] = []
-        self._tools: Tools | None = None
+        self._tools: ServerContext | None = None
         self._renewed_ms = 0
         self._expire: Callable[[int, int], None]
         self._stood_behind: str | None = None
         self.refused: Counter[str] = Counter()
-        self.setbacks = Setbacks(round(settings.lease_seconds * 1000))
+        self.setbacks = ServerFaults(round(settings.lease_seconds * 1000))
 
     # ---- for everybody ----
     def start(self) -> None:
@@ -125,7 +125,7 @@ class Service:
         return self._epoch is not None
 
     @property
-    def registry(self) -> Registry:
+    def registry(self) -> ClientRegistry:
         """Who is here, as this server saw it last; empty before it leads."""
         return self._registry
 
@@ -178,14 +178,16 @@ class Service:
             self.broker.declare_exchange(exchange)
         for queue in topology.QUEUES:
             self.broker.declare_queue(queue)
-        self._registry = Registry(self.store, self._epoch, lease_ms=round(self.settings.client_lease_seconds * 1000))
+        self._registry = ClientRegistry(
+            self.store, self._epoch, lease_ms=round(self.settings.client_lease_seconds * 1000)
+        )
         self._registry.load(self._now())
-        publisher = AdapterPublisher(self.broker, self.payloads, leads=partial(self.store.is_newest, self._epoch))
+        publisher = StreamPublisher(self.broker, self.payloads, leads=partial(self.store.is_newest, self._epoch))
         parts = (self._loop, self.broker, self.store, self.payloads, publisher, self._registry, self.access)
-        self._tools = Tools(*parts, self.settings, self._now, self._epoch, VERSIONS, self.refused)
-        reception = Reception(self._tools, lambda: self._run, self._tell)
+        self._tools = ServerContext(*parts, self.settings, self._now, self._epoch, VERSIONS, self.refused)
+        reception = MessageRouter(self._tools, lambda: self._run, self._tell)
         self._subscriptions = [
-            Door(self._tools, reception.send_away),
+            RevocationWatcher(self._tools, reception.send_away),
             self._subscribe(topology.SERVER_QUEUE.name, reception.on_control, CONTROL_PREFETCH),
             self._subscribe(topology.DATA_QUEUE.name, reception.on_data, DATA_PREFETCH),
         ]
@@ -200,7 +202,7 @@ class Service:
             try:
                 on_delivery(delivery)
             except Exception as error:
-                if is_setback(error):
+                if is_transient(error):
                     raise
                 # a message that breaks this server must not come back to break it again
                 log.exception("message-broke-server", type=delivery.type, routing_key=delivery.routing_key)
@@ -267,11 +269,11 @@ class Service:
             if current is not None and current.cancel_requested:
                 self._apply(transitions.CancelRequested(self._now()))
 
-    def _open(self, entry: JobEntry, tools: Tools) -> None:
+    def _open(self, entry: JobEntry, tools: ServerContext) -> None:
         """Run a job from where it stands."""
         self.store.mark_job(entry.job, "running", epoch=tools.epoch)
         record = self.store.claim_job(entry.job, tools.epoch)
-        run = JobRun(tools, entry.job, JobSpec.model_validate_json(entry.spec), record)
+        run = JobRunner(tools, entry.job, JobSpec.model_validate_json(entry.spec), record)
         run.on_events = partial(self._tell, entry.job)
         run.on_end = partial(self._ended, entry.job)
         if not entry.cancel_requested:

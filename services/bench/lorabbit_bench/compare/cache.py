@@ -32,7 +32,7 @@ ADAPTER = "adapter"
 KEY_LENGTH = 24
 
 
-class Outcome(BaseModel):
+class RunOutcome(BaseModel):
     """What is known of a run beside its report."""
 
     key: str
@@ -50,7 +50,7 @@ class Outcome(BaseModel):
     """Hash of the code that made it."""
 
 
-class Cache:
+class RunCache:
     """A folder of finished runs, one folder for each key."""
 
     def __init__(self, folder: Path) -> None:
@@ -61,13 +61,13 @@ class Cache:
         """Where the entry of a key is, or would be."""
         return self._folder / key
 
-    def find(self, key: str, *, with_adapter: bool = False) -> Outcome | None:
+    def find(self, key: str, *, with_adapter: bool = False) -> RunOutcome | None:
         """Return the outcome of a finished run; None when there is none, or none with its adapter."""
         place = self.place(key)
         if with_adapter and not (place / ADAPTER).is_dir():
             return None
         try:
-            outcome = Outcome.model_validate_json((place / OUTCOME).read_bytes())
+            outcome = RunOutcome.model_validate_json((place / OUTCOME).read_bytes())
             Report.model_validate_json((place / REPORT).read_bytes())
         except (OSError, ValidationError):
             return None
@@ -77,7 +77,7 @@ class Cache:
         """Read the report of an entry that `find` returned."""
         return Report.model_validate_json((self.place(key) / REPORT).read_bytes())
 
-    def put(self, run_folder: Path, outcome: Outcome, *, with_adapter: bool) -> None:
+    def put(self, run_folder: Path, outcome: RunOutcome, *, with_adapter: bool) -> None:
         """Move a finished run here, in place of an older entry."""
         new = run_folder.parent / "entry"
         new.mkdir()
@@ -92,7 +92,7 @@ class Cache:
         new.rename(place)
 
 
-class Keys:
+class CacheKeys:
     """Makes keys; reads every data and model file once."""
 
     def __init__(self, data_root: Path, device: str) -> None:

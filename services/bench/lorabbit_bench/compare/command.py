@@ -11,7 +11,7 @@ import typer
 from lorabbit_cli.options import Format, Output, Overrides, print_json, quiet_logs
 
 if TYPE_CHECKING:
-    from lorabbit_bench.compare.orchestrator import Finished
+    from lorabbit_bench.compare.orchestrator import CompareResult
 
 Files = Annotated[
     list[str], typer.Argument(metavar="FILE...", help="One sweep file, or job files that share their data.")
@@ -56,12 +56,12 @@ def compare(  # noqa: PLR0913, PLR0917 - options of the command line
     """
     from rich.console import Console  # noqa: PLC0415 - imports are lazy throughout
 
-    from lorabbit_bench.compare.orchestrator import Asked, work  # noqa: PLC0415
+    from lorabbit_bench.compare.orchestrator import CompareOptions, run_comparison  # noqa: PLC0415
     from lorabbit_bench.compare.sweep import read  # noqa: PLC0415
 
     quiet_logs()
     sweep = read(files, overrides, _seeds(seeds))
-    asked = Asked(
+    asked = CompareOptions(
         out=out,
         cache=cache or out / "cache",
         command=_again(files, overrides, seeds),
@@ -71,7 +71,7 @@ def compare(  # noqa: PLR0913, PLR0917 - options of the command line
         runs=not no_run,
         with_adapter=keep_adapters,
     )
-    finished = work(sweep, asked, Console(stderr=True))
+    finished = run_comparison(sweep, asked, Console(stderr=True))
     if output is Format.JSON:
         print_json({**finished.comparison.model_dump(mode="json"), "folder": str(finished.folder)})
     else:
@@ -100,7 +100,7 @@ def _seeds(text: str | None) -> list[int] | None:
     return seeds
 
 
-def _say(finished: Finished) -> None:
+def _say(finished: CompareResult) -> None:
     """Print the scores of every case, and where everything else is."""
     from lorabbit_bench.compare.report import case_title, tables  # noqa: PLC0415 - as above
     from lorabbit_cli.options import print_table  # noqa: PLC0415

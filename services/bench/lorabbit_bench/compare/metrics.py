@@ -13,15 +13,15 @@ from collections.abc import Iterable, Sequence
 from pydantic import BaseModel
 
 from lorabbit.events.report import LOWER_IS_BETTER, ClientRound, Report, Round
-from lorabbit_bench.compare.cache import Outcome
-from lorabbit_bench.compare.sweep import Device, Link, Planned
+from lorabbit_bench.compare.cache import RunOutcome
+from lorabbit_bench.compare.sweep import ComputeDevice, NetworkLink, RunSpec
 
 BITS = 8
 LAST_SCORES = 3
 """A plateau is the mean of so many last scores."""
 
 
-class Point(BaseModel):
+class ScoredRound(BaseModel):
     """A scored round: its score, and what was spent up to its end."""
 
     round: int
@@ -42,7 +42,7 @@ class Point(BaseModel):
         return self.bytes_up + self.bytes_down
 
 
-class Measures(BaseModel):
+class RunMetrics(BaseModel):
     """One run's figures."""
 
     case: str
@@ -73,7 +73,7 @@ class Measures(BaseModel):
     peak_gpu_bytes: int | None
     facts: dict[str, float]
     """What the method told of its last round, as far as it is numbers."""
-    curve: list[Point]
+    curve: list[ScoredRound]
     sources: str = ""
     workers: int = 1
 
@@ -89,7 +89,7 @@ class Measures(BaseModel):
         last = [point.score for point in self.curve[-LAST_SCORES:]]
         return sum(last) / len(last) if last else None
 
-    def reaches(self, target: float) -> Point | None:
+    def reaches(self, target: float) -> ScoredRound | None:
         """The first scored round that is at least as good as `target`; None when there is none."""
         for point in self.curve:
             if point.score <= target if self.lower_is_better else point.score >= target:
@@ -97,21 +97,21 @@ class Measures(BaseModel):
         return None
 
 
-def measure(  # noqa: PLR0913 - the parts of a run, and of the model of time
-    planned: Planned,
+def run_metrics(  # noqa: PLR0913 - the parts of a run, and of the model of time
+    planned: RunSpec,
     report: Report,
-    outcome: Outcome,
+    outcome: RunOutcome,
     *,
     metric: str | None = None,
-    link: Link | None = None,
-    device: Device | None = None,
-) -> Measures:
+    link: NetworkLink | None = None,
+    device: ComputeDevice | None = None,
+) -> RunMetrics:
     """Read a run's figures; `metric` is the report's main one when None. Times are modelled when a link is given."""
     metric = metric or report.main_metric or "loss"
     begun = [*([report.preparation] if report.preparation else []), *report.rounds]
     last = report.rounds[-1] if report.rounds else None
-    times = [round_seconds(row, report.clients, link, device or Device()) for row in begun] if link else None
-    return Measures(
+    times = [round_seconds(row, report.clients, link, device or ComputeDevice()) for row in begun] if link else None
+    return RunMetrics(
         case=planned.case,
         label=planned.label,
         seed=planned.seed,
@@ -170,7 +170,7 @@ def _numbers(row: Round | None) -> dict[str, float]:
     }
 
 
-def curve(begun: Iterable[Round], metric: str, times: Sequence[float] | None) -> list[Point]:
+def curve(begun: Iterable[Round], metric: str, times: Sequence[float] | None) -> list[ScoredRound]:
     """Every scored round with what was spent up to its end, the preparation included."""
     points = []
     parts: list[ClientRound] = []
@@ -184,7 +184,7 @@ def curve(begun: Iterable[Round], metric: str, times: Sequence[float] | None) ->
         modelled += times[number] if times is not None else 0.0
         if metric in row.metrics and row.round > 0:
             points.append(
-                Point(
+                ScoredRound(
                     round=row.round,
                     score=row.metrics[metric],
                     bytes_up=up,
@@ -198,7 +198,7 @@ def curve(begun: Iterable[Round], metric: str, times: Sequence[float] | None) ->
     return points
 
 
-def round_seconds(row: Round, clients: Sequence[str], link: Link, device: Device) -> float:
+def round_seconds(row: Round, clients: Sequence[str], link: NetworkLink, device: ComputeDevice) -> float:
     """Seconds that a round would take over this link and these devices.
 
     The slowest client's ``latency + down / down_mbit + compute / speed + up / up_mbit + latency``, bytes with their

@@ -23,16 +23,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from lorabbit.config.settings import ClientSettings, read_settings
 from lorabbit.errors import BadInput
 from lorabbit_bench.compare import report
-from lorabbit_bench.compare.cache import Cache, Keys, Outcome, versions
-from lorabbit_bench.compare.metrics import Measures, measure
+from lorabbit_bench.compare.cache import CacheKeys, RunCache, RunOutcome, versions
+from lorabbit_bench.compare.metrics import RunMetrics, run_metrics
 from lorabbit_bench.compare.results import Comparison, compare
-from lorabbit_bench.compare.runner import Effort, carry_out
-from lorabbit_bench.compare.sweep import Planned, Sweep
+from lorabbit_bench.compare.runner import Parallelism, run_all
+from lorabbit_bench.compare.sweep import RunSpec, Sweep
 from lorabbit_cli.formatting import duration_text, score_text
 from lorabbit_cli.local.embedded_run import NVIDIA_DEVICE
 
 
-class ProgressView:
+class CompareProgress:
     """Shows how runs go; use it as a context."""
 
     def __init__(self, rounds: Mapping[str, int], metrics: Mapping[str, str | None], console: Console) -> None:
@@ -74,7 +74,7 @@ class ProgressView:
         if metric in scores:
             self._bars.update(self._of[name], score=f"{metric} {score_text(scores[metric])}")
 
-    def ended(self, name: str, outcome: Outcome) -> None:
+    def ended(self, name: str, outcome: RunOutcome) -> None:
         """A run is over: say so in a line that stays."""
         self._done += 1
         how = duration_text(outcome.wall_seconds) if outcome.status == "done" else f"failed: {outcome.reason}"
@@ -93,7 +93,7 @@ WORK = ".work-"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class CompareOptions:
     """What the command line asks for, beside the sweep."""
 
     out: Path
@@ -108,7 +108,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class CompareResult:
     """What came of it."""
 
     folder: Path
@@ -119,22 +119,22 @@ class Finished:
     """Runs that were there already."""
 
 
-def work(sweep: Sweep, asked: Asked, console: Console) -> Finished:
+def run_comparison(sweep: Sweep, asked: CompareOptions, console: Console) -> CompareResult:
     """Run what is missing, and write the report. Raises BadInput; a run that fails is in the result."""
     settings = read_settings(ClientSettings)
     wanted = _wanted(sweep, asked.only)
     device = settings.device
     if device == "auto":
         device = "cuda" if NVIDIA_DEVICE.exists() else "cpu"
-    keys = Keys(settings.data_root, device)
-    by_key: dict[str, list[Planned]] = {}
+    keys = CacheKeys(settings.data_root, device)
+    by_key: dict[str, list[RunSpec]] = {}
     for planned in wanted:
         by_key.setdefault(keys.of(planned.spec), []).append(planned)
-    cache, folder = Cache(asked.cache), asked.out / sweep.name
+    cache, folder = RunCache(asked.cache), asked.out / sweep.name
     with _alone(folder):
         known = {} if asked.fresh else _known(cache, by_key, asked)
         todo = {key: runs[0] for key, runs in by_key.items() if key not in known}
-        effort = choose_effort(device, settings.threads, asked, len(by_key))
+        effort = choose_parallelism(device, settings.threads, asked, len(by_key))
         outcomes = known | (_run(todo, cache, effort, console) if asked.runs else {})
         reasons = {k: o.reason for k, o in outcomes.items() if o.status == "failed"}
         failed = {planned.name: reason for key, reason in reasons.items() for planned in by_key[key]}
@@ -143,10 +143,10 @@ def work(sweep: Sweep, asked: Asked, console: Console) -> Finished:
         missing = {p.name: failed.get(p.name, NOT_RUN) for p in wanted if p.name not in present}
         comparison = compare(sweep, measures, missing, versions())
         report.write(comparison, sweep, folder, asked.command)
-    return Finished(folder, comparison, failed, len(known))
+    return CompareResult(folder, comparison, failed, len(known))
 
 
-def _wanted(sweep: Sweep, patterns: Sequence[str]) -> list[Planned]:
+def _wanted(sweep: Sweep, patterns: Sequence[str]) -> list[RunSpec]:
     """Choose the runs whose names fit; raises BadInput when there are none."""
     wanted = [p for p in sweep.planned if not patterns or any(fnmatchcase(p.name, pattern) for pattern in patterns)]
     if not wanted:
@@ -154,12 +154,12 @@ def _wanted(sweep: Sweep, patterns: Sequence[str]) -> list[Planned]:
     return wanted
 
 
-def _known(cache: Cache, by_key: Mapping[str, object], asked: Asked) -> dict[str, Outcome]:
+def _known(cache: RunCache, by_key: Mapping[str, object], asked: CompareOptions) -> dict[str, RunOutcome]:
     found = {key: cache.find(key, with_adapter=asked.with_adapter) for key in by_key}
     return {key: outcome for key, outcome in found.items() if outcome is not None}
 
 
-def choose_effort(device: str, threads: int, asked: Asked, runs: int) -> Effort:
+def choose_parallelism(device: str, threads: int, asked: CompareOptions, runs: int) -> Parallelism:
     """Share the processors out: as many runs at once as there are processors for, one on a GPU.
 
     What is left over goes to the training processes of each run. The number of all runs decides, not of those
@@ -168,10 +168,10 @@ def choose_effort(device: str, threads: int, asked: Asked, runs: int) -> Effort:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = max(1, cores // threads) if device == "cpu" else 1
     jobs = asked.jobs or max(1, min(most, runs))
-    return Effort(jobs, max(1, cores // (threads * jobs)), threads, device, asked.with_adapter)
+    return Parallelism(jobs, max(1, cores // (threads * jobs)), threads, device, asked.with_adapter)
 
 
-def _run(todo: Mapping[str, Planned], cache: Cache, effort: Effort, console: Console) -> dict[str, Outcome]:
+def _run(todo: Mapping[str, RunSpec], cache: RunCache, effort: Parallelism, console: Console) -> dict[str, RunOutcome]:
     """Run these under a live view, in a working folder beside the cache that is removed afterwards."""
     if not todo:
         return {}
@@ -184,8 +184,8 @@ def _run(todo: Mapping[str, Planned], cache: Cache, effort: Effort, console: Con
         scratch = tempfile.TemporaryDirectory(dir=place, prefix=f"{WORK}{os.getpid()}-", ignore_cleanup_errors=True)
     except OSError as error:
         raise BadInput(f"{place} cannot be written: {error.strerror}; name another folder with --cache") from error
-    with scratch as folder, ProgressView(rounds, metrics, console) as view:
-        return carry_out(todo, cache, Path(folder), effort, view)
+    with scratch as folder, CompareProgress(rounds, metrics, console) as view:
+        return run_all(todo, cache, Path(folder), effort, view)
 
 
 def _sweep_out(place: Path) -> None:
@@ -197,12 +197,12 @@ def _sweep_out(place: Path) -> None:
 
 
 def _measures(
-    sweep: Sweep, by_key: Mapping[str, Sequence[Planned]], outcomes: Mapping[str, Outcome], cache: Cache
-) -> list[Measures]:
+    sweep: Sweep, by_key: Mapping[str, Sequence[RunSpec]], outcomes: Mapping[str, RunOutcome], cache: RunCache
+) -> list[RunMetrics]:
     """Measure every run that is done, in the order of the sweep."""
     metric = sweep.target.metric if sweep.target else None
     made = {
-        planned.name: measure(
+        planned.name: run_metrics(
             planned, cache.report(key), outcomes[key], metric=metric, link=sweep.link, device=sweep.device
         )
         for key, runs in by_key.items()

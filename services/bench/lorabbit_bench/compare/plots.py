@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from lorabbit_bench.compare.results import CaseResult, Mark
+from lorabbit_bench.compare.results import CaseResult, CurvePoint
 from lorabbit_cli.report.plots import GRID, INK, MOST_MARKERS, SERIES, STYLE, svg_of
 
 SIZE = (5.8, 3.4)
@@ -32,7 +32,7 @@ PNG_STYLE: dict[Any, Any] = {
     name: {INK: "#1d2330", GRID: "#d9dde5"}.get(value, value) if isinstance(value, str) else value
     for name, value in STYLE.items()
 }
-Across = Callable[[Mark], float | None]
+Across = Callable[[CurvePoint], float | None]
 
 
 def axes_of(case: CaseResult) -> dict[str, Across]:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorabbit.job_loader import dump
-from lorabbit_bench.compare.metrics import Measures
+from lorabbit_bench.compare.metrics import RunMetrics
 from lorabbit_bench.compare.plots import figures, pictures
-from lorabbit_bench.compare.results import SPREADS, CaseResult, Comparison, Difference, Reached, Row
+from lorabbit_bench.compare.results import SPREADS, CaseResult, Comparison, Difference, RunRow, TimeToTarget
 from lorabbit_bench.compare.statistics import Interval, Spread
 from lorabbit_bench.compare.sweep import ONLY_CASE, Sweep
 from lorabbit_cli.formatting import bytes_text, duration_text, number_text, score_text
@@ -26,7 +26,7 @@ NOTHING = "-"
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ReportTable:
     """A titled table; the first column is text, the others are figures."""
 
     title: str
@@ -35,7 +35,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def tables(comparison: Comparison, case: CaseResult) -> list[Table]:
+def tables(comparison: Comparison, case: CaseResult) -> list[ReportTable]:
     """Every table of one case that has something to say."""
     made = [_scores(comparison, case), _cost(comparison, case)]
     if case.target is not None:
@@ -44,7 +44,7 @@ def tables(comparison: Comparison, case: CaseResult) -> list[Table]:
     return [*made, facts] if facts.rows else made
 
 
-def _scores(comparison: Comparison, case: CaseResult) -> Table:
+def _scores(comparison: Comparison, case: CaseResult) -> ReportTable:
     metric, reference = case.metric, comparison.reference
     headings = (
         "run",
@@ -67,10 +67,10 @@ def _scores(comparison: Comparison, case: CaseResult) -> Table:
         "its 95 % interval: t over the seeds, or (clients) a bootstrap over seeds and clients of the clients' "
         "unweighted differences. The best score is picked on the test data and therefore flatters."
     )
-    return Table("Scores", about, headings, tuple(rows))
+    return ReportTable("Scores", about, headings, tuple(rows))
 
 
-def _cost(comparison: Comparison, case: CaseResult) -> Table:
+def _cost(comparison: Comparison, case: CaseResult) -> ReportTable:
     modelled = comparison.link is not None
     whole = comparison.reference
     headings: tuple[str, ...] = ("run", "trainable", "sent", "up", "down", f"up / {whole}", f"payload / {whole}")
@@ -92,17 +92,17 @@ def _cost(comparison: Comparison, case: CaseResult) -> Table:
         "products of matrices (a multiply-add is two), forward and backward; memory is that of the largest "
         "process (of the GPU where there is one)."
     )
-    return Table("Cost", about, headings, tuple(rows))
+    return ReportTable("Cost", about, headings, tuple(rows))
 
 
-def _target(comparison: Comparison, case: CaseResult) -> Table:
+def _target(comparison: Comparison, case: CaseResult) -> ReportTable:
     reference, modelled = comparison.reference, comparison.link is not None
     headings: tuple[str, ...] = ("run", "reached", "rounds", "payload", f"payload / {reference}", "client compute")
     headings += ("operations", "time")
     headings += (*(("modelled time",) if modelled else ()), f"time / {reference}")
     rows = []
     for row in case.rows:
-        found = row.to_target or Reached(seeds=0, of=len(row.seeds))
+        found = row.to_target or TimeToTarget(seeds=0, of=len(row.seeds))
         rounds = of(found.rounds, lambda number: f"{number:.1f}")
         cells = [row.label, f"{found.seeds}/{found.of}", rounds, of(found.bytes, bytes_text)]
         cells += [share_text(found.bytes_share), of(found.client_seconds, duration_text), of(found.flops, number_text)]
@@ -116,17 +116,17 @@ def _target(comparison: Comparison, case: CaseResult) -> Table:
         f"Up to the first scored round with {case.metric} {score_text(case.target)}{how}; means over the seeds that "
         "reached it."
     )
-    return Table("To the target", about, headings, tuple(rows))
+    return ReportTable("To the target", about, headings, tuple(rows))
 
 
-def _facts(case: CaseResult) -> Table:
+def _facts(case: CaseResult) -> ReportTable:
     names = list(dict.fromkeys(name for row in case.rows for name in row.facts))
     rows = tuple(
         (row.label, *(of(row.facts.get(name), lambda value: f"{value:.4g}") for name in names))
         for row in case.rows
         if row.facts
     )
-    return Table("Told by the methods", "Of the last round, means over the seeds.", ("run", *names), rows)
+    return ReportTable("Told by the methods", "Of the last round, means over the seeds.", ("run", *names), rows)
 
 
 def of(values: Spread | None, text: Callable[[float], str]) -> str:
@@ -197,7 +197,7 @@ def summary_csv(comparison: Comparison) -> str:
     return _csv(head, [_summary_line(case, row) for case in comparison.cases for row in case.rows])
 
 
-def _summary_line(case: CaseResult, row: Row) -> list[object]:
+def _summary_line(case: CaseResult, row: RunRow) -> list[object]:
     line: list[object] = [case.name, row.label, row.method, case.metric, len(row.seeds), len(row.failed), row.trainable]
     for name in SPREADS:
         values: Spread | None = getattr(row, name)
@@ -214,7 +214,7 @@ def _summary_line(case: CaseResult, row: Row) -> list[object]:
     return [*line, found.bytes_share if found else None, found.seconds_share if found else None]
 
 
-def runs_csv(runs: Sequence[Measures]) -> str:
+def runs_csv(runs: Sequence[RunMetrics]) -> str:
     """One line for each run and seed."""
     return _csv(list(RUN), [[getattr(m, name) for name in RUN] for m in runs])
 

@@ -11,9 +11,9 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from lorabbit_bench.compare.metrics import Measures, Point
+from lorabbit_bench.compare.metrics import RunMetrics, ScoredRound
 from lorabbit_bench.compare.statistics import Interval, Spread, bootstrap, paired_t, spread
-from lorabbit_bench.compare.sweep import Device, Link, Sweep, Target
+from lorabbit_bench.compare.sweep import ComputeDevice, NetworkLink, ScoreTarget, Sweep
 
 SPREADS = (
     "final", "best", "plateau", "client_mean", "parameters_up", "bytes_up", "bytes_down", "overhead", "client_seconds",
@@ -22,7 +22,7 @@ SPREADS = (
 """Measures of a run that a row holds with their spread."""
 
 
-class Mark(BaseModel):
+class CurvePoint(BaseModel):
     """A round of a run's curve over seeds: mean score and mean of what was spent."""
 
     round: int
@@ -32,7 +32,7 @@ class Mark(BaseModel):
     modelled_seconds: float | None = None
 
 
-class Reached(BaseModel):
+class TimeToTarget(BaseModel):
     """What it took to reach the target, over the seeds that did; the others are `of` less `seeds`."""
 
     seeds: int
@@ -58,7 +58,7 @@ class Difference(BaseModel):
     over_clients: Interval | None = None
 
 
-class Row(BaseModel):
+class RunRow(BaseModel):
     """One run over its seeds."""
 
     label: str
@@ -86,9 +86,9 @@ class Row(BaseModel):
     peak_memory_bytes: Spread | None = None
     peak_gpu_bytes: Spread | None = None
     facts: dict[str, Spread] = Field(default_factory=dict)
-    to_target: Reached | None = None
+    to_target: TimeToTarget | None = None
     difference: Difference | None = None
-    curve: list[Mark] = Field(default_factory=list)
+    curve: list[CurvePoint] = Field(default_factory=list)
 
 
 class CaseResult(BaseModel):
@@ -98,7 +98,7 @@ class CaseResult(BaseModel):
     metric: str
     lower_is_better: bool
     target: float | None
-    rows: list[Row]
+    rows: list[RunRow]
 
 
 class Comparison(BaseModel):
@@ -109,17 +109,17 @@ class Comparison(BaseModel):
     reference: str
     score: Literal["final", "best"]
     seeds: list[int]
-    target: Target | None
-    link: Link | None
-    device: Device | None
+    target: ScoreTarget | None
+    link: NetworkLink | None
+    device: ComputeDevice | None
     versions: dict[str, str | None]
     cases: list[CaseResult]
-    runs: list[Measures]
+    runs: list[RunMetrics]
     notes: list[str] = Field(default_factory=list)
 
 
 def compare(
-    sweep: Sweep, measures: Sequence[Measures], failed: Mapping[str, str], versions: Mapping[str, str | None]
+    sweep: Sweep, measures: Sequence[RunMetrics], failed: Mapping[str, str], versions: Mapping[str, str | None]
 ) -> Comparison:
     """Bring together the measures of the runs that are done; `failed` says by a run's name why it is not."""
     return Comparison(
@@ -138,7 +138,7 @@ def compare(
     )
 
 
-def _notes(measures: Sequence[Measures], failed: Mapping[str, str]) -> list[str]:
+def _notes(measures: Sequence[RunMetrics], failed: Mapping[str, str]) -> list[str]:
     """What a reader must know before the figures."""
     notes = [f"{name} is missing: {reason}" for name, reason in failed.items()]
     if len({m.sources for m in measures}) > 1:
@@ -148,7 +148,7 @@ def _notes(measures: Sequence[Measures], failed: Mapping[str, str]) -> list[str]
     return notes
 
 
-def _case(sweep: Sweep, case: str, measures: Sequence[Measures], failed: Mapping[str, str]) -> CaseResult:
+def _case(sweep: Sweep, case: str, measures: Sequence[RunMetrics], failed: Mapping[str, str]) -> CaseResult:
     """Bring together one case."""
     by_label = {label: {m.seed: m for m in measures if m.label == label} for label in sweep.labels}
     reference = by_label[sweep.reference]
@@ -173,7 +173,7 @@ def _case(sweep: Sweep, case: str, measures: Sequence[Measures], failed: Mapping
     )
 
 
-def target_of(target: Target | None, runs: Sequence[Mapping[int, Measures]]) -> float | None:
+def target_of(target: ScoreTarget | None, runs: Sequence[Mapping[int, RunMetrics]]) -> float | None:
     """The score to be reached: the one stated, or a share of the worst plateau among `runs` (the mean over seeds)."""
     if target is None or target.value is not None:
         return target.value if target else None
@@ -186,16 +186,16 @@ def target_of(target: Target | None, runs: Sequence[Mapping[int, Measures]]) -> 
     return max(plateaus) / target.share if lower else min(plateaus) * target.share
 
 
-def _row(label: str, runs: Mapping[int, Measures], failed: dict[int, str], target: float | None) -> Row:
+def _row(label: str, runs: Mapping[int, RunMetrics], failed: dict[int, str], target: float | None) -> RunRow:
     """Bring together the seeds of one run."""
 
-    def over(value: Callable[[Measures], float | None]) -> Spread | None:
+    def over(value: Callable[[RunMetrics], float | None]) -> Spread | None:
         return spread([found for m in runs.values() if (found := value(m)) is not None])
 
     one = next(iter(runs.values()), None)
     names = [name for name in (one.facts if one else {}) if all(name in m.facts for m in runs.values())]
     of_facts = {name: spread([m.facts[name] for m in runs.values()]) for name in names}
-    return Row(
+    return RunRow(
         label=label,
         seeds=list(runs),
         failed=failed,
@@ -208,13 +208,13 @@ def _row(label: str, runs: Mapping[int, Measures], failed: dict[int, str], targe
     )
 
 
-def _reached(runs: Sequence[Measures], target: float) -> Reached:
+def _reached(runs: Sequence[RunMetrics], target: float) -> TimeToTarget:
     points = [point for m in runs if (point := m.reaches(target)) is not None]
 
-    def over(value: Callable[[Point], float | None]) -> Spread | None:
+    def over(value: Callable[[ScoredRound], float | None]) -> Spread | None:
         return spread([found for point in points if (found := value(point)) is not None])
 
-    return Reached(
+    return TimeToTarget(
         seeds=len(points),
         of=len(runs),
         rounds=over(lambda p: p.round),
@@ -226,7 +226,7 @@ def _reached(runs: Sequence[Measures], target: float) -> Reached:
     )
 
 
-def _curve(runs: Sequence[Measures]) -> list[Mark]:
+def _curve(runs: Sequence[RunMetrics]) -> list[CurvePoint]:
     """Rounds that were scored with every seed."""
     by_round = [{point.round: point for point in m.curve} for m in runs]
     shared = set.intersection(*(set(points) for points in by_round)) if by_round else set()
@@ -237,7 +237,7 @@ def _curve(runs: Sequence[Measures]) -> list[Mark]:
         score = spread([p.score for p in points])
         if score is not None:
             marks.append(
-                Mark(
+                CurvePoint(
                     round=number,
                     score=score,
                     bytes=sum(p.bytes for p in points) / len(points),
@@ -249,11 +249,11 @@ def _curve(runs: Sequence[Measures]) -> list[Mark]:
 
 
 def difference(
-    runs: Mapping[int, Measures], reference: Mapping[int, Measures], score: Literal["final", "best"]
+    runs: Mapping[int, RunMetrics], reference: Mapping[int, RunMetrics], score: Literal["final", "best"]
 ) -> Difference | None:
     """Subtract the reference, seed by seed, and for final scores client by client."""
 
-    def of(m: Measures) -> float | None:
+    def of(m: RunMetrics) -> float | None:
         return m.final if score == "final" else m.best
 
     pairs = [(runs[seed], reference[seed]) for seed in runs if seed in reference]
@@ -273,7 +273,7 @@ def difference(
     )
 
 
-def _add_shares(rows: Sequence[Row], reference: Row) -> None:
+def _add_shares(rows: Sequence[RunRow], reference: RunRow) -> None:
     """State payload, and what it took to reach the target, as shares of the reference's."""
     whole = _payload(reference)
     for row in rows:
@@ -290,7 +290,7 @@ def _add_shares(rows: Sequence[Row], reference: Row) -> None:
             )
 
 
-def _payload(row: Row) -> float | None:
+def _payload(row: RunRow) -> float | None:
     return row.bytes_up.mean + row.bytes_down.mean if row.bytes_up and row.bytes_down else None
 
 

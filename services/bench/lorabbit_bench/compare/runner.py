@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorabbit import job_loader
-from lorabbit_bench.compare.cache import Cache, Outcome, sources
-from lorabbit_bench.compare.sweep import Planned
+from lorabbit_bench.compare.cache import RunCache, RunOutcome, sources
+from lorabbit_bench.compare.sweep import RunSpec
 
 READ_BYTES = 65536
 LAST_LINES = 3
 """Of a run's standard error, when it says nothing else of why it failed."""
 
 
-class Watch(Protocol):
+class RunListener(Protocol):
     """Who is told how runs go; `name` is a planned run's name."""
 
     def started(self, name: str) -> None:
@@ -38,12 +38,12 @@ class Watch(Protocol):
     def progressed(self, name: str, line: Mapping[str, Any]) -> None:
         """A run said something of a round."""
 
-    def ended(self, name: str, outcome: Outcome) -> None:
+    def ended(self, name: str, outcome: RunOutcome) -> None:
         """A run is over, well or not."""
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
+class Parallelism:
     """How much of the machine runs may take."""
 
     jobs: int
@@ -60,36 +60,36 @@ class _Running:
     """A run's process, and what it said so far."""
 
     key: str
-    planned: Planned
+    planned: RunSpec
     process: subprocess.Popen[bytes]
     folder: Path
     rest: bytes = b""
     end: dict[str, Any] = field(default_factory=dict)
 
 
-def carry_out(
-    todo: Mapping[str, Planned], cache: Cache, scratch: Path, effort: Effort, watch: Watch
-) -> dict[str, Outcome]:
+def run_all(
+    todo: Mapping[str, RunSpec], cache: RunCache, scratch: Path, effort: Parallelism, watch: RunListener
+) -> dict[str, RunOutcome]:
     """Run each key's job and return key -> outcome; whatever stops this stops the runs."""
-    crew = _Crew(cache, scratch, effort, watch)
+    crew = _ProcessPool(cache, scratch, effort, watch)
     try:
         return crew.work(todo)
     finally:
         crew.stop()
 
 
-class _Crew:
+class _ProcessPool:
     """The runs that are at work, watched by one selector."""
 
-    def __init__(self, cache: Cache, scratch: Path, effort: Effort, watch: Watch) -> None:
+    def __init__(self, cache: RunCache, scratch: Path, effort: Parallelism, watch: RunListener) -> None:
         """Start nothing yet."""
         self._cache, self._scratch, self._effort, self._watch = cache, scratch, effort, watch
         self._sources = sources()
         self._selector = selectors.DefaultSelector()
         self._running: dict[int, _Running] = {}
-        self._outcomes: dict[str, Outcome] = {}
+        self._outcomes: dict[str, RunOutcome] = {}
 
-    def work(self, todo: Mapping[str, Planned]) -> dict[str, Outcome]:
+    def work(self, todo: Mapping[str, RunSpec]) -> dict[str, RunOutcome]:
         """Keep as many runs going as the effort allows, until there are none left."""
         waiting = deque(todo.items())
         while waiting or self._running:
@@ -106,7 +106,7 @@ class _Crew:
         self._running.clear()
         self._selector.close()
 
-    def _start(self, key: str, planned: Planned) -> None:
+    def _start(self, key: str, planned: RunSpec) -> None:
         folder = self._scratch / key
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -157,13 +157,15 @@ class _Crew:
         shutil.rmtree(running.folder, ignore_errors=True)
         self._watch.ended(running.planned.name, outcome)
 
-    def _outcome(self, running: _Running, code: int) -> Outcome:
+    def _outcome(self, running: _Running, code: int) -> RunOutcome:
         said = {name: value for name, value in running.end.items() if name not in {"end", "folder"}}
         status = "done" if running.end.get("end") == "done" and code == 0 else "failed"
         if status == "failed" and not said.get("reason"):
             said["reason"] = _last_words(running.folder / "log", code)
         known = {"device": self._effort.device, "workers": self._effort.workers, "threads": self._effort.threads}
-        return Outcome.model_validate({"key": running.key, "status": status, "sources": self._sources, **known, **said})
+        return RunOutcome.model_validate(
+            {"key": running.key, "status": status, "sources": self._sources, **known, **said}
+        )
 
 
 def _last_words(log: Path, code: int) -> str:

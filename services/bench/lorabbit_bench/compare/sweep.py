@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from lorabbit import job_loader
 from lorabbit.config.settings import variable
 from lorabbit.errors import BadInput
-from lorabbit.job.spec import JobSpec, Name, Strict
+from lorabbit.job.spec import JobSpec, Name, StrictSpec
 from lorabbit.job.validation import explain
 
 Label = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,39}$")]
@@ -28,7 +28,7 @@ ONLY_CASE = "all"
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
-class Target(Strict):
+class ScoreTarget(StrictSpec):
     """The score at which rounds, time and bytes are read off."""
 
     metric: str | None = Field(default=None, description="the job's main metric when absent")
@@ -37,13 +37,13 @@ class Target(Strict):
     of: Literal["worst", "reference"] = Field(default="worst", description="share: whose plateau")
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> Target:
+    def _one_of_both(self) -> ScoreTarget:
         if (self.value is None) == (self.share is None):
             raise ValueError("give either value or share")
         return self
 
 
-class Link(Strict):
+class NetworkLink(StrictSpec):
     """What joins a client and the server, for modelled time."""
 
     up_mbit: float = Field(gt=0, description="10^6 bits a second from a client")
@@ -51,7 +51,7 @@ class Link(Strict):
     latency_ms: float = Field(default=0.0, ge=0, description="one way")
 
 
-class Device(Strict):
+class ComputeDevice(StrictSpec):
     """How fast clients compute, for modelled time."""
 
     seconds_factor: float = Field(default=1.0, gt=0, description="modelled seconds for one second measured here")
@@ -63,7 +63,7 @@ class Device(Strict):
     )
 
 
-class SweepFile(Strict):
+class SweepFile(StrictSpec):
     """A sweep file as written, variables already put in."""
 
     name: Name
@@ -74,13 +74,13 @@ class SweepFile(Strict):
     seeds: Seeds = (0,)
     reference: str | None = Field(default=None, description="the run that others are subtracted from; the first one")
     score: Literal["final", "best"] = Field(default="final", description="score of the last round, or of the best")
-    target: Target | None = None
-    link: Link | None = None
-    device: Device | None = None
+    target: ScoreTarget | None = None
+    link: NetworkLink | None = None
+    device: ComputeDevice | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class RunSpec:
     """One run that is to be there: a job with its seed."""
 
     case: str
@@ -105,10 +105,10 @@ class Sweep:
     seeds: tuple[int, ...]
     reference: str
     score: Literal["final", "best"]
-    target: Target | None
-    link: Link | None
-    device: Device | None
-    planned: tuple[Planned, ...]
+    target: ScoreTarget | None
+    link: NetworkLink | None
+    device: ComputeDevice | None
+    planned: tuple[RunSpec, ...]
 
 
 def read(files: Sequence[str], overrides: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Sweep:
@@ -143,7 +143,7 @@ def _of_sweep_file(file: str, content: dict[str, Any], overrides: Sequence[str],
             where = f"{file}: runs.{label}" + (f" in cases.{case}" if written.cases else "")
             job = merged(of_case, run) | {"name": _job_name(written.name, label)}
             planned += [
-                Planned(case, label, seed, job_loader.of_content(job | {"seed": seed}, name=where, overrides=overrides))
+                RunSpec(case, label, seed, job_loader.of_content(job | {"seed": seed}, name=where, overrides=overrides))
                 for seed in chosen
             ]
     _same_data(planned, file)
@@ -176,7 +176,7 @@ def _of_job_files(
         raise BadInput(f"the jobs have different seeds ({', '.join(map(str, chosen))}); say which with --seeds")
     _distinct(chosen, "--seeds")
     planned = [
-        Planned(ONLY_CASE, job.name, seed, job.model_copy(update={"seed": seed})) for job in jobs for seed in chosen
+        RunSpec(ONLY_CASE, job.name, seed, job.model_copy(update={"seed": seed})) for job in jobs for seed in chosen
     ]
     _same_data(planned, contents[0][0])
     return Sweep(
@@ -239,9 +239,9 @@ def _job_name(sweep: str, label: str) -> str:
     return f"{sweep}-{label.replace('.', '-')}"[:60].rstrip("-")
 
 
-def _same_data(planned: Sequence[Planned], file: str) -> None:
+def _same_data(planned: Sequence[RunSpec], file: str) -> None:
     """Refuse runs of one case that would learn from different data or populations."""
-    first: dict[str, Planned] = {}
+    first: dict[str, RunSpec] = {}
     for each in planned:
         one = first.setdefault(each.case, each)
         a, b = one.spec.data.model_dump(), each.spec.data.model_dump()

@@ -22,7 +22,7 @@ from lorabbit.config.logging import configure
 from lorabbit.config.settings import ClientSettings, read_settings
 from lorabbit.errors import LoRAbbitError
 from lorabbit.events import job_events as ev
-from lorabbit_cli.local.embedded_run import Audience, Means, run_local
+from lorabbit_cli.local.embedded_run import Callbacks, ComputeOptions, run_local
 
 PR_SET_PDEATHSIG = 1
 
@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> int:
     began = time.monotonic()
     try:
         settings = read_settings(ClientSettings)
-        means = Means(settings.device, settings.threads, settings.data_root, workers)
-        ended = run_local(job_loader.load(job), out, means=means, audience=Audience(on_event=_told))
+        means = ComputeOptions(settings.device, settings.threads, settings.data_root, workers)
+        ended = run_local(job_loader.load(job), out, means=means, audience=Callbacks(on_event=_told))
     except LoRAbbitError as error:
         _say({"end": "failed", "reason": str(error)})
         return error.exit_code

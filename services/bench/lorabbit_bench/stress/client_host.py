@@ -31,26 +31,26 @@ from lorabbit.broker.rabbitmq.broker import RabbitBroker
 from lorabbit.config.logging import configure
 from lorabbit.config.settings import ClientSettings
 from lorabbit.types import EVALUATE, INITIALISE
-from lorabbit_bench.stress.traces import Trace, read_slowness
+from lorabbit_bench.stress.traces import ClientTraces, read_slowness
 from lorabbit_client.agent.agent import Agent
-from lorabbit_client.execution.interface import OnProgress, Outcome, Runner, Work
+from lorabbit_client.execution.interface import OnProgress, Runner, TaskInput, TaskResult
 from lorabbit_client.execution.runners import ThreadRunner
 from lorabbit_client.executor import Executor
 
 log = structlog.get_logger()
 
 
-class Paced:
+class PacedRunner:
     """A runner that waits as long as the client's device would train, or lets the client leave instead."""
 
-    def __init__(self, runner: Runner, broker: Broker, trace: Trace, client: int, left: set[int]) -> None:
+    def __init__(self, runner: Runner, broker: Broker, trace: ClientTraces, client: int, left: set[int]) -> None:
         """Pace one client; `left` holds the rounds in which it has left already."""
         self._runner, self._broker, self._trace, self._client, self._left = runner, broker, trace, client, left
         self._waiting: dict[str, Cancellable] = {}
         self.on_leave: Callable[[float], None] = lambda _: None
         """Called with the seconds of an absence that begins now."""
 
-    def submit(self, work: Work, on_progress: OnProgress, on_done: Callable[[Outcome], None]) -> None:
+    def submit(self, work: TaskInput, on_progress: OnProgress, on_done: Callable[[TaskResult], None]) -> None:
         """Hand work on at the trace's pace; scoring and the first model take no longer than they take."""
         task = work.task
         if task.phase in {EVALUATE, INITIALISE}:
@@ -78,10 +78,10 @@ class Paced:
         """Do nothing: the shared runner belongs to the process."""
 
 
-class LightClient:
+class SimulatedClient:
     """One client in a thread of its own, through all its absences."""
 
-    def __init__(self, number: int, settings: ClientSettings, runner: Runner, trace: Trace) -> None:
+    def __init__(self, number: int, settings: ClientSettings, runner: Runner, trace: ClientTraces) -> None:
         """Prepare client `number`, counted from 0; `start` begins."""
         self._number, self._settings, self._runner, self._trace = number, settings, runner, trace
         self._left: set[int] = set()
@@ -116,7 +116,7 @@ class LightClient:
         broker: Broker = RabbitBroker(self._settings.broker_url, name=f"lorabbit-client {self._settings.address}")
         self._broker = broker
         away = 0.0
-        paced = Paced(self._runner, broker, self._trace, self._number, self._left)
+        paced = PacedRunner(self._runner, broker, self._trace, self._number, self._left)
         agent = Agent(broker, paced, self._settings)
 
         def leave(seconds: float) -> None:
@@ -138,7 +138,7 @@ CLIENTS_PER_SECOND = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Hosting:
+class ClientHostConfig:
     """What a host is told: which clients, how many to a process, and their traces."""
 
     clients: int
@@ -163,7 +163,7 @@ def address_of(client: int) -> str:
 
 def main() -> int:
     """Fork the clients that standard input asks for, and end with it."""
-    hosting = Hosting.read(sys.stdin.readline())
+    hosting = ClientHostConfig.read(sys.stdin.readline())
     configure("ERROR", "json")
     if hosting.train == "real":
         import lorabbit_client.training.workspace  # noqa: F401, PLC0415 - torch, once for all forks
@@ -182,11 +182,11 @@ def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _be_clients(hosting: Hosting, first: int, lifeline: int) -> None:
+def _be_clients(hosting: ClientHostConfig, first: int, lifeline: int) -> None:
     """Hold some clients until the host's end of the pipe is closed; never returns."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    trace = Trace(hosting.seed, hosting.churn, read_slowness(hosting.slow))
+    trace = ClientTraces(hosting.seed, hosting.churn, read_slowness(hosting.slow))
     runner = ThreadRunner(Executor(device="cpu"), durable=False)
     clients = []
     for number in range(first, min(first + hosting.per_process, hosting.clients)):
@@ -194,7 +194,7 @@ def _be_clients(hosting: Hosting, first: int, lifeline: int) -> None:
         settings = ClientSettings(
             broker_url=hosting.broker_url, address=address, folder=Path(hosting.folder) / address, durable=False
         )
-        clients.append(LightClient(number, settings, runner, trace))
+        clients.append(SimulatedClient(number, settings, runner, trace))
     for number, client in enumerate(clients, start=first):
         client.start(number / CLIENTS_PER_SECOND)
     waits = threading.Thread(target=os.read, args=(lifeline, 1), daemon=True)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorabbit_cli.options import ComposeFiles, Format, Output, print_json, quiet_logs
-from lorabbit_cli.scaling.targets import Options, Place
+from lorabbit_cli.scaling.targets import ScaleTarget, TargetOptions
 
 if TYPE_CHECKING:
-    from lorabbit_bench.stress.plan import Plan
+    from lorabbit_bench.stress.plan import StressPlan
     from lorabbit_bench.stress.runner import Launch
 
-_DEFAULT = Options()
+_DEFAULT = TargetOptions()
 Clients = Annotated[str, typer.Option(metavar="N,N,...", help="Sizes, smallest first.")]
 On = Annotated[str, typer.Option(metavar="PLACE", help="Where: processes, compose, docker or kubernetes.")]
 Payload = Annotated[
@@ -66,7 +66,7 @@ def register(app: typer.Typer) -> None:
 
 def stress(  # noqa: PLR0913, PLR0917 - options of the command line
     clients: Clients = "10,50,100",
-    on: On = Place.PROCESSES.value,
+    on: On = ScaleTarget.PROCESSES.value,
     payload: Payload = None,
     rounds: Rounds = 5,
     train: Train = "null",
@@ -98,30 +98,30 @@ def stress(  # noqa: PLR0913, PLR0917 - options of the command line
     Example: lorabbit stress --clients 10,50,100 --payload 0.3,4MB --rounds 5
     """
     from lorabbit_bench.stress.plan import read_plan  # noqa: PLC0415
-    from lorabbit_bench.stress.targets import launcher, place_of  # noqa: PLC0415 - imports are lazy throughout
+    from lorabbit_bench.stress.targets import deployment_factory, target_of  # noqa: PLC0415 - imports are lazy throughout
 
     quiet_logs()
     plan = read_plan(
         clients, payload, rounds=rounds, train=train, churn=churn, slow=slow, quorum=quorum, time_limit=time_limit,
         per_process=per_process, seed=seed, out=out,
     )  # fmt: skip
-    place = place_of(on)
-    options = Options(
+    place = target_of(on)
+    options = TargetOptions(
         image=image, network=network, files=tuple(file), project=project, namespace=namespace, release=release
     )  # fmt: skip
-    with _stopped_cleanly(), launcher(plan, place, options, pool=pool, configured=configured) as launch:
+    with _stopped_cleanly(), deployment_factory(plan, place, options, pool=pool, configured=configured) as launch:
         _measure(plan, on, launch, output)
 
 
-def _measure(plan: Plan, on: str, launch: Launch, output: Format) -> None:
+def _measure(plan: StressPlan, on: str, launch: Launch, output: Format) -> None:
     """Do the work of a plan and print what came of it."""
     from rich.console import Console  # noqa: PLC0415 - as above
 
-    from lorabbit_bench.stress.report import Results  # noqa: PLC0415
-    from lorabbit_bench.stress.runner import Work  # noqa: PLC0415
+    from lorabbit_bench.stress.report import StressResults  # noqa: PLC0415
+    from lorabbit_bench.stress.runner import StressRunner  # noqa: PLC0415
 
-    work = Work(plan, launch, Console(stderr=True))
-    results = Results(work, on)
+    work = StressRunner(plan, launch, Console(stderr=True))
+    results = StressResults(work, on)
     work.on_row = results.write
     work.run()
     results.write()

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from lorabbit_bench.stress.resource_usage import Reading
-from lorabbit_cli.api_client import Server
+from lorabbit_bench.stress.resource_usage import UsageSample
+from lorabbit_cli.api_client import ApiClient
 
 
-class Federation(Protocol):
+class Deployment(Protocol):
     """A server with its broker and store, and clients in a number to choose."""
 
     description: str
     """How the clients are spread, for the report: in so many processes, in so many containers."""
 
-    def connect(self) -> Server:
+    def connect(self) -> ApiClient:
         """Open the server's HTTP interface; a context."""
 
     def start(self) -> None:
         """Start everything, and begin to start the clients; raises LoRAbbitError."""
 
-    def meter(self) -> Mapping[str, Reading]:
+    def meter(self) -> Mapping[str, UsageSample]:
         """Read memory and processor time of each tier."""
 
     def check(self) -> None:

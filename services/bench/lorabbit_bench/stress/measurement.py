@@ -12,10 +12,10 @@ from lorabbit.events import job_events as ev
 from lorabbit.job.spec import JobSpec
 from lorabbit.types import TRAIN
 from lorabbit_bench.stress import resource_limits
-from lorabbit_bench.stress.deployment import Federation
+from lorabbit_bench.stress.deployment import Deployment
 from lorabbit_bench.stress.resource_limits import LimitReached
-from lorabbit_bench.stress.resource_usage import Sampler
-from lorabbit_cli.api_client import Server
+from lorabbit_bench.stress.resource_usage import UsageSampler
+from lorabbit_cli.api_client import ApiClient
 
 POLL_SECONDS = 2.0
 """Between two looks at the machine's limits, when nothing happens."""
@@ -41,7 +41,7 @@ class RoundTimes:
 
 
 @dataclass
-class Tally:
+class EventStats:
     """What a job's events come to."""
 
     rounds: dict[int, RoundTimes] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Measurement:
     """The figures of one size; times in seconds, memory in MB of 10^6 bytes."""
 
     clients: int
@@ -126,7 +126,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def await_clients(federation: Federation, clients: int, progress: Progress) -> float:
+def await_clients(federation: Deployment, clients: int, progress: Progress) -> float:
     """Wait until the server knows every client; returns the seconds it took. Raises LimitReached."""
     began = moved = time.monotonic()
     known = -1
@@ -147,30 +147,30 @@ def await_clients(federation: Federation, clients: int, progress: Progress) -> f
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredJob:
     """What happened while a job ran, what it used, and the limit that stopped it, if one did."""
 
-    tally: Tally
+    tally: EventStats
     peaks_mb: dict[str, float]
     cpu_seconds: dict[str, float]
     stopped: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class MeasurementRun:
     """One job over a federation."""
 
-    federation: Federation
+    federation: Deployment
     spec: JobSpec
     time_limit_seconds: float
     may_leave: bool
     """Clients leave on purpose, so that the end of a lease says nothing about the machine."""
     progress: Progress
 
-    def run(self) -> Measured:
+    def run(self) -> MeasuredJob:
         """Run the job to its end or to a limit."""
-        tally, stopped = Tally(), ""
-        with self.federation.connect() as server, Sampler(self.federation.meter) as sampler:
+        tally, stopped = EventStats(), ""
+        with self.federation.connect() as server, UsageSampler(self.federation.meter) as sampler:
             job = server.submit(self.spec)
             try:
                 self._follow(server, job, tally)
@@ -179,9 +179,9 @@ class Measurement:
                 server.cancel(job)
         if tally.ended is not None and tally.ended.status != "done":
             stopped = f"the job failed: {tally.ended.reason}"
-        return Measured(tally, sampler.peaks_mb, sampler.cpu_seconds, stopped)
+        return MeasuredJob(tally, sampler.peaks_mb, sampler.cpu_seconds, stopped)
 
-    def _follow(self, server: Server, job: str, tally: Tally) -> None:
+    def _follow(self, server: ApiClient, job: str, tally: EventStats) -> None:
         """Take a job's events until its end; raises LimitReached, and then the job still runs."""
         began = moved = time.monotonic()
         cursor = ""
@@ -204,7 +204,9 @@ class Measurement:
             self.progress(f"{done}, {tally.updates} updates")
 
 
-def row_of(measured: Measured, spec: JobSpec, *, payload_mb: float, spread: str, joining_seconds: float) -> Row | None:
+def row_of(
+    measured: MeasuredJob, spec: JobSpec, *, payload_mb: float, spread: str, joining_seconds: float
+) -> Measurement | None:
     """Put the figures together; None when not one round became a version."""
     tally, closed = measured.tally, measured.tally.closed
     if not closed:
@@ -213,7 +215,7 @@ def row_of(measured: Measured, spec: JobSpec, *, payload_mb: float, spread: str,
     total, accepted = max(sum(seconds), 1e-3), sum(times.accepted for times in closed)
     updates = max(1, tally.updates)
     heard = [times.updates_seconds for times in closed if times.updates_seconds]
-    return Row(
+    return Measurement(
         clients=spec.clients,
         payload_mb=payload_mb,
         spread=spread,

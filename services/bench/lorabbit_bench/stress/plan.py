@@ -10,7 +10,7 @@ from typing import Any
 
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import JobSpec
-from lorabbit_bench.stress.traces import Slowness, read_slowness
+from lorabbit_bench.stress.traces import TrainTimeDistribution, read_slowness
 from lorabbit_client.execution.null_workspace import PREFIX, size_of
 
 OWN_PROCESSES = 100
@@ -25,7 +25,7 @@ REAL_MODEL: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StressPlan:
     """Everything that decides what a stress test does."""
 
     clients: tuple[int, ...]
@@ -37,7 +37,7 @@ class Plan:
     """null or real."""
     churn: float
     """Probability that a client leaves in the middle of a training and comes back later."""
-    slow: Slowness
+    slow: TrainTimeDistribution
     quorum: float
     """Share of the clients whose updates close a round; 1.0 waits for all."""
     time_limit_seconds: float
@@ -109,7 +109,7 @@ def read_plan(  # noqa: PLR0913 - the options of the command
     per_process: int | None,
     seed: int,
     out: Path,
-) -> Plan:
+) -> StressPlan:
     """Check the options and put a plan together; raises BadInput before anything is started."""
     if train not in {"null", "real"}:
         raise BadInput(f"--train: {train!r} is neither null nor real")
@@ -122,7 +122,7 @@ def read_plan(  # noqa: PLR0913 - the options of the command
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out: {out} is a file; name a folder")
     payloads = read_payloads(payload or "0.3MB") if train == "null" else (0.0,)
-    return Plan(
+    return StressPlan(
         read_clients(clients), payloads, rounds, train, churn, read_slowness(slow), quorum, time_limit, per_process,
         seed, out,
     )  # fmt: skip

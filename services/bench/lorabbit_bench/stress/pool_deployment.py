@@ -12,20 +12,20 @@ from dataclasses import dataclass
 
 from lorabbit.errors import RunFailed
 from lorabbit_bench.stress.resource_limits import LimitReached
-from lorabbit_bench.stress.resource_usage import Meter, Reading
-from lorabbit_cli.api_client import Server
-from lorabbit_cli.scaling.base import OverQuota, Pace, Scaler, scale
+from lorabbit_bench.stress.resource_usage import Meter, UsageSample
+from lorabbit_cli.api_client import ApiClient
+from lorabbit_cli.scaling.base import OverQuota, RolloutPolicy, Scaler, scale
 
-PACE = Pace(batch=10, patience_seconds=240.0)
+PACE = RolloutPolicy(batch=10, patience_seconds=240.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Deployed:
+class DeployedPool:
     """A deployment to measure."""
 
     scaler: Scaler
     pool: str
-    connect: Callable[[], Server]
+    connect: Callable[[], ApiClient]
     """Opens the server's HTTP interface."""
     meter: Meter
     """Reads what can be read of its tiers."""
@@ -35,15 +35,15 @@ class Deployed:
         scale(self.scaler, self.pool, clients, pace=PACE, tell=lambda _: None)
 
 
-class PoolFederation:
+class PoolDeployment:
     """One size of a deployed pool; `Federation` says what each method does."""
 
-    def __init__(self, deployed: Deployed, clients: int) -> None:
+    def __init__(self, deployed: DeployedPool, clients: int) -> None:
         """Prepare to scale the pool to so many clients."""
         self._deployed, self._clients = deployed, clients
         self.description = f"{clients} containers, one client in each"
 
-    def connect(self) -> Server:
+    def connect(self) -> ApiClient:
         """Open the server's HTTP interface."""
         return self._deployed.connect()
 
@@ -56,7 +56,7 @@ class PoolFederation:
         except (OverQuota, RunFailed) as error:
             raise LimitReached(f"containers: {error}") from error
 
-    def meter(self) -> Mapping[str, Reading]:
+    def meter(self) -> Mapping[str, UsageSample]:
         """Read what the deployment's engine tells of each tier."""
         return self._deployed.meter()
 
@@ -68,10 +68,10 @@ class PoolFederation:
 
 
 @contextmanager
-def deployed(scaler: Scaler, pool: str, connect: Callable[[], Server], meter: Meter) -> Iterator[Deployed]:
+def deployed_pool(scaler: Scaler, pool: str, connect: Callable[[], ApiClient], meter: Meter) -> Iterator[DeployedPool]:
     """A deployment whose pool is afterwards what it was before."""
     before = scaler.count(pool)
-    found = Deployed(scaler, pool, connect, meter)
+    found = DeployedPool(scaler, pool, connect, meter)
     try:
         yield found
     finally:

@@ -26,10 +26,10 @@ from lorabbit.broker import topology
 from lorabbit.broker.rabbitmq.broker import RabbitBroker
 from lorabbit.config.settings import ServerSettings, child_environment
 from lorabbit.errors import BrokerUnavailable, LoRAbbitError, RunFailed, ServerUnavailable
-from lorabbit_bench.stress.client_host import Hosting, address_of
-from lorabbit_bench.stress.plan import Plan
-from lorabbit_bench.stress.resource_usage import Reading, read_processes
-from lorabbit_cli.api_client import Server
+from lorabbit_bench.stress.client_host import ClientHostConfig, address_of
+from lorabbit_bench.stress.plan import StressPlan
+from lorabbit_bench.stress.resource_usage import UsageSample, read_processes
+from lorabbit_cli.api_client import ApiClient
 from lorabbit_cli.options import read_settings
 
 START_SECONDS = 120.0
@@ -49,7 +49,7 @@ disk_free_limit.absolute = 1GB
 REDIS_SETTINGS = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", "--save", "")
 
 
-class Child:
+class ChildProcess:
     """One process in a session of its own, with its log in a file."""
 
     def __init__(
@@ -96,14 +96,14 @@ class Child:
         self.process.wait()
 
 
-def missing() -> str | None:
+def missing_programs() -> str | None:
     """Say which program is not on this machine; None when both are."""
     if _rabbitmq() is None:
         return "no rabbitmq-server"
     return None if _redis() is not None else "no redis-server"
 
 
-def start_rabbitmq(folder: Path, started: list[Child]) -> str:
+def start_rabbitmq(folder: Path, started: list[ChildProcess]) -> str:
     """Start a RabbitMQ, adding each process to `started` at once; returns its URL. Raises BrokerUnavailable."""
     folder.mkdir(parents=True)
     port, epmd_port = free_port(), str(free_port())
@@ -128,19 +128,19 @@ def start_rabbitmq(folder: Path, started: list[Child]) -> str:
     }
     # The node would start a name server that outlives it; this one ends with it.
     names = [shutil.which("epmd") or "epmd", "-port", epmd_port]
-    started.append(Child("epmd", names, folder / "epmd.log", environment))
-    broker = Child("RabbitMQ", [_rabbitmq() or "rabbitmq-server"], folder / "broker.log", environment)
+    started.append(ChildProcess("epmd", names, folder / "epmd.log", environment))
+    broker = ChildProcess("RabbitMQ", [_rabbitmq() or "rabbitmq-server"], folder / "broker.log", environment)
     started.append(broker)
     _await(broker, port, b"AMQP\x00\x00\x09\x01", b"\x01")
     return f"amqp://guest:guest@127.0.0.1:{port}/"
 
 
-def start_redis(folder: Path, started: list[Child]) -> str:
+def start_redis(folder: Path, started: list[ChildProcess]) -> str:
     """Start a Redis that fsyncs every write, adding it to `started`; returns its URL. Raises BrokerUnavailable."""
     folder.mkdir(parents=True)
     port = free_port()
     here = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
-    store = Child("Redis", [_redis() or "redis-server", *here, *REDIS_SETTINGS], folder / "store.log", {})
+    store = ChildProcess("Redis", [_redis() or "redis-server", *here, *REDIS_SETTINGS], folder / "store.log", {})
     started.append(store)
     _await(store, port, b"PING\r\n", b"+PONG")
     return f"redis://127.0.0.1:{port}/0"
@@ -161,7 +161,7 @@ def _redis() -> str | None:
     return shutil.which("redis-server") or shutil.which("valkey-server")
 
 
-def _await(child: Child, port: int, question: bytes, answer: bytes) -> None:
+def _await(child: ChildProcess, port: int, question: bytes, answer: bytes) -> None:
     """Wait until a process answers; raises BrokerUnavailable."""
     deadline = time.monotonic() + START_SECONDS
     while not _answers(port, question, answer):
@@ -183,14 +183,14 @@ def _answers(port: int, question: bytes, answer: bytes) -> bool:
 READY_SECONDS = 60.0
 
 
-class ProcessFederation:
+class ProcessDeployment:
     """See the module's docstring; `Federation` says what each method does."""
 
-    def __init__(self, plan: Plan, clients: int, *, configured: bool) -> None:
+    def __init__(self, plan: StressPlan, clients: int, *, configured: bool) -> None:
         """Prepare for so many clients; with `configured`, over the broker and store that the environment names."""
         self._plan, self._clients, self._configured = plan, clients, configured
         self._folder = Path(tempfile.mkdtemp(prefix="lorabbit-stress-"))
-        self._tiers: dict[str, list[Child]] = {}
+        self._tiers: dict[str, list[ChildProcess]] = {}
         self._broker_url = self._redis_url = ""
         self.server_settings: dict[str, str] = {}
         """LORABBIT_* variables of the server in place of their defaults."""
@@ -201,9 +201,9 @@ class ProcessFederation:
         self.description = f"{processes} client processes, {each}"
         self._per_process = per_process
 
-    def connect(self) -> Server:
+    def connect(self) -> ApiClient:
         """Open the server's HTTP interface."""
-        return Server(f"http://127.0.0.1:{self._port}")
+        return ApiClient(f"http://127.0.0.1:{self._port}")
 
     def start(self) -> None:
         """Start the services, the server, and the clients' host."""
@@ -227,7 +227,7 @@ class ProcessFederation:
         self._await_server()
         host = self._child("clients", "lorabbit_bench.stress.client_host", {})
         self._tiers["clients"] = [host]
-        hosting = Hosting(
+        hosting = ClientHostConfig(
             clients=self._clients,
             per_process=self._per_process,
             folder=str(self._folder / "clients"),
@@ -241,7 +241,7 @@ class ProcessFederation:
         host.process.stdin.write(json.dumps(asdict(hosting)).encode() + b"\n")
         host.process.stdin.flush()
 
-    def meter(self) -> Mapping[str, Reading]:
+    def meter(self) -> Mapping[str, UsageSample]:
         """Read the process trees of each tier."""
         return read_processes(
             {tier: [child.process.pid for child in children] for tier, children in self._tiers.items()}
@@ -263,9 +263,9 @@ class ProcessFederation:
             self._forget_inboxes()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _child(self, name: str, module: str, environment: Mapping[str, str]) -> Child:
+    def _child(self, name: str, module: str, environment: Mapping[str, str]) -> ChildProcess:
         log = self._folder / f"{name}.log"
-        return Child(name, [sys.executable, "-m", module], log, environment, keeps_settings=self._configured)
+        return ChildProcess(name, [sys.executable, "-m", module], log, environment, keeps_settings=self._configured)
 
     def _await_server(self) -> None:
         deadline = time.monotonic() + READY_SECONDS

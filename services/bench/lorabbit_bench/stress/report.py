@@ -28,13 +28,13 @@ from matplotlib.figure import Figure
 
 from lorabbit import __version__
 from lorabbit_bench.compare.plots import DOTS_PER_INCH, LIGHT, PNG_STYLE
-from lorabbit_bench.stress.measurement import Row
+from lorabbit_bench.stress.measurement import Measurement
 from lorabbit_bench.stress.resource_usage import TIERS
-from lorabbit_bench.stress.runner import Work
+from lorabbit_bench.stress.runner import StressRunner
 
 
 @dataclass(frozen=True, slots=True)
-class Growth:
+class ScalingCost:
     """One payload, at its smallest and its largest size."""
 
     payload_mb: float
@@ -51,7 +51,7 @@ class Growth:
         return self.cpu_ms[1] / self.cpu_ms[0] if self.cpu_ms[0] else 0.0
 
 
-def growth(rows: Sequence[Row]) -> list[Growth]:
+def scaling_cost(rows: Sequence[Measurement]) -> list[ScalingCost]:
     """Compare the ends of every payload that was measured at two sizes or more."""
     found = []
     for payload in sorted({row.payload_mb for row in rows}):
@@ -61,11 +61,11 @@ def growth(rows: Sequence[Row]) -> list[Growth]:
     return found
 
 
-def _between(payload: float, small: Row, large: Row) -> Growth:
-    def cpu(row: Row) -> float:
+def _between(payload: float, small: Measurement, large: Measurement) -> ScalingCost:
+    def cpu(row: Measurement) -> float:
         return sum(row.cpu_ms_per_update.values())
 
-    return Growth(
+    return ScalingCost(
         payload,
         (small.clients, large.clients),
         (cpu(small), cpu(large)),
@@ -75,10 +75,10 @@ def _between(payload: float, small: Row, large: Row) -> Growth:
 
 
 SIZE = (10.0, 7.0)
-Value = Callable[[Row], float | None]
+Value = Callable[[Measurement], float | None]
 
 
-def draw(rows: Sequence[Row]) -> bytes:
+def render(rows: Sequence[Measurement]) -> bytes:
     """Draw four panels as one PNG."""
     with rc_context(PNG_STYLE):
         figure = Figure(figsize=SIZE, layout="constrained", facecolor="white")
@@ -95,7 +95,7 @@ def draw(rows: Sequence[Row]) -> bytes:
     return out.getvalue()
 
 
-def _by_payload(axes: Axes, rows: Sequence[Row], value: Value, label: str, *, log: bool = False) -> None:
+def _by_payload(axes: Axes, rows: Sequence[Measurement], value: Value, label: str, *, log: bool = False) -> None:
     """A line for each payload."""
     for number, payload in enumerate(sorted({row.payload_mb for row in rows})):
         of_it = sorted((row for row in rows if row.payload_mb == payload), key=lambda row: row.clients)
@@ -104,7 +104,7 @@ def _by_payload(axes: Axes, rows: Sequence[Row], value: Value, label: str, *, lo
     _axes(axes, label, log=log)
 
 
-def _by_tier(axes: Axes, rows: Sequence[Row]) -> None:
+def _by_tier(axes: Axes, rows: Sequence[Measurement]) -> None:
     """Memory at the smallest payload: a line for each tier, and the clients' for one of them."""
     smallest = min(row.payload_mb for row in rows)
     of_it = sorted((row for row in rows if row.payload_mb == smallest), key=lambda row: row.clients)
@@ -117,14 +117,14 @@ def _by_tier(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _memory_of(tier: str) -> Value:
-    def value(row: Row) -> float | None:
+    def value(row: Measurement) -> float | None:
         memory = row.memory_mb.get(tier)
         return memory / row.clients if memory is not None and tier == "clients" else memory
 
     return value
 
 
-def _line(axes: Axes, rows: Sequence[Row], value: Value, label: str, colour: str) -> None:
+def _line(axes: Axes, rows: Sequence[Measurement], value: Value, label: str, colour: str) -> None:
     known = [(row.clients, found) for row in rows if (found := value(row)) is not None]
     axes.plot([x for x, _ in known], [y for _, y in known], color=colour, marker="o", label=label)
 
@@ -143,10 +143,10 @@ def _axes(axes: Axes, label: str, *, log: bool) -> None:
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
-class Results:
+class StressResults:
     """What a stress test has found so far."""
 
-    def __init__(self, work: Work, on: str) -> None:
+    def __init__(self, work: StressRunner, on: str) -> None:
         """Report on this work; `on` says where the federation runs."""
         self._work, self._on = work, on
         self._command = shlex.join(["lorabbit", *sys.argv[1:]])
@@ -158,7 +158,7 @@ class Results:
         (out / "stress.json").write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
         (out / "stress.md").write_text(self.text(), encoding="utf-8")
         if self._work.rows:
-            (out / "stress.png").write_bytes(draw(self._work.rows))
+            (out / "stress.png").write_bytes(render(self._work.rows))
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for programs."""
@@ -172,7 +172,7 @@ class Results:
             "machine": machine(),
             "options": options,
             "rows": [asdict(row) for row in self._work.rows],
-            "growth": [asdict(each) for each in growth(self._work.rows)],
+            "growth": [asdict(each) for each in scaling_cost(self._work.rows)],
             "limits": self._work.reached,
         }
 
@@ -202,7 +202,7 @@ def machine() -> dict[str, str]:
     }
 
 
-def _time(rows: Sequence[Row]) -> Table:
+def _time(rows: Sequence[Measurement]) -> Table:
     head = (
         "clients", "MB", "rounds", "round p50, s", "p99, s", "updates/s", "MB/s", "first update, s", "median", "last",
         "refused", "late", "leases lost", "joining, s",
@@ -218,7 +218,7 @@ def _time(rows: Sequence[Row]) -> Table:
     ]  # fmt: skip
 
 
-def _memory(rows: Sequence[Row]) -> Table:
+def _memory(rows: Sequence[Measurement]) -> Table:
     head = ("clients", "MB", "server, MB", "broker, MB", "store, MB", "clients, MB", "one client, MB", "spread over")
     return head, [
         (
@@ -232,7 +232,7 @@ def _memory(rows: Sequence[Row]) -> Table:
     ]
 
 
-def _cpu(rows: Sequence[Row]) -> Table:
+def _cpu(rows: Sequence[Measurement]) -> Table:
     head = ("clients", "MB", *(f"{tier}, ms" for tier in TIERS), "all, ms for one client's round")
     return head, [
         (
@@ -245,7 +245,7 @@ def _cpu(rows: Sequence[Row]) -> Table:
     ]
 
 
-def _growth(rows: Sequence[Row]) -> Table:
+def _growth(rows: Sequence[Measurement]) -> Table:
     head = (
         "MB", "clients from", "to", "CPU ms for one client's round, from", "to", "times",
         "round s for one client, from", "to", "server MB, from", "to",
@@ -256,7 +256,7 @@ def _growth(rows: Sequence[Row]) -> Table:
             _figure(g.cpu_times), _figure(g.seconds_per_client[0]), _figure(g.seconds_per_client[1]),
             _figure(g.server_mb[0]), _figure(g.server_mb[1]),
         )
-        for g in growth(rows)
+        for g in scaling_cost(rows)
     ]  # fmt: skip
 
 

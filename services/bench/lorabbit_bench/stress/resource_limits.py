@@ -30,7 +30,7 @@ class LimitReached(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class ResourceDemand:
     """What a measurement asks of the machine."""
 
     clients: int
@@ -46,7 +46,7 @@ def raise_descriptors() -> int:
     return hard
 
 
-def check(demand: Demand, folder: Path, *, descriptors: int) -> None:
+def check(demand: ResourceDemand, folder: Path, *, descriptors: int) -> None:
     """Raise LimitReached where a measurement would not fit."""
     clients = demand.clients
     memory = psutil.virtual_memory()

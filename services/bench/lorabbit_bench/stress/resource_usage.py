@@ -17,7 +17,7 @@ from docker.errors import DockerException
 from docker.models.containers import Container
 from requests import RequestException
 
-from lorabbit_cli.scaling.docker_engine import Engine
+from lorabbit_cli.scaling.docker_engine import DockerEngine
 
 MEGABYTE = 1e6
 OVERHEAD = 30
@@ -27,7 +27,7 @@ TIERS = ("server", "broker", "store", "clients")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class UsageSample:
     """What one tier uses at a moment."""
 
     memory_mb: float
@@ -35,16 +35,16 @@ class Reading:
     """Since it was started."""
 
 
-Meter = Callable[[], Mapping[str, Reading]]
+Meter = Callable[[], Mapping[str, UsageSample]]
 """Reads every tier that can be read; a broker on another machine is left out."""
 
 
-def read_processes(tiers: Mapping[str, Iterable[int]]) -> dict[str, Reading]:
+def read_processes(tiers: Mapping[str, Iterable[int]]) -> dict[str, UsageSample]:
     """Read process trees by tier. Memory is the proportional set size: a page that two share counts half for each."""
     return {tier: _sum(pids) for tier, pids in tiers.items()}
 
 
-def _sum(pids: Iterable[int]) -> Reading:
+def _sum(pids: Iterable[int]) -> UsageSample:
     memory = cpu = 0.0
     for process in _trees(pids):
         try:
@@ -54,7 +54,7 @@ def _sum(pids: Iterable[int]) -> Reading:
                 cpu += times.user + times.system
         except psutil.Error:
             continue
-    return Reading(memory, cpu)
+    return UsageSample(memory, cpu)
 
 
 def _trees(pids: Iterable[int]) -> list[psutil.Process]:
@@ -69,7 +69,7 @@ def _trees(pids: Iterable[int]) -> list[psutil.Process]:
 
 
 @dataclass
-class Sampler:
+class UsageSampler:
     """Keeps the largest memory of each tier, and the processor time between begin and end; use it as a context."""
 
     meter: Meter
@@ -102,7 +102,7 @@ class Sampler:
             self._sample()
             pause = max(SHORTEST_PAUSE, OVERHEAD * (time.perf_counter() - began))
 
-    def _sample(self) -> Mapping[str, Reading]:
+    def _sample(self) -> Mapping[str, UsageSample]:
         readings = self.meter()
         for tier, reading in readings.items():
             self.peaks_mb[tier] = max(self.peaks_mb.get(tier, 0.0), reading.memory_mb)
@@ -114,33 +114,33 @@ MEGABYTE = 1e6
 NANO = 1e9
 
 
-class EngineUsage:
+class ContainerUsage:
     """Reads tiers of containers; a tier is known by its labels."""
 
     def __init__(self, tiers: Mapping[str, list[str]]) -> None:
         """Reach the engine; `tiers` are labels, `name=value`, by tier. Raises BadInput where no engine answers."""
-        self._engine, self._tiers = Engine(), dict(tiers)
+        self._engine, self._tiers = DockerEngine(), dict(tiers)
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="usage")
 
-    def __call__(self) -> Mapping[str, Reading]:
+    def __call__(self) -> Mapping[str, UsageSample]:
         """Read every tier that has a container."""
         found = {}
         for tier, labels in self._tiers.items():
             containers = self._engine.containers(labels)
             if containers:
                 readings = [each for each in self._threads.map(self._read, containers) if each is not None]
-                found[tier] = Reading(
+                found[tier] = UsageSample(
                     sum(each.memory_mb for each in readings), sum(each.cpu_seconds for each in readings)
                 )
         return found
 
-    def _read(self, container: Container) -> Reading | None:
+    def _read(self, container: Container) -> UsageSample | None:
         """Read one container; None where it is gone by now."""
         try:
             stats: dict[str, Any] = self._engine.client.api.stats(str(container.id), stream=False, one_shot=True)
             memory = stats["memory_stats"]
             unused = memory.get("stats", {}).get("inactive_file", 0)  # pages that the kernel may drop
             cpu = stats["cpu_stats"]["cpu_usage"]["total_usage"]
-            return Reading((memory["usage"] - unused) / MEGABYTE, cpu / NANO)
+            return UsageSample((memory["usage"] - unused) / MEGABYTE, cpu / NANO)
         except (DockerException, RequestException, KeyError):
             return None

@@ -11,26 +11,26 @@ from rich.console import Console
 from rich.status import Status
 
 from lorabbit_bench.stress import resource_limits
-from lorabbit_bench.stress.deployment import Federation
-from lorabbit_bench.stress.measurement import Measurement, Row, await_clients, row_of
-from lorabbit_bench.stress.plan import Plan
-from lorabbit_bench.stress.resource_limits import Demand, LimitReached
+from lorabbit_bench.stress.deployment import Deployment
+from lorabbit_bench.stress.measurement import Measurement, MeasurementRun, await_clients, row_of
+from lorabbit_bench.stress.plan import StressPlan
+from lorabbit_bench.stress.resource_limits import LimitReached, ResourceDemand
 from lorabbit_cli.formatting import duration_text
 
-Launch = Callable[[Plan, int], Federation]
+Launch = Callable[[StressPlan, int], Deployment]
 """Prepares a federation of so many clients."""
 
 
 @dataclass
-class Work:
+class StressRunner:
     """One stress test; `rows` and `reached` grow as it goes."""
 
-    plan: Plan
+    plan: StressPlan
     launch: Launch
     console: Console
     on_row: Callable[[], None] = lambda: None
     """Called after each measurement, so that what is known can be kept."""
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Measurement] = field(default_factory=list)
     reached: list[str] = field(default_factory=list)
     """The limits that were met, each with the size that met it."""
 
@@ -43,7 +43,7 @@ class Work:
             folder = Path(tempfile.gettempdir())
             try:
                 for payload in payloads:
-                    resource_limits.check(Demand(clients, payload, per_client), folder, descriptors=descriptors)
+                    resource_limits.check(ResourceDemand(clients, payload, per_client), folder, descriptors=descriptors)
             except LimitReached as limit:
                 self._met(clients, payload, limit)
                 payloads = [each for each in payloads if each < payload]
@@ -77,11 +77,11 @@ class Work:
         return payloads
 
     def _measure(
-        self, federation: Federation, clients: int, payload: float, joining: float, progress: Callable[[str], None]
+        self, federation: Deployment, clients: int, payload: float, joining: float, progress: Callable[[str], None]
     ) -> bool:
         """Measure one size; tells whether it met a limit."""
         spec = self.plan.job(clients, payload)
-        measurement = Measurement(
+        measurement = MeasurementRun(
             federation, spec, self.plan.time_limit_seconds, may_leave=self.plan.churn > 0, progress=progress
         )
         measured = measurement.run()

@@ -25,7 +25,7 @@ DISTRIBUTIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Slowness:
+class TrainTimeDistribution:
     """Distribution of the seconds that a simulated client takes to train."""
 
     kind: str = "none"
@@ -36,11 +36,11 @@ class Slowness:
         return ":".join((self.kind, *(f"{value:g}" for value in self.values)))
 
 
-def read_slowness(text: str) -> Slowness:
+def read_slowness(text: str) -> TrainTimeDistribution:
     """Read --slow, such as lognormal:0.5:1; raises BadInput."""
     kind, *parts = text.split(":")
     if kind == "none" and not parts:
-        return Slowness()
+        return TrainTimeDistribution()
     names = DISTRIBUTIONS.get(kind)
     if names is None:
         raise BadInput(
@@ -53,7 +53,7 @@ def read_slowness(text: str) -> Slowness:
     wrong = len(values) != len(names) or not all(0 < value <= LONGEST_SECONDS for value in values)
     if wrong or (kind == "uniform" and values[0] > values[1]):
         raise BadInput(f"--slow: {text!r} does not read as {_spelled(kind)} with numbers above 0, in seconds")
-    return Slowness(kind, values)
+    return TrainTimeDistribution(kind, values)
 
 
 def _spelled(kind: str) -> str:
@@ -61,7 +61,7 @@ def _spelled(kind: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TraceStep:
     """What a client does with the training task of one round."""
 
     train_seconds: float
@@ -71,12 +71,12 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class ClientTraces:
     """All clients' behaviour, from the seed."""
 
     seed: int
     churn: float
-    slow: Slowness
+    slow: TrainTimeDistribution
 
     def train_seconds(self, client: int) -> float:
         """Seconds that one client, counted from 0, takes to train in every round."""
@@ -94,9 +94,9 @@ class Trace:
                 return 0.0
         return min(LONGEST_SECONDS, drawn)
 
-    def step(self, client: int, round_number: int) -> Step:
+    def step(self, client: int, round_number: int) -> TraceStep:
         """What a client does in a round, counted from 1."""
         dice = generator(self.seed, "stress-churn", client, round_number)
         leaves = dice.random() < self.churn
         away = dice.uniform(SHORTEST_AWAY, LONGEST_AWAY) if leaves else None
-        return Step(self.train_seconds(client), away)
+        return TraceStep(self.train_seconds(client), away)

@@ -38,11 +38,11 @@ def token(
     """
     from pydantic import ValidationError  # noqa: PLC0415 - imports are lazy throughout
 
-    from lorabbit.config.enrolment import TokenWish  # noqa: PLC0415 - as above
+    from lorabbit.config.enrollment import JoinTokenRequest  # noqa: PLC0415 - as above
     from lorabbit.errors import BadInput  # noqa: PLC0415 - as above
 
     try:
-        wish = TokenWish(client=client, uses=uses, seconds=hours * HOUR)
+        wish = JoinTokenRequest(client=client, uses=uses, seconds=hours * HOUR)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         option = {"seconds": "hours"}.get(str(first["loc"][0]), str(first["loc"][0]))

@@ -13,14 +13,14 @@ import typer
 from lorabbit.errors import BadInput
 from lorabbit_cli.commands.jobs import server_at
 from lorabbit_cli.options import ComposeFiles, Format, Output, ServerUrl, print_json, print_table, quiet_logs
-from lorabbit_cli.scaling.targets import Options, Place, open_scaler
+from lorabbit_cli.scaling.targets import ScaleTarget, TargetOptions, open_scaler
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PoolName = Annotated[str | None, typer.Option("--pool", metavar="POOL", help="A pool of like clients.")]
 POOL_NAME = re.compile(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?")
-_DEFAULT = Options()
+_DEFAULT = TargetOptions()
 
 
 def register(app: typer.Typer) -> None:
@@ -51,7 +51,7 @@ def clients(pool: PoolName = None, output: Output = Format.TEXT, url: ServerUrl 
 
 def scale(  # noqa: PLR0913, PLR0917 - each an option of the command
     number: Annotated[int, typer.Argument(metavar="N", min=0, max=100_000, help="How many clients there are to be.")],
-    on: Annotated[Place, typer.Option("--on", help="What runs the clients.")],
+    on: Annotated[ScaleTarget, typer.Option("--on", help="What runs the clients.")],
     pool: Annotated[str, typer.Option("--pool", metavar="POOL", help="The pool of like clients.")] = "client",
     batch: Annotated[int, typer.Option(min=1, metavar="B", help="Clients that start at once.")] = 10,
     patience: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="For a batch to be ready.")] = 300.0,
@@ -76,15 +76,17 @@ def scale(  # noqa: PLR0913, PLR0917 - each an option of the command
 
     Example: lorabbit scale 12 --on compose
     """
-    from lorabbit_cli.scaling.base import Pace  # noqa: PLC0415 - imports are lazy throughout
+    from lorabbit_cli.scaling.base import RolloutPolicy  # noqa: PLC0415 - imports are lazy throughout
     from lorabbit_cli.scaling.base import scale as bring  # noqa: PLC0415
 
     if not POOL_NAME.fullmatch(pool):
         raise BadInput(f"--pool: {pool!r} is no name; small letters, digits and dashes, a letter first")
     quiet_logs()
-    options = Options(folder, image, network, memory, tuple(file), project, namespace, release, context)
+    options = TargetOptions(folder, image, network, memory, tuple(file), project, namespace, release, context)
     with closing(open_scaler(on, options)) as scaler:
-        done = bring(scaler, pool, number, pace=Pace(batch, patience), tell=lambda line: typer.echo(line, err=True))
+        done = bring(
+            scaler, pool, number, pace=RolloutPolicy(batch, patience), tell=lambda line: typer.echo(line, err=True)
+        )
     if output is Format.JSON:
         print_json(
             {

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lorabbit.events.job_events import JobEnded
-    from lorabbit_cli.api_client import Server
+    from lorabbit_cli.api_client import ApiClient
 
 SHOWN = 10
 """Waits that `lorabbit status` shows; `lorabbit why` shows all."""
@@ -97,13 +97,13 @@ def register(app: typer.Typer) -> None:
 
 
 @contextmanager
-def server_at(url: str | None) -> Iterator[Server]:
+def server_at(url: str | None) -> Iterator[ApiClient]:
     """Open the server that the option or the environment names."""
     from lorabbit.config.settings import OperatorSettings  # noqa: PLC0415 - imports are lazy throughout
-    from lorabbit_cli.api_client import Server  # noqa: PLC0415
+    from lorabbit_cli.api_client import ApiClient  # noqa: PLC0415
 
     settings = read_settings(OperatorSettings)
-    with Server(url or settings.server_url, token=settings.http_token, trust=settings.trust) as server:
+    with ApiClient(url or settings.server_url, token=settings.http_token, trust=settings.trust) as server:
         yield server
 
 
@@ -209,12 +209,12 @@ def watch(job: Job = None, output: Output = Format.TEXT, url: ServerUrl = None) 
     raise typer.Exit(1 if ended.status == "cancelled" else ended.exit_code)
 
 
-def _follow(server: Server, job: str) -> JobEnded:
+def _follow(server: ApiClient, job: str) -> JobEnded:
     """Show the events as a picture, or as lines."""
     from lorabbit.events.job_events import JobEnded  # noqa: PLC0415 - as above
-    from lorabbit_cli.live_view.view import View  # noqa: PLC0415
+    from lorabbit_cli.live_view.view import LiveView  # noqa: PLC0415
 
-    with View(server.spec(job)) as view:
+    with LiveView(server.spec(job)) as view:
         for event in server.watch(job):
             view.feed(event)
             if isinstance(event, JobEnded):
@@ -222,7 +222,7 @@ def _follow(server: Server, job: str) -> JobEnded:
     raise AssertionError("a watch ends with the job")
 
 
-def _follow_json(server: Server, job: str) -> JobEnded:
+def _follow_json(server: ApiClient, job: str) -> JobEnded:
     """Print the events."""
     from lorabbit.events.job_events import JobEnded  # noqa: PLC0415 - as above
 

@@ -22,7 +22,7 @@ from lorabbit_cli.options import (
 
 if TYPE_CHECKING:
     from lorabbit.job.spec import JobSpec
-    from lorabbit_cli.local.embedded_run import Ended, Means
+    from lorabbit_cli.local.embedded_run import ComputeOptions, RunResult
 
 CANCELLED = "cancelled"
 Workers = Annotated[int | None, typer.Option(min=1, help="Training processes; as many as processors when absent.")]
@@ -63,28 +63,28 @@ def run(  # noqa: PLR0913, PLR0917 - options of the command line
     raise typer.Exit(ended.exit_code)
 
 
-def _means(workers: int | None) -> Means:
+def _means(workers: int | None) -> ComputeOptions:
     """With what to train, as the environment of a client says."""
     from lorabbit.config.settings import ClientSettings  # noqa: PLC0415 - imports are lazy throughout
-    from lorabbit_cli.local.embedded_run import Means  # noqa: PLC0415
+    from lorabbit_cli.local.embedded_run import ComputeOptions  # noqa: PLC0415
 
     settings = read_settings(ClientSettings)
-    return Means(settings.device, settings.threads, settings.data_root, workers)
+    return ComputeOptions(settings.device, settings.threads, settings.data_root, workers)
 
 
-def _run(spec: JobSpec, out: Path, means: Means, *, is_quiet: bool) -> Ended:
+def _run(spec: JobSpec, out: Path, means: ComputeOptions, *, is_quiet: bool) -> RunResult:
     """Run the job under a live view."""
     from rich.console import Console  # noqa: PLC0415 - as above
 
     from lorabbit_cli.formatting import count_text  # noqa: PLC0415
-    from lorabbit_cli.live_view.view import View  # noqa: PLC0415
-    from lorabbit_cli.local.embedded_run import Audience, run_local  # noqa: PLC0415
+    from lorabbit_cli.live_view.view import LiveView  # noqa: PLC0415
+    from lorabbit_cli.local.embedded_run import Callbacks, run_local  # noqa: PLC0415
     from lorabbit_client.execution.null_workspace import is_null  # noqa: PLC0415
 
     quiet_logs()
     console = Console(stderr=is_quiet)
     what = spec.model.name if is_null(spec.model.name) else f"{spec.model.name} and {spec.data.source}"
-    view = View(spec, console=console)
+    view = LiveView(spec, console=console)
 
     def loading() -> None:
         console.print(
@@ -95,7 +95,7 @@ def _run(spec: JobSpec, out: Path, means: Means, *, is_quiet: bool) -> Ended:
         )
 
     try:
-        return run_local(spec, out, means=means, audience=Audience(loading, view.start, view.feed))
+        return run_local(spec, out, means=means, audience=Callbacks(loading, view.start, view.feed))
     finally:
         view.stop()
 
@@ -111,7 +111,7 @@ def _write_pages(folder: Path) -> None:
         typer.echo(f"warning: no pages were made ({why}); try again with: lorabbit report {folder}", err=True)
 
 
-def _say_how_it_ended(ended: Ended) -> None:
+def _say_how_it_ended(ended: RunResult) -> None:
     """Print the summary, and after an interruption what was kept."""
     from lorabbit_cli.report.summary import print_summary  # noqa: PLC0415 - imports rich
 
@@ -140,10 +140,10 @@ def validate(
 
     Example: lorabbit validate examples/quickstart.yaml
     """
-    from lorabbit_cli.local.dry_run import forecast, lines  # noqa: PLC0415 - as above
+    from lorabbit_cli.local.dry_run import dry_run, lines  # noqa: PLC0415 - as above
 
     quiet_logs()
-    found = forecast(load_job(file, overrides, seed), _means(workers=None))
+    found = dry_run(load_job(file, overrides, seed), _means(workers=None))
     if output is Format.JSON:
         print_json(found.model_dump(mode="json"))
         return

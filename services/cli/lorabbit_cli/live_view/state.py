@@ -112,7 +112,7 @@ QUIET_FROM = 20
 """Populations above this do not get a line for every client that joins."""
 
 
-class Progress:
+class JobProgress:
     """State of one job as told by its events; feed them in order to `apply`."""
 
     def __init__(self, spec: JobSpec | None = None) -> None:

@@ -31,7 +31,7 @@ from lorabbit.events import job_events as ev
 from lorabbit.job.schedules import kind_of
 from lorabbit.job.spec import JobSpec
 from lorabbit_cli.formatting import bytes_text, duration_text, score_text, sparkline
-from lorabbit_cli.live_view.state import ClientRow, Level, Note, Progress
+from lorabbit_cli.live_view.state import ClientRow, JobProgress, Level, Note
 
 MOST_ROWS = 20
 """More clients than this are summarised."""
@@ -50,7 +50,7 @@ STATE_STYLES = {
 STATUS_STYLES = {"running": "green", "done": "bold green", "failed": "bold red", "cancelled": "yellow"}
 
 
-def draw(progress: Progress, *, now_ms: int, size: ConsoleDimensions, encoding: str = "utf-8") -> RenderableType:
+def render(progress: JobProgress, *, now_ms: int, size: ConsoleDimensions, encoding: str = "utf-8") -> RenderableType:
     """Draw one frame that fits `size`."""
     rows = list(progress.clients.values())
     room = max(4, min(MOST_ROWS, size.height - OTHER_LINES))
@@ -70,7 +70,7 @@ def draw(progress: Progress, *, now_ms: int, size: ConsoleDimensions, encoding: 
     )
 
 
-def _head(progress: Progress, now_ms: int) -> RenderableType:
+def _head(progress: JobProgress, now_ms: int) -> RenderableType:
     """Method and model, then the round with its bar and the time."""
     spec = progress.spec
     line = Text(no_wrap=True, overflow="ellipsis")
@@ -99,7 +99,7 @@ def _head(progress: Progress, now_ms: int) -> RenderableType:
     return Group(line, grid)
 
 
-def _crowd(progress: Progress) -> RenderableType:
+def _crowd(progress: JobProgress) -> RenderableType:
     """How many clients are in which state."""
     counts = progress.states()
     line = Text(f"{len(progress.clients):,} clients: ", "bold")
@@ -136,7 +136,7 @@ def _clients(rows: Iterable[ClientRow], main_metric: str | None) -> RenderableTy
     return table
 
 
-def _totals(progress: Progress, encoding: str) -> RenderableType:
+def _totals(progress: JobProgress, encoding: str) -> RenderableType:
     """The main metric over the rounds, and what travelled."""
     line = Text(no_wrap=True, overflow="ellipsis")
     scores = progress.scores
@@ -154,7 +154,7 @@ def _totals(progress: Progress, encoding: str) -> RenderableType:
     return line
 
 
-def _notes(progress: Progress) -> list[RenderableType]:
+def _notes(progress: JobProgress) -> list[RenderableType]:
     """The latest lines told, oldest first."""
     latest = list(progress.notes)[-NOTES:]
     return [
@@ -172,14 +172,14 @@ def wall_clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-class View:
+class LiveView:
     """Show one job: `start`, `feed` every event (from any thread), `stop`."""
 
     def __init__(
         self, spec: JobSpec | None = None, *, console: Console | None = None, now_ms: Callable[[], int] = wall_clock_ms
     ) -> None:
         """Show on `console`, standard output when None; live when that is a terminal."""
-        self.progress = Progress(spec)
+        self.progress = JobProgress(spec)
         self._console = console or Console()
         self._now_ms = now_ms
         self._lock = Lock()
@@ -221,7 +221,9 @@ class View:
 
     def _draw(self) -> RenderableType:
         with self._lock:
-            return draw(self.progress, now_ms=self._now_ms(), size=self._console.size, encoding=self._console.encoding)
+            return render(
+                self.progress, now_ms=self._now_ms(), size=self._console.size, encoding=self._console.encoding
+            )
 
     def _print(self, note: Note) -> None:
         """Write a plain line: the time of day, the level when it is not info, the text."""

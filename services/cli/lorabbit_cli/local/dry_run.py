@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from lorabbit.compression import compressed_file, compressor
 from lorabbit.errors import BadInput, RunFailed
-from lorabbit.job.spec import PLAIN, JobSpec, Transport
+from lorabbit.job.spec import PLAIN, JobSpec, TransportSpec
 from lorabbit.methods.api.method import Method
 from lorabbit.methods.registry import build
 from lorabbit.protocol.messages import Task
@@ -29,17 +29,17 @@ from lorabbit.tensors import serialization
 from lorabbit.tensors.arithmetic import count, is_floating
 from lorabbit.types import ADAPTER, INITIALISE, Array, ClientId, ClientProfile, ClientUpdate, Plan, Tensors
 from lorabbit_cli.formatting import bytes_text, count_text
-from lorabbit_cli.local.embedded_run import Means
-from lorabbit_client.execution.interface import Outcome, Work
+from lorabbit_cli.local.embedded_run import ComputeOptions
+from lorabbit_client.execution.interface import TaskInput, TaskResult
 from lorabbit_client.execution.null_workspace import is_null
 from lorabbit_client.executor import Executor
 
 
 @dataclass(frozen=True, slots=True)
-class Wire:
+class WireSizes:
     """Sizes of tensors as they travel; with zstd, more than which they never have."""
 
-    transport: Transport
+    transport: TransportSpec
     scratch: Path
     keeps_up: bool
     """Whether every client holds what a difference is to."""
@@ -69,9 +69,9 @@ class Wire:
         return sha256, path.stat().st_size
 
 
-def _origin(tensors: Tensors | None) -> compressed_file.Origin | None:
+def _origin(tensors: Tensors | None) -> compressed_file.DeltaBase | None:
     """What a difference is to; only the length of its name matters."""
-    return None if tensors is None else compressed_file.Origin("0" * 64, tensors)
+    return None if tensors is None else compressed_file.DeltaBase("0" * 64, tensors)
 
 
 CENTRAL = "central"
@@ -79,7 +79,7 @@ FEW = 12
 """Clients whose examples are listed one by one."""
 
 
-class Payload(BaseModel):
+class PayloadSize(BaseModel):
     """Payload bytes of one client in one round."""
 
     model_config = ConfigDict(frozen=True)
@@ -95,7 +95,7 @@ class Payload(BaseModel):
     """Of `down`, what the client holds when it has scored the round before."""
 
 
-class Share(BaseModel):
+class ClientExamples(BaseModel):
     """Examples of one client."""
 
     model_config = ConfigDict(frozen=True)
@@ -104,7 +104,7 @@ class Share(BaseModel):
     test: int
 
 
-class Forecast(BaseModel):
+class DryRun(BaseModel):
     """What a job would do; None is unknown."""
 
     model_config = ConfigDict(frozen=True)
@@ -125,18 +125,18 @@ class Forecast(BaseModel):
     trainable_parameters: int
     tensors: int
     labels: tuple[str, ...]
-    shares: tuple[Share, ...] | None
+    shares: tuple[ClientExamples, ...] | None
     up: str
     down: str
     """Codings of updates and of the adapter; with zstd, no size is larger than told."""
-    payload: Payload
+    payload: PayloadSize
     round_bytes_up: int
     round_bytes_down: int
     """Of a round that follows another one and is scored."""
     total_bytes: int
 
 
-def forecast(spec: JobSpec, means: Means) -> Forecast:
+def dry_run(spec: JobSpec, means: ComputeOptions) -> DryRun:
     """Build the model and split the data once; raises BadInput where a run would."""
     method = build(spec)
     labels, shares = _shares(spec, means)
@@ -145,7 +145,7 @@ def forecast(spec: JobSpec, means: Means) -> Forecast:
         adapter = serialization.read_tensors(path)
         payload = _payload(method, adapter, Path(scratch), spec)
         up, down, total = _totals(spec, payload, path.stat().st_size)
-        return Forecast(
+        return DryRun(
             job=spec.name,
             method=spec.method.name,
             model=spec.model.name,
@@ -170,7 +170,7 @@ def forecast(spec: JobSpec, means: Means) -> Forecast:
         )
 
 
-def lines(found: Forecast) -> Iterator[tuple[str, str]]:
+def lines(found: DryRun) -> Iterator[tuple[str, str]]:
     """Say it for people: a name and a text per line."""
     yield "job", f"{count_text(found.rounds, 'round')}, {found.cohort} of {count_text(found.clients, 'client')} in each"
     yield "method", found.method
@@ -194,7 +194,7 @@ def lines(found: Forecast) -> Iterator[tuple[str, str]]:
     yield "the job", f"{bytes_text(found.total_bytes)} of payload at most, both ways together"
 
 
-def _models(found: Forecast) -> str:
+def _models(found: DryRun) -> str:
     """Name the shared model, or each client's own ones."""
     if found.own_parameters:
         own = ", ".join(f"{name} ({size:,} parameters)" for name, size in found.own_parameters.items())
@@ -203,7 +203,7 @@ def _models(found: Forecast) -> str:
     return f"{found.model} ({known} parameters)"
 
 
-def _data(shares: tuple[Share, ...], labels: tuple[str, ...]) -> str:
+def _data(shares: tuple[ClientExamples, ...], labels: tuple[str, ...]) -> str:
     """Sum up who has how much."""
     train, test = [share.train for share in shares], [share.test for share in shares]
     each = ", ".join(str(n) for n in train) if len(train) <= FEW else f"{min(train):,} to {max(train):,}"
@@ -211,17 +211,17 @@ def _data(shares: tuple[Share, ...], labels: tuple[str, ...]) -> str:
     return f"{sum(train):,} training and {sum(test):,} test examples{classes}; training examples of a client: {each}"
 
 
-def _shares(spec: JobSpec, means: Means) -> tuple[tuple[str, ...], tuple[Share, ...] | None]:
+def _shares(spec: JobSpec, means: ComputeOptions) -> tuple[tuple[str, ...], tuple[ClientExamples, ...] | None]:
     """Split the data as the clients would; the null model has none."""
     if is_null(spec.model.name):
         return (), None
     from lorabbit_client.dataset import describe  # noqa: PLC0415 - what null jobs do not need
 
     outline = describe(spec, spec.clients, means.data_root)
-    return outline.labels, tuple(Share(train=c.train, test=c.test) for c in outline.clients)
+    return outline.labels, tuple(ClientExamples(train=c.train, test=c.test) for c in outline.clients)
 
 
-def _own_models(spec: JobSpec, means: Means, scratch: Path) -> dict[str, int]:
+def _own_models(spec: JobSpec, means: ComputeOptions, scratch: Path) -> dict[str, int]:
     """Build each architecture as a client that has it would, and count its parameters."""
     names = (spec.model.variants or (spec.model.name,))[: spec.clients]
     sizes = (
@@ -231,7 +231,7 @@ def _own_models(spec: JobSpec, means: Means, scratch: Path) -> dict[str, int]:
     return {name: size for name, size in zip(names, sizes, strict=True) if size is not None}
 
 
-def _initialise(spec: JobSpec, means: Means, scratch: Path, *, index: int = 0) -> tuple[Outcome, Path]:
+def _initialise(spec: JobSpec, means: ComputeOptions, scratch: Path, *, index: int = 0) -> tuple[TaskResult, Path]:
     """Make the first adapter as the first client of a run would, or another one in its place."""
     task = Task(
         job=spec.name,
@@ -250,16 +250,16 @@ def _initialise(spec: JobSpec, means: Means, scratch: Path, *, index: int = 0) -
     )
     path = scratch / "first.safetensors"
     executor = Executor(threads=means.threads, data_root=means.data_root, device=means.device)
-    outcome = executor.execute(Work(task, {}, path, scratch, scratch / "privacy.json"), lambda *_: None)
+    outcome = executor.execute(TaskInput(task, {}, path, scratch, scratch / "privacy.json"), lambda *_: None)
     if outcome.error is not None:
         raise BadInput(outcome.error) if outcome.bad_input else RunFailed(outcome.error)
     return outcome, path
 
 
-def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> Payload:
+def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> PayloadSize:
     """Ask the method what travels in the first round, and after an update in which everything has changed."""
     client = ClientProfile(ClientId("client-1"), 0)
-    wire = Wire(spec.transport, scratch, keeps_up=spec.cohort_size == spec.clients)
+    wire = WireSizes(spec.transport, scratch, keeps_up=spec.cohort_size == spec.clients)
     first = method.start(adapter)
     if method.prepares:  # as if nobody had found anything out: what is chosen is alike in size, whichever it is
         told = dict(method.plan(first, client).settings)
@@ -271,7 +271,7 @@ def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> 
     if method.personal:  # what later rounds send hangs on what clients answer, and is no more than at first
         size, scored = sum(before.values()), wire.down(method.scoring(first, client))
         again = sum(size for sha256, size in scored.items() if sha256 in before)
-        return Payload(up=up, down_first=size, down=size, down_evaluation=sum(scored.values()), shared=again)
+        return PayloadSize(up=up, down_first=size, down=size, down_evaluation=sum(scored.values()), shared=again)
     moved = {name: _moved(value) for name, value in template.items()}
     told = dict(plan.settings)  # answers name what they were trained from
     answering = range(min(2, spec.clients, spec.asked_in_a_round))
@@ -279,7 +279,7 @@ def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> 
     later = method.aggregate(first, updates)
     fresh = wire.down(method.plan(later, client), held=before, origin=plan.payloads.get(ADAPTER))
     scored = wire.down(method.scoring(later, client), held=before, origin=plan.payloads.get(ADAPTER))
-    return Payload(
+    return PayloadSize(
         up=up,
         down_first=sum(before.values()),
         down=sum(fresh.values()),
@@ -297,7 +297,7 @@ def _evaluating(spec: JobSpec) -> int:
     return 1 if spec.evaluation.on == CENTRAL else spec.clients
 
 
-def _totals(spec: JobSpec, payload: Payload, first_adapter: int) -> tuple[int, int, int]:
+def _totals(spec: JobSpec, payload: PayloadSize, first_adapter: int) -> tuple[int, int, int]:
     """Bytes up and down of a scored round, and both of the whole job."""
     cohort, evaluating = spec.asked_in_a_round, _evaluating(spec)
     shared = 0 if spec.evaluation.on == CENTRAL else payload.shared

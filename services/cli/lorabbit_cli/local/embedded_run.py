@@ -24,16 +24,16 @@ from lorabbit.errors import BadInput, RunFailed
 from lorabbit.events.job_events import AnyEvent, JobEnded
 from lorabbit.events.report import Report
 from lorabbit.job.spec import JobSpec
-from lorabbit.state.redis import RedisStore
+from lorabbit.state.redis import RedisStateStore
 from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit_client.agent.agent import Agent
-from lorabbit_client.agent.payload_cache import Shelf
+from lorabbit_client.agent.payload_cache import PayloadCache
 from lorabbit_client.execution.interface import Runner
 from lorabbit_client.execution.null_workspace import is_null
 from lorabbit_client.execution.process_pool import ForkRunner
 from lorabbit_client.execution.runners import InlineRunner, ThreadRunner
 from lorabbit_client.executor import Executor
-from lorabbit_server.server import Service
+from lorabbit_server.server import Server
 
 OWNER = "local"
 FOREVER_SECONDS = 1e8
@@ -43,7 +43,7 @@ NVIDIA_DEVICE = Path("/dev/nvidiactl")
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class RunResult:
     """How a local run ended."""
 
     folder: Path
@@ -52,7 +52,7 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class ComputeOptions:
     """With what a local run trains; a result depends on none of it (on one kind of device)."""
 
     device: str = "auto"
@@ -63,7 +63,7 @@ class Means:
 
 
 @dataclass(frozen=True, slots=True)
-class Audience:
+class Callbacks:
     """Who is told how a local run goes."""
 
     on_loading: Callable[[], None] = lambda: None
@@ -73,9 +73,9 @@ class Audience:
     on_event: Callable[[AnyEvent], None] = lambda _: None
 
 
-def run_local(spec: JobSpec, out: Path, *, means: Means, audience: Audience | None = None) -> Ended:
+def run_local(spec: JobSpec, out: Path, *, means: ComputeOptions, audience: Callbacks | None = None) -> RunResult:
     """Run a job; its folder is made in `out`. Raises LoRAbbitError when it cannot begin."""
-    audience = audience or Audience()
+    audience = audience or Callbacks()
     with contextlib.ExitStack() as stack:
         try:
             if not out.exists():
@@ -88,7 +88,7 @@ def run_local(spec: JobSpec, out: Path, *, means: Means, audience: Audience | No
         runner = open_runner(spec, means)
         stack.callback(runner.close)
         audience.on_ready()
-        federation = _Federation(spec, out, scratch, runner, audience.on_event)
+        federation = _EmbeddedFederation(spec, out, scratch, runner, audience.on_event)
         stack.callback(federation.close)
         with _interrupts(federation.cancel):
             return federation.run()
@@ -100,7 +100,7 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def open_runner(spec: JobSpec, means: Means) -> Runner:
+def open_runner(spec: JobSpec, means: ComputeOptions) -> Runner:
     """Choose where clients train, and load the job there: at once, in forked processes, or in a thread."""
     executor = Executor(threads=means.threads, data_root=means.data_root, device=means.device)
     if is_null(spec.model.name):
@@ -125,7 +125,7 @@ def can_fork(device: str) -> bool:
     return sys.platform == "linux" and device == "cpu"
 
 
-class _Federation:
+class _EmbeddedFederation:
     """One server and its clients on one loop."""
 
     def __init__(
@@ -139,23 +139,23 @@ class _Federation:
         (scratch / "server").mkdir()
         (scratch / "server" / "runs").symlink_to(out.resolve(), target_is_directory=True)
         self._broker = MemoryBroker()
-        self._store = RedisStore.embedded()
+        self._store = RedisStateStore.embedded()
         settings = ServerSettings(
             folder=scratch / "server",
             durable=False,
             lease_seconds=FOREVER_SECONDS,
             client_lease_seconds=FOREVER_SECONDS,
         )
-        self._service = Service(self._broker, self._store, settings, owner=OWNER)
+        self._service = Server(self._broker, self._store, settings, owner=OWNER)
         self._service.listen(self._told)
         self._service.on_job_ended(lambda _: self._broker.stop())
-        shelf = Shelf(self._broker, PayloadStore(scratch / "payloads", durable=False), keep=PAYLOADS_KEPT)
+        shelf = PayloadCache(self._broker, PayloadStore(scratch / "payloads", durable=False), keep=PAYLOADS_KEPT)
         self._agents = [
             Agent(self._broker, runner, _client_settings(scratch, number), shelf=shelf, embedded=True)
             for number in range(1, spec.clients + 1)
         ]
 
-    def run(self) -> Ended:
+    def run(self) -> RunResult:
         """Run the job to its end, on this thread."""
         self._service.start()
         self._job = self._service.submit(self._spec)
@@ -166,7 +166,7 @@ class _Federation:
         if self._ended is None:
             raise RunFailed(f"the loop ended before the job did; what there is of it lies in {folder}")
         report = Report.model_validate_json((folder / "report.json").read_bytes())
-        return Ended(folder, report, self._ended.exit_code)
+        return RunResult(folder, report, self._ended.exit_code)
 
     def cancel(self) -> None:
         """End the job soon; callable from a signal handler."""

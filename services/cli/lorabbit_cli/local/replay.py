@@ -13,25 +13,25 @@ from pathlib import Path
 
 from lorabbit import job_loader
 from lorabbit.aggregation import partial_work
-from lorabbit.aggregation.staleness import Carry
+from lorabbit.aggregation.staleness import StalenessCorrection
 from lorabbit.compression import compressed_file, compressor
 from lorabbit.errors import BadInput
 from lorabbit.events import job_events as ev
-from lorabbit.job.schedules import worth
-from lorabbit.job.spec import Coding, JobSpec
+from lorabbit.job.schedules import staleness_weight
+from lorabbit.job.spec import CompressionSpec, JobSpec
 from lorabbit.methods.api.method import Method
 from lorabbit.methods.registry import build
 from lorabbit.protocol.messages import PayloadRef
 from lorabbit.tensors import serialization
 from lorabbit.transfer.payload_store import CHUNK_BYTES, PayloadStore
 from lorabbit.types import ADAPTER, TRAIN, ClientId, ClientProfile, ServerState, Tensors
-from lorabbit_server.aggregation.aggregator import Background, aggregate
+from lorabbit_server.aggregation.aggregator import UpdateContext, aggregate
 from lorabbit_server.artifacts.update_archive import FOLDER, LOG
-from lorabbit_server.engine.state import Offered, TaskState
+from lorabbit_server.engine.state import TaskState, UploadOffer
 
 
 @dataclass(frozen=True, slots=True)
-class Replayed:
+class ReplayedVersion:
     """One version, made again."""
 
     round: int
@@ -47,7 +47,7 @@ class Replayed:
         return self.sha256 == self.expected
 
 
-def replay(folder: Path) -> Iterator[Replayed]:
+def replay(folder: Path) -> Iterator[ReplayedVersion]:
     """Make the versions of a run's folder again, first to last; raises BadInput where the folder lacks something."""
     log = _log(folder)
     spec = job_loader.load(folder / "job.yaml")
@@ -63,7 +63,7 @@ def _log(folder: Path) -> list[ev.AnyEvent]:
     return [ev.EVENTS.validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _versions(spec: JobSpec, log: list[ev.AnyEvent], payloads: PayloadStore) -> Iterator[Replayed]:
+def _versions(spec: JobSpec, log: list[ev.AnyEvent], payloads: PayloadStore) -> Iterator[ReplayedVersion]:
     """Go through the log as the server did; `waiting` are the results that count and are in no version yet."""
     method = build(spec)
     clients = _population(log)
@@ -89,7 +89,7 @@ def _versions(spec: JobSpec, log: list[ev.AnyEvent], payloads: PayloadStore) -> 
             needed = {newest, *(each.started for each in accepted if _version_of(each) > newest)}
             states = {number: state for number, state in states.items() if number in needed}
             sha256 = serialization.tensors_sha256(method.export(states[newest]).tensors)
-            yield Replayed(event.round, len(tasks), sha256, event.sha256)
+            yield ReplayedVersion(event.round, len(tasks), sha256, event.sha256)
 
 
 def _version_of(update: ev.UpdateAccepted) -> int:
@@ -118,7 +118,7 @@ def _background(
     made_of: Sequence[tuple[ev.UpdateAccepted, TaskState]],
     *,
     newest: int,
-) -> Background:
+) -> UpdateContext:
     """What the updates of a version are differences to, and how late ones came to it."""
     job = method.job
     accepted = [event for event, _ in made_of]
@@ -131,17 +131,17 @@ def _background(
             origins[task.id] = _origin(adapter, job.transport.downloads)
         if event.staleness or scale != 1.0:
             old, new = method.uploads(states[event.started], profile), method.uploads(states[newest], profile)
-            carries[task.id] = Carry(old, new, scale * worth(job.schedule, event.staleness))
-    return Background(carries, origins)
+            carries[task.id] = StalenessCorrection(old, new, scale * staleness_weight(job.schedule, event.staleness))
+    return UpdateContext(carries, origins)
 
 
-def _origin(adapter: Tensors, downloads: Coding) -> compressed_file.Origin:
+def _origin(adapter: Tensors, downloads: CompressionSpec) -> compressed_file.DeltaBase:
     """An adapter as its clients had it."""
     if downloads.is_lossy:
         with tempfile.TemporaryDirectory() as scratch:
-            compressor.write_coded(Path(scratch) / "adapter", adapter, downloads)
+            compressor.write_compressed(Path(scratch) / "adapter", adapter, downloads)
             adapter = compressed_file.open_tensors(Path(scratch) / "adapter")
-    return compressed_file.Origin(serialization.tensors_sha256(adapter), adapter)
+    return compressed_file.DeltaBase(serialization.tensors_sha256(adapter), adapter)
 
 
 def _task(event: ev.UpdateAccepted, index: int, payloads: PayloadStore) -> TaskState:
@@ -151,7 +151,7 @@ def _task(event: ev.UpdateAccepted, index: int, payloads: PayloadStore) -> TaskS
         size = _path(payloads, event.sha256).stat().st_size
         ref = PayloadRef(sha256=event.sha256, size_bytes=size, chunk_bytes=CHUNK_BYTES)
     name = f"r{event.started + 1}.k{index}.n{event.turn}"
-    offered = Offered(event.metrics, ref)
+    offered = UploadOffer(event.metrics, ref)
     return TaskState(name, TRAIN, event.started + 1, ClientId(event.client), index, turn=event.turn, offered=offered)
 
 

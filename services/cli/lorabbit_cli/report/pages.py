@@ -122,7 +122,7 @@ def environment(*packages: str) -> Environment:
 
 def _context(report: Report, job: JobFile) -> dict[str, object]:
     """What both templates see."""
-    known = summary.of_report(report)
+    known = summary.summarize(report)
     names: list[str] = []
     for row in report.rounds:
         names += [name for name in row.metrics if name not in names]

@@ -42,7 +42,7 @@ class ClientTotal:
 
 
 @dataclass(frozen=True, slots=True)
-class Privacy:
+class PrivacyCost:
     """What a private job has cost its clients by its last round."""
 
     delta: float
@@ -59,7 +59,7 @@ class Privacy:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class RunSummary:
     """Totals of a report."""
 
     main_metric: str
@@ -78,7 +78,7 @@ class Facts:
     told: list[str] = field(default_factory=list)
     """Names of the numbers that the method tells of its rounds."""
     clients: list[ClientTotal] = field(default_factory=list)
-    privacy: Privacy | None = None
+    privacy: PrivacyCost | None = None
 
     @property
     def has_notes(self) -> bool:
@@ -102,7 +102,7 @@ class Facts:
         return change < 0 if self.main_metric in LOWER_IS_BETTER else change > 0
 
 
-def of_report(report: Report) -> Facts:
+def summarize(report: Report) -> RunSummary:
     """Add up a report."""
     metric = report.main_metric or "loss"
     scores = [row.metrics[metric] for row in report.rounds if metric in row.metrics]
@@ -111,7 +111,7 @@ def of_report(report: Report) -> Facts:
     for row in rows:
         for reason, number in row.rejected.items():
             rejected[reason] = rejected.get(reason, 0) + number
-    return Facts(
+    return RunSummary(
         main_metric=metric,
         first=scores[0] if scores else None,
         final=report.final.metrics.get(metric, scores[-1] if scores else None),
@@ -166,12 +166,14 @@ def _clients(report: Report, metric: str) -> list[ClientTotal]:
     return list(totals.values())
 
 
-def _privacy(report: Report) -> Privacy | None:
+def _privacy(report: Report) -> PrivacyCost | None:
     """What the last round that tells of it says of privacy; None where nobody has spent anything."""
     for row in reversed(report.rounds):
         told = row.facts.get("privacy")
         if isinstance(told, dict) and told.get("epsilon"):
-            return TypeAdapter(Privacy).validate_python({name: told[name] for name in ("delta", "epsilon", "spent")})
+            return TypeAdapter(PrivacyCost).validate_python(
+                {name: told[name] for name in ("delta", "epsilon", "spent")}
+            )
     return None
 
 
@@ -212,7 +214,7 @@ def print_summary(report: Report, folder: Path, *, console: Console | None = Non
 
 def summary_rows(report: Report, folder: Path) -> list[tuple[str, str]]:
     """Name and value of every line, in order."""
-    known = of_report(report)
+    known = summarize(report)
     rows = [("status", f"{report.status}{f': {report.reason}' if report.reason else ''}")]
     clients = count_text(len(report.clients), "client")
     rounds = count_text(len(report.rounds), "round")

@@ -24,7 +24,7 @@ class OverQuota(BadInput):
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class PoolStatus:
     """How a pool stands at a moment."""
 
     there: int
@@ -40,7 +40,7 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class Scaled:
+class ScaleResult:
     """What a scaling did."""
 
     pool: str
@@ -61,10 +61,10 @@ class Scaler(ABC):
         """Say that a pool is to have so many clients; returns before they are there or gone."""
 
     @abstractmethod
-    def standing(self, pool: str) -> Standing:
+    def standing(self, pool: str) -> PoolStatus:
         """Look at a pool."""
 
-    def watch(self, pool: str, deadline: float) -> Iterator[Standing]:
+    def watch(self, pool: str, deadline: float) -> Iterator[PoolStatus]:
         """Yield how a pool stands, now and whenever it may have changed, until `deadline` (monotonic seconds)."""
         while True:
             yield self.standing(pool)
@@ -77,7 +77,7 @@ class Scaler(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class RolloutPolicy:
     """How fast a pool grows."""
 
     batch: int = 10
@@ -86,7 +86,7 @@ class Pace:
     """How long a batch may take until it is ready."""
 
 
-def scale(scaler: Scaler, pool: str, number: int, *, pace: Pace, tell: Tell) -> Scaled:
+def scale(scaler: Scaler, pool: str, number: int, *, pace: RolloutPolicy, tell: Tell) -> ScaleResult:
     """Bring a pool to so many clients, and wait until they are ready or gone.
 
     A pool that reaches a quota is put back to what it was. Raises BadInput, and RunFailed where patience ends.
@@ -100,7 +100,7 @@ def scale(scaler: Scaler, pool: str, number: int, *, pace: Pace, tell: Tell) -> 
     except OverQuota:
         scaler.resize(pool, before)
         raise
-    return Scaled(pool, before, number, time.monotonic() - start)
+    return ScaleResult(pool, before, number, time.monotonic() - start)
 
 
 def steps(before: int, number: int, batch: int) -> list[int]:
@@ -110,7 +110,7 @@ def steps(before: int, number: int, batch: int) -> list[int]:
 
 def _await(scaler: Scaler, pool: str, number: int, patience_seconds: float, tell: Tell) -> None:
     """Wait until a pool stands at a number; raises RunFailed where that takes too long."""
-    last, told = Standing(0, 0), ""
+    last, told = PoolStatus(0, 0), ""
     for last in scaler.watch(pool, time.monotonic() + patience_seconds):
         line = f"{pool}: {last.ready} of {number} ready"
         leaving = max(0, last.there - number)

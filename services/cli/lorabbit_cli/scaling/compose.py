@@ -14,8 +14,8 @@ from docker.errors import APIError
 from docker.models.containers import Container
 
 from lorabbit.errors import BadInput
-from lorabbit_cli.scaling.base import OverQuota, Scaler, Standing, no_such_pool
-from lorabbit_cli.scaling.docker_engine import QUOTAS, Engine, answers, standing_of
+from lorabbit_cli.scaling.base import OverQuota, PoolStatus, Scaler, no_such_pool
+from lorabbit_cli.scaling.docker_engine import QUOTAS, DockerEngine, answers, pool_status
 
 PROJECT, SERVICE = "com.docker.compose.project", "com.docker.compose.service"
 FIRST = "client"
@@ -25,7 +25,7 @@ UNNAMED = 64
 """Length of the names that the engine gives to volumes which have none."""
 
 
-class Compose(Scaler):
+class ComposeScaler(Scaler):
     """The client services of one compose project."""
 
     def __init__(self, files: tuple[Path, ...], project: str | None) -> None:
@@ -33,7 +33,7 @@ class Compose(Scaler):
         for file in files:
             if not file.is_file():
                 raise BadInput(f"--file: {file} is not there; name the compose file of the federation")
-        self._engine = Engine()
+        self._engine = DockerEngine()
         named = ["--project-name", project] if project else []
         self._command = ["docker", "compose", *(f"--file={file}" for file in files), *named, "--profile", "*"]
         self._services = self._run("config", "--services").split()
@@ -57,9 +57,9 @@ class Compose(Scaler):
         for each in before.keys() - stayed:
             self._remove_volumes(before[each])
 
-    def standing(self, pool: str) -> Standing:
+    def standing(self, pool: str) -> PoolStatus:
         """Look at the service's containers."""
-        return standing_of(self._containers(self.service(pool)))
+        return pool_status(self._containers(self.service(pool)))
 
     def close(self) -> None:
         """Close the connection to the engine."""

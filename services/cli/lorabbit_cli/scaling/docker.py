@@ -11,8 +11,8 @@ from docker.types import DeviceRequest
 
 from lorabbit.config.settings import child_environment, file_secrets
 from lorabbit.errors import BadInput
-from lorabbit_cli.scaling.base import Scaler, Standing
-from lorabbit_cli.scaling.docker_engine import Engine, answers, standing_of
+from lorabbit_cli.scaling.base import PoolStatus, Scaler
+from lorabbit_cli.scaling.docker_engine import DockerEngine, answers, pool_status
 
 POOL, NUMBER = "lorabbit.pool", "lorabbit.number"
 HOME = "/var/lib/lorabbit"
@@ -23,7 +23,7 @@ OWN = frozenset({"LORABBIT_FOLDER", "LORABBIT_ADDRESS", "LORABBIT_CLIENT", "LORA
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class ContainerSpec:
     """What a client's container is made of."""
 
     image: str
@@ -31,15 +31,15 @@ class Recipe:
     memory: str
 
 
-class Containers(Scaler):
+class DockerScaler(Scaler):
     """Containers of the client's image, with the caller's LORABBIT_* settings. They are known by their labels.
 
     A client gets as many processors as it has threads, and the machine's GPUs where its device is one.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: ContainerSpec) -> None:
         """Reach the engine; raises BadInput where none answers."""
-        self._engine, self._recipe = Engine(), recipe
+        self._engine, self._recipe = DockerEngine(), recipe
         self._leaving: dict[str, float] = {}
 
     def count(self, pool: str) -> int:
@@ -59,10 +59,10 @@ class Containers(Scaler):
         for _ in range(number - len(staying)):
             self._start(pool, next(free))
 
-    def standing(self, pool: str) -> Standing:
+    def standing(self, pool: str) -> PoolStatus:
         """Look at the containers; those that have left are removed."""
         left = [each for each in self._all(pool) if not self._has_gone(each)]
-        return standing_of(left, lambda each: each.id in self._leaving)
+        return pool_status(left, lambda each: each.id in self._leaving)
 
     def _has_gone(self, container: Container) -> bool:
         """Remove a container that was told to leave and has ended, or does not end."""

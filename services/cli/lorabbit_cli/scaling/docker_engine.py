@@ -12,7 +12,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 
 from lorabbit.errors import BadInput
-from lorabbit_cli.scaling.base import OverQuota, Standing
+from lorabbit_cli.scaling.base import OverQuota, PoolStatus
 
 TIMEOUT_SECONDS = 60
 FORBIDDEN = 403
@@ -26,7 +26,7 @@ QUOTAS = (
 """Parts of the engine's sentences when there is no room for another container."""
 
 
-class Engine:
+class DockerEngine:
     """An engine; every refusal of it becomes an error of ours."""
 
     def __init__(self) -> None:
@@ -48,7 +48,9 @@ class Engine:
         self.client.close()
 
 
-def standing_of(containers: Iterable[Container], is_leaving: Callable[[Container], bool] = lambda _: False) -> Standing:
+def pool_status(
+    containers: Iterable[Container], is_leaving: Callable[[Container], bool] = lambda _: False
+) -> PoolStatus:
     """How a pool of containers stands. Ready is running and, where the image says how to ask, healthy."""
     there = ready = 0
     trouble = ""
@@ -62,7 +64,7 @@ def standing_of(containers: Iterable[Container], is_leaving: Callable[[Container
             ready += 1
         else:
             trouble = f"{each.name} is {state['Status']}, {health}: {_last_words(each)}"
-    return Standing(there, ready, trouble)
+    return PoolStatus(there, ready, trouble)
 
 
 def _last_words(container: Container) -> str:

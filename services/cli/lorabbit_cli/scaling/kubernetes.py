@@ -17,10 +17,10 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
 from lorabbit.errors import BadInput
-from lorabbit_cli.scaling.base import Scaler, Standing, no_such_pool
-from lorabbit_cli.scaling.kubernetes_api import Access, Away, answers, asked, plain, refusal
-from lorabbit_cli.scaling.kubernetes_pods import Pods, Warnings, lines
-from lorabbit_cli.scaling.kubernetes_workloads import Pools, Workload
+from lorabbit_cli.scaling.base import PoolStatus, Scaler, no_such_pool
+from lorabbit_cli.scaling.kubernetes_api import ApiUnavailable, ClusterAccess, answers, asked, plain, refusal
+from lorabbit_cli.scaling.kubernetes_pods import PodCache, WarningEvents, lines
+from lorabbit_cli.scaling.kubernetes_workloads import Workload, WorkloadApi
 
 WATCH_SECONDS = 5
 """How long one watch lasts at most; in between the controllers' events are read."""
@@ -29,15 +29,15 @@ GONE, CONFLICT = 410, 409
 TRIES = 5
 
 
-class Cluster(Scaler):
+class KubernetesScaler(Scaler):
     """The pools of one namespace."""
 
-    def __init__(self, access: Access, release: str | None = None) -> None:
+    def __init__(self, access: ClusterAccess, release: str | None = None) -> None:
         """Use this access; `release` chooses where several have a pool of one name."""
         self._access, self._release = access, release
         self._core = client.CoreV1Api(access.api)
-        self._pools = Pools(client.AppsV1Api(access.api), client.BatchV1Api(access.api), access.namespace)
-        self._warnings = Warnings(self._core, access.namespace)
+        self._pools = WorkloadApi(client.AppsV1Api(access.api), client.BatchV1Api(access.api), access.namespace)
+        self._warnings = WarningEvents(self._core, access.namespace)
         self._found: dict[str, Workload] = {}
 
     def count(self, pool: str) -> int:
@@ -65,16 +65,16 @@ class Cluster(Scaler):
                 else:
                     return
 
-    def standing(self, pool: str) -> Standing:
+    def standing(self, pool: str) -> PoolStatus:
         """List the pool's pods, and see whether the controllers were refused some."""
-        workload, pods = self._workload(pool), Pods()
+        workload, pods = self._workload(pool), PodCache()
         self._warnings.raise_over_quota(workload)
         self._list(workload, pods)
         return self._explained(workload, pods)
 
-    def watch(self, pool: str, deadline: float) -> Iterator[Standing]:
+    def watch(self, pool: str, deadline: float) -> Iterator[PoolStatus]:
         """Yield how the pool stands at first and after each change; an API that is away for a while is waited for."""
-        workload, pods = self._workload(pool), Pods()
+        workload, pods = self._workload(pool), PodCache()
         while True:
             try:
                 if not pods.version:
@@ -82,7 +82,7 @@ class Cluster(Scaler):
                 yield pods.standing()
                 self._warnings.raise_over_quota(workload)
                 yield from self._changes(workload, pods, min(WATCH_SECONDS, deadline - time.monotonic()))
-            except Away:
+            except ApiUnavailable:
                 if time.monotonic() >= deadline:
                     raise
                 pods.version = ""
@@ -96,7 +96,7 @@ class Cluster(Scaler):
         self._access.api.close()
 
     # ---- what the API tells ----
-    def _changes(self, workload: Workload, pods: Pods, seconds: float) -> Iterator[Standing]:
+    def _changes(self, workload: Workload, pods: PodCache, seconds: float) -> Iterator[PoolStatus]:
         """Follow the pods for a while; forget where that was if it is too old. Raises Away where the API is."""
         whole = max(1, round(seconds))
         what = f"watch the pods of {workload}"
@@ -120,14 +120,14 @@ class Cluster(Scaler):
                 raise refusal(error, what) from error
             pods.version = ""
         except urllib3.exceptions.HTTPError as error:
-            raise Away(f"the cluster's API broke off a command to {what}") from error
+            raise ApiUnavailable(f"the cluster's API broke off a command to {what}") from error
 
-    def _explained(self, workload: Workload, pods: Pods) -> Standing:
+    def _explained(self, workload: Workload, pods: PodCache) -> PoolStatus:
         """How the pool stands, with what the cluster said of it where the pods themselves tell no trouble."""
         standing = pods.standing()
         return replace(standing, trouble=standing.trouble or self._warnings.newest(workload, pods.waiting))
 
-    def _list(self, workload: Workload, pods: Pods) -> None:
+    def _list(self, workload: Workload, pods: PodCache) -> None:
         with answers(f"list the pods of {workload}"):
             pods.put(plain(self._core.list_namespaced_pod, self._access.namespace, label_selector=workload.pods))
 

@@ -24,19 +24,19 @@ SUCCESS = range(200, 300)
 Json = dict[str, Any]
 
 
-class Away(BadInput):
+class ApiUnavailable(BadInput):
     """The cluster's API does not answer, for now or at all."""
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class ClusterAccess:
     """A cluster and the namespace in it."""
 
     api: client.ApiClient
     namespace: str
 
 
-def find_access(context: str | None, namespace: str | None) -> Access:
+def find_access(context: str | None, namespace: str | None) -> ClusterAccess:
     """Read the kubeconfig, or what a pod is given; raises BadInput where there is neither."""
     settings, file = client.Configuration(), variable("KUBECONFIG") or config.KUBE_CONFIG_DEFAULT_LOCATION
     try:
@@ -50,7 +50,7 @@ def find_access(context: str | None, namespace: str | None) -> Access:
     chosen = next((each for each in at_hand[0] if each["name"] == context), at_hand[1])
     of_context = chosen.get("context", {}).get("namespace")
     settings.retries = urllib3.Retry(total=2, connect=2, read=0, redirect=0, backoff_factor=0.2)
-    return Access(client.ApiClient(settings), namespace or of_context or inside or "default")
+    return ClusterAccess(client.ApiClient(settings), namespace or of_context or inside or "default")
 
 
 def _inside(settings: client.Configuration) -> str:
@@ -88,7 +88,9 @@ def answers(what: str) -> Iterator[None]:
     except ApiException as error:
         raise refusal(error, what) from error
     except urllib3.exceptions.HTTPError as error:
-        raise Away(f"the cluster's API cannot be reached ({_short(error)}); name another with KUBECONFIG") from error
+        raise ApiUnavailable(
+            f"the cluster's API cannot be reached ({_short(error)}); name another with KUBECONFIG"
+        ) from error
 
 
 def refusal(error: ApiException, what: str) -> BadInput:
@@ -99,7 +101,7 @@ def refusal(error: ApiException, what: str) -> BadInput:
     if error.status in {UNAUTHORISED, FORBIDDEN}:
         return BadInput(f"no permission to {what}: {said}; see scaler.create in the chart's values")
     if error.status >= SERVER_ERRORS or error.status == TOO_MANY:
-        return Away(f"the cluster's API could not {what}: {said}")
+        return ApiUnavailable(f"the cluster's API could not {what}: {said}")
     return BadInput(f"the cluster refused to {what}: {said}")
 
 

@@ -12,14 +12,14 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
 from lorabbit.errors import BadInput
-from lorabbit_cli.scaling.base import OverQuota, Standing
-from lorabbit_cli.scaling.kubernetes_api import FORBIDDEN, QUOTA, Away, Json, answers, plain
+from lorabbit_cli.scaling.base import OverQuota, PoolStatus
+from lorabbit_cli.scaling.kubernetes_api import FORBIDDEN, QUOTA, ApiUnavailable, Json, answers, plain
 from lorabbit_cli.scaling.kubernetes_workloads import Workload
 
 OVER = frozenset({"Succeeded", "Failed"})
 
 
-class Pods:
+class PodCache:
     """Pods by name, and the resource version up to which they are known; empty once that is too old."""
 
     def __init__(self) -> None:
@@ -46,12 +46,12 @@ class Pods:
         elif kind != "BOOKMARK":
             self._pods[pod["metadata"]["name"]] = pod
 
-    def standing(self) -> Standing:
+    def standing(self) -> PoolStatus:
         """Count: a pod that has ended well is there as little as one that failed for good."""
         staying = self._staying()
         waiting = [pod for pod in staying if not _is_ready(pod)]
         troubles = filter(None, map(_trouble, waiting))
-        return Standing(len(self._alive()), len(staying) - len(waiting), next(troubles, ""))
+        return PoolStatus(len(self._alive()), len(staying) - len(waiting), next(troubles, ""))
 
     @property
     def waiting(self) -> frozenset[str]:
@@ -98,7 +98,7 @@ LONGEST = 400
 """Characters of the cluster's own words that a sentence takes over."""
 
 
-class Warnings:
+class WarningEvents:
     """Warnings of one namespace. A caller who may not read events, or cannot now, does without."""
 
     def __init__(self, core: client.CoreV1Api, namespace: str) -> None:
@@ -129,7 +129,7 @@ class Warnings:
         try:
             with answers("read events"):
                 told = plain(self._core.list_namespaced_event, self._namespace, field_selector="type=Warning")
-        except Away:
+        except ApiUnavailable:
             return []
         except BadInput as error:
             if isinstance(error.__cause__, ApiException) and error.__cause__.status == FORBIDDEN:

@@ -22,7 +22,7 @@ OVER = frozenset({"Complete", "Failed", "SuccessCriteriaMet", "FailureTarget"})
 
 
 @dataclass(frozen=True, slots=True)
-class Pools:
+class WorkloadApi:
     """Where the API keeps what pools are made of, in one namespace."""
 
     apps: client.AppsV1Api

@@ -13,7 +13,7 @@ import psutil
 
 from lorabbit.config.settings import child_environment, default_address
 from lorabbit.errors import BadInput
-from lorabbit_cli.scaling.base import Scaler, Standing
+from lorabbit_cli.scaling.base import PoolStatus, Scaler
 
 PID = "process.pid"
 LOG = "client.log"
@@ -22,7 +22,7 @@ KILL_SECONDS = 40.0
 OWN = ("LORABBIT_FOLDER", "LORABBIT_ADDRESS", "LORABBIT_CLIENT", "LORABBIT_CLIENT_FILE", "LORABBIT_POOL")
 
 
-class Processes(Scaler):
+class ProcessScaler(Scaler):
     """`lorabbit client` processes, with the caller's LORABBIT_* settings, below one folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +45,7 @@ class Processes(Scaler):
         for _ in range(number - len(running)):
             self._start(next(free), pool)
 
-    def standing(self, pool: str) -> Standing:
+    def standing(self, pool: str) -> PoolStatus:
         """Look at the processes; one that was told to leave and does not is killed in the end."""
         running = self._running(pool)
         for place, since in list(self._leaving.items()):
@@ -58,7 +58,7 @@ class Processes(Scaler):
         ready = [place for place in staying if _is_connected(place)]
         dead = [place for place in self._known(pool) if (place / PID).is_file() and place not in running]
         trouble = "".join(f"{place} has ended; its last words: {_last_words(place)}" for place in dead[:1])
-        return Standing(len(running), len(ready), trouble)
+        return PoolStatus(len(running), len(ready), trouble)
 
     def _known(self, pool: str) -> list[Path]:
         """Every folder of a pool, by number."""

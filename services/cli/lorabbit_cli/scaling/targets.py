@@ -10,7 +10,7 @@ from lorabbit.errors import BadInput
 from lorabbit_cli.scaling.base import Scaler
 
 
-class Place(StrEnum):
+class ScaleTarget(StrEnum):
     """What runs the clients."""
 
     COMPOSE = "compose"
@@ -20,7 +20,7 @@ class Place(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class TargetOptions:
     """What a place needs to know; each reads its own."""
 
     folder: Path = Path("clients")
@@ -36,7 +36,7 @@ class Options:
     context: str | None = None
 
 
-def open_scaler(place: Place, options: Options) -> Scaler:
+def open_scaler(place: ScaleTarget, options: TargetOptions) -> Scaler:
     """Return the scaler of a place; raises BadInput where it cannot be reached, or its library is missing."""
     try:
         return _open(place, options)
@@ -44,23 +44,23 @@ def open_scaler(place: Place, options: Options) -> Scaler:
         raise BadInput(f"--on {place}: {error.name} is not installed; pip install 'lorabbit[deploy]'") from error
 
 
-def _open(place: Place, options: Options) -> Scaler:
+def _open(place: ScaleTarget, options: TargetOptions) -> Scaler:
     """Import what one place needs, and nothing else."""
     match place:
-        case Place.PROCESSES:
-            from lorabbit_cli.scaling.processes import Processes  # noqa: PLC0415 - imports psutil
+        case ScaleTarget.PROCESSES:
+            from lorabbit_cli.scaling.processes import ProcessScaler  # noqa: PLC0415 - imports psutil
 
-            return Processes(options.folder)
-        case Place.DOCKER:
-            from lorabbit_cli.scaling.docker import Containers, Recipe  # noqa: PLC0415 - imports docker
+            return ProcessScaler(options.folder)
+        case ScaleTarget.DOCKER:
+            from lorabbit_cli.scaling.docker import ContainerSpec, DockerScaler  # noqa: PLC0415 - imports docker
 
-            return Containers(Recipe(options.image, options.network, options.memory))
-        case Place.COMPOSE:
-            from lorabbit_cli.scaling.compose import Compose  # noqa: PLC0415 - as above
+            return DockerScaler(ContainerSpec(options.image, options.network, options.memory))
+        case ScaleTarget.COMPOSE:
+            from lorabbit_cli.scaling.compose import ComposeScaler  # noqa: PLC0415 - as above
 
-            return Compose(options.files, options.project)
-        case Place.KUBERNETES:
-            from lorabbit_cli.scaling.kubernetes import Cluster  # noqa: PLC0415 - imports kubernetes
+            return ComposeScaler(options.files, options.project)
+        case ScaleTarget.KUBERNETES:
+            from lorabbit_cli.scaling.kubernetes import KubernetesScaler  # noqa: PLC0415 - imports kubernetes
             from lorabbit_cli.scaling.kubernetes_api import find_access  # noqa: PLC0415 - as above
 
-            return Cluster(find_access(options.context, options.namespace), options.release)
+            return KubernetesScaler(find_access(options.context, options.namespace), options.release)

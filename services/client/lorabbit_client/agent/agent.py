@@ -23,9 +23,9 @@ from lorabbit.runtime import failpoints
 from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit.types import EVALUATE
 from lorabbit_client.agent.journal import Journal
-from lorabbit_client.agent.payload_cache import Holdings, Shelf
-from lorabbit_client.agent.registration import Presence
-from lorabbit_client.agent.task_run import Assignment, Desk
+from lorabbit_client.agent.payload_cache import PayloadAccounting, PayloadCache
+from lorabbit_client.agent.registration import Registration
+from lorabbit_client.agent.task_run import AgentContext, TaskRun
 from lorabbit_client.execution.interface import Runner
 
 log = structlog.get_logger()
@@ -42,7 +42,7 @@ class Agent:
         runner: Runner,
         settings: ClientSettings,
         *,
-        shelf: Shelf | None = None,
+        shelf: PayloadCache | None = None,
         embedded: bool = False,
     ) -> None:
         """Use a shelf that others use too, or one of its own.
@@ -54,13 +54,13 @@ class Agent:
         self._address = settings.address
         durable = settings.durable and not embedded
         self._journal = Journal(settings.folder, durable=durable)
-        self._shelf = shelf or Shelf(broker, PayloadStore(settings.folder / "payloads", durable=durable))
-        self._presence = Presence(broker, settings, self._journal, self._send, self._outbox, beats=not embedded)
-        self._assignments: dict[str, Assignment] = {}
+        self._shelf = shelf or PayloadCache(broker, PayloadStore(settings.folder / "payloads", durable=durable))
+        self._presence = Registration(broker, settings, self._journal, self._send, self._outbox, beats=not embedded)
+        self._assignments: dict[str, TaskRun] = {}
         self._finished: dict[tuple[str, int, int], None] = {}
         self._epochs: dict[str, int] = {}
-        holdings = Holdings(self._journal, self._shelf)
-        self._desk = Desk(
+        holdings = PayloadAccounting(self._journal, self._shelf)
+        self._desk = AgentContext(
             broker, runner, self._journal, self._shelf, holdings, self._address, self._send, self._forget, self._advance
         )
         self._on_drained: Callable[[], None] | None = None
@@ -174,9 +174,9 @@ class Agent:
             log.info("task-ignored", task=task.task, epoch=task.epoch, newest=newest, client=task.client)
             return
         self._epochs[task.job] = task.epoch
-        failpoints.reached(failpoints.Point.TASK_DELIVERED)
+        failpoints.hit(failpoints.Failpoint.TASK_DELIVERED)
         self._journal.accept(task)
-        failpoints.reached(failpoints.Point.TASK_JOURNALED)
+        failpoints.hit(failpoints.Failpoint.TASK_JOURNALED)
         self._presence.has_work()
         self._assign(task).begin(task)
 
@@ -188,14 +188,14 @@ class Agent:
         if isinstance(message, Grant):
             assignment.granted(message)
         elif isinstance(message, Verdict):
-            failpoints.reached(failpoints.Point.VERDICT_RECEIVED)
+            failpoints.hit(failpoints.Failpoint.VERDICT_RECEIVED)
             assignment.settled(accepted=message.accepted, reason=message.reason)
         elif isinstance(message, Deny):
             assignment.settled(accepted=False, reason=message.reason)
         elif isinstance(message, CancelTask):
             self._call_off(assignment)
 
-    def _call_off(self, assignment: Assignment) -> None:
+    def _call_off(self, assignment: TaskRun) -> None:
         """Drop a task that is not wanted; where it is wanted after all, the server gives the same order again."""
         assignment.cancel()
         if assignment.order is not None:
@@ -208,8 +208,8 @@ class Agent:
         self._broker.send_until_taken(outgoing, on_done)
 
     # ---- bookkeeping ----
-    def _assign(self, about: ForTask | Task) -> Assignment:
-        assignment = Assignment(self._desk, job=about.job, task=about.task, client=about.client)
+    def _assign(self, about: ForTask | Task) -> TaskRun:
+        assignment = TaskRun(self._desk, job=about.job, task=about.task, client=about.client)
         self._assignments[about.task] = assignment
         return assignment
 

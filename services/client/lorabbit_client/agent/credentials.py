@@ -17,8 +17,8 @@ from urllib.parse import quote, urlsplit
 
 import structlog
 
-from lorabbit.config.enrolment import Join, Joined, digest, new_secret, password_hash
-from lorabbit.config.network import distrust
+from lorabbit.config.enrollment import JoinRequest, JoinResponse, digest, new_secret, password_hash
+from lorabbit.config.network import tls_error
 from lorabbit.config.settings import ClientSettings
 from lorabbit.errors import BadInput, NotAllowed
 from lorabbit.runtime import atomic_files
@@ -122,17 +122,17 @@ def _join(settings: ClientSettings, token: str, credentials: Credentials) -> Non
     """Ask the server for the user until it answers."""
     import httpx  # noqa: PLC0415 - needed once in a client's life
 
-    wish = Join(token=token, client=credentials.user, password_hash=credentials.password_hash)
+    wish = JoinRequest(token=token, client=credentials.user, password_hash=credentials.password_hash)
     backoff, told = Backoff(0.2, 10.0), ""
     with httpx.Client(base_url=settings.server_url, timeout=TIMEOUT_SECONDS, verify=settings.trust.context()) as http:
         while True:
             try:
                 answer = http.post("/join", json=wish.model_dump())
             except httpx.TransportError as error:
-                why = str(distrust(error) or error)
+                why = str(tls_error(error) or error)
             else:
                 if answer.is_success:
-                    Joined.model_validate_json(answer.content)
+                    JoinResponse.model_validate_json(answer.content)
                     return
                 why = _sentence(answer.content) or f"it answered {answer.status_code}"
                 if answer.status_code in REFUSALS:

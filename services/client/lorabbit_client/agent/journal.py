@@ -67,9 +67,9 @@ class Journal:
     def finish(self, offer: Offer) -> None:
         """Put a result into the outbox; its tensors are on the disk already."""
         if self._durable:
-            failpoints.reached(failpoints.Point.RESULT_WRITTEN)
+            failpoints.hit(failpoints.Failpoint.RESULT_WRITTEN)
             replace_file(self._outbox / f"{offer.task}.json", codec.encode(offer))
-            failpoints.reached(failpoints.Point.RESULT_IN_OUTBOX)
+            failpoints.hit(failpoints.Failpoint.RESULT_IN_OUTBOX)
             (self._tasks / f"{offer.task}.json").unlink(missing_ok=True)
 
     def forget(self, task: str) -> None:

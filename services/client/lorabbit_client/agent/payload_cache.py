@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from lorabbit.broker.base import Broker
-from lorabbit.compression.compressor import Recipe
+from lorabbit.compression.compressor import DecodeStep
 from lorabbit.errors import LoRAbbitError
-from lorabbit.protocol.messages import PayloadRef, Task, Way
-from lorabbit.transfer.chunked_transfer import AdapterReader
+from lorabbit.protocol.messages import EncodedDownload, PayloadRef, Task
+from lorabbit.transfer.chunked_transfer import StreamReader
 from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit_client.agent.journal import OWED, Journal
 
@@ -34,14 +34,14 @@ OnTaken: TypeAlias = Callable[[LoRAbbitError | None], None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Reading:
+class _Download:
     """A payload on its way."""
 
-    reader: AdapterReader
+    reader: StreamReader
     waiting: list[OnTaken]
 
 
-class Shelf:
+class PayloadCache:
     """See the module's docstring; for the loop thread."""
 
     def __init__(self, broker: Broker, store: PayloadStore, *, keep: int | None = None) -> None:
@@ -49,7 +49,7 @@ class Shelf:
         self._broker = broker
         self._store = store
         self._keep = keep
-        self._reading: dict[str, _Reading] = {}
+        self._reading: dict[str, _Download] = {}
         self._users: Counter[str] = Counter()
         self._unwanted: set[str] = set()
         self._recent: OrderedDict[str, None] = OrderedDict()
@@ -82,16 +82,16 @@ class Shelf:
         elif self._store.has(sha256):
             on_taken(None)
         else:
-            reader = AdapterReader(self._broker, self._store, ref, partial(self._read, sha256))
-            self._reading[sha256] = _Reading(reader, [on_taken])
+            reader = StreamReader(self._broker, self._store, ref, partial(self._read, sha256))
+            self._reading[sha256] = _Download(reader, [on_taken])
 
     def redirect(self, ref: PayloadRef) -> None:
         """Read a payload that is on its way from the stream that `ref` names, if it is another one."""
         reading = self._reading.get(ref.sha256)
         if reading is not None and reading.reader.stream != ref.stream:
             reading.reader.cancel()
-            reader = AdapterReader(self._broker, self._store, ref, partial(self._read, ref.sha256))
-            self._reading[ref.sha256] = _Reading(reader, reading.waiting)
+            reader = StreamReader(self._broker, self._store, ref, partial(self._read, ref.sha256))
+            self._reading[ref.sha256] = _Download(reader, reading.waiting)
 
     def expect(self, sha256: str) -> None:
         """Keep a payload until `give` that is here, or that a task is going to make here."""
@@ -150,7 +150,7 @@ CODED, ORIGIN = "coded", "origin"
 
 
 @dataclass(frozen=True, slots=True)
-class Reads:
+class DownloadPlan:
     """What one task reads."""
 
     counted: Mapping[str, int]
@@ -159,26 +159,26 @@ class Reads:
     """To be taken from the shelf, whole or coded."""
     kept: tuple[str, ...]
     """To be given back to the shelf as well: what the task makes, and what it makes that of."""
-    recipes: tuple[Recipe, ...]
+    recipes: tuple[DecodeStep, ...]
     """How the task makes the payloads that are coded."""
 
 
-class Holdings:
+class PayloadAccounting:
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, journal: Journal, shelf: Shelf) -> None:
+    def __init__(self, journal: Journal, shelf: PayloadCache) -> None:
         """Go on from what the journal remembers."""
         self._journal, self._shelf = journal, shelf
         self._held = journal.held()
         self._counted = journal.read_by_task()
-        self._coming: dict[str, Way] = {}
+        self._coming: dict[str, EncodedDownload] = {}
         """Payloads that a task is to make, by sha256."""
 
     def tidy(self) -> None:
         """Delete what an earlier process left on the shelf and nobody holds."""
         self._shelf.tidy(self._held.values())
 
-    def read(self, task: Task) -> Reads:
+    def read(self, task: Task) -> DownloadPlan:
         """Decide what a task reads, count what is not here, hold it, and put away what it replaces.
 
         A task that was counted before, and not forgotten, costs what it cost then.
@@ -212,14 +212,14 @@ class Holdings:
             self._counted = {**unpaid, OWED + task.job: counted}
             self._journal.remember_held(self._held, self._counted)
 
-    def take(self, reads: Reads, on_taken: OnTaken) -> None:
+    def take(self, reads: DownloadPlan, on_taken: OnTaken) -> None:
         """Bring a task's files here; `on_taken` is called for each, perhaps at once."""
         for sha256 in reads.kept:
             self._shelf.expect(sha256)
         for ref in reads.files:
             self._shelf.take(ref, on_taken)
 
-    def give(self, reads: Reads) -> None:
+    def give(self, reads: DownloadPlan) -> None:
         """Say that a task needs its files no longer."""
         for sha256 in (*reads.kept, *(ref.sha256 for ref in reads.files)):
             self._shelf.give(sha256)
@@ -238,22 +238,22 @@ class Holdings:
             seen.add(ref.sha256)
         return counted
 
-    def _is_open(self, way: Way) -> bool:
+    def _is_open(self, way: EncodedDownload) -> bool:
         """Tell whether a payload can be made in this way here."""
         return way.origin is None or self._shelf.is_here(way.origin)
 
-    def _is_short(self, way: Way, known: Collection[str]) -> bool:
+    def _is_short(self, way: EncodedDownload, known: Collection[str]) -> bool:
         """Tell whether this client reads the coded file, or would where the shelf is shared."""
         return way.origin is None or (way.origin in known and (self._shelf.is_shared or self._is_open(way)))
 
-    def _reads(self, task: Task, counted: Mapping[str, int], ways: Mapping[str, Way]) -> Reads:
+    def _reads(self, task: Task, counted: Mapping[str, int], ways: Mapping[str, EncodedDownload]) -> DownloadPlan:
         """Name the files of a task, each once."""
         refs = {ref.sha256: ref for ref in task.payloads.values()}
         files = {ref.sha256: ref for ref in refs.values() if ref.sha256 not in ways}
         files |= {way.coded.sha256: way.coded for way in ways.values()}
         origins = {way.origin for way in ways.values() if way.origin is not None}
         recipes = tuple(
-            Recipe(
+            DecodeStep(
                 coded=self._shelf.path(way.coded.sha256),
                 origin=None if way.origin is None else self._shelf.path(way.origin),
                 target=self._shelf.path(sha256),
@@ -263,7 +263,7 @@ class Holdings:
             )
             for sha256, way in ways.items()
         )
-        return Reads(counted, tuple(files.values()), tuple({*ways, *origins}), recipes)
+        return DownloadPlan(counted, tuple(files.values()), tuple({*ways, *origins}), recipes)
 
     def _hold(self, task: Task, counted: Mapping[str, int], *, is_new: bool) -> None:
         """Hold payloads under what they are for, and what they are made of; those of earlier jobs go."""

@@ -79,7 +79,7 @@ HEARTBEATS_PER_HELLO = 12
 """An idle client introduces itself again now and then, should the server have lost its registry."""
 
 
-class Presence:
+class Registration:
     """See the module's docstring; for the loop thread."""
 
     def __init__(  # noqa: PLR0913 - whose presence it is, through what it speaks, and what it has to tell

@@ -40,19 +40,19 @@ from lorabbit.runtime import failpoints
 from lorabbit.runtime.backoff import Backoff
 from lorabbit.transfer.chunked_transfer import ChunkSender, DamagedStream
 from lorabbit_client.agent.journal import Journal
-from lorabbit_client.agent.payload_cache import Holdings, Reads, Shelf
-from lorabbit_client.execution.interface import Outcome, Runner, Work
+from lorabbit_client.agent.payload_cache import DownloadPlan, PayloadAccounting, PayloadCache
+from lorabbit_client.execution.interface import Runner, TaskInput, TaskResult
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
+class AgentContext:
     """One client's ways to the server, the disk and the training."""
 
     broker: Broker
     runner: Runner
     journal: Journal
-    shelf: Shelf
-    holdings: Holdings
+    shelf: PayloadCache
+    holdings: PayloadAccounting
     address: str
     send: Callable[[Message, OnDone | None], None]
     done: Callable[[str], None]
@@ -61,7 +61,7 @@ class Desk:
     """An assignment is ready, or no longer at work: `run` those whose turn it is."""
 
 
-class Progress:
+class ProgressReporter:
     """See the module's docstring; for the loop thread."""
 
     def __init__(self, send: Callable[[Message, OnDone | None], None], ids: Mapping[str, str]) -> None:
@@ -103,21 +103,21 @@ CHUNK_BYTES = 2**20
 MAX_REASON = 2000
 
 
-class Assignment:
+class TaskRun:
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, desk: Desk, *, job: str, task: str, client: str) -> None:
+    def __init__(self, desk: AgentContext, *, job: str, task: str, client: str) -> None:
         """Do nothing yet: `begin` or `resume`."""
         self._desk = desk
         self._ids = {"job": job, "task": task, "client": client}
         self._log = log.bind(**self._ids)
-        self._progress = Progress(desk.send, self._ids)
+        self._progress = ProgressReporter(desk.send, self._ids)
         self.task = task
         self.client = client
         self.stage = "new"
         self.order: Task | None = None
         self._awaited = 0
-        self._reads: Reads | None = None
+        self._reads: DownloadPlan | None = None
         self._offer: Offer | None = None
         self._timer: Cancellable | None = None
         self._sender: ChunkSender | None = None
@@ -168,7 +168,7 @@ class Assignment:
             return
         self._stop_timer()
         self.stage = "running"
-        work = Work(
+        work = TaskInput(
             order,
             {role: self._desk.shelf.path(ref.sha256) for role, ref in order.payloads.items()},
             self._desk.journal.output(self.task),
@@ -180,13 +180,13 @@ class Assignment:
 
         def on_progress(fraction: float, loss: float | None) -> None:
             nonlocal due
-            failpoints.reached(failpoints.Point.TRAINING)
+            failpoints.hit(failpoints.Failpoint.TRAINING)
             now = time.monotonic()
             if now >= due:
                 due = now + PROGRESS_SECONDS
                 self._desk.broker.post(partial(self._progressed, fraction, loss))
 
-        def on_done(outcome: Outcome) -> None:
+        def on_done(outcome: TaskResult) -> None:
             self._desk.broker.post(partial(self._finished, order, outcome))
 
         self._desk.runner.submit(work, on_progress, on_done)
@@ -195,7 +195,7 @@ class Assignment:
         if self.stage == "running":
             self._progress.tell(fraction, loss)
 
-    def _finished(self, order: Task, outcome: Outcome) -> None:
+    def _finished(self, order: Task, outcome: TaskResult) -> None:
         """Put a result into the outbox and offer it, or report the failure."""
         if self.stage != "running":
             return
@@ -219,7 +219,7 @@ class Assignment:
         self.resume(offer)
         self._desk.advance()
 
-    def _payload(self, order: Task, outcome: Outcome) -> PayloadRef | None:
+    def _payload(self, order: Task, outcome: TaskResult) -> PayloadRef | None:
         """Name the result's tensors by content, cut as the server cuts its own."""
         if not outcome.has_tensors or outcome.sha256 is None:
             return None
@@ -302,7 +302,7 @@ class Assignment:
 
     def _commit(self, sha256: str) -> None:
         """Tell the server that everything is sent; while no verdict comes, offer again."""
-        failpoints.reached(failpoints.Point.UPLOAD_SENT)
+        failpoints.hit(failpoints.Failpoint.UPLOAD_SENT)
         self.stage = "committed"
         self._desk.send(Commit(**self._ids, sha256=sha256), None)
         self._timer = self._desk.broker.after(ASK_AGAIN_SECONDS, self._ask)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit_client.analysis import fisher
-from lorabbit_client.analysis.probe import batch_at, call, in_float32, inner_names, looking, losses
+from lorabbit_client.analysis.probe import batch_at, call, evaluation_mode, fp32_overrides, inner_names, losses
 from lorabbit_client.dataset import Examples
 from lorabbit_client.models.trainable import TrainableModel
 
@@ -34,14 +34,14 @@ RADIUS, DIRECTIONS = 0.01, 3
 
 # ---- spectra ----
 @dataclass(frozen=True, slots=True)
-class Spectrum:
+class SpectralDensity:
     """Nodes of a spectral density and their weights, which sum to one."""
 
     nodes: Vector
     weights: Vector
 
 
-def lanczos(product: Product, size: int, *, steps: int = STEPS, seed: int = 0) -> Spectrum:
+def lanczos(product: Product, size: int, *, steps: int = STEPS, seed: int = 0) -> SpectralDensity:
     """Return the quadrature of a symmetric operator's spectrum from one Rademacher probe, fully reorthogonalised."""
     probe = np.random.default_rng(seed).integers(0, 2, size) * 2.0 - 1.0
     basis = [probe / np.linalg.norm(probe)]
@@ -61,10 +61,10 @@ def lanczos(product: Product, size: int, *, steps: int = STEPS, seed: int = 0) -
     rank = len(diagonal)
     off = np.array(beside[: rank - 1])
     nodes, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
-    return Spectrum(nodes, vectors[0] ** 2)
+    return SpectralDensity(nodes, vectors[0] ** 2)
 
 
-def share_above(spectrum: Spectrum) -> Callable[[float], float]:
+def share_above(spectrum: SpectralDensity) -> Callable[[float], float]:
     """Return t -> the smoothed spectral mass above t (Gaussians on a grid, as PyHessian has it)."""
     low, high = float(spectrum.nodes.min()) - MARGIN, float(spectrum.nodes.max()) + MARGIN
     grid = np.linspace(low, high, BINS)
@@ -110,8 +110,8 @@ def lossless_share(
 ) -> float:
     """Return the share of curvature directions that must not be lost, in (0, 1], from a few examples."""
     rows = np.asarray(positions, dtype=np.int64)
-    with looking(model, attention="eager"), torch.enable_grad():
-        surface = Surface(model, examples, rows)
+    with evaluation_mode(model, attention="eager"), torch.enable_grad():
+        surface = LossSurface(model, examples, rows)
         if rule == "slq":
             spectrum = lanczos(surface.product, surface.size, seed=derive_seed(seed, "lanczos"))
             share = settled_share(share_above(spectrum))
@@ -120,13 +120,13 @@ def lossless_share(
     return min(1.0, max(share, 1.0 / max(1, surface.size)))
 
 
-class Surface:
+class LossSurface:
     """A client's mean loss as a function of all LoRA factors in one vector, at the present point."""
 
     def __init__(self, model: TrainableModel, examples: Examples, rows: NDArray[np.int64]) -> None:
         """Build the graph of the gradient once; the factors themselves are not touched."""
         self._model, self._batch = model, batch_at(model, examples, rows)
-        self._fixed = in_float32(model)
+        self._fixed = fp32_overrides(model)
         state = dict(model.model.named_parameters())
         own = inner_names(model).values()
         self._point = {name: self._fixed.get(name, state[name]).detach().clone().requires_grad_() for name in own}

@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 from lorabbit.errors import BadInput
 from lorabbit.training_session import Difficulty
 from lorabbit_client.analysis import fisher
-from lorabbit_client.analysis.probe import OnChunk, batch_at, call, chunks, in_float32, looking, losses, unwatched
+from lorabbit_client.analysis.probe import (
+    OnChunk,
+    batch_at,
+    call,
+    chunks,
+    evaluation_mode,
+    fp32_overrides,
+    losses,
+    no_progress,
+)
 from lorabbit_client.dataset import Examples
 from lorabbit_client.models.trainable import TrainableModel
 
@@ -19,7 +28,7 @@ SCORED_AT_ONCE = 64
 
 
 def difficulties(
-    model: TrainableModel, examples: Examples, kind: Difficulty, *, on_chunk: OnChunk = unwatched
+    model: TrainableModel, examples: Examples, kind: Difficulty, *, on_chunk: OnChunk = no_progress
 ) -> NDArray[np.float64]:
     """Return the difficulty of every example, float64 (num_examples,); BadInput for a measure that the data lack.
 
@@ -59,8 +68,8 @@ def _by_example(examples: Examples, rows: NDArray[np.float64]) -> NDArray[np.flo
 
 def _losses(model: TrainableModel, examples: Examples, on_chunk: OnChunk) -> NDArray[np.float64]:
     found = np.zeros(len(examples), dtype=np.float64)
-    with looking(model), torch.inference_mode():
-        stand_ins = in_float32(model)
+    with evaluation_mode(model), torch.inference_mode():
+        stand_ins = fp32_overrides(model)
         for places in chunks(examples, range(len(examples)), SCORED_AT_ONCE, on_chunk=on_chunk):
             batch = batch_at(model, examples, places)
             found[places] = losses(call(model, stand_ins, batch), batch).double().cpu().numpy()

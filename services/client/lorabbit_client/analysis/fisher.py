@@ -25,10 +25,10 @@ from lorabbit_client.analysis.probe import (
     batch_at,
     call,
     chunks,
+    evaluation_mode,
     factors,
-    in_float32,
-    looking,
-    unwatched,
+    fp32_overrides,
+    no_progress,
 )
 from lorabbit_client.data.table import Codes
 from lorabbit_client.dataset import Examples
@@ -43,7 +43,7 @@ def per_example_gradients(  # noqa: PLR0913 - what is looked at, and how
     *,
     loop: bool = False,
     chunk: int = CHUNK,
-    on_chunk: OnChunk = unwatched,
+    on_chunk: OnChunk = no_progress,
 ) -> Iterator[tuple[Codes, Gradients]]:
     """Yield places in `positions` and the gradients of -log p(y|x) of the examples there, chunk by chunk.
 
@@ -51,7 +51,7 @@ def per_example_gradients(  # noqa: PLR0913 - what is looked at, and how
     are.
     """
     rows = np.asarray(positions, dtype=np.int64)
-    with looking(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
         run, leaves = _free(model, factors(model))
         owners = None
         if len(rows) and not loop:
@@ -91,7 +91,7 @@ def mean_squares(
 
 
 def shares(
-    model: TrainableModel, examples: Examples, positions: Sequence[int], *, on_chunk: OnChunk = unwatched
+    model: TrainableModel, examples: Examples, positions: Sequence[int], *, on_chunk: OnChunk = no_progress
 ) -> dict[str, torch.Tensor]:
     """Return the mean squared per-example gradient of every trained tensor over the largest one: in [0, 1], float32.
 
@@ -99,7 +99,7 @@ def shares(
     """
     values = model.parameters()
     sums = {name: torch.zeros(value.shape, device=value.device) for name, value in values.items()}
-    with looking(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
         gradients = ExampleGradients(*_free(model, values), owners=None)
         for places in chunks(examples, positions, 1, on_chunk=on_chunk):
             batch = batch_at(model, examples, np.asarray(positions, dtype=np.int64)[places])
@@ -114,7 +114,7 @@ def _free(model: TrainableModel, values: Mapping[str, nn.Parameter]) -> tuple[Ru
 
     Gradients reach the copies; the parameters stay untouched.
     """
-    own, stand_ins = {id(value): name for name, value in model.model.named_parameters()}, in_float32(model)
+    own, stand_ins = {id(value): name for name, value in model.model.named_parameters()}, fp32_overrides(model)
     leaves = {
         name: stand_ins.get(own[id(value)], value).detach().clone().requires_grad_() for name, value in values.items()
     }

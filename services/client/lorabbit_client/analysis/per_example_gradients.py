@@ -31,7 +31,7 @@ PROBED = (1, 2)
 
 
 @dataclass(frozen=True, slots=True)
-class Owner:
+class LayerParameter:
     """Where a tensor is: a linear layer, and its "weight" or "bias"."""
 
     layer: nn.Linear
@@ -39,7 +39,7 @@ class Owner:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class LayerCall:
     """One call of a linear layer: what went in, and what came out."""
 
     layer: nn.Module
@@ -50,7 +50,9 @@ class Call:
 class ExampleGradients:
     """Gradients of the examples of a batch with respect to some tensors of a model."""
 
-    def __init__(self, run: Run, tensors: Mapping[str, torch.Tensor], owners: Mapping[str, Owner] | None) -> None:
+    def __init__(
+        self, run: Run, tensors: Mapping[str, torch.Tensor], owners: Mapping[str, LayerParameter] | None
+    ) -> None:
         """Take what answers, from which tensors on, and the layers to watch; without layers examples go one by one."""
         self._run, self._tensors, self._owners = run, tensors, owners
 
@@ -75,7 +77,7 @@ class ExampleGradients:
             for (name, value), gradient in zip(self._tensors.items(), back, strict=True)
         }
 
-    def _at_once(self, batch: Batch, owners: Mapping[str, Owner]) -> Gradients:
+    def _at_once(self, batch: Batch, owners: Mapping[str, LayerParameter]) -> Gradients:
         """Watch every layer through one forward and one backward pass."""
         with _watched(owners.values()) as calls:
             total = losses(self._run(batch), batch).sum()
@@ -97,7 +99,7 @@ class ExampleGradients:
 
 def separate_owners(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], run: Run, batch: Batch
-) -> dict[str, Owner] | None:
+) -> dict[str, LayerParameter] | None:
     """Return the linear layer of each tensor, by the tensor's name; None where examples do not stay apart there.
 
     The batch's first example shows it, in evaluation mode. A layer that is not called at all is no sign of no
@@ -116,7 +118,7 @@ def separate_owners(
     return owners
 
 
-def linear_owners(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, Owner] | None:
+def linear_owners(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, LayerParameter] | None:
     """Return the linear layer of each tensor; None where one belongs to something else, or to several layers."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -127,17 +129,17 @@ def linear_owners(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict
         (module, part), *others = places[id(value)]
         if others or type(module) is not nn.Linear:
             return None
-        owners[name] = Owner(module, part)
+        owners[name] = LayerParameter(module, part)
     return owners
 
 
 @contextmanager
-def _watched(owners: Iterable[Owner]) -> Iterator[list[Call]]:
+def _watched(owners: Iterable[LayerParameter]) -> Iterator[list[LayerCall]]:
     """Write down every call of some layers."""
-    calls: list[Call] = []
+    calls: list[LayerCall] = []
 
     def watch(module: nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        calls.append(Call(module, given[0].detach(), out))
+        calls.append(LayerCall(module, given[0].detach(), out))
 
     hooks = [layer.register_forward_hook(watch) for layer in {owner.layer for owner in owners}]
     try:

@@ -31,7 +31,7 @@ OnChunk: TypeAlias = Callable[[], None]
 
 
 @contextmanager
-def looking(model: TrainableModel, *, attention: str | None = None) -> Iterator[None]:
+def evaluation_mode(model: TrainableModel, *, attention: str | None = None) -> Iterator[None]:
     """Put a model in evaluation mode, with another attention where named, and afterwards back."""
     modes = [(module, module.training) for module in model.model.modules()]
     usual = _attention(model.model)
@@ -76,7 +76,7 @@ def inner_names(model: TrainableModel) -> dict[str, str]:
     return {name: own[id(value)] for name, value in factors(model).items()}
 
 
-def in_float32(model: TrainableModel) -> dict[str, torch.Tensor]:
+def fp32_overrides(model: TrainableModel) -> dict[str, torch.Tensor]:
     """Return float32 stand-ins for the half-precision tensors of a model, by its own names."""
     state = dict(model.model.named_parameters()) | dict(model.model.named_buffers())
     half = {name: value for name, value in state.items() if value.dtype in {torch.float16, torch.bfloat16}}
@@ -88,12 +88,12 @@ def call(model: TrainableModel, stand_ins: Mapping[str, torch.Tensor], batch: Ba
     return functional_call(model.model, dict(stand_ins), kwargs={**batch, **extra})
 
 
-def unwatched() -> None:
+def no_progress() -> None:
     """Let nobody know of a chunk."""
 
 
 def chunks(
-    examples: Examples, positions: Sequence[int], size: int = CHUNK, *, on_chunk: OnChunk = unwatched
+    examples: Examples, positions: Sequence[int], size: int = CHUNK, *, on_chunk: OnChunk = no_progress
 ) -> Iterator[Codes]:
     """Yield places in `positions`, rows of like length together."""
     order = np.argsort(examples.lengths[np.asarray(positions, dtype=np.int64)], kind="stable")

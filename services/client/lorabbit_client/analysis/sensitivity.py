@@ -30,10 +30,10 @@ from lorabbit_client.analysis.probe import (
     batch_at,
     call,
     chunks,
-    in_float32,
-    looking,
+    evaluation_mode,
+    fp32_overrides,
     losses,
-    unwatched,
+    no_progress,
 )
 from lorabbit_client.data.features import Batch
 from lorabbit_client.data.table import Codes
@@ -44,7 +44,7 @@ TINY = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class ProbeSettings:
     """How layers are probed."""
 
     noise: float
@@ -60,14 +60,14 @@ class Probe:
 
 
 def sensitivities(
-    model: TrainableModel, examples: Examples, probe: Probe, *, on_chunk: OnChunk = unwatched
+    model: TrainableModel, examples: Examples, probe: ProbeSettings, *, on_chunk: OnChunk = no_progress
 ) -> NDArray[np.float64]:
     """Return how sensitive each block is, float64 (blocks,); raises BadInput for a model without blocks."""
     chosen = np.random.default_rng(derive_seed(probe.seed, "probes")).permutation(len(examples))[: probe.probes]
     total: NDArray[np.float64] | None = None
     draws = 1 if probe.direction == "adversarial" else probe.draws
-    with looking(model):
-        stand_ins = in_float32(model)
+    with evaluation_mode(model):
+        stand_ins = fp32_overrides(model)
         for places in chunks(examples, chosen.tolist(), CHUNK, on_chunk=on_chunk):
             batch = batch_at(model, examples, chosen[places])
             along = _steepest(model, stand_ins, batch) if probe.direction == "adversarial" else None
@@ -135,7 +135,7 @@ def _steepest(model: TrainableModel, stand_ins: dict[str, torch.Tensor], batch: 
 
 @contextmanager
 def _noise(  # noqa: PLR0913 - what is moved, and how
-    model: TrainableModel, batch: Batch, names: Codes, *, probe: Probe, draw: int, along: torch.Tensor | None
+    model: TrainableModel, batch: Batch, names: Codes, *, probe: ProbeSettings, draw: int, along: torch.Tensor | None
 ) -> Iterator[None]:
     """Add noise to what the embedding layer answers, until the end of the block: `along` a direction, or at random."""
     mask = batch.get("attention_mask")

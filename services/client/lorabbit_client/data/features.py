@@ -29,7 +29,7 @@ IGNORED = -100
 """Label of a token that has no part in the loss."""
 
 
-class Ragged:
+class RaggedRows:
     """Rows of integers of unlike length, in one flat array."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
@@ -118,9 +118,9 @@ class TokenRows:
 
     def __init__(self, encoded: Mapping[str, Sequence[Row]], pad: int) -> None:
         """Keep `input_ids`, and `token_type_ids` where they are not all zero."""
-        self.ids = Ragged(encoded.get("input_ids", ()))
+        self.ids = RaggedRows(encoded.get("input_ids", ()))
         types = encoded.get("token_type_ids")
-        self.types = Ragged(types) if types is not None and any(np.any(row) for row in types) else None
+        self.types = RaggedRows(types) if types is not None and any(np.any(row) for row in types) else None
         self.pad = pad
 
     def batch(self, rows: Codes) -> Batch:
@@ -156,14 +156,14 @@ class MeanLoss:
 
 
 @dataclass(frozen=True)
-class Reader:
+class ProcessorKey:
     """What encodes a dataset, comparable by what comes of it."""
 
     fingerprint: str
     processor: Any = field(compare=False)
 
     @classmethod
-    def of(cls, processor: Any) -> Reader:  # noqa: ANN401 - a tokenizer, or an ImageFormat
+    def of(cls, processor: Any) -> ProcessorKey:  # noqa: ANN401 - a tokenizer, or an ImageFormat
         """Wrap a tokenizer or an ImageFormat."""
         return cls(_fingerprint(processor), processor)
 

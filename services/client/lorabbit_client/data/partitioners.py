@@ -24,7 +24,7 @@ HOLDER_SHARE = (0.4, 0.6)
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class PartitionKeys:
     """What a partitioner may see of the rows of one split."""
 
     classes: Codes
@@ -40,7 +40,7 @@ class Keys:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ClientSplit:
     """The rows of one client, ascending."""
 
     train: Codes
@@ -48,20 +48,22 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class _Split:
+class _PartitionRequest:
     """What is to be split, over how many."""
 
     spec: PartitionSpec
     clients: int
     rng: np.random.Generator
-    train: Keys
-    test: Keys
+    train: PartitionKeys
+    test: PartitionKeys
 
 
-def partition(spec: PartitionSpec, clients: int, seed: int, *, train: Keys, test: Keys) -> tuple[Share, ...]:
+def partition(
+    spec: PartitionSpec, clients: int, seed: int, *, train: PartitionKeys, test: PartitionKeys
+) -> tuple[ClientSplit, ...]:
     """Return the share of each client; raises BadInput when the split is impossible."""
     if spec.kind == "own":
-        everything = Share(np.arange(len(train)), np.arange(len(test)))
+        everything = ClientSplit(np.arange(len(train)), np.arange(len(test)))
         return (everything,) * clients
     if len(train) < clients * spec.min_examples:
         raise BadInput(
@@ -69,17 +71,17 @@ def partition(spec: PartitionSpec, clients: int, seed: int, *, train: Keys, test
             f" with at least {spec.min_examples} each"
         )
     rng = np.random.default_rng(derive_seed(seed, "partition", spec.kind, clients))
-    owners, test_owners = _PARTITIONERS[spec.kind](_Split(spec, clients, rng, train, test))
+    owners, test_owners = _PARTITIONERS[spec.kind](_PartitionRequest(spec, clients, rng, train, test))
     sizes = np.bincount(owners, minlength=clients)
     if sizes.min() < spec.min_examples:
         raise BadInput(
             f"data.partition: {spec.kind} over {clients} clients leaves client {int(sizes.argmin())} with"
             f" {int(sizes.min())} of {len(train)} training examples, fewer than min_examples {spec.min_examples}"
         )
-    return tuple(Share(np.flatnonzero(owners == k), np.flatnonzero(test_owners == k)) for k in range(clients))
+    return tuple(ClientSplit(np.flatnonzero(owners == k), np.flatnonzero(test_owners == k)) for k in range(clients))
 
 
-def hold_out(keys: Keys, share: float, seed: int) -> tuple[Codes, Codes]:
+def hold_out(keys: PartitionKeys, share: float, seed: int) -> tuple[Codes, Codes]:
     """Return (train, test) rows with `share` of every class and of every group in test, as near as whole rows allow.
 
     Rows are laid out by class, group and chance, and every 1/share-th is held out; a class keeps at
@@ -110,7 +112,7 @@ def _deal(rows: Codes, counts: Codes, owners: Codes, rng: np.random.Generator) -
     owners[rng.permutation(rows)] = np.repeat(np.arange(len(counts)), counts)
 
 
-def _deal_test(split: _Split, owners: Codes, *, by_class: bool) -> Codes:
+def _deal_test(split: _PartitionRequest, owners: Codes, *, by_class: bool) -> Codes:
     """Deal test rows in the proportions in which the training rows of their class (or all of them) were dealt."""
     train, test = split.train.classes, split.test.classes
     if not by_class:
@@ -124,7 +126,7 @@ def _deal_test(split: _Split, owners: Codes, *, by_class: bool) -> Codes:
     return test_owners
 
 
-def _by_sizes(split: _Split, weights: NDArray[np.float64]) -> tuple[Codes, Codes]:
+def _by_sizes(split: _PartitionRequest, weights: NDArray[np.float64]) -> tuple[Codes, Codes]:
     """Deal all rows at random by size alone, min_examples to each client first."""
     least, total = split.spec.min_examples, len(split.train)
     counts = least + apportion(weights, total - least * split.clients, split.rng)
@@ -133,17 +135,17 @@ def _by_sizes(split: _Split, weights: NDArray[np.float64]) -> tuple[Codes, Codes
     return owners, _deal_test(split, owners, by_class=False)
 
 
-def _iid(split: _Split) -> tuple[Codes, Codes]:
+def _iid(split: _PartitionRequest) -> tuple[Codes, Codes]:
     """Equal sizes, any row anywhere."""
     return _by_sizes(split, np.ones(split.clients))
 
 
-def _quantity(split: _Split) -> tuple[Codes, Codes]:
+def _quantity(split: _PartitionRequest) -> tuple[Codes, Codes]:
     """Sizes from a Dirichlet(alpha) beyond min_examples, any row anywhere."""
     return _by_sizes(split, split.rng.dirichlet(np.full(split.clients, split.spec.alpha)))
 
 
-def _dirichlet(split: _Split) -> tuple[Codes, Codes]:
+def _dirichlet(split: _PartitionRequest) -> tuple[Codes, Codes]:
     """For each class q ~ Dirichlet_N(alpha), the class split by q; then the poorest are filled up.
 
     A client below min_examples takes single rows from whoever has most, so that a small alpha over
@@ -171,7 +173,7 @@ def _fill_up(owners: Codes, clients: int, least: int, *, rng: np.random.Generato
             sizes[poor] += 1
 
 
-def _pathological(split: _Split) -> tuple[Codes, Codes]:
+def _pathological(split: _PartitionRequest) -> tuple[Codes, Codes]:
     """Each client holds exactly k classes; a class's holders share it by U(0.4, 0.6), normalised.
 
     As in pFedHN, but places are spread so that every class has a holder and every client k classes
@@ -188,7 +190,7 @@ def _pathological(split: _Split) -> tuple[Codes, Codes]:
     return owners, _deal_test(split, owners, by_class=True)
 
 
-def _holders(split: _Split, labels: Codes, sizes: Codes) -> list[list[int]]:
+def _holders(split: _PartitionRequest, labels: Codes, sizes: Codes) -> list[list[int]]:
     """Return the clients that hold each class: every client takes the k classes with most free places."""
     k, clients, rng = split.spec.classes, split.clients, split.rng
     if k > len(labels):
@@ -213,7 +215,7 @@ def _holders(split: _Split, labels: Codes, sizes: Codes) -> list[list[int]]:
     return holders
 
 
-def _natural(split: _Split) -> tuple[Codes, Codes]:
+def _natural(split: _PartitionRequest) -> tuple[Codes, Codes]:
     """Every group wholly on one client: the largest first, each to the client with fewest rows so far."""
     train, test, clients = split.train.groups, split.test.groups, split.clients
     if train is None or (test is None and len(split.test)):
@@ -238,7 +240,7 @@ def _pack(groups: Sequence[str], clients: int) -> dict[str, int]:
     return home
 
 
-def _need_classes(split: _Split) -> None:
+def _need_classes(split: _PartitionRequest) -> None:
     if not split.train.classed or len(np.unique(split.train.classes)) < 2:  # noqa: PLR2004 - one class cannot be skewed
         raise BadInput(
             f"data.partition.kind: {split.spec.kind} splits by class, but these examples have one class or none;"
@@ -246,7 +248,7 @@ def _need_classes(split: _Split) -> None:
         )
 
 
-_PARTITIONERS: dict[str, Callable[[_Split], tuple[Codes, Codes]]] = {
+_PARTITIONERS: dict[str, Callable[[_PartitionRequest], tuple[Codes, Codes]]] = {
     "iid": _iid,
     "quantity": _quantity,
     "dirichlet": _dirichlet,

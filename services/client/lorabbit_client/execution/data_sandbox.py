@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lorabbit.errors import BadInput
 from lorabbit.protocol.messages import Metrics
-from lorabbit_client.execution.interface import OnProgress, Outcome, Work
-from lorabbit_client.execution.runners import Executes
+from lorabbit_client.execution.interface import OnProgress, TaskInput, TaskResult
+from lorabbit_client.execution.runners import TaskExecutor
 
 
 def check_source(source: str, data_root: Path) -> None:
@@ -27,17 +27,17 @@ def check_source(source: str, data_root: Path) -> None:
         )
 
 
-class ConfinedExecutor:
+class SandboxedExecutor:
     """Executes tasks whose data lies below the data root; the others fail as bad input."""
 
-    def __init__(self, executor: Executes, data_root: Path) -> None:
+    def __init__(self, executor: TaskExecutor, data_root: Path) -> None:
         """Confine this executor."""
         self._executor, self._data_root = executor, data_root
 
-    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:
+    def execute(self, work: TaskInput, on_progress: OnProgress) -> TaskResult:
         """Do one task, or say why its data is refused; raises nothing but Cancelled."""
         try:
             check_source(work.task.spec.data.source, self._data_root)
         except BadInput as error:
-            return Outcome(Metrics(num_examples=0), has_tensors=False, error=str(error), bad_input=True)
+            return TaskResult(Metrics(num_examples=0), has_tensors=False, error=str(error), bad_input=True)
         return self._executor.execute(work, on_progress)

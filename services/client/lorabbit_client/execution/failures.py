@@ -13,7 +13,7 @@ import structlog
 
 from lorabbit.errors import BadInput, LoRAbbitError
 from lorabbit.protocol.messages import Metrics
-from lorabbit_client.execution.interface import Outcome, Work
+from lorabbit_client.execution.interface import TaskInput, TaskResult
 
 OUT_OF_MEMORY = "the client ran out of memory; give it more, or use a smaller batch or a smaller model"
 SAID_OF_MEMORY = (
@@ -35,7 +35,7 @@ REST_SECONDS = 5.0
 log = structlog.get_logger()
 
 
-def failed(work: Work, error: Exception) -> Outcome:
+def failed(work: TaskInput, error: Exception) -> TaskResult:
     """Describe a task that ended in `error`; a defect keeps its traceback among the details."""
     details: dict[str, str] = {}
     rest_seconds = 0.0
@@ -48,7 +48,7 @@ def failed(work: Work, error: Exception) -> Outcome:
         sentence = f"{type(error).__name__} in phase {work.task.phase!r}: {error}"
         details["traceback"] = "".join(traceback.format_exception(error))
     bad_input = isinstance(error, BadInput)
-    return Outcome(
+    return TaskResult(
         Metrics(num_examples=0),
         has_tensors=False,
         error=sentence,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from lorabbit.compression.compressor import Recipe
+from lorabbit.compression.compressor import DecodeStep
 from lorabbit.protocol.messages import Metrics, Task
 from lorabbit.training_session import ClientSession
 from lorabbit.types import Facts, Tensors
@@ -33,7 +33,7 @@ class Cancelled(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class TaskInput:
     """A task with everything it needs on disk."""
 
     task: Task
@@ -45,12 +45,12 @@ class Work:
     """Folder of the client's private state for this job."""
     ledger: Path
     """File of the client's privacy ledger, over all jobs."""
-    recipes: tuple[Recipe, ...] = ()
+    recipes: tuple[DecodeStep, ...] = ()
     """How to make the input files that came coded."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TaskResult:
     """What came of a task; picklable."""
 
     metrics: Metrics
@@ -69,7 +69,7 @@ class Outcome:
 class Runner(Protocol):
     """Runs work off the loop thread. Callbacks may be called from any thread: `post` them."""
 
-    def submit(self, work: Work, on_progress: OnProgress, on_done: Callable[[Outcome], None]) -> None:
+    def submit(self, work: TaskInput, on_progress: OnProgress, on_done: Callable[[TaskResult], None]) -> None:
         """Queue work; work of one client runs in the order submitted."""
 
     def cancel(self, task: str) -> None:
@@ -80,7 +80,7 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Initial:
+class InitialAdapter:
     """The first adapter of a job, with what only a holder of the base model can say about it."""
 
     tensors: Tensors
@@ -89,7 +89,7 @@ class Initial:
     num_examples: int
 
 
-class Counted(Protocol):
+class OperationCount(Protocol):
     """What a task computed."""
 
     @property
@@ -122,10 +122,10 @@ class Workspace(Protocol):
     def session(self, task: Task, private: PrivateState, on_progress: OnProgress) -> TaskSession:
         """Open one client's session for one task."""
 
-    def counting(self) -> AbstractContextManager[Counted]:
+    def counting(self) -> AbstractContextManager[OperationCount]:
         """Count the operations of what is computed inside."""
 
-    def initialise(self, task: Task, tensors: Tensors) -> Initial:
+    def initialise(self, task: Task, tensors: Tensors) -> InitialAdapter:
         """Put beside the first adapter, which a method made through a session, what only this side knows."""
 
     def evaluate(self, task: Task, session: Any, on_progress: OnProgress) -> Metrics:  # noqa: ANN401 - its own kind

@@ -22,7 +22,7 @@ from lorabbit.protocol.messages import Metrics, Task
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit.training_session import Difficulty, GradientTerm, LocalResult, Part
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
-from lorabbit_client.execution.interface import Counted, Initial, OnProgress
+from lorabbit_client.execution.interface import InitialAdapter, OnProgress, OperationCount
 from lorabbit_client.execution.private_state import PrivateState
 
 PREFIX = "null:"
@@ -198,13 +198,13 @@ def _without(what: str) -> BadInput:
 
 
 @dataclass(frozen=True, slots=True)
-class _Nothing:
+class _NoOperations:
     """Operations of the null model."""
 
     flops: float = 0.0
 
 
-_NOTHING = _Nothing()
+_NOTHING = _NoOperations()
 
 
 class NullWorkspace:
@@ -220,7 +220,7 @@ class NullWorkspace:
     def warm(self, population: int, indices: Iterable[int]) -> None:
         """Do nothing: there is nothing to load."""
 
-    def initialise(self, task: Task, tensors: Tensors) -> Initial:
+    def initialise(self, task: Task, tensors: Tensors) -> InitialAdapter:
         """Put the facts of nothing beside the first tensors."""
         facts: dict[str, Json] = {
             "base_parameters": 0,
@@ -232,13 +232,13 @@ class NullWorkspace:
             "label_counts": {},
             "model": {"source": "null", "where": self._spec.model.name},
         }
-        return Initial(tensors, facts, FIRST_EXAMPLES + task.index)
+        return InitialAdapter(tensors, facts, FIRST_EXAMPLES + task.index)
 
     def session(self, task: Task, private: PrivateState, on_progress: OnProgress) -> NullSession:
         """Open a session."""
         return NullSession(task, private, on_progress)
 
-    def counting(self) -> AbstractContextManager[Counted]:
+    def counting(self) -> AbstractContextManager[OperationCount]:
         """Count nothing: nothing is learnt."""
         return nullcontext(_NOTHING)
 

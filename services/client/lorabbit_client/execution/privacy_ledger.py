@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lorabbit.errors import LoRAbbitError
-from lorabbit.privacy.accountant import Sampled
+from lorabbit.privacy.accountant import SampledGaussian
 from lorabbit.runtime.atomic_files import replace_file
 from lorabbit.types import Json
 
@@ -22,7 +22,7 @@ from lorabbit.types import Json
 class PrivacyLedger:
     """Releases by job; kept in a file, or nowhere without one."""
 
-    def __init__(self, path: Path | None = None, spent: Mapping[str, Iterable[Sampled]] | None = None) -> None:
+    def __init__(self, path: Path | None = None, spent: Mapping[str, Iterable[SampledGaussian]] | None = None) -> None:
         """Take what earlier tasks have released."""
         self._path = path
         self._spent = {job: _together(kinds) for job, kinds in (spent or {}).items()}
@@ -36,7 +36,7 @@ class PrivacyLedger:
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             spent = {
-                str(job): [Sampled(float(noise), float(rate), int(steps)) for noise, rate, steps in kinds]
+                str(job): [SampledGaussian(float(noise), float(rate), int(steps)) for noise, rate, steps in kinds]
                 for job, kinds in kept.items()
             }
         except FileNotFoundError:
@@ -48,16 +48,16 @@ class PrivacyLedger:
             ) from error
         return cls(path, spent)
 
-    def of(self, job: str) -> tuple[Sampled, ...]:
+    def of(self, job: str) -> tuple[SampledGaussian, ...]:
         """What one job has released."""
         return self._spent.get(job, ())
 
     @property
-    def of_all(self) -> tuple[Sampled, ...]:
+    def of_all(self) -> tuple[SampledGaussian, ...]:
         """What all jobs together have released."""
         return _together(kind for kinds in self._spent.values() for kind in kinds)
 
-    def add(self, job: str, release: Sampled) -> None:
+    def add(self, job: str, release: SampledGaussian) -> None:
         """Count a release; `write` makes it last."""
         self._spent[job] = _together((*self.of(job), release))
         self._is_written = False
@@ -71,9 +71,9 @@ class PrivacyLedger:
         self._is_written = True
 
 
-def _together(kinds: Iterable[Sampled]) -> tuple[Sampled, ...]:
+def _together(kinds: Iterable[SampledGaussian]) -> tuple[SampledGaussian, ...]:
     """Add the steps of equal noise and rate, in one order."""
     steps: Counter[tuple[float, float]] = Counter()
     for kind in kinds:
         steps[kind.noise, kind.rate] += kind.steps
-    return tuple(Sampled(noise, rate, count) for (noise, rate), count in sorted(steps.items()))
+    return tuple(SampledGaussian(noise, rate, count) for (noise, rate), count in sorted(steps.items()))

@@ -142,9 +142,9 @@ def write_private(folder: Path, task: str, state: PrivateState) -> None:
         json.dump(kept, file, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
-    failpoints.reached(failpoints.Point.PRIVATE_WRITTEN)
+    failpoints.hit(failpoints.Failpoint.PRIVATE_WRITTEN)
     temporary.replace(path)
-    failpoints.reached(failpoints.Point.PRIVATE_COMMITTED)
+    failpoints.hit(failpoints.Failpoint.PRIVATE_COMMITTED)
     atomic_files.sync_folder(folder)
     named = {*before.values(), *after.values()}
     for file_path in folder.glob(f"*{SUFFIX}*"):

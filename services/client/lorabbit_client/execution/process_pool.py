@@ -33,14 +33,14 @@ from typing import Any, NoReturn, Protocol
 from lorabbit.errors import BadInput, LoRAbbitError, RunFailed
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics
-from lorabbit_client.execution.interface import Cancelled, OnProgress, Outcome, Work
-from lorabbit_client.execution.runners import Executes, execute_and_seal
+from lorabbit_client.execution.interface import Cancelled, OnProgress, TaskInput, TaskResult
+from lorabbit_client.execution.runners import TaskExecutor, execute_and_seal
 
 PROGRESS_SECONDS = 0.1
 """How often a worker looks at its pipe and reports while it works."""
 
 
-class Warms(Executes, Protocol):
+class Preloadable(TaskExecutor, Protocol):
     """An executor that can load a job before it is forked."""
 
     def warm(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
@@ -48,12 +48,12 @@ class Warms(Executes, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class PreloadDone:
     """Nursery -> parent: everything is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class PreloadFailed:
     """Nursery -> parent: loading failed; nothing follows."""
 
     sentence: str
@@ -62,14 +62,14 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Born:
+class WorkerStarted:
     """Nursery -> parent: a worker is there; the handle of its pipe follows."""
 
     slot: int
 
 
 @dataclass(frozen=True, slots=True)
-class Died:
+class WorkerExited:
     """Nursery -> parent: a worker ended on its own, by `-exit_code` as a signal when negative."""
 
     slot: int
@@ -77,14 +77,14 @@ class Died:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
+class CancelWork:
     """Parent -> worker: stop this task."""
 
     task: str
 
 
 @dataclass(frozen=True, slots=True)
-class Progressed:
+class WorkProgressed:
     """Worker -> parent: how far the work is."""
 
     fraction: float
@@ -92,7 +92,7 @@ class Progressed:
 
 
 @dataclass(frozen=True, slots=True)
-class Stopped:
+class WorkCancelled:
     """Worker -> parent: the work was cancelled."""
 
 
@@ -103,10 +103,10 @@ def fork() -> int:
         return os.fork()
 
 
-class Nursery:
+class ForkServer:
     """The life of the nursery process; `run` does not return."""
 
-    def __init__(self, control: Connection[Any, Any], executor: Warms, workers: int) -> None:
+    def __init__(self, control: Connection[Any, Any], executor: Preloadable, workers: int) -> None:
         """Report to the parent over `control`; keep `workers` alive."""
         self._control = control
         self._executor = executor
@@ -128,15 +128,15 @@ class Nursery:
         try:
             self._executor.warm(spec, population, indices)
         except LoRAbbitError as error:
-            self._control.send(Failed(str(error), isinstance(error, BadInput)))
+            self._control.send(PreloadFailed(str(error), isinstance(error, BadInput)))
             return
         except Exception as error:  # noqa: BLE001 - the parent must hear of a defect, whatever it is
             sentence = f"loading the model and the data failed with {type(error).__name__}: {error}"
-            self._control.send(Failed(sentence, bad_input=False, trace=traceback.format_exc()))
+            self._control.send(PreloadFailed(sentence, bad_input=False, trace=traceback.format_exc()))
             return
         gc.collect()
         gc.freeze()  # a collection in a worker must not touch, and so copy, the shared pages
-        self._control.send(Ready())
+        self._control.send(PreloadDone())
         for slot in range(self._workers):
             self._bear(slot)
         while self._children:
@@ -156,7 +156,7 @@ class Nursery:
         self._children[child] = slot
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         theirs.close()
-        self._control.send(Born(slot))
+        self._control.send(WorkerStarted(slot))
         reduction.send_handle(self._control, ours.fileno(), self._parent)
         ours.close()
 
@@ -167,7 +167,7 @@ class Nursery:
         exit_code = os.waitstatus_to_exitcode(status)
         if exit_code == 0:
             return
-        self._control.send(Died(slot, exit_code))
+        self._control.send(WorkerExited(slot, exit_code))
         self._bear(slot)
 
     def _end(self, *_: object) -> NoReturn:
@@ -179,13 +179,13 @@ class Nursery:
         os._exit(0)
 
 
-def work_until_hung_up(pipe: Connection[Any, Any], executor: Executes) -> NoReturn:
+def work_until_hung_up(pipe: Connection[Any, Any], executor: TaskExecutor) -> NoReturn:
     """Be a worker: execute what comes over the pipe, until its other end is closed."""
     exit_code = 0
     try:
         while True:
             message = pipe.recv()
-            if isinstance(message, Work):
+            if isinstance(message, TaskInput):
                 pipe.send(_execute(pipe, executor, message))
     except (EOFError, OSError):
         pass
@@ -195,7 +195,7 @@ def work_until_hung_up(pipe: Connection[Any, Any], executor: Executes) -> NoRetu
     os._exit(exit_code)
 
 
-def _execute(pipe: Connection[Any, Any], executor: Executes, work: Work) -> Outcome | Stopped:
+def _execute(pipe: Connection[Any, Any], executor: TaskExecutor, work: TaskInput) -> TaskResult | WorkCancelled:
     """Execute one work, looking for a cancellation now and then."""
     due = time.monotonic() + PROGRESS_SECONDS
 
@@ -206,14 +206,14 @@ def _execute(pipe: Connection[Any, Any], executor: Executes, work: Work) -> Outc
             return
         due = now + PROGRESS_SECONDS
         while pipe.poll():
-            if pipe.recv() == Cancel(work.task.task):
+            if pipe.recv() == CancelWork(work.task.task):
                 raise Cancelled
-        pipe.send(Progressed(fraction, loss))
+        pipe.send(WorkProgressed(fraction, loss))
 
     try:
         return execute_and_seal(executor, work, report, durable=False)
     except Cancelled:
-        return Stopped()
+        return WorkCancelled()
 
 
 def wait_for(child: int, seconds: float) -> bool:
@@ -230,12 +230,12 @@ CLOSE_SECONDS = 5.0
 
 
 @dataclass(slots=True)
-class _Queued:
+class _PooledTask:
     """Work that waits for a worker, or is with one."""
 
-    work: Work
+    work: TaskInput
     on_progress: OnProgress
-    on_done: Callable[[Outcome], None]
+    on_done: Callable[[TaskResult], None]
     cancelled: bool = False
 
     @property
@@ -247,7 +247,7 @@ class _Queued:
 class ForkRunner:
     """Executes in `workers` processes; `warm` first, and before this process starts any thread."""
 
-    def __init__(self, executor: Warms, workers: int) -> None:
+    def __init__(self, executor: Preloadable, workers: int) -> None:
         """Fork nothing yet."""
         self._executor = executor
         self._workers = workers
@@ -255,9 +255,9 @@ class ForkRunner:
         self._control: Connection[Any, Any] | None = None
         self._pump: threading.Thread | None = None
         self._lock = threading.Lock()
-        self._queue: deque[_Queued] = deque()
+        self._queue: deque[_PooledTask] = deque()
         self._pipes: dict[int, Connection[Any, Any]] = {}
-        self._running: dict[int, _Queued] = {}
+        self._running: dict[int, _PooledTask] = {}
         self._gone: str | None = None
 
     def warm(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
@@ -266,14 +266,14 @@ class ForkRunner:
         child = fork()
         if child == 0:
             ours.close()
-            Nursery(theirs, self._executor, self._workers).run(spec, population, indices)
+            ForkServer(theirs, self._executor, self._workers).run(spec, population, indices)
         theirs.close()
         self._nursery, self._control = child, ours
         try:
             answer = ours.recv()
         except EOFError:
-            answer = Failed("the process that loads the model was killed (out of memory?)", bad_input=False)
-        if isinstance(answer, Failed):
+            answer = PreloadFailed("the process that loads the model was killed (out of memory?)", bad_input=False)
+        if isinstance(answer, PreloadFailed):
             self.close()
             if answer.bad_input:
                 raise BadInput(answer.sentence)
@@ -281,9 +281,9 @@ class ForkRunner:
         self._pump = threading.Thread(target=self._read, args=(ours,), name="workers", daemon=True)
         self._pump.start()
 
-    def submit(self, work: Work, on_progress: OnProgress, on_done: Callable[[Outcome], None]) -> None:
+    def submit(self, work: TaskInput, on_progress: OnProgress, on_done: Callable[[TaskResult], None]) -> None:
         """Queue work; it goes to the first idle worker once its client has nothing else running."""
-        queued = _Queued(work, on_progress, on_done)
+        queued = _PooledTask(work, on_progress, on_done)
         with self._lock:
             gone = self._gone
             if gone is None:
@@ -299,7 +299,7 @@ class ForkRunner:
             for slot, queued in self._running.items():
                 if queued.work.task.task == task:
                     queued.cancelled = True
-                    self._tell(slot, Cancel(task))
+                    self._tell(slot, CancelWork(task))
 
     def close(self) -> None:
         """Stop the workers and the nursery at once; whatever they do is lost."""
@@ -322,7 +322,7 @@ class ForkRunner:
         """Give queued work to idle workers; the lock is held."""
         idle = [slot for slot in self._pipes if slot not in self._running]
         busy = {queued.client for queued in self._running.values()}
-        kept: deque[_Queued] = deque()
+        kept: deque[_PooledTask] = deque()
         while self._queue and idle:
             queued = self._queue.popleft()
             if queued.client in busy:
@@ -369,9 +369,9 @@ class ForkRunner:
         else:
             self._hear_from(slot, message)
 
-    def _hear_of_worker(self, control: Connection[Any, Any], message: Born | Died) -> None:
+    def _hear_of_worker(self, control: Connection[Any, Any], message: WorkerStarted | WorkerExited) -> None:
         """Take a new worker in, or fail what a dead one was doing."""
-        if isinstance(message, Born):
+        if isinstance(message, WorkerStarted):
             pipe: Connection[Any, Any] = Connection(reduction.recv_handle(control))
             with self._lock:
                 self._pipes[message.slot] = pipe
@@ -390,20 +390,20 @@ class ForkRunner:
         if pipe is not None:
             pipe.close()
 
-    def _hear_from(self, slot: int, message: Progressed | Stopped | Outcome) -> None:
+    def _hear_from(self, slot: int, message: WorkProgressed | WorkCancelled | TaskResult) -> None:
         """Pass a worker's message on; a finished worker gets its next work first."""
         with self._lock:
             queued = self._running.get(slot)
-            if not isinstance(message, Progressed):
+            if not isinstance(message, WorkProgressed):
                 self._running.pop(slot, None)
                 if queued is not None and queued.cancelled:
                     queued.work.output.unlink(missing_ok=True)  # before the next work may write there
                 self._hand_out()
         if queued is None or queued.cancelled:
             return
-        if isinstance(message, Progressed):
+        if isinstance(message, WorkProgressed):
             queued.on_progress(message.fraction, message.loss)
-        elif isinstance(message, Outcome):
+        elif isinstance(message, TaskResult):
             queued.on_done(message)
 
     def _lose_everything(self) -> None:
@@ -417,9 +417,9 @@ class ForkRunner:
             queued.on_done(failure(self._gone))
 
 
-def failure(sentence: str) -> Outcome:
+def failure(sentence: str) -> TaskResult:
     """The outcome of work that no executor could answer for."""
-    return Outcome(Metrics(num_examples=0), has_tensors=False, error=sentence)
+    return TaskResult(Metrics(num_examples=0), has_tensors=False, error=sentence)
 
 
 def cause_of_death(exit_code: int) -> str:

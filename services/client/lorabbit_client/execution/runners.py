@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Protocol
 
 from lorabbit_client.execution.failures import failed
-from lorabbit_client.execution.interface import Cancelled, OnProgress, Outcome, Work
+from lorabbit_client.execution.interface import Cancelled, OnProgress, TaskInput, TaskResult
 
 CLOSE_SECONDS = 10.0
 """How long `close` waits for a training step to notice that it is no longer wanted."""
 
 
-class Executes(Protocol):
+class TaskExecutor(Protocol):
     """What a runner needs of an executor."""
 
-    def execute(self, work: Work, on_progress: OnProgress) -> Outcome:
+    def execute(self, work: TaskInput, on_progress: OnProgress) -> TaskResult:
         """Do one task; raises nothing but Cancelled."""
 
 
-def execute_and_seal(executor: Executes, work: Work, on_progress: OnProgress, *, durable: bool) -> Outcome:
+def execute_and_seal(executor: TaskExecutor, work: TaskInput, on_progress: OnProgress, *, durable: bool) -> TaskResult:
     """Execute work and take its result's sha256; whatever fails fails the task. Raises Cancelled and nothing else."""
     try:
         return _sealed(executor.execute(work, on_progress), work, durable=durable)
@@ -42,7 +42,7 @@ def execute_and_seal(executor: Executes, work: Work, on_progress: OnProgress, *,
         return failed(work, error)
 
 
-def _sealed(outcome: Outcome, work: Work, *, durable: bool) -> Outcome:
+def _sealed(outcome: TaskResult, work: TaskInput, *, durable: bool) -> TaskResult:
     """Force a result to disk and take its sha256; raises OSError."""
     if outcome.error is not None or not outcome.has_tensors:
         return outcome
@@ -67,11 +67,11 @@ def force_to_disk(path: Path) -> None:
 class InlineRunner:
     """Executes at once, in the caller's thread: for work that takes less time than handing it over."""
 
-    def __init__(self, executor: Executes) -> None:
+    def __init__(self, executor: TaskExecutor) -> None:
         """Run everything on `executor`."""
         self._executor = executor
 
-    def submit(self, work: Work, on_progress: OnProgress, on_done: Callable[[Outcome], None]) -> None:
+    def submit(self, work: TaskInput, on_progress: OnProgress, on_done: Callable[[TaskResult], None]) -> None:
         """Execute now; `on_done` is called before this returns."""
         on_done(execute_and_seal(self._executor, work, on_progress, durable=False))
 
@@ -83,34 +83,34 @@ class InlineRunner:
 
 
 @dataclass(frozen=True, slots=True)
-class _Queued:
+class _QueuedTask:
     """Work that waits for the training thread, or is in it."""
 
-    work: Work
+    work: TaskInput
     on_progress: OnProgress
-    on_done: Callable[[Outcome], None]
+    on_done: Callable[[TaskResult], None]
     cancelled: threading.Event
 
 
 class ThreadRunner:
     """Executes in one thread, in the order submitted."""
 
-    def __init__(self, executor: Executes, *, durable: bool = True) -> None:
+    def __init__(self, executor: TaskExecutor, *, durable: bool = True) -> None:
         """Run everything on `executor`; the thread starts with the first work."""
         self._executor = executor
         self._durable = durable
-        self._queue: deque[_Queued] = deque()
-        self._running: _Queued | None = None
+        self._queue: deque[_QueuedTask] = deque()
+        self._running: _QueuedTask | None = None
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def submit(self, work: Work, on_progress: OnProgress, on_done: Callable[[Outcome], None]) -> None:
+    def submit(self, work: TaskInput, on_progress: OnProgress, on_done: Callable[[TaskResult], None]) -> None:
         """Queue work; it fails at once where no thread can be started, and the next work tries again."""
         try:
             with self._changed:
                 self._start()
-                self._queue.append(_Queued(work, on_progress, on_done, threading.Event()))
+                self._queue.append(_QueuedTask(work, on_progress, on_done, threading.Event()))
                 self._changed.notify()
         except (RuntimeError, MemoryError) as error:
             on_done(failed(work, error))
@@ -149,7 +149,7 @@ class ThreadRunner:
                 self._running = queued = self._queue.popleft()
             self._execute(queued)
 
-    def _execute(self, queued: _Queued) -> None:
+    def _execute(self, queued: _QueuedTask) -> None:
         """Execute one work unless it is cancelled before or meanwhile."""
 
         def report(fraction: float, loss: float | None) -> None:

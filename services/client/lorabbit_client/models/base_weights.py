@@ -36,7 +36,7 @@ class LoraWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class BaseState:
     """What a base is, by the hashes of the tensors that made it so."""
 
     whole: str | None = None
@@ -49,10 +49,10 @@ class Standing:
         return f"{self.whole or ''}+{self.shift or ''}"
 
 
-PRISTINE = Standing()
+PRISTINE = BaseState()
 
 
-class Base:
+class BaseWeights:
     """The base model of a process under its own names, and what is done to it."""
 
     def __init__(

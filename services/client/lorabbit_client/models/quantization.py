@@ -1,8 +1,8 @@
 """Frozen linear weights in eight or four bits: what a client with little memory keeps of its base model.
 
-The rule is int8's or int4's of `lorabbit.compression.quantizers`: whole numbers and a scale for every block of a
-weight, laid out flat. A product widens its weight for as long as it takes and forgets it, in the backward pass as in the
-forward one, so never more than one weight is there whole. What is trained, embeddings, biases and weights that two
+The rule is int8's or int4's of `lorabbit.compression.quantizers`: integers and one scale for each block of the
+flattened weight. A product dequantizes its weight and discards it afterwards, in the forward and the backward pass, so
+at most one dequantized weight exists at a time. What is trained, embeddings, biases and weights that two
 modules share stay as they are. As in QLoRA (arXiv 2305.14314), the adapter that comes of it stands on the whole model.
 """
 
@@ -27,7 +27,7 @@ BLOCK = 64
 """Values that share a scale of 16 bits: a quarter of a bit for each."""
 
 
-class QuantisedLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """A frozen linear layer whose weight is kept in fewer bits and widened for each product."""
 
     def __init__(self, layer: nn.Linear | Conv1D, codec: str) -> None:
@@ -63,7 +63,7 @@ class QuantisedLinear(nn.Module):
         return result if self.bias is None else result + self.bias.to(result.dtype)
 
 
-def product(value: torch.Tensor, layer: QuantisedLinear) -> torch.Tensor:
+def product(value: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
     """Y = x W^T; a function of torch's to whoever watches those, such as `operations`."""
     if has_torch_function_unary(value):
         watched: torch.Tensor = handle_torch_function(product, (value,), value, layer)
@@ -76,7 +76,7 @@ class _Product(torch.autograd.Function):
     """x W^T, which keeps the layer for the backward pass and not its wide weight."""
 
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, layer: QuantisedLinear) -> torch.Tensor:  # noqa: ANN401
+    def forward(ctx: Any, value: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:  # noqa: ANN401
         ctx.layer = layer
         return functional.linear(value, layer.oriented())
 
@@ -86,7 +86,7 @@ class _Product(torch.autograd.Function):
         return functional.linear(gradient, ctx.layer.oriented().t().to(gradient.dtype)), None
 
 
-def quantise(trainable: TrainableModel, codec: str) -> None:
+def quantize(trainable: TrainableModel, codec: str) -> None:
     """Quantise in place every frozen linear weight of a model under LoRA, and let go of the wide ones."""
     if trainable.base is None or trainable.lora is None:
         raise LoRAbbitError("internal: only a model under LoRA is quantised")
@@ -102,6 +102,6 @@ def quantise(trainable: TrainableModel, codec: str) -> None:
         if key not in names or key in travelling or uses[key] > 1:
             continue
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, QuantisedLinear(layer, codec))
+        setattr(model.get_submodule(parent), leaf, QuantizedLinear(layer, codec))
         gone.append(names[key])
     base.forget(gone)

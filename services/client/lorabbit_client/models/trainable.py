@@ -23,7 +23,7 @@ from lorabbit.job.spec import JobSpec
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit.types import Facts, Json
 from lorabbit_client.models import soft_prompts
-from lorabbit_client.models.base_weights import Base
+from lorabbit_client.models.base_weights import BaseWeights
 from lorabbit_client.models.bottleneck_adapter import enable_bottlenecks, insert_bottlenecks
 from lorabbit_client.models.loading import LoadedModel, quiet, seeded
 from lorabbit_client.models.lora import LoraLayers, active_copies, lora_names, wrap_lora
@@ -49,7 +49,7 @@ class TrainableModel:
     """What stands beside the tensors in an exported folder."""
     initial: Mapping[str, torch.Tensor]
     """A copy of the tensors as they were built from the job's seed."""
-    base: Base | None = None
+    base: BaseWeights | None = None
     """The model below what is trained."""
     lora: LoraLayers | None = None
     """PEFT's layers, where LoRA is trained."""
@@ -139,13 +139,13 @@ def _base(
     names: Mapping[int, str],
     tensors: Mapping[str, torch.Tensor],
     layers: LoraLayers | None,
-) -> Base:
+) -> BaseWeights:
     """Find the base model's own tensors again, where PEFT may have put a trained copy in their place."""
     copies = active_copies(model)
     present = {id(value): value for value in _values(model)}
     whole = {name: copies.get(key, present[key]) for key, name in names.items() if key in present}
     own = {id(value) for value in tensors.values()}
-    return Base(
+    return BaseWeights(
         {name: whole[name] for name in sorted(whole)},
         layers.weights(names) if layers is not None else {},
         own=(name for name, value in whole.items() if id(value) in own),

@@ -89,7 +89,7 @@ SEQUENCE = 3
 """Dimensions of (batch, tokens, width)."""
 
 
-class View(Protocol):
+class ForwardView(Protocol):
     """One batch seen by one model; each part is computed when it is first asked for."""
 
     def features(self) -> torch.Tensor:
@@ -102,7 +102,7 @@ class View(Protocol):
         """Answers, float32 (batch, classes)."""
 
 
-class Split:
+class SplitModel:
     """A classifier cut into trunk, head and last layer."""
 
     def __init__(self, model: nn.Module, name: str, classes: int) -> None:
@@ -119,7 +119,7 @@ class Split:
             "representation": self._layer.in_features,
         }
 
-    def view(self, batch: Batch) -> View:
+    def view(self, batch: Batch) -> ForwardView:
         """Look at a batch."""
         if isinstance(self.model, Cnn):
             return _CnnView(self.model, batch["pixel_values"])
@@ -181,7 +181,7 @@ class _CnnView:
 class _HookedView:
     """A transformer runs once, and its hooks note what passes."""
 
-    def __init__(self, split: Split, given: Batch) -> None:
+    def __init__(self, split: SplitModel, given: Batch) -> None:
         self._split, self._given = split, given
         self._noted: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 

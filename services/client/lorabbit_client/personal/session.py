@@ -26,20 +26,20 @@ from lorabbit_client.dataset import ClientData
 from lorabbit_client.execution.interface import OnProgress
 from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.models.arrays import to_torch
-from lorabbit_client.personal.models import Split
-from lorabbit_client.personal.trainer import OWN, Ensemble, PersonalTrainer, beside, read, state
-from lorabbit_client.training.trainer import Clock
+from lorabbit_client.personal.models import SplitModel
+from lorabbit_client.personal.trainer import OWN, Ensemble, PersonalTrainer, extra_parameters, read, state
+from lorabbit_client.training.trainer import TrainingSchedule
 
 PREFIX = f"{OWN}."
 
 
-class Models(Protocol):
+class ModelProvider(Protocol):
     """Where a session gets its models."""
 
-    def own(self, index: int, *, fresh: bool) -> Split:
+    def own(self, index: int, *, fresh: bool) -> SplitModel:
         """The own model of a client by index; `fresh`: as the job draws it, else with whatever is in it."""
 
-    def second(self, name: str, index: int) -> Split:
+    def second(self, name: str, index: int) -> SplitModel:
         """A model that every client builds alike, for the data of the client at an index."""
 
     def widest(self, place: Place) -> int:
@@ -50,7 +50,7 @@ class TorchPersonalSession:
     """One client's models, data and private state, for the length of one task."""
 
     def __init__(
-        self, task: Task, models: Models, data: ClientData, *, private: PrivateState, on_progress: OnProgress
+        self, task: Task, models: ModelProvider, data: ClientData, *, private: PrivateState, on_progress: OnProgress
     ) -> None:
         """Put the client's own model in place."""
         self.client = ClientProfile(ClientId(task.client), task.index)
@@ -127,7 +127,7 @@ class TorchPersonalSession:
                 if name in present:
                     present[name].copy_(to_torch(value))
                 else:
-                    self.ensemble.beside[name] = beside(value, device)
+                    self.ensemble.beside[name] = extra_parameters(value, device)
 
     # ---- training ----
     def train(
@@ -149,7 +149,7 @@ class TorchPersonalSession:
             objective,
             self._data.train,
             local or self.local,
-            clock=Clock(self._task.round, self._task.spec.rounds),
+            clock=TrainingSchedule(self._task.round, self._task.spec.rounds),
             seed=derive_seed(self.seed, "stream", stream) if stream else self.seed,
             moving=chosen,
         )

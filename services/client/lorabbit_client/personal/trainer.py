@@ -23,19 +23,24 @@ from lorabbit_client.data.features import Batch
 from lorabbit_client.dataset import Examples
 from lorabbit_client.models.arrays import to_numpy, to_torch
 from lorabbit_client.models.trainable import TrainableModel
-from lorabbit_client.personal.models import Split, View
-from lorabbit_client.training.trainer import Clock, Trainer
+from lorabbit_client.personal.models import ForwardView, SplitModel
+from lorabbit_client.training.trainer import Trainer, TrainingSchedule
 
 
 class TorchForward:
     """One batch on its way through a client's models; see `lorabbit.methods.session.Forward`."""
 
     def __init__(
-        self, batch: Batch, models: Mapping[str, Split], beside: Mapping[str, torch.Tensor], *, still: frozenset[str]
+        self,
+        batch: Batch,
+        models: Mapping[str, SplitModel],
+        beside: Mapping[str, torch.Tensor],
+        *,
+        still: frozenset[str],
     ) -> None:
         """Take a batch on its device, the models by role, and the tensors beside them; `still` models are frozen."""
         self._batch, self._models, self._beside, self._still = batch, models, beside, still
-        self._views: dict[str, View] = {}
+        self._views: dict[str, ForwardView] = {}
         self._values: dict[tuple[str, str], torch.Tensor] = {}
 
     @property
@@ -66,7 +71,7 @@ class TorchForward:
             self._values[key] = self._models[model].adapted(self._batch, pairs)
         return self._values[key]
 
-    def _of(self, what: str, model: str, look: Callable[[View], torch.Tensor]) -> torch.Tensor:
+    def _of(self, what: str, model: str, look: Callable[[ForwardView], torch.Tensor]) -> torch.Tensor:
         """Compute a part of a view once; a frozen model keeps no graph."""
         if model not in self._views:
             self._views[model] = self._models[model].view(self._batch)
@@ -121,10 +126,10 @@ OWN = "own"
 class Ensemble(nn.Module):
     """A client's models by role and the tensors beside them; called, it answers as the client would."""
 
-    def __init__(self, own: Split) -> None:
+    def __init__(self, own: SplitModel) -> None:
         """Begin with the own model alone."""
         super().__init__()
-        self.splits: dict[str, Split] = {OWN: own}
+        self.splits: dict[str, SplitModel] = {OWN: own}
         self.members = nn.ModuleDict({OWN: own.model})
         self.beside: dict[str, nn.Parameter] = {}
         self.still: frozenset[str] = frozenset()
@@ -132,7 +137,7 @@ class Ensemble(nn.Module):
         self.answer: Objective | None = None
         """Probabilities to be scored by; None: the own model's."""
 
-    def add(self, role: str, split: Split) -> None:
+    def add(self, role: str, split: SplitModel) -> None:
         """Take in another model."""
         self.splits[role] = split
         self.members[role] = split.model
@@ -175,7 +180,7 @@ def read(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
     return {name: to_numpy(tensors[name]) for name in sorted(tensors) if name.startswith(prefix)}
 
 
-def beside(array: Any, device: torch.device) -> nn.Parameter:  # noqa: ANN401 - a NumPy array
+def extra_parameters(array: Any, device: torch.device) -> nn.Parameter:  # noqa: ANN401 - a NumPy array
     """Make a tensor that stands beside the models; frozen until a training moves it."""
     return nn.Parameter(to_torch(array).to(device), requires_grad=False)
 
@@ -190,7 +195,7 @@ class PersonalTrainer(Trainer):
         examples: Examples,
         local: LocalSpec,
         *,
-        clock: Clock,
+        clock: TrainingSchedule,
         seed: int,
         moving: frozenset[str],
     ) -> None:

@@ -25,17 +25,17 @@ from lorabbit.training_session import Place
 from lorabbit.types import Json, Tensors
 from lorabbit_client.capabilities import UNLIMITED, Capability
 from lorabbit_client.dataset import ClientData, load_client, load_labels
-from lorabbit_client.execution.interface import Initial, OnProgress
+from lorabbit_client.execution.interface import InitialAdapter, OnProgress
 from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.models.loading import load_model, load_processor
 from lorabbit_client.models.source import ModelSource, resolve
 from lorabbit_client.models.trainable import TrainableModel
-from lorabbit_client.personal.models import Split, widths_of
+from lorabbit_client.personal.models import SplitModel, widths_of
 from lorabbit_client.personal.session import TorchPersonalSession, freeze
 from lorabbit_client.personal.trainer import state
 from lorabbit_client.tasks.image_classification import ImageFormat
 from lorabbit_client.training.evaluation import evaluate
-from lorabbit_client.training.flop_counter import Operations
+from lorabbit_client.training.flop_counter import FlopCounter
 from lorabbit_client.training.workspace import REPORTED, choose_device
 
 log = structlog.get_logger()
@@ -64,8 +64,8 @@ class PersonalWorkspace:
         self._spec = spec
         self._data_root = data_root
         self._device = device
-        self._lent: dict[str, Split] = {}
-        self._second: dict[str, tuple[Split, dict[str, torch.Tensor]]] = {}
+        self._lent: dict[str, SplitModel] = {}
+        self._second: dict[str, tuple[SplitModel, dict[str, torch.Tensor]]] = {}
         self._sources: dict[str, ModelSource] = {}
         self._readers: dict[str, Any] = {}
         self._data: dict[tuple[int, int], ClientData] = {}
@@ -115,18 +115,18 @@ class PersonalWorkspace:
         model = self._spec.model.model_copy(update={"name": name})
         return self._spec.model_copy(update={"model": model, "seed": seed})
 
-    def _load(self, name: str, *seeded: str | int) -> Split:
+    def _load(self, name: str, *seeded: str | int) -> SplitModel:
         loaded = load_model(self._named(name, *seeded), self._source(name), self._labels)
-        return Split(freeze(loaded.model.to(self._device)), name, len(self._labels))
+        return SplitModel(freeze(loaded.model.to(self._device)), name, len(self._labels))
 
-    def own(self, index: int, *, fresh: bool) -> Split:
+    def own(self, index: int, *, fresh: bool) -> SplitModel:
         """The own architecture of a client; `fresh`: with the client's first draw in it."""
         name = self._name(index)
         if fresh or name not in self._lent:
             self._lent[name] = self._load(name, "own", index)
         return self._lent[name]
 
-    def second(self, name: str, index: int) -> Split:
+    def second(self, name: str, index: int) -> SplitModel:
         """A model that every client builds alike; raises BadInput when it reads other data than the own one."""
         if not _reads_alike(self._reader(name), self._reader(self._name(index))):
             raise BadInput(
@@ -148,7 +148,7 @@ class PersonalWorkspace:
         return max(widths_of(name, self._source(name))[place] for name in self.variants)
 
     # ---- tasks ----
-    def initialise(self, task: Task, tensors: Tensors) -> Initial:
+    def initialise(self, task: Task, tensors: Tensors) -> InitialAdapter:
         """Put beside the first tensors what only this side knows."""
         data = self.data(task.index, task.population)
         own = self.own(task.index, fresh=False).model
@@ -165,7 +165,7 @@ class PersonalWorkspace:
             "labels": list(data.labels),
             "model": self._source(self._name(task.index)).facts(),
         }
-        return Initial(tensors, facts, data.train.num_examples)
+        return InitialAdapter(tensors, facts, data.train.num_examples)
 
     def session(self, task: Task, private: PrivateState, on_progress: OnProgress) -> TorchPersonalSession:
         """Open one client's session."""
@@ -173,9 +173,9 @@ class PersonalWorkspace:
         data = self.data(task.index, task.population)
         return TorchPersonalSession(task, self, data, private=private, on_progress=on_progress)
 
-    def counting(self) -> Operations:
+    def counting(self) -> FlopCounter:
         """Count operations on their way to torch."""
-        return Operations()
+        return FlopCounter()
 
     def evaluate(self, task: Task, session: TorchPersonalSession, on_progress: OnProgress) -> Metrics:
         """Score a client's model on its own test split."""

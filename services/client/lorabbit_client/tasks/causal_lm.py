@@ -14,7 +14,7 @@ import numpy as np
 
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import DataSpec
-from lorabbit_client.data.features import IGNORED, Batch, Features, MeanLoss, Ragged, Scorer, Scores, TokenRows
+from lorabbit_client.data.features import IGNORED, Batch, Features, MeanLoss, RaggedRows, Scorer, Scores, TokenRows
 from lorabbit_client.data.table import Codes, Source, Table
 from lorabbit_client.tasks.base import LearningTask, Records, longest, pad_id
 
@@ -24,7 +24,7 @@ Segments: TypeAlias = "list[tuple[str, bool]]"
 ASSISTANT = "assistant"
 
 
-class CausalLanguageModelling(LearningTask):
+class CausalLanguageModeling(LearningTask):
     """Text to be continued."""
 
     name: ClassVar[str] = "causal-lm"
@@ -74,7 +74,7 @@ class CausalLanguageModelling(LearningTask):
             if not any(said[1:]):
                 raise BadInput(f"data.max_length: nothing is left to learn of example {number}; raise it")
         return Continuations(
-            TokenRows({"input_ids": [row for row, _ in rows]}, pad_id(processor)), Ragged(said for _, said in rows)
+            TokenRows({"input_ids": [row for row, _ in rows]}, pad_id(processor)), RaggedRows(said for _, said in rows)
         )
 
 
@@ -160,7 +160,7 @@ def cut(segments: Sequence[tuple[Sequence[int], bool]], longest_tokens: int) -> 
 class Continuations(Features):
     """Token rows of which some tokens are to be said by the model."""
 
-    def __init__(self, tokens: TokenRows, said: Ragged) -> None:
+    def __init__(self, tokens: TokenRows, said: RaggedRows) -> None:
         """Keep the rows."""
         self._tokens, self._said = tokens, said
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import DataSpec
-from lorabbit_client.data.features import Batch, Features, MeanLoss, Ragged, Scorer, Scores, TokenRows
+from lorabbit_client.data.features import Batch, Features, MeanLoss, RaggedRows, Scorer, Scores, TokenRows
 from lorabbit_client.data.table import Codes, Source, Table
 from lorabbit_client.tasks.base import LearningTask, Records, longest, pad_id
 
@@ -42,7 +42,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class ContextWindow:
     """A question and a part of its context, in tokens."""
 
     example: int
@@ -54,26 +54,28 @@ class Window:
     """Character behind each token in the context, -1 outside of it."""
 
 
-def windows_of(encoded: Any, first: int) -> Iterator[Window]:  # noqa: ANN401 - a tokenizer's BatchEncoding
+def windows_of(encoded: Any, first: int) -> Iterator[ContextWindow]:  # noqa: ANN401 - a tokenizer's BatchEncoding
     """Yield the windows of what a tokenizer returned for examples counted from `first`."""
     for row, example in enumerate(encoded["overflow_to_sample_mapping"]):
         ids = np.asarray(encoded["input_ids"][row], dtype=np.int32)
         types = encoded["token_type_ids"][row] if "token_type_ids" in encoded else np.zeros_like(ids)
         inside = np.array([sequence == CONTEXT for sequence in encoded.sequence_ids(row)])
         places = np.where(inside[:, None], np.asarray(encoded["offset_mapping"][row], dtype=np.int32), -1)
-        yield Window(first + example, ids, np.asarray(types, dtype=np.int32), *places.T.astype(np.int32))
+        yield ContextWindow(first + example, ids, np.asarray(types, dtype=np.int32), *places.T.astype(np.int32))
 
 
 class Windows(Features):
     """Windows of (question, part of a context) with the answer's first and last token."""
 
-    def __init__(self, windows: list[Window], contexts: list[str], answers: list[list[Answer]], *, pad: int) -> None:
+    def __init__(
+        self, windows: list[ContextWindow], contexts: list[str], answers: list[list[Answer]], *, pad: int
+    ) -> None:
         """Keep the tokens, each token's place in the context, and what scoring needs."""
         self.contexts, self.answers = contexts, answers
         self._tokens = TokenRows(
             {"input_ids": [w.ids for w in windows], "token_type_ids": [w.types for w in windows]}, pad
         )
-        self.begins, self.ends = Ragged(w.begins for w in windows), Ragged(w.ends for w in windows)
+        self.begins, self.ends = RaggedRows(w.begins for w in windows), RaggedRows(w.ends for w in windows)
         self.example = np.array([w.example for w in windows], dtype=np.int64)
         spans = [self._tokens_of(row, answers[window.example]) for row, window in enumerate(windows)]
         self._spans = np.array(spans, dtype=np.int64).reshape(len(windows), 2)
@@ -234,7 +236,7 @@ class QuestionAnswering(LearningTask):
         """Cut contexts into windows and find each answer's tokens."""
         length = longest(processor, spec)
         rows = (records.columns["question"], records.columns["context"], records.columns["answers"])
-        windows: list[Window] = []
+        windows: list[ContextWindow] = []
         for start in range(0, len(records), PORTION):
             questions, contexts, _ = (list(column[start : start + PORTION]) for column in rows)
             encoded = processor(

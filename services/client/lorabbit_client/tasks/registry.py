@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from lorabbit_client.tasks.base import LearningTask
-from lorabbit_client.tasks.causal_lm import CausalLanguageModelling
+from lorabbit_client.tasks.causal_lm import CausalLanguageModeling
 from lorabbit_client.tasks.image_classification import ImageClassification
 from lorabbit_client.tasks.question_answering import QuestionAnswering
 from lorabbit_client.tasks.text_classification import TextClassification, TextPairClassification
@@ -17,7 +17,7 @@ _ALL: tuple[LearningTask, ...] = (
     TextPairClassification(),
     TokenClassification(),
     QuestionAnswering(),
-    CausalLanguageModelling(),
+    CausalLanguageModeling(),
     ImageClassification(),
 )
 TASKS: Mapping[str, LearningTask] = MappingProxyType({task.name: task for task in _ALL})

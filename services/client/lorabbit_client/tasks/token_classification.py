@@ -14,7 +14,7 @@ import numpy as np
 
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import DataSpec
-from lorabbit_client.data.features import IGNORED, Batch, Features, MeanLoss, Ragged, Scorer, Scores, TokenRows
+from lorabbit_client.data.features import IGNORED, Batch, Features, MeanLoss, RaggedRows, Scorer, Scores, TokenRows
 from lorabbit_client.data.table import Codes, LabelTable, Source, Table
 from lorabbit_client.tasks.base import LearningTask, Records, longest, pad_id
 
@@ -55,7 +55,7 @@ class TokenClassification(LearningTask):
     def encode(self, records: Records, processor: Any, labels: tuple[str, ...], *, spec: DataSpec) -> Features:  # noqa: ANN401
         """Tokenise word by word and put each tag on its word's first piece."""
         if not len(records):
-            return TaggedTokens(TokenRows({}, 0), Ragged([]), labels)
+            return TaggedTokens(TokenRows({}, 0), RaggedRows([]), labels)
         encoded = _word_tokenizer(processor)(
             list(records.columns["tokens"]),
             is_split_into_words=True,
@@ -63,7 +63,7 @@ class TokenClassification(LearningTask):
             max_length=longest(processor, spec),
         )
         tags = (align(encoded.word_ids(row), of) for row, of in enumerate(records.columns["label"]))
-        return TaggedTokens(TokenRows(encoded, pad_id(processor)), Ragged(tags), labels)
+        return TaggedTokens(TokenRows(encoded, pad_id(processor)), RaggedRows(tags), labels)
 
 
 def _list(table: Table, column: str, row: int) -> list[Any]:
@@ -100,7 +100,7 @@ def _word_tokenizer(tokenizer: Any) -> Any:  # noqa: ANN401 - any fast tokenizer
 class TaggedTokens(Features):
     """Token rows with a label for each token."""
 
-    def __init__(self, tokens: TokenRows, tags: Ragged, labels: tuple[str, ...]) -> None:
+    def __init__(self, tokens: TokenRows, tags: RaggedRows, labels: tuple[str, ...]) -> None:
         """Keep the rows."""
         self._tokens, self._tags, self._labels = tokens, tags, labels
 

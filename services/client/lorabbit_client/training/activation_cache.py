@@ -34,11 +34,11 @@ PAYS = 3
 """How often a job must use an example for its prefix to be kept."""
 
 
-class _Reached(Exception):
+class _PrefixReached(Exception):
     """The prefix is done; carries nothing."""
 
 
-class PrefixCache:
+class ActivationCache:
     """Activations of a process, by client and group; the oldest go when there is no room."""
 
     def __init__(self, budget_bytes: int = BUDGET_BYTES) -> None:
@@ -67,7 +67,7 @@ class PrefixCache:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class ExampleUsage:
     """How often a job uses one client's examples, for the estimate."""
 
     rows: int
@@ -76,7 +76,7 @@ class Usage:
     clients: int
 
 
-class Prefix:
+class FrozenPrefix:
     """The frozen prefix of one training."""
 
     def __init__(  # noqa: PLR0913
@@ -85,7 +85,7 @@ class Prefix:
         blocks: Sequence[nn.Module],
         examples: Examples,
         *,
-        cache: PrefixCache,
+        cache: ActivationCache,
         owner: object,
         group: int = GROUP,
     ) -> None:
@@ -169,14 +169,14 @@ class Prefix:
 
         def reached(_module: nn.Module, _given: object, out: torch.Tensor) -> None:
             found.append(out)
-            raise _Reached
+            raise _PrefixReached
 
         batch = self._examples.batch(group)
         device = next(self._model.model.parameters()).device
         handle = self._blocks[-1].register_forward_hook(reached)
         try:
             self._model.model(**{name: value.to(device) for name, value in batch.items()})
-        except _Reached:
+        except _PrefixReached:
             pass
         finally:
             handle.remove()
@@ -200,13 +200,13 @@ def find_prefix(  # noqa: PLR0913
     model: TrainableModel,
     examples: Examples,
     moving: Iterable[torch.Tensor],
-    usage: Usage,
+    usage: ExampleUsage,
     *,
-    cache: PrefixCache,
+    cache: ActivationCache,
     base: object,
     owner: object,
     group: int = GROUP,
-) -> Prefix | None:
+) -> FrozenPrefix | None:
     """Return the prefix that a training can skip; None where there is none, or where keeping it does not pay."""
     config: Any = getattr(model.model, "config", None)
     if getattr(config, "model_type", None) not in FAMILIES or not len(examples):
@@ -219,7 +219,7 @@ def find_prefix(  # noqa: PLR0913
     below = {id(value) for block in frozen for value in block.parameters()}
     below |= {id(value) for name, value in model.model.named_parameters() if "embeddings" in name}
     travelling = {name: value for name, value in model.tensors.items() if id(value) in below}
-    prefix = Prefix(model, frozen, examples, cache=cache, owner=owner, group=group)
+    prefix = FrozenPrefix(model, frozen, examples, cache=cache, owner=owner, group=group)
     if prefix.moves():
         return None
     cache.use((base, len(frozen), hash_tensors(travelling)))
@@ -252,7 +252,7 @@ def _is_random(model: nn.Module, frozen: Sequence[nn.Module]) -> bool:
     return any(isinstance(m, nn.Dropout) and m.p > 0.0 for block in frozen for m in block.modules())
 
 
-def _pays(config: Any, examples: Examples, usage: Usage, budget_bytes: int) -> bool:  # noqa: ANN401
+def _pays(config: Any, examples: Examples, usage: ExampleUsage, budget_bytes: int) -> bool:  # noqa: ANN401
     """Tell from the job and the data alone whether examples are used often enough while they are kept."""
     rows = len(examples)
     width = int(getattr(config, "hidden_size", 0))

@@ -24,16 +24,16 @@ from lorabbit.job.spec import PrivacySpec
 from lorabbit.privacy.gaussian_mechanism import normal
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit_client.analysis.per_example_gradients import ExampleGradients, separate_owners
-from lorabbit_client.analysis.probe import looking
+from lorabbit_client.analysis.probe import evaluation_mode
 from lorabbit_client.data.features import Batch
 from lorabbit_client.data.table import Codes
 from lorabbit_client.training.batching import steps_of
-from lorabbit_client.training.trainer import Trainer, cut
+from lorabbit_client.training.trainer import Trainer, split_micro_batches
 
 LEAST = 1e-12
 
 
-class PrivateTrainer(Trainer):
+class DpTrainer(Trainer):
     """See the module's docstring."""
 
     privacy: PrivacySpec
@@ -70,7 +70,9 @@ class PrivateTrainer(Trainer):
         sums = {name: torch.zeros_like(value) for name, value in moving.items()}
         if len(positions):
             batch = {name: value.to(self._device) for name, value in self.examples.batch(positions).items()}
-            for _, piece, _ in cut(self.examples.features, batch, self._capability.max_batch or len(positions)):
+            for _, piece, _ in split_micro_batches(
+                self.examples.features, batch, self._capability.max_batch or len(positions)
+            ):
                 for found in self._gradients(moving, piece).of(piece):
                     _add_clipped(sums, found, self.privacy.clip)
         scale = min(self.local.batch_size, len(self.examples))
@@ -83,7 +85,7 @@ class PrivateTrainer(Trainer):
     def _gradients(self, moving: Mapping[str, nn.Parameter], batch: Batch) -> ExampleGradients:
         """Find out once how this model's examples are told apart, for it is the same in every step of a training."""
         if self._found is None:
-            with looking(self._model):
+            with evaluation_mode(self._model):
                 owners = separate_owners(self._model.model, moving, self._answer, batch)
             self._found = ExampleGradients(self._answer, moving, owners)
         return self._found

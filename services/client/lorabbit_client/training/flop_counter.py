@@ -18,12 +18,12 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lorabbit_client.models.quantization import QuantisedLinear, product
+from lorabbit_client.models.quantization import QuantizedLinear, product
 
 MULTIPLY_ADD = 2
 
 
-class Operations(TorchFunctionMode):
+class FlopCounter(TorchFunctionMode):
     """Counts while it is entered, in the thread that entered it."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ def _linear(result: torch.Tensor, value: torch.Tensor, weight: torch.Tensor, *_:
     return MULTIPLY_ADD * result.numel() * value.shape[-1] * _passes(value, weight)
 
 
-def _quantised(result: torch.Tensor, value: torch.Tensor, _layer: QuantisedLinear) -> int:
+def _quantised(result: torch.Tensor, value: torch.Tensor, _layer: QuantizedLinear) -> int:
     """Y (..., out) = x (..., in) W^T with a frozen weight that is widened for it."""
     return MULTIPLY_ADD * result.numel() * value.shape[-1] * _passes(value)
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from lorabbit.config.settings import PREFIX
 from lorabbit.errors import BadInput, LoRAbbitError
 from lorabbit.job.spec import LocalSpec, PrivacySpec
-from lorabbit.privacy.accountant import Sampled, epsilon_of
+from lorabbit.privacy.accountant import SampledGaussian, epsilon_of
 from lorabbit_client.capabilities import Capability
 from lorabbit_client.execution.privacy_ledger import PrivacyLedger
 from lorabbit_client.training.batching import steps_of
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class PrivacyBudget:
     """What one party allows, and what of it is spent."""
 
     name: str
@@ -26,17 +26,17 @@ class Budget:
     epsilon: float | None
     """None: everything is allowed."""
     delta: float
-    spent: tuple[Sampled, ...]
+    spent: tuple[SampledGaussian, ...]
 
-    def after(self, release: Sampled, times: int = 1) -> float:
+    def after(self, release: SampledGaussian, times: int = 1) -> float:
         """Epsilon when so many more of these are released."""
         return epsilon_of((*self.spent, release._replace(steps=times * release.steps)), self.delta)
 
-    def bears(self, release: Sampled, times: int = 1) -> bool:
+    def bears(self, release: SampledGaussian, times: int = 1) -> bool:
         """Tell whether it allows so many more of these."""
         return self.epsilon is None or self.after(release, times) <= self.epsilon
 
-    def check(self, release: Sampled) -> None:
+    def check(self, release: SampledGaussian) -> None:
         """Raise where it does not bear this: BadInput where nothing is spent yet, LoRAbbitError later."""
         if self.bears(release):
             return
@@ -49,18 +49,18 @@ class Budget:
         raise LoRAbbitError(f"{self.name}: another round would cost {cost} of a budget of {self.epsilon}")
 
 
-def release_of(spec: PrivacySpec, local: LocalSpec, rows: int) -> Sampled:
+def release_of(spec: PrivacySpec, local: LocalSpec, rows: int) -> SampledGaussian:
     """What one training on so many rows releases."""
-    return Sampled(spec.noise, min(1.0, local.batch_size / rows), steps_of(local, rows))
+    return SampledGaussian(spec.noise, min(1.0, local.batch_size / rows), steps_of(local, rows))
 
 
-def count(release: Sampled, spec: PrivacySpec, job: str, ledger: PrivacyLedger, capability: Capability) -> None:
+def count(release: SampledGaussian, spec: PrivacySpec, job: str, ledger: PrivacyLedger, capability: Capability) -> None:
     """Put a release into the ledger; raises BadInput or LoRAbbitError where a budget does not bear it.
 
     The server is told what the job has cost then, and `spent` where no further release like it fits both budgets.
     """
-    of_job = Budget("privacy.epsilon", spec.epsilon, spec.delta, ledger.of(job))
-    of_owner = Budget(f"{PREFIX}PRIVACY_EPSILON", capability.epsilon, capability.delta, ledger.of_all)
+    of_job = PrivacyBudget("privacy.epsilon", spec.epsilon, spec.delta, ledger.of(job))
+    of_owner = PrivacyBudget(f"{PREFIX}PRIVACY_EPSILON", capability.epsilon, capability.delta, ledger.of_all)
     for budget in (of_job, of_owner):
         budget.check(release)
     ledger.add(job, release)

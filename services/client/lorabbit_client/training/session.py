@@ -28,13 +28,13 @@ from lorabbit_client.dataset import ClientData
 from lorabbit_client.execution.interface import OnProgress
 from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.models.arrays import dtype_name, to_numpy, to_torch
-from lorabbit_client.models.base_weights import REPLACED, Base
+from lorabbit_client.models.base_weights import REPLACED, BaseWeights
 from lorabbit_client.models.lora import LoraLayers
 from lorabbit_client.models.trainable import TrainableModel
-from lorabbit_client.training.activation_cache import GROUP, Prefix, PrefixCache, Usage, find_prefix
+from lorabbit_client.training.activation_cache import GROUP, ActivationCache, ExampleUsage, FrozenPrefix, find_prefix
 from lorabbit_client.training.batching import rows_of
 from lorabbit_client.training.privacy_budget import count, release_of
-from lorabbit_client.training.trainer import Clock, Trainer
+from lorabbit_client.training.trainer import Trainer, TrainingSchedule
 
 CURVATURE_ROWS = 16
 """Rows whose loss surface stands for a client's."""
@@ -53,7 +53,7 @@ class TorchSession:
         *,
         private: PrivateState,
         on_progress: OnProgress,
-        prefixes: PrefixCache | None = None,
+        prefixes: ActivationCache | None = None,
         capability: Capability = UNLIMITED,
     ) -> None:
         """Start from the job's initial tensors."""
@@ -140,7 +140,7 @@ class TorchSession:
         if not len(self._data.train):
             return LocalResult(self.tensors(), 0, float("nan"), 0)
         start = time.perf_counter()
-        clock = Clock(self._task.round, self._task.spec.rounds)
+        clock = TrainingSchedule(self._task.round, self._task.spec.rounds)
         seed = derive_seed(self.seed, "stream", stream) if stream else self.seed
         trainer = self._trainer(model, local or self.local, clock, seed)
         trained = trainer.run(self._trained, gradient_term=gradient_term, frozen=frozen, mask=mask, batches=batches)
@@ -157,28 +157,28 @@ class TorchSession:
         """Report that something is measured, as far as training has come; a task that is called off ends here."""
         self._tell(self._fraction, None)
 
-    def _trainer(self, model: TrainableModel, local: LocalSpec, clock: Clock, seed: int) -> Trainer:
+    def _trainer(self, model: TrainableModel, local: LocalSpec, clock: TrainingSchedule, seed: int) -> Trainer:
         """Make what trains; what one that adds noise spends is counted beforehand."""
         spec, data = self._task.spec.privacy, self._data.train
         if spec is None or spec.level != "example":
             return Trainer(
                 model, data, local, clock=clock, seed=seed, find_prefix=self._find_prefix, capability=self._capability
             )
-        from lorabbit_client.training.dp_trainer import PrivateTrainer  # noqa: PLC0415
+        from lorabbit_client.training.dp_trainer import DpTrainer  # noqa: PLC0415
 
         limit = replace(self._capability, dtype="float32")
-        trainer = PrivateTrainer(model, data, local, clock=clock, seed=seed, capability=limit)
+        trainer = DpTrainer(model, data, local, clock=clock, seed=seed, capability=limit)
         trainer.privacy = spec
         count(release_of(spec, local, len(data)), spec, self._task.job, self._ledger, self._capability)
         return trainer
 
-    def _find_prefix(self, moving: Sequence[torch.Tensor], rows: int) -> Prefix | None:
+    def _find_prefix(self, moving: Sequence[torch.Tensor], rows: int) -> FrozenPrefix | None:
         """Look for frozen blocks whose activations this process may keep; a base that is trained has none."""
         base = None if self._adapter.base is None else self._adapter.base.settle()
         if self._prefixes is None or self._selected is not self._adapter or base == REPLACED:
             return None
         spec = self._task.spec
-        usage = Usage(rows, spec.rounds, self._task.population)
+        usage = ExampleUsage(rows, spec.rounds, self._task.population)
         owner = (self._task.index, self._task.population)
         group = min(GROUP, self._capability.max_batch or GROUP)
         return find_prefix(
@@ -221,9 +221,9 @@ class TorchSession:
         self, *, noise: float, draws: int, probes: int, variant: Sensitivity, direction: Direction = "random"
     ) -> Array:
         """How much each block's output moves when the embeddings do, float64 (blocks,)."""
-        from lorabbit_client.analysis.sensitivity import Probe, sensitivities  # noqa: PLC0415
+        from lorabbit_client.analysis.sensitivity import ProbeSettings, sensitivities  # noqa: PLC0415
 
-        probe = Probe(noise, draws, probes, variant, self.seed, direction)
+        probe = ProbeSettings(noise, draws, probes, variant, self.seed, direction)
         return sensitivities(self.settled(), self._data.train, probe, on_chunk=self._looked)
 
     def lossless_share(self, rule: Literal["slq", "eigengap"]) -> float:
@@ -241,7 +241,7 @@ class TorchSession:
         return self._selected
 
     @property
-    def _base(self) -> Base:
+    def _base(self) -> BaseWeights:
         if self._adapter.base is None:
             raise BadInput(f"model.name: {self._task.spec.model.name} has no base model")
         return self._adapter.base

@@ -40,7 +40,7 @@ from lorabbit_client.execution.interface import OnProgress
 from lorabbit_client.models.arrays import to_torch
 from lorabbit_client.models.loading import seeded
 from lorabbit_client.models.trainable import TrainableModel
-from lorabbit_client.training.activation_cache import Prefix
+from lorabbit_client.training.activation_cache import FrozenPrefix
 from lorabbit_client.training.batching import batches as cut_batches
 from lorabbit_client.training.batching import repeated, rows_of, steps_of, steps_over
 
@@ -63,7 +63,7 @@ def make_masks(model: TrainableModel, given: Tensors) -> dict[str, torch.Tensor]
     return masks
 
 
-class Held:
+class FrozenEntries:
     """Entries outside the masks, as they were when the training began."""
 
     def __init__(self, masters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> None:
@@ -90,7 +90,7 @@ class Held:
 HALF = frozenset({torch.float16, torch.bfloat16})
 
 
-def make_masters(moving: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def fp32_master_params(moving: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Return what the optimiser moves: float32 copies of half-precision parameters, others themselves.
 
     In float16 Adam's epsilon is zero and its first step is 0 / 0; in bfloat16 a step below a 256th
@@ -121,7 +121,7 @@ FIRST_SCALE = 2.0**12
 """Factor on a float16 loss at first, so that small gradients do not vanish; it is halved when they overflow."""
 
 
-def cut(features: Features, batch: Batch, most: int) -> Iterator[tuple[slice, Batch, float]]:
+def split_micro_batches(features: Features, batch: Batch, most: int) -> Iterator[tuple[slice, Batch, float]]:
     """Yield pieces of at most so many rows: where they stand, their tensors, and their share of the loss.
 
     A piece without a unit is left out, since its own mean is none.
@@ -149,12 +149,12 @@ def scaler_of(capability: Capability, device: torch.device) -> torch.amp.GradSca
 
 
 PROGRESS_SECONDS = 0.25
-FindPrefix: TypeAlias = Callable[[Sequence[torch.Tensor], int], Prefix | None]
+FindPrefix: TypeAlias = Callable[[Sequence[torch.Tensor], int], FrozenPrefix | None]
 """(what moves, rows trained on) -> what of the model need not be computed in every step."""
 
 
 @dataclass(frozen=True, slots=True)
-class Clock:
+class TrainingSchedule:
     """Where in the job a task stands; the learning rate's schedule runs over all rounds."""
 
     round: int
@@ -166,7 +166,7 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainingResult:
     """What a training did."""
 
     loss: float
@@ -175,7 +175,7 @@ class Trained:
     """Rows, with repeats, whose frozen prefix was not computed again."""
 
 
-def rate_factor(local: LocalSpec, share: float) -> float:
+def lr_multiplier(local: LocalSpec, share: float) -> float:
     """Return the factor on the learning rate when `share` of the whole job is done."""
     warmup = local.warmup_share
     if share < warmup:
@@ -206,7 +206,7 @@ class Trainer:
         examples: Examples,
         local: LocalSpec,
         *,
-        clock: Clock,
+        clock: TrainingSchedule,
         seed: int,
         find_prefix: FindPrefix = lambda _moving, _rows: None,
         capability: Capability = UNLIMITED,
@@ -214,7 +214,7 @@ class Trainer:
         """Take what to train, on what, how, when in the job, from which seed, and what this client can hold."""
         self._capability = capability
         self._find_prefix = find_prefix
-        self._prefix: Prefix | None = None
+        self._prefix: FrozenPrefix | None = None
         self._model = model
         self.examples = examples
         self.local = local
@@ -231,7 +231,7 @@ class Trainer:
         frozen: Callable[[str], bool] | None = None,
         mask: Tensors | None = None,
         batches: Sequence[Sequence[int]] | None = None,
-    ) -> Trained:
+    ) -> TrainingResult:
         """Train from the model's present tensors with a fresh optimiser; raises LoRAbbitError if it diverges."""
         masks = make_masks(self._model, mask or {})
         still = {name for name, moves in masks.items() if not moves.any()}
@@ -285,18 +285,18 @@ class Trainer:
         order: tuple[int, Iterator[Codes]],
         on_progress: OnProgress,
         gradient_term: GradientTerm | None,
-    ) -> Trained:
+    ) -> TrainingResult:
         """Run the loop; nothing but the loss leaves the device, and only when progress is due."""
-        local, masters = self.local, make_masters(moving)
+        local, masters = self.local, fp32_master_params(moving)
         steps, rows = order
-        held = Held(masters, masks)
+        held = FrozenEntries(masters, masks)
         parameters = list(masters.values())
         start = {name: value.detach().clone() for name, value in masters.items()} if gradient_term else {}
         optimizer = make_optimizer(local, parameters)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         due = time.monotonic() + PROGRESS_SECONDS
         for step, positions in enumerate(rows):
-            rate = local.learning_rate * rate_factor(local, self._clock.share(step, steps))
+            rate = local.learning_rate * lr_multiplier(local, self._clock.share(step, steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = self._learn(positions, moving, step)
@@ -318,7 +318,7 @@ class Trainer:
                 due = time.monotonic() + PROGRESS_SECONDS
         mean = self._finite(total, steps)
         on_progress(1.0, mean)
-        return Trained(mean, steps, 0 if self._prefix is None else self._prefix.saved)
+        return TrainingResult(mean, steps, 0 if self._prefix is None else self._prefix.saved)
 
     def _learn(self, positions: Codes, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:  # noqa: ARG002
         """Leave the gradient of one batch, which may come in pieces, in `grad`, and return its loss."""
@@ -326,7 +326,7 @@ class Trainer:
         if most is None or len(positions) <= most:
             return self._backward(batch)
         total = torch.zeros((), device=self._device)
-        for place, piece, share in cut(self.examples.features, batch, most):
+        for place, piece, share in split_micro_batches(self.examples.features, batch, most):
             if self._prefix is not None:
                 self._prefix.narrow(place)
             total += self._backward(piece, share)

@@ -21,15 +21,15 @@ from lorabbit.tensors.arithmetic import count
 from lorabbit.types import Json, Tensors
 from lorabbit_client.capabilities import UNLIMITED, Capability
 from lorabbit_client.dataset import ClientData, load_client, load_labels, load_test
-from lorabbit_client.execution.interface import Initial, OnProgress
+from lorabbit_client.execution.interface import InitialAdapter, OnProgress
 from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.models.loading import load_model, load_processor
-from lorabbit_client.models.quantization import quantise
+from lorabbit_client.models.quantization import quantize
 from lorabbit_client.models.source import resolve
 from lorabbit_client.models.trainable import TrainableModel, make_trainable
-from lorabbit_client.training.activation_cache import PrefixCache
+from lorabbit_client.training.activation_cache import ActivationCache
 from lorabbit_client.training.evaluation import evaluate
-from lorabbit_client.training.flop_counter import Operations
+from lorabbit_client.training.flop_counter import FlopCounter
 from lorabbit_client.training.session import TorchSession
 
 CENTRAL = "central"
@@ -70,7 +70,7 @@ class LearningWorkspace:
         self._spec = spec
         self._data_root = data_root
         self._device = device
-        self._prefixes = PrefixCache()
+        self._prefixes = ActivationCache()
 
     @cached_property
     def _source(self) -> Any:  # noqa: ANN401 - ModelSource; cached_property hides the type from mypy's plugin
@@ -85,7 +85,7 @@ class LearningWorkspace:
         labels = load_labels(self._spec, self._data_root)
         model = make_trainable(self._spec, load_model(self._spec, self._source, labels), self._device)
         if self._capability.quantisation != "none":
-            quantise(model, self._capability.quantisation)
+            quantize(model, self._capability.quantisation)
         return model
 
     @property
@@ -103,7 +103,7 @@ class LearningWorkspace:
             self._data(index, population)
         _ = self._model
 
-    def initialise(self, task: Task, tensors: Tensors) -> Initial:
+    def initialise(self, task: Task, tensors: Tensors) -> InitialAdapter:
         """Put beside the first adapter what only this side knows."""
         data, model = self._data(task.index, task.population), self._model
         facts: dict[str, Json] = {
@@ -118,7 +118,7 @@ class LearningWorkspace:
             "labels": list(data.labels),
             "model": self._source.facts(),
         }
-        return Initial(tensors, facts, data.train.num_examples)
+        return InitialAdapter(tensors, facts, data.train.num_examples)
 
     def session(self, task: Task, private: PrivateState, on_progress: OnProgress) -> TorchSession:
         """Open one client's session."""
@@ -135,9 +135,9 @@ class LearningWorkspace:
             capability=self._capability,
         )
 
-    def counting(self) -> Operations:
+    def counting(self) -> FlopCounter:
         """Count operations on their way to torch."""
-        return Operations()
+        return FlopCounter()
 
     def evaluate(self, task: Task, session: TorchSession, on_progress: OnProgress) -> Metrics:
         """Score a session's model on the client's test split, or on the whole test set."""

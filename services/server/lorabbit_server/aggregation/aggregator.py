@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lorabbit.aggregation.staleness import Carry
+from lorabbit.aggregation.staleness import StalenessCorrection
 from lorabbit.compression import compressed_file
 from lorabbit.errors import LoRAbbitError, Refused
 from lorabbit.methods.api.method import Method
@@ -23,30 +23,30 @@ from lorabbit.runtime import failpoints
 from lorabbit.tensors import serialization
 from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit.types import ClientUpdate, Json, ServerState, Tensors
-from lorabbit_server.aggregation.model_versions import Versions
-from lorabbit_server.aggregation.update_validation import Template
-from lorabbit_server.engine.state import Offered, TaskState, Version
-from lorabbit_server.engine.transitions import Aggregate, MethodStarted, ResultsUseless, RoundAggregated
+from lorabbit_server.aggregation.model_versions import ModelVersionStore
+from lorabbit_server.aggregation.update_validation import UpdateTemplate
+from lorabbit_server.engine.state import ModelVersion, TaskState, UploadOffer
+from lorabbit_server.engine.transitions import Aggregate, MethodStarted, RoundAggregated, UpdatesUnusable
 
 
 @dataclass(frozen=True, slots=True)
-class Background:
+class UpdateContext:
     """What beside an update's own file says what it means; by task."""
 
-    carries: Mapping[str, Carry] = field(default_factory=dict)
+    carries: Mapping[str, StalenessCorrection] = field(default_factory=dict)
     """Where an update started from an older version."""
-    origins: Mapping[str, compressed_file.Origin] = field(default_factory=dict)
+    origins: Mapping[str, compressed_file.DeltaBase] = field(default_factory=dict)
     """To what an update tells the difference, if it does."""
 
 
 @dataclass(frozen=True, slots=True)
-class Updates(Iterable[ClientUpdate]):
+class AcceptedUpdates(Iterable[ClientUpdate]):
     """The updates of accepted tasks, to be walked as often as a method likes."""
 
     method: Method
     tasks: Sequence[TaskState]
     payloads: PayloadStore
-    background: Background = Background()
+    background: UpdateContext = UpdateContext()
 
     def __iter__(self) -> Iterator[ClientUpdate]:
         """Stream the updates; each one's tensors are read when asked for, none where it brought none."""
@@ -76,14 +76,14 @@ def aggregate(
     tasks: Sequence[TaskState],
     *,
     payloads: PayloadStore,
-    background: Background | None = None,
+    background: UpdateContext | None = None,
 ) -> ServerState:
     """Let the method fold the round's updates behind the job's defence.
 
     They come in ascending client index, then in the order they were asked for.
     """
     ordered = sorted(tasks, key=lambda task: (task.index, task.round, task.turn))
-    received = Updates(method, ordered, payloads, background or Background())
+    received = AcceptedUpdates(method, ordered, payloads, background or UpdateContext())
     job = method.job
     guarded, defended = defense.defend(job, state, received)
     folded = method.aggregate(state, gaussian_mechanism.protect(job, state, guarded))
@@ -94,39 +94,41 @@ def aggregate(
     return replace(folded, facts={**folded.facts, **facts, "report": {**folded.report, **told}})
 
 
-def first_version(versions: Versions, offered: Offered) -> tuple[Version, int]:
+def first_version(versions: ModelVersionStore, offered: UploadOffer) -> tuple[ModelVersion, int]:
     """Save the state that the first adapter gives; returns it and the exported adapter's number of parameters."""
     store, payload = versions.payloads, offered.payload
     adapter: Tensors = {} if payload is None else serialization.read_tensors(store.path(payload.sha256))
     version = versions.save(versions.method.start(adapter))
-    return version, Template.of(serialization.read_tensors(store.path(version.adapter.sha256))).parameters
+    return version, UpdateTemplate.of(serialization.read_tensors(store.path(version.adapter.sha256))).parameters
 
 
 def next_version(
-    versions: Versions, state: ServerState, tasks: Sequence[TaskState], *, background: Background
-) -> tuple[Version, float]:
+    versions: ModelVersionStore, state: ServerState, tasks: Sequence[TaskState], *, background: UpdateContext
+) -> tuple[ModelVersion, float]:
     """Save the state that a round's updates give; returns it and the seconds that it took."""
-    failpoints.reached(failpoints.Point.AGGREGATING)
+    failpoints.hit(failpoints.Failpoint.AGGREGATING)
     began = time.monotonic()
     folded = aggregate(versions.method, state, tasks, payloads=versions.payloads, background=background)
     version = versions.save(folded)
-    failpoints.reached(failpoints.Point.VERSION_WRITTEN)
+    failpoints.hit(failpoints.Failpoint.VERSION_WRITTEN)
     return version, time.monotonic() - began
 
 
-def start_method(versions: Versions, task: TaskState, facts: Mapping[str, Json]) -> MethodStarted | ResultsUseless:
+def start_method(
+    versions: ModelVersionStore, task: TaskState, facts: Mapping[str, Json]
+) -> MethodStarted | UpdatesUnusable:
     """Make the first server state of what a client brought, or say why that is none."""
     assert task.offered is not None  # noqa: S101 - an accepted task was offered
     try:
         version, parameters = first_version(versions, task.offered)
     except (LoRAbbitError, KeyError, IndexError, TypeError, ValueError) as error:
-        return ResultsUseless(task.round, {task.id: f"first-adapter: {error or type(error).__name__}"})
+        return UpdatesUnusable(task.round, {task.id: f"first-adapter: {error or type(error).__name__}"})
     return MethodStarted(version, parameters, facts)
 
 
 def fold_round(
-    versions: Versions, state: ServerState, folded: Aggregate, *, background: Background
-) -> RoundAggregated | ResultsUseless:
+    versions: ModelVersionStore, state: ServerState, folded: Aggregate, *, background: UpdateContext
+) -> RoundAggregated | UpdatesUnusable:
     """Fold a round, or name the results that cannot be folded even alone."""
     try:
         version, seconds = next_version(versions, state, folded.tasks, background=background)
@@ -139,5 +141,5 @@ def fold_round(
                 reasons[task.id] = str(why)
         if not reasons:
             raise
-        return ResultsUseless(folded.round, reasons)
+        return UpdatesUnusable(folded.round, reasons)
     return RoundAggregated(folded.round, version, seconds)

@@ -12,15 +12,15 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from lorabbit.compression.compressed_file import Origin, open_tensors
-from lorabbit.compression.compressor import write_coded
-from lorabbit.job.spec import Coding
+from lorabbit.compression.compressed_file import DeltaBase, open_tensors
+from lorabbit.compression.compressor import write_compressed
+from lorabbit.job.spec import CompressionSpec
 from lorabbit.methods.api.method import Method
-from lorabbit.protocol.messages import PayloadRef, Way
+from lorabbit.protocol.messages import EncodedDownload, PayloadRef
 from lorabbit.tensors import serialization
 from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit.types import ADAPTER, Facts, ServerState, Tensors
-from lorabbit_server.engine.state import Version
+from lorabbit_server.engine.state import ModelVersion
 
 REPORT = "report"
 """The fact of a round that its version tells and its file does not."""
@@ -29,10 +29,10 @@ KEPT_OBJECTS = 16
 
 
 @dataclass(slots=True)
-class _Loaded:
+class _LoadedVersion:
     """One version in use."""
 
-    version: Version
+    version: ModelVersion
     state: ServerState
     own: dict[int, tuple[Tensors, PayloadRef]] = field(default_factory=dict)
     """Objects of the state by identity, each with its file."""
@@ -43,7 +43,7 @@ class _Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Coded:
+class _CompressedAdapter:
     """An adapter as it travels, and as it is afterwards."""
 
     file: PayloadRef
@@ -51,24 +51,24 @@ class _Coded:
 
 
 @dataclass(slots=True)
-class Versions:
+class ModelVersionStore:
     """Saves and loads the server states of one job."""
 
     method: Method
     payloads: PayloadStore
     chunk_bytes: int
-    coding: Coding = field(default_factory=Coding)
+    coding: CompressionSpec = field(default_factory=CompressionSpec)
     """How adapters travel."""
     unclaimed: set[str] = field(default_factory=set)
     """Files written for a server state that the job does not name yet."""
-    _loaded: list[_Loaded] = field(default_factory=list)
+    _loaded: list[_LoadedVersion] = field(default_factory=list)
     """Versions in use, the one asked for last at the end."""
-    _coded: dict[tuple[str, str | None], _Coded] = field(default_factory=dict)
+    _coded: dict[tuple[str, str | None], _CompressedAdapter] = field(default_factory=dict)
     """By the sha256 of the adapter that a plan names, and of what the coded file tells the difference to."""
     _newest: PayloadRef | None = None
     """The adapter that plans on the newest version most likely name."""
 
-    def save(self, state: ServerState) -> Version:
+    def save(self, state: ServerState) -> ModelVersion:
         """Write a server state, and what a user gets of it, durably; all are files when this returns."""
         written = {id(group): self._known(group) or self._write(group, {}) for group in state.shared.values()}
         facts = {name: fact for name, fact in state.facts.items() if name != REPORT}
@@ -80,7 +80,7 @@ class Versions:
         def file_of(tensors: Tensors) -> PayloadRef:
             return written.get(id(tensors)) or self._known(tensors) or self._write(tensors, {})
 
-        version = Version(
+        version = ModelVersion(
             state=saved,
             adapter=file_of(export.tensors),
             shared={role: file_of(group) for role, group in state.shared.items()},
@@ -93,7 +93,7 @@ class Versions:
         self._code_ahead(saved if not facts else version.adapter if version.direct else None)
         return version
 
-    def load(self, version: Version) -> ServerState:
+    def load(self, version: ModelVersion) -> ServerState:
         """Return a server state whose tensors are read when asked for; the same objects while it is in use."""
         entry = next((each for each in self._loaded if each.version == version), None)
         if entry is None:
@@ -103,7 +103,7 @@ class Versions:
         self._loaded.append(entry)
         return entry.state
 
-    def keep(self, versions: Iterable[Version]) -> frozenset[str]:
+    def keep(self, versions: Iterable[ModelVersion]) -> frozenset[str]:
         """Forget the versions that are no longer in use; returns the files that were written for their plans."""
         before = self.current
         in_use = list(versions)
@@ -123,13 +123,13 @@ class Versions:
             refs[ADAPTER] = self._code(refs[ADAPTER], None).whole
         return refs
 
-    def way(self, whole: PayloadRef, origin: PayloadRef | None) -> Way:
+    def way(self, whole: PayloadRef, origin: PayloadRef | None) -> EncodedDownload:
         """The coded file from which a client makes a payload that `refs` named; written where it is not yet."""
         for coded in list(self._coded.values()):
             if self.coding.is_lossy and coded.whole == whole:
-                return Way(coded=coded.file)
+                return EncodedDownload(coded=coded.file)
         told = None if origin is None or origin == whole else origin
-        return Way(coded=self._code(whole, told).file, origin=None if told is None else told.sha256)
+        return EncodedDownload(coded=self._code(whole, told).file, origin=None if told is None else told.sha256)
 
     @property
     def current(self) -> frozenset[str]:
@@ -138,7 +138,7 @@ class Versions:
         coded = {ref.sha256 for each in list(self._coded.values()) for ref in (each.file, each.whole)}
         return frozenset(coded).union(*(set(entry.hashes) | entry.version.hashes for entry in entries))
 
-    def _open(self, version: Version) -> _Loaded:
+    def _open(self, version: ModelVersion) -> _LoadedVersion:
         path = self.payloads.path(version.state.sha256)
         facts = serialization.read_facts(path)
         shared = {role: self._group(ref) for role, ref in version.shared.items()}
@@ -149,7 +149,7 @@ class Versions:
             own[id(state.tensors)] = (state.tensors, version.state)
         elif version.direct:
             own[id(state.tensors)] = (state.tensors, version.adapter)
-        return _Loaded(version, state, own)
+        return _LoadedVersion(version, state, own)
 
     def _group(self, ref: PayloadRef) -> Tensors:
         """The tensors of a file; the same object that another version in use has."""
@@ -185,20 +185,20 @@ class Versions:
             told = origin if self.coding.delta and origin != adapter else None
             self._code(adapter, told)
 
-    def _code(self, adapter: PayloadRef, origin: PayloadRef | None) -> _Coded:
+    def _code(self, adapter: PayloadRef, origin: PayloadRef | None) -> _CompressedAdapter:
         """Write an adapter for the wire, once."""
         key = (adapter.sha256, None if origin is None else origin.sha256)
         if key not in self._coded:
             tensors = serialization.read_tensors(self.payloads.path(adapter.sha256))
-            held = None if origin is None else Origin.of(origin.sha256, self.payloads.path(origin.sha256))
+            held = None if origin is None else DeltaBase.of(origin.sha256, self.payloads.path(origin.sha256))
             file = self.payloads.add_written(
-                lambda path: write_coded(path, tensors, self.coding, origin=held), chunk_bytes=self.chunk_bytes
+                lambda path: write_compressed(path, tensors, self.coding, origin=held), chunk_bytes=self.chunk_bytes
             )
             whole = adapter
             if self.coding.is_lossy:
                 whole = self._write(open_tensors(self.payloads.path(file.sha256)), {})
             self.unclaimed.add(file.sha256)
-            self._coded[key] = _Coded(file, whole)
+            self._coded[key] = _CompressedAdapter(file, whole)
         return self._coded[key]
 
     def _write(self, tensors: Tensors, facts: Facts) -> PayloadRef:

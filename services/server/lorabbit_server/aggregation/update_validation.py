@@ -15,7 +15,7 @@ import numpy as np
 
 from lorabbit.compression import compressed_file
 from lorabbit.errors import SHOWN, CorruptPayload, Refused
-from lorabbit.job.spec import Coding
+from lorabbit.job.spec import CompressionSpec
 from lorabbit.protocol.messages import PayloadRef
 from lorabbit.tensors import serialization
 from lorabbit.tensors.arithmetic import is_floating
@@ -32,7 +32,7 @@ MAX_CHUNK_BYTES = 15 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Template:
+class UpdateTemplate:
     """What every update of a job looks like: shape and dtype by name."""
 
     shapes: Mapping[str, tuple[tuple[int, ...], str]]
@@ -47,7 +47,7 @@ class Template:
         return not self.shapes
 
     @classmethod
-    def of(cls, tensors: Tensors) -> Template:
+    def of(cls, tensors: Tensors) -> UpdateTemplate:
         """Describe tensors."""
         shapes = {}
         size = parameters = 0
@@ -60,12 +60,12 @@ class Template:
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
+class ExpectedUpdate:
     """What a result must be."""
 
-    template: Template | None = None
+    template: UpdateTemplate | None = None
     """None: anything finite, and only as it is."""
-    coding: Coding = field(default_factory=Coding)
+    coding: CompressionSpec = field(default_factory=CompressionSpec)
     """How the job asks for it; a client may send it as it is all the same."""
     origin: tuple[str, Path] | None = None
     """What a difference may be to: a payload that the task named."""
@@ -73,7 +73,7 @@ class Expected:
     """A file without a tensor passes, as the first adapter of clients with models of their own."""
 
 
-def check_offer(payload: PayloadRef, template: Template | None, *, max_bytes: int) -> None:
+def check_offer(payload: PayloadRef, template: UpdateTemplate | None, *, max_bytes: int) -> None:
     """Refuse a payload that is too large to be what was asked for, before a byte of it moves."""
     limit = max_bytes if template is None else min(max_bytes, template.size_bytes + HEADER_BYTES)
     if payload.size_bytes > limit:
@@ -84,16 +84,16 @@ def check_offer(payload: PayloadRef, template: Template | None, *, max_bytes: in
         raise Refused("too-large", f"{payload.chunks} chunks are more than {MAX_CHUNKS}; cut it into larger ones")
 
 
-def check_update(path: Path, expected: Expected) -> Coding:
+def check_update(path: Path, expected: ExpectedUpdate) -> CompressionSpec:
     """Refuse a file whose tensors are not those that are expected, or not all finite; returns how it is coded.
 
     Names, types and shapes are compared before a coded tensor is decoded, so none becomes larger than expected.
     """
     template = expected.template
     try:
-        origin = None if expected.origin is None else compressed_file.Origin.of(*expected.origin)
+        origin = None if expected.origin is None else compressed_file.DeltaBase.of(*expected.origin)
         tensors = compressed_file.open_tensors(path, origin)
-        found = compressed_file.coding_of(tensors)
+        found = compressed_file.compression_of(tensors)
         _check_coding(found, expected)
         if template is not None:
             _check_names(tensors, template)
@@ -107,7 +107,7 @@ def check_update(path: Path, expected: Expected) -> Coding:
     return found
 
 
-def _check_coding(found: Coding, expected: Expected) -> None:
+def _check_coding(found: CompressionSpec, expected: ExpectedUpdate) -> None:
     """Refuse a coding that the job did not ask for; as they are, tensors may always come."""
     if found.is_plain:
         return
@@ -116,7 +116,7 @@ def _check_coding(found: Coding, expected: Expected) -> None:
         raise Refused("coding", f"it is written in {found.word}, where {asked.word} was asked for")
 
 
-def _check_names(tensors: Tensors, template: Template) -> None:
+def _check_names(tensors: Tensors, template: UpdateTemplate) -> None:
     """Refuse missing and unknown names."""
     missing = sorted(template.shapes.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - template.shapes.keys())
@@ -125,7 +125,7 @@ def _check_names(tensors: Tensors, template: Template) -> None:
         raise Refused("names", f"it {first} ({len(missing)} missing, {len(unknown)} unknown)")
 
 
-def _check_tensor(name: str, tensors: Tensors, template: Template | None) -> float:
+def _check_tensor(name: str, tensors: Tensors, template: UpdateTemplate | None) -> float:
     """Refuse one tensor of the wrong shape or dtype, or with a value that is not finite; its largest value."""
     dtype, shape = serialization.describe(tensors, name)
     if template is not None:
@@ -145,7 +145,7 @@ def _largest(value: Array) -> float:
     return float(np.max(np.abs(value))) if is_floating(value) and value.size else 0.0
 
 
-def _check_norm(norm: float, template: Template) -> None:
+def _check_norm(norm: float, template: UpdateTemplate) -> None:
     """Refuse an update that is larger than any training makes it; `norm` is its largest absolute value."""
     if norm <= FAR_OUT:
         return

@@ -25,29 +25,29 @@ from lorabbit.job.spec import JobSpec
 from lorabbit.job.validation import explain
 from lorabbit.state.base import START
 from lorabbit_server.api.auth import add_access, guard
-from lorabbit_server.api.metrics import Measures
-from lorabbit_server.api.status import Lookout, Status, clients_wanted
-from lorabbit_server.clients.listing import Attendant, attendance
-from lorabbit_server.health.dependencies import Surroundings
-from lorabbit_server.server import Service
+from lorabbit_server.api.metrics import ServerMetrics
+from lorabbit_server.api.status import JobSummary, StatusService, clients_wanted
+from lorabbit_server.clients.listing import ClientInfo, list_clients
+from lorabbit_server.health.dependencies import DependencyHealth
+from lorabbit_server.server import Server
 
 log = structlog.get_logger()
 LONGEST_WAIT_SECONDS = 60.0
 Json = dict[str, Any]
 
 
-class Unknown(LoRAbbitError):
+class NotFound(LoRAbbitError):
     """There is no such thing."""
 
 
-STATUS: tuple[tuple[type[LoRAbbitError], int], ...] = ((Unknown, 404), (NotAllowed, 403), (Retryable, 503))
+STATUS: tuple[tuple[type[LoRAbbitError], int], ...] = ((NotFound, 404), (NotAllowed, 403), (Retryable, 503))
 """How errors of ours are told over HTTP; any other is 400."""
 
 
-def make_app(service: Service, measures: Measures, lookout: Lookout | None = None) -> FastAPI:
+def make_app(service: Server, measures: ServerMetrics, lookout: StatusService | None = None) -> FastAPI:
     """Build the application over a service; `lookout` where status may not wait as long as the service's store does."""
     if lookout is None:
-        lookout = Lookout(service, Surroundings(service.broker, service.store, service.now_ms), service.store)
+        lookout = StatusService(service, DependencyHealth(service.broker, service.store, service.now_ms), service.store)
     app = FastAPI(title="LoRAbbit", version=__version__)
     guard(app, service.settings.http_token, measures.count_refused_request)
     _add_errors(app)
@@ -80,7 +80,7 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse({"error": str(error.detail)}, error.status_code)
 
 
-def _add_jobs(app: FastAPI, service: Service) -> None:
+def _add_jobs(app: FastAPI, service: Server) -> None:
     """Take submissions and cancellations, and list jobs."""
     store = service.store
 
@@ -102,36 +102,36 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
     def cancel(job: str) -> Json:
         entries = store.jobs()
         if job not in entries:
-            raise Unknown(_no_job(job, list(entries)))
+            raise NotFound(_no_job(job, list(entries)))
         return {"job": job, "cancelled": service.cancel(job), "status": entries[job].status}
 
 
-def _add_status(app: FastAPI, service: Service, lookout: Lookout) -> None:
+def _add_status(app: FastAPI, service: Server, lookout: StatusService) -> None:
     """Say where jobs stand and whom they wait for, also while the broker or the store is away."""
 
     @app.get("/status")
-    def newest() -> Status:
+    def newest() -> JobSummary:
         found = lookout.status()
         if found is None:
-            raise Unknown("no job has been submitted yet; submit one with: lorabbit submit FILE")
+            raise NotFound("no job has been submitted yet; submit one with: lorabbit submit FILE")
         return found
 
     @app.get("/jobs/{job}")
-    def status(job: str) -> Status:
+    def status(job: str) -> JobSummary:
         found = lookout.status(job)
         if found is None:
-            raise Unknown(_no_job(job, list(service.store.jobs())))
+            raise NotFound(_no_job(job, list(service.store.jobs())))
         return found
 
 
-def _add_watching(app: FastAPI, service: Service) -> None:
+def _add_watching(app: FastAPI, service: Server) -> None:
     """Serve what jobs and clients tell of themselves."""
     store = service.store
 
     def spec_of(job: str) -> JobSpec:
         entries = store.jobs()
         if job not in entries:
-            raise Unknown(_no_job(job, list(entries)))
+            raise NotFound(_no_job(job, list(entries)))
         return JobSpec.model_validate_json(entries[job].spec)
 
     @app.get("/jobs/{job}/spec")
@@ -158,10 +158,10 @@ def _add_watching(app: FastAPI, service: Service) -> None:
         return fold(begin(job, spec), (EVENTS.validate_json(each.event) for each in logged)).model_dump(mode="json")
 
     @app.get("/clients")
-    def clients() -> list[Attendant]:
+    def clients() -> list[ClientInfo]:
         lease_ms = round(service.settings.client_lease_seconds * 1000)
         heard_ms = service.registry.heard_ms if service.is_leading else {}
-        return attendance(store, heard_ms, now_ms=service.now_ms(), lease_ms=lease_ms)
+        return list_clients(store, heard_ms, now_ms=service.now_ms(), lease_ms=lease_ms)
 
 
 def _add_files(app: FastAPI, runs: Path) -> None:
@@ -170,7 +170,7 @@ def _add_files(app: FastAPI, runs: Path) -> None:
     def folder(job: str) -> Path:
         path = (runs / job).resolve()
         if path.parent != runs.resolve() or not path.is_dir():
-            raise Unknown(f"there is no run folder of a job {job!r} on this server")
+            raise NotFound(f"there is no run folder of a job {job!r} on this server")
         return path
 
     @app.get("/jobs/{job}/files")
@@ -184,11 +184,11 @@ def _add_files(app: FastAPI, runs: Path) -> None:
         root = folder(job)
         wanted = (root / path).resolve()
         if not wanted.is_relative_to(root) or not wanted.is_file():
-            raise Unknown(f"job {job!r} has no file {path!r}")
+            raise NotFound(f"job {job!r} has no file {path!r}")
         return FileResponse(wanted)
 
 
-def _add_health(app: FastAPI, service: Service, measures: Measures) -> None:
+def _add_health(app: FastAPI, service: Server, measures: ServerMetrics) -> None:
     @app.get("/healthz")
     def healthz() -> Json:
         return {"alive": True, "version": __version__}

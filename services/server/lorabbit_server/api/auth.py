@@ -24,11 +24,11 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorabbit.config.enrolment import Join, TokenWish
+from lorabbit.config.enrollment import JoinRequest, JoinTokenRequest
 from lorabbit.errors import JoinRefused, Refused
 from lorabbit.protocol.codec import MAX_MESSAGE_BYTES
-from lorabbit.state.enrolment import Token
-from lorabbit_server.server import Service
+from lorabbit.state.enrollment import JoinToken
+from lorabbit_server.server import Server
 
 log = structlog.get_logger()
 JOIN = "/join"
@@ -39,7 +39,7 @@ READ_SECONDS = 10.0
 STATUS = MappingProxyType({"too-large": 413, "too-slow": 408})
 
 
-class Bodies:
+class RequestBodyLimit:
     """ASGI middleware: refuses bodies that are too large or too slow, and counts them by reason."""
 
     def __init__(self, app: ASGIApp, refused: Callable[[str], None], seconds: float = READ_SECONDS) -> None:
@@ -105,7 +105,7 @@ def guard(app: FastAPI, token: str | None, refused: Callable[[str], None]) -> No
 
     `refused` is told the reason of every refusal.
     """
-    app.add_middleware(Bodies, refused=refused)
+    app.add_middleware(RequestBodyLimit, refused=refused)
     if token is None:
         return
     wanted = f"Bearer {token}".encode()
@@ -120,12 +120,12 @@ def guard(app: FastAPI, token: str | None, refused: Callable[[str], None]) -> No
         return JSONResponse({"error": sentence}, 401, {"WWW-Authenticate": "Bearer"})
 
 
-def add_access(app: FastAPI, service: Service, refused: Callable[[str], None]) -> None:
+def add_access(app: FastAPI, service: Server, refused: Callable[[str], None]) -> None:
     """Make tokens, let clients join, and send them away; `refused` is told why a client may not join."""
     access = service.access
 
     @app.post("/tokens", status_code=201)
-    def make(wish: TokenWish) -> Json:
+    def make(wish: JoinTokenRequest) -> Json:
         secret, token = access.make_token(wish, now_ms=service.now_ms())
         return {"token": secret, **_shown(token)}
 
@@ -141,7 +141,7 @@ def add_access(app: FastAPI, service: Service, refused: Callable[[str], None]) -
     @app.post(JOIN, status_code=201)
     async def join(request: Request) -> Json:
         try:
-            wish = Join.model_validate_json(await request.body())
+            wish = JoinRequest.model_validate_json(await request.body())
             return (await run_in_threadpool(access.join, wish, now_ms=service.now_ms())).model_dump()
         except ValidationError as error:
             refused("malformed")
@@ -160,10 +160,14 @@ def _malformed(error: ValidationError) -> str:
     """Say what is wrong with a wish without repeating any of it: part of it is secret."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(str(part) for part in first["loc"])[:100]
-    return f"{where}: {first['msg']}" if where in Join.model_fields else f"this is no request to join: {first['type']}"
+    return (
+        f"{where}: {first['msg']}"
+        if where in JoinRequest.model_fields
+        else f"this is no request to join: {first['type']}"
+    )
 
 
-def _shown(token: Token) -> Json:
+def _shown(token: JoinToken) -> Json:
     """A token as an operator sees it."""
     left = token.uses - token.used
     return {"id": token.id, "client": token.client or None, "uses_left": left, "expires_ms": token.expires_ms}

@@ -13,7 +13,7 @@ from lorabbit.types import EVALUATE, INITIALISE, TRAIN
 SECONDS = (0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
 
 
-class Measures:
+class ServerMetrics:
     """One server's metrics."""
 
     def __init__(self) -> None:

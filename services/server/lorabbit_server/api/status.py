@@ -12,16 +12,16 @@ from lorabbit.events.job_events import EVENTS, TaskProgressed
 from lorabbit.job.spec import JobSpec
 from lorabbit.state.base import JobEntry, JobStatus, StateStore
 from lorabbit_server.engine.state import JobState, load_state
-from lorabbit_server.engine.wait_reasons import BY_ITSELF, Sight, Wait, waits_of
-from lorabbit_server.health.dependencies import LEASE, STORE, Found, Surroundings
-from lorabbit_server.server import Service
+from lorabbit_server.engine.wait_reasons import BY_ITSELF, ClientObservations, WaitReason, wait_reasons
+from lorabbit_server.health.dependencies import LEASE, STORE, DependencyHealth, HealthSnapshot
+from lorabbit_server.server import Server
 
 PROGRESS_READ = 2000
 """Newest progress messages that are looked through for the tasks under way."""
 OVER = frozenset({"done", "failed", "cancelled"})
 
 
-class Status(BaseModel):
+class JobSummary(BaseModel):
     """A job as an operator sees it."""
 
     model_config = ConfigDict(frozen=True)
@@ -33,7 +33,7 @@ class Status(BaseModel):
     rounds: int
     clients: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
-    waits: tuple[Wait, ...] = ()
+    waits: tuple[WaitReason, ...] = ()
     """Whom the job waits for; never empty before it is over."""
     reason: str = ""
     exit_code: int = 0
@@ -45,14 +45,14 @@ class Status(BaseModel):
     """The server's clock, against which every other time is meant."""
 
 
-class Lookout:
+class StatusService:
     """What one server can say of itself and of jobs. Safe to call from any thread."""
 
-    def __init__(self, service: Service, surroundings: Surroundings, reader: StateStore) -> None:
+    def __init__(self, service: Server, surroundings: DependencyHealth, reader: StateStore) -> None:
         """Read jobs over `reader`, which must not try again for long."""
         self._service, self._surroundings, self._reader = service, surroundings, reader
 
-    def status(self, job: str | None = None) -> Status | None:
+    def status(self, job: str | None = None) -> JobSummary | None:
         """Say where a job stands, the newest when None; None when there is no such job.
 
         Raises StoreUnavailable where the store is away and this server knows nothing of the job.
@@ -67,15 +67,15 @@ class Lookout:
             found = self._surroundings.look()
         return self._completed(self._remembered(job, found), found)
 
-    def _remembered(self, job: str | None, found: Found) -> Status:
+    def _remembered(self, job: str | None, found: HealthSnapshot) -> JobSummary:
         """What this server knew last, while the store is away."""
         state, trouble = self._service.known, found.of(STORE)
         if state is None or (job is not None and job != state.job):
             raise StoreUnavailable(trouble.reason if trouble is not None else "the store was away for a moment")
         registry = self._service.registry
-        return _running(state, Sight(registry.heard_ms, self._lease_ms, silent_ms=registry.silent_ms))
+        return _running(state, ClientObservations(registry.heard_ms, self._lease_ms, silent_ms=registry.silent_ms))
 
-    def _completed(self, status: Status, found: Found) -> Status:
+    def _completed(self, status: JobSummary, found: HealthSnapshot) -> JobSummary:
         """Add what this server is, and the troubles that keep a job from going on."""
         leads = self._service.is_leading
         server = "this server leads" if leads else _stands_by(found)
@@ -86,21 +86,23 @@ class Lookout:
             shown["waits"] = (*([own] if own else []), *troubles, *status.waits)
         return status.model_copy(update=shown)
 
-    def _sight(self, job: str) -> Sight:
+    def _sight(self, job: str) -> ClientObservations:
         """What is known of the clients: by this server itself where it leads, else by the store."""
         registry = self._service.registry
         heard, silent = registry.heard_ms, registry.silent_ms
         if not self._service.is_leading:
             entries = self._reader.clients().values()
             heard = silent = {e.client: e.expires_ms - self._lease_ms for e in entries if e.expires_ms}
-        return Sight(heard, self._lease_ms, progress_of(self._reader.newest_progress(job, PROGRESS_READ)), silent)
+        return ClientObservations(
+            heard, self._lease_ms, progress_of(self._reader.newest_progress(job, PROGRESS_READ)), silent
+        )
 
     @property
     def _lease_ms(self) -> int:
         return round(self._service.settings.client_lease_seconds * 1000)
 
 
-def _stands_by(found: Found) -> str:
+def _stands_by(found: HealthSnapshot) -> str:
     if found.leader is None:
         return "this server stands by, and knows of no server that leads"
     return f"this server stands by: the lease is held by {found.leader}"
@@ -132,7 +134,7 @@ def clients_wanted(store: StateStore) -> int | None:
     return JobSpec.model_validate_json(jobs[0].spec).clients if jobs else 0
 
 
-def status_of(store: StateStore, job: str, sight: Sight | None = None) -> Status | None:
+def status_of(store: StateStore, job: str, sight: ClientObservations | None = None) -> JobSummary | None:
     """Return a job's status from the store, which any server may read; None when there is no such job."""
     entries = store.jobs()
     entry = entries.get(job)
@@ -149,16 +151,16 @@ def status_of(store: StateStore, job: str, sight: Sight | None = None) -> Status
     }
     if record.header is None:
         waits = () if entry.status in OVER else _cancelled(entry) or _queued(entry, list(entries.values()))
-        return Status.model_validate({"job": job, "rounds": spec.rounds, **about, "waits": waits})
+        return JobSummary.model_validate({"job": job, "rounds": spec.rounds, **about, "waits": waits})
     state = load_state(record.header, spec, record.tasks)
     status = _running(state, sight).model_copy(update=about)
     waits = () if entry.status in OVER else (*_cancelled(entry), *status.waits)
     return status.model_copy(update={"waits": waits})
 
 
-def _running(state: JobState, sight: Sight | None) -> Status:
+def _running(state: JobState, sight: ClientObservations | None) -> JobSummary:
     """A job that has begun, from its state alone."""
-    return Status(
+    return JobSummary(
         job=state.job,
         status="running",
         stage=state.stage,
@@ -166,31 +168,31 @@ def _running(state: JobState, sight: Sight | None) -> Status:
         rounds=state.spec.rounds,
         clients=state.clients,
         lost=state.lost,
-        waits=waits_of(state, sight),
+        waits=wait_reasons(state, sight),
     )
 
 
-def _cancelled(entry: JobEntry) -> tuple[Wait, ...]:
+def _cancelled(entry: JobEntry) -> tuple[WaitReason, ...]:
     """A job that an operator wants to end, until the server has ended it."""
     if not entry.cancel_requested:
         return ()
     reason = f"job {entry.job} is to be cancelled, and waits for the server that leads to end it"
-    return (Wait(owner="server", reason=reason, ends=BY_ITSELF),)
+    return (WaitReason(owner="server", reason=reason, ends=BY_ITSELF),)
 
 
-def _queued(entry: JobEntry, entries: Sequence[JobEntry]) -> tuple[Wait, ...]:
+def _queued(entry: JobEntry, entries: Sequence[JobEntry]) -> tuple[WaitReason, ...]:
     """Name the job that a queued one waits for."""
     if entry.status == "running":
         reason = f"job {entry.job} waits for the server: it is about to begin"
-        return (Wait(owner="server", reason=reason, since_ms=entry.submitted_ms, ends=BY_ITSELF),)
+        return (WaitReason(owner="server", reason=reason, since_ms=entry.submitted_ms, ends=BY_ITSELF),)
     ahead = [e.job for e in entries if e.status == "running" and e.job != entry.job]
     ahead += [e.job for e in entries[: entries.index(entry)] if e.status == "queued"]
     if not ahead:
         reason = f"job {entry.job} is the next one, and waits for a server that leads"
-        return (Wait(owner="server", reason=reason, since_ms=entry.submitted_ms, ends=BY_ITSELF),)
+        return (WaitReason(owner="server", reason=reason, since_ms=entry.submitted_ms, ends=BY_ITSELF),)
     others = "" if len(ahead) == 1 else f", and {len(ahead) - 1} more after it"
     return (
-        Wait(
+        WaitReason(
             owner=f"job {ahead[0]}",
             reason=f"job {entry.job} waits for job {ahead[0]}{others}: jobs run one after the other",
             since_ms=entry.submitted_ms,

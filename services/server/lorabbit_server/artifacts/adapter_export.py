@@ -17,7 +17,7 @@ from pydantic import JsonValue
 from lorabbit.events import job_events as ev
 from lorabbit.tensors import serialization, soft_prompts
 from lorabbit.transfer.payload_store import PayloadStore
-from lorabbit_server.artifacts.fenced_files import WholeFiles
+from lorabbit_server.artifacts.fenced_files import FencedFileWriter
 
 WEIGHTS = {"transformers": "model.safetensors"}
 """Name of the tensors' file by format; PEFT's for every other."""
@@ -29,7 +29,7 @@ _Files = Mapping[str, JsonValue]
 
 
 @dataclass(frozen=True, slots=True)
-class _Version:
+class _ExportedVersion:
     """What a round left for its user."""
 
     adapter: str
@@ -38,15 +38,15 @@ class _Version:
 
 
 @dataclass(slots=True)
-class Exports:
+class AdapterExporter:
     """See the module's docstring; `told` belongs to the loop, the work of `folder` may run on one other thread."""
 
     payloads: PayloadStore
-    files: WholeFiles
+    files: FencedFileWriter
     _format: str = "peft"
     _described: _Files = field(default_factory=dict)
     _beside_base: _Files = field(default_factory=dict)
-    _versions: dict[int, _Version] = field(default_factory=dict)
+    _versions: dict[int, _ExportedVersion] = field(default_factory=dict)
     _bases: dict[Path, str] = field(default_factory=dict)
     """The base model that each folder holds, as far as this server wrote it."""
 
@@ -58,7 +58,7 @@ class Exports:
                 self._format, self._described = str(described.get("format")), _object(described.get("files"))
                 self._beside_base = _object(_object(event.facts.get("export_base")).get("files"))
             case ev.RoundClosed():
-                self._versions[event.round] = _Version(event.sha256, event.base_payload, event.config)
+                self._versions[event.round] = _ExportedVersion(event.sha256, event.base_payload, event.config)
             case _:
                 pass
 
@@ -72,7 +72,7 @@ class Exports:
 
         return work
 
-    def _write(self, version: _Version, folder: Path) -> bool:
+    def _write(self, version: _ExportedVersion, folder: Path) -> bool:
         """Write an adapter folder, with its base model where it has one of its own; False when there is nothing."""
         source = self.payloads.path(version.adapter)
         if not source.exists() or not serialization.read_tensors(source):

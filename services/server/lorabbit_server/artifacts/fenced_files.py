@@ -27,7 +27,7 @@ def _alone() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class WholeFiles:
+class FencedFileWriter:
     """See the module's docstring; for one thread. Every call but `inherit` raises what `fence` raises."""
 
     durable: bool

@@ -18,25 +18,25 @@ from lorabbit.events import job_events as ev
 from lorabbit.events.report import Report, begin, fold
 from lorabbit.job.spec import JobSpec
 from lorabbit.transfer.payload_store import PayloadStore
-from lorabbit_server.artifacts.adapter_export import Exports
-from lorabbit_server.artifacts.fenced_files import WholeFiles
-from lorabbit_server.artifacts.update_archive import Evidence
+from lorabbit_server.artifacts.adapter_export import AdapterExporter
+from lorabbit_server.artifacts.fenced_files import FencedFileWriter
+from lorabbit_server.artifacts.update_archive import UpdateArchive
 
 PAYLOADS_REMEMBERED = 1000
 """So many payloads, the latest ones, may a stopped server have left in streams."""
 _Work = Callable[[], None]
 
 
-class RunFolder:
+class RunDirectory:
     """See the module's docstring."""
 
-    def __init__(self, folder: Path, job: str, spec: JobSpec, payloads: PayloadStore, files: WholeFiles) -> None:
+    def __init__(self, folder: Path, job: str, spec: JobSpec, payloads: PayloadStore, files: FencedFileWriter) -> None:
         """Keep the run of a job in this folder, which `files` writes."""
         self.folder = folder
         self.report: Report = begin(job, spec)
         self._spec, self._files = spec, files
-        self._exports = Exports(payloads, self._files)
-        self._evidence = Evidence(folder, payloads, self._files, wanted=spec.output.keep_updates)
+        self._exports = AdapterExporter(payloads, self._files)
+        self._evidence = UpdateArchive(folder, payloads, self._files, wanted=spec.output.keep_updates)
         self._published: deque[str] = deque(maxlen=PAYLOADS_REMEMBERED)
         self._lines = 0
 

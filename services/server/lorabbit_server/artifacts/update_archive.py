@@ -13,17 +13,17 @@ from pathlib import Path
 from lorabbit.events import job_events as ev
 from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit.types import EVALUATE
-from lorabbit_server.artifacts.fenced_files import WholeFiles
+from lorabbit_server.artifacts.fenced_files import FencedFileWriter
 
 FOLDER = "updates"
 LOG = "log.jsonl"
 _Work = Callable[[], None]
 
 
-class Evidence:
+class UpdateArchive:
     """The evidence of one run."""
 
-    def __init__(self, folder: Path, payloads: PayloadStore, files: WholeFiles, *, wanted: bool) -> None:
+    def __init__(self, folder: Path, payloads: PayloadStore, files: FencedFileWriter, *, wanted: bool) -> None:
         """Keep it below the run's folder; do nothing where it is not wanted."""
         self._folder, self._payloads, self._files, self._wanted = folder / FOLDER, payloads, files, wanted
 

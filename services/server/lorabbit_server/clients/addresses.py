@@ -16,7 +16,7 @@ KEPT = 4
 """Processes remembered for each address, the youngest ones."""
 
 
-class Occupancy:
+class DuplicateClientDetector:
     """What one server heard while it led; what the broker delivers a second time is old, and not to be told here."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Occupancy:
         self._surplus.pop(address, None)
 
 
-class Inboxes:
+class ClientQueues:
     """Knows which inboxes are there, so that each is declared once; for the loop thread."""
 
     def __init__(self, broker: Broker) -> None:

@@ -16,7 +16,7 @@ from lorabbit_server.engine.state import TaskState, load_state
 LEFT, LOST, IDLE = "left", "lost", "idle"
 
 
-class Attendant(BaseModel):
+class ClientInfo(BaseModel):
     """One client: who it is, what it declared, and what it does."""
 
     model_config = ConfigDict(frozen=True)
@@ -40,7 +40,7 @@ class Attendant(BaseModel):
     expires_ms: int
 
 
-def attendance(store: StateStore, heard_ms: Mapping[str, int], *, now_ms: int, lease_ms: int) -> list[Attendant]:
+def list_clients(store: StateStore, heard_ms: Mapping[str, int], *, now_ms: int, lease_ms: int) -> list[ClientInfo]:
     """Return every known client in natural order; raises StoreUnavailable.
 
     `heard_ms` is what this server heard itself; without it the store's leases tell, which are renewed now and then.
@@ -49,7 +49,7 @@ def attendance(store: StateStore, heard_ms: Mapping[str, int], *, now_ms: int, l
     entries = sorted(store.clients().values(), key=lambda entry: natural(entry.client))
     renewed = {entry.client: entry.expires_ms - lease_ms for entry in entries if entry.expires_ms > lease_ms}
     seen = {**renewed, **heard_ms}
-    return [_attendant(entry, doing.get(entry.client), now_ms, seen.get(entry.client)) for entry in entries]
+    return [_client_info(entry, doing.get(entry.client), now_ms, seen.get(entry.client)) for entry in entries]
 
 
 def work_under_way(store: StateStore) -> dict[str, str]:
@@ -82,11 +82,11 @@ def _words(task: TaskState) -> str:
     return f"{'scores' if task.phase == EVALUATE else 'trains'}, round {task.round}"
 
 
-def _attendant(entry: ClientEntry, doing: str | None, now_ms: int, seen_ms: int | None) -> Attendant:
+def _client_info(entry: ClientEntry, doing: str | None, now_ms: int, seen_ms: int | None) -> ClientInfo:
     present = entry.expires_ms > now_ms
     absent = LOST if entry.expires_ms else LEFT
-    declared = {key: value for key, value in json.loads(entry.record).items() if key in Attendant.model_fields}
-    return Attendant.model_validate(
+    declared = {key: value for key, value in json.loads(entry.record).items() if key in ClientInfo.model_fields}
+    return ClientInfo.model_validate(
         declared
         | {
             "client": entry.client,

@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote, urlsplit
 import httpx
 
 from lorabbit.broker import topology
-from lorabbit.config.network import Trust, distrust, urls_of_hosts
+from lorabbit.config.network import TlsSettings, tls_error, urls_of_hosts
 from lorabbit.errors import BrokerUnavailable, NotAllowed
 
 HASHING = "rabbit_password_hashing_sha256"
@@ -42,10 +42,10 @@ def topic_permissions_of(client: str) -> dict[str, str]:
     return {"exchange": topology.UP, "write": f"^({keys})$", "read": "^$"}
 
 
-class Management:
+class RabbitMqAdmin:
     """See the module's docstring. Safe to call from any thread."""
 
-    def __init__(self, url: str, broker_url: str, trust: Trust) -> None:
+    def __init__(self, url: str, broker_url: str, trust: TlsSettings) -> None:
         """Ask at `url`, whose user is an administrator, about the virtual host of `broker_url`."""
         parts = urlsplit(url)
         self._user = unquote(parts.username or "guest")
@@ -103,7 +103,7 @@ class Management:
             if answer.status_code == httpx.codes.BAD_REQUEST and ALREADY_THERE in answer.text:
                 answer = self._first_answer(verb, path, request)
         except httpx.TransportError as error:
-            raise BrokerUnavailable(f"{what} cannot be reached: {distrust(error) or error}") from error
+            raise BrokerUnavailable(f"{what} cannot be reached: {tls_error(error) or error}") from error
         if answer.status_code in {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}:
             raise NotAllowed(f"{what} refuses {self._user}: LORABBIT_MANAGEMENT_URL needs an administrator")
         if answer.is_success or (missing_is_fine and answer.status_code == httpx.codes.NOT_FOUND):

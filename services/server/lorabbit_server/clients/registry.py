@@ -22,7 +22,7 @@ DECLARED = {
 
 
 @dataclass(slots=True)
-class Client:
+class RegisteredClient:
     """One client as last heard of."""
 
     client: ClientId
@@ -43,14 +43,14 @@ class Client:
     present: bool = False
 
 
-class Registry:
+class ClientRegistry:
     """See the module's docstring; for the loop thread."""
 
     def __init__(self, store: StateStore, epoch: int = 0, *, lease_ms: int) -> None:
         """Keep leases of this length, as the server that leads in this epoch."""
         self._store, self._epoch = store, epoch
         self._lease_ms = lease_ms
-        self._clients: dict[ClientId, Client] = {}
+        self._clients: dict[ClientId, RegisteredClient] = {}
         self._by_address: dict[str, ClientId] = {}
         self._introduced: dict[str, Hello] = {}
         """What whoever is at an address said of itself last, also where its identity is another's now."""
@@ -73,7 +73,9 @@ class Registry:
             declared = json.loads(entry.record)
             declared |= {key: tuple(declared.get(key, ())) for key in ("tags", "codings")}
             heard = min(now_ms, max(0, entry.expires_ms - self._lease_ms))
-            self._clients[client] = Client(client, entry.address, expires_ms=expires, heard_ms=heard, **declared)
+            self._clients[client] = RegisteredClient(
+                client, entry.address, expires_ms=expires, heard_ms=heard, **declared
+            )
             if recent:
                 self._heard.add(client)
         self._by_address = {c.address: c.client for c in self._clients.values()}
@@ -93,7 +95,7 @@ class Registry:
             self._by_address.pop(displaced.address, None)
         self._by_address[message.address] = client
         own = message.model_dump(include=DECLARED)
-        self._clients[client] = Client(
+        self._clients[client] = RegisteredClient(
             client, message.address, **own, expires_ms=expires, heard_ms=now_ms, present=True
         )
         return client
@@ -181,7 +183,7 @@ class Registry:
             for each in here
         }
 
-    def get(self, client: ClientId) -> Client | None:
+    def get(self, client: ClientId) -> RegisteredClient | None:
         """A client by its identity."""
         return self._clients.get(client)
 

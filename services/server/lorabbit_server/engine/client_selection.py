@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorabbit.aggregation.aggregator import one_rank
-from lorabbit.aggregation.partial_work import Speed
+from lorabbit.aggregation.partial_work import ClientSpeed
 from lorabbit.job.spec import JobSpec, SelectionSpec
 from lorabbit.methods.registry import build
 from lorabbit.runtime.seeds import generator
@@ -32,7 +32,7 @@ def population(present: Iterable[ClientId], size: int) -> tuple[ClientId, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class ClientRequirements:
     """What a job's maths asks of every client, whatever is selected."""
 
     rank: int | None = None
@@ -40,28 +40,28 @@ class Needs:
     whole_base: str = ""
     """Why all must hold the base model's weights unquantised; empty where they need not."""
 
-    def unmet(self, declared: Declared) -> Needs:
+    def unmet(self, declared: Declared) -> ClientRequirements:
         """The part of it that a client cannot give."""
         rank = self.rank if self.rank is not None and (declared.max_rank or self.rank) < self.rank else None
-        return Needs(rank, self.whole_base if declared.quantisation != "none" else "")
+        return ClientRequirements(rank, self.whole_base if declared.quantisation != "none" else "")
 
-    def unmet_by_any(self, clients: Iterable[Declared]) -> Needs:
+    def unmet_by_any(self, clients: Iterable[Declared]) -> ClientRequirements:
         """The part of it that at least one of some clients cannot give."""
         found = [self.unmet(declared) for declared in clients]
         rank = self.rank if any(each.rank is not None for each in found) else None
-        return Needs(rank, self.whole_base if any(each.whole_base for each in found) else "")
+        return ClientRequirements(rank, self.whole_base if any(each.whole_base for each in found) else "")
 
 
-NOTHING = Needs()
+NOTHING = ClientRequirements()
 
 
-def needs(job: JobSpec) -> Needs:
+def requirements_of(job: JobSpec) -> ClientRequirements:
     """What a job needs of every client."""
     method = build(job)
-    return Needs(None if method.personal else one_rank(job), method.needs_whole_base())
+    return ClientRequirements(None if method.personal else one_rank(job), method.needs_whole_base())
 
 
-def suits(selection: SelectionSpec | None, declared: Declared, needed: Needs = NOTHING) -> bool:
+def matches(selection: SelectionSpec | None, declared: Declared, needed: ClientRequirements = NOTHING) -> bool:
     """Tell whether a client is one of those that a job takes in."""
     if needed.unmet(declared) != NOTHING:
         return False
@@ -75,7 +75,7 @@ def suits(selection: SelectionSpec | None, declared: Declared, needed: Needs = N
     )
 
 
-def wanted(selection: SelectionSpec | None, unmet: Needs = NOTHING) -> str:
+def describe(selection: SelectionSpec | None, unmet: ClientRequirements = NOTHING) -> str:
     """Say in words which clients a job takes in; empty where it takes any.
 
     `unmet` is what somebody here cannot give.
@@ -97,7 +97,7 @@ def _selected(selection: SelectionSpec | None) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class ClientSampler:
     """One choice among clients, by index."""
 
     seed: int
@@ -105,7 +105,7 @@ class Draw:
     """Of the round, or of the task where clients never wait: what makes one draw unlike the next."""
     order: str = "random"
     asked: Mapping[int, int] = field(default_factory=dict)
-    speeds: Mapping[int, Speed] = field(default_factory=dict)
+    speeds: Mapping[int, ClientSpeed] = field(default_factory=dict)
 
     def choose(self, candidates: Sequence[int], size: int) -> tuple[int, ...]:
         """Choose without replacement, ascending; the first in the draw's order, ties by chance.

@@ -18,13 +18,12 @@ from lorabbit.methods import compatibility
 from lorabbit.methods.registry import METHODS
 from lorabbit.types import INITIALISE, ClientId
 from lorabbit_server.engine import client_selection, results, rounds, scheduling
-from lorabbit_server.engine.rounds import scores_without_lost, set_aside
+from lorabbit_server.engine.rounds import exclude_client, scores_without_lost
 from lorabbit_server.engine.state import Declared, JobState
-from lorabbit_server.engine.tasks import ask, in_order, send
+from lorabbit_server.engine.tasks import dispatch_tasks, in_order, send
 from lorabbit_server.engine.transitions import (
+    AppendEvent,
     CancelRequested,
-    CancelTask,
-    ClientArrived,
     ClientDismissed,
     ClientLeft,
     Command,
@@ -34,29 +33,30 @@ from lorabbit_server.engine.transitions import (
     Event,
     GrantUpload,
     Heavy,
+    HelloReceived,
     JobOpened,
     MethodStarted,
-    Record,
-    ResultArrived,
-    ResultOffered,
-    ResultRefused,
-    ResultsUseless,
+    OfferReceived,
     RoundAggregated,
+    SendCancelTask,
     SendVerdict,
+    ServerWorkFailed,
     SetDeadline,
     StartMethod,
-    StepFailed,
-    TaskFailed,
+    TaskFailureReceived,
+    UpdateFailedValidation,
+    UpdateReceived,
+    UpdatesUnusable,
 )
 
 _STEPS: Mapping[type[Event], Callable[[JobState, Any], Decision]] = {
-    ResultOffered: results.offered,
-    ResultArrived: results.arrived,
-    ResultRefused: results.refused,
-    TaskFailed: results.task_failed,
+    OfferReceived: results.on_offer,
+    UpdateReceived: results.on_update,
+    UpdateFailedValidation: results.on_invalid_update,
+    TaskFailureReceived: results.on_task_failed,
     MethodStarted: rounds.method_started,
     RoundAggregated: rounds.round_aggregated,
-    ResultsUseless: results.useless,
+    UpdatesUnusable: results.on_unusable_updates,
     DeadlinePassed: rounds.deadline_passed,
 }
 
@@ -66,11 +66,11 @@ def decide(state: JobState, event: Event) -> Decision:
     if state.stage == "ended":
         return _after_the_end(state, event)
     match event:
-        case JobOpened() | ClientArrived() | ClientLeft():
+        case JobOpened() | HelloReceived() | ClientLeft():
             return _presence(state, event)
         case ClientDismissed():
             return _dismissed(state, event)
-        case StepFailed():
+        case ServerWorkFailed():
             return rounds.end(state, "failed", event.at_ms, reason=event.reason, exit_code=event.exit_code)
         case CancelRequested():
             return rounds.end(state, "cancelled", event.at_ms, reason="cancelled by an operator", exit_code=130)
@@ -88,14 +88,14 @@ def resume(state: JobState) -> tuple[Heavy, ...]:
     return (*folding, *granted, *deadline)
 
 
-def _presence(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> Decision:
+def _presence(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> Decision:
     """Start once the population is complete; afterwards keep count of who is lost."""
     if state.stage == "gathering":
         return _gather(state, event)
     match event:
-        case ClientArrived() if event.client in state.clients:
+        case HelloReceived() if event.client in state.clients:
             state, commands = _welcome_back(state, event)
-        case ClientArrived() if _joins(state, event):
+        case HelloReceived() if _joins(state, event):
             state, commands = _join(state, event)
         case ClientLeft() if event.client in state.clients and event.client not in state.lost:
             state, commands = _lose(state, event)
@@ -110,7 +110,7 @@ def _lose(state: JobState, event: ClientLeft) -> Decision:
     """Count a client among those who are lost."""
     lost = [*state.lost]
     insort(lost, event.client, key=client_selection.natural)
-    told = Record(ev.ClientLost(at_ms=event.at_ms, client=event.client))
+    told = AppendEvent(ev.ClientLost(at_ms=event.at_ms, client=event.client))
     return replace(state, lost=tuple(lost)), (told,)
 
 
@@ -120,69 +120,69 @@ def _dismissed(state: JobState, event: ClientDismissed) -> Decision:
     state, commands = _presence(state, left)
     if state.stage in {"gathering", "ended"}:
         return state, commands
-    state, more = set_aside(state, event.client, event.reason, event.at_ms)
+    state, more = exclude_client(state, event.client, event.reason, event.at_ms)
     return state, (*commands, *more)
 
 
-def _gather(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> Decision:
+def _gather(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> Decision:
     """Wait for the population; when it is there, let its first client build the model."""
     state, suited = _suited(state, event)
     state = replace(state, present=len(suited), since_ms=state.since_ms or event.at_ms)
     joined: tuple[Command, ...] = ()
-    if isinstance(event, ClientArrived) and event.is_new:
-        joined = (Record(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device)),)
+    if isinstance(event, HelloReceived) and event.is_new:
+        joined = (AppendEvent(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device)),)
     if len(suited) < state.spec.clients:
         return state, joined
     clients = client_selection.population(suited, state.spec.clients)
     state = replace(
         state, stage="initialising", clients=clients, since_ms=event.at_ms, declared={}, present=0, unsuited=0
     )
-    started = Record(ev.JobStarted(at_ms=event.at_ms, clients=clients))
-    state, commands = ask(state, INITIALISE, [0], round_number=0, at_ms=event.at_ms)
+    started = AppendEvent(ev.JobStarted(at_ms=event.at_ms, clients=clients))
+    state, commands = dispatch_tasks(state, INITIALISE, [0], round_number=0, at_ms=event.at_ms)
     return state, (*joined, started, *commands)
 
 
-def _suited(state: JobState, event: JobOpened | ClientArrived | ClientLeft) -> tuple[JobState, Sequence[ClientId]]:
+def _suited(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> tuple[JobState, Sequence[ClientId]]:
     """Those of the clients who are here that the job takes in; what they declared is kept while it gathers."""
-    selection, needed = state.spec.selection, client_selection.needs(state.spec)
+    selection, needed = state.spec.selection, client_selection.requirements_of(state.spec)
     if selection is None and needed == client_selection.NOTHING:
         return state, event.present
     declared = dict(state.declared)
     if isinstance(event, JobOpened):
         declared.update(event.declared)
-    elif isinstance(event, ClientArrived):
+    elif isinstance(event, HelloReceived):
         declared[event.client] = event.declared
-    suited = [c for c in event.present if client_selection.suits(selection, declared.get(c, Declared()), needed)]
+    suited = [c for c in event.present if client_selection.matches(selection, declared.get(c, Declared()), needed)]
     return replace(state, declared=declared, unsuited=len(event.present) - len(suited)), suited
 
 
-def _join(state: JobState, event: ClientArrived) -> Decision:
+def _join(state: JobState, event: HelloReceived) -> Decision:
     """Give a client that comes later the next index of a job whose clients hold data of their own."""
     index = len(state.clients)
-    told = Record(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device, index=index))
+    told = AppendEvent(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device, index=index))
     return replace(state, clients=(*state.clients, event.client)), (told,)
 
 
-def _joins(state: JobState, event: ClientArrived) -> bool:
+def _joins(state: JobState, event: HelloReceived) -> bool:
     """Tell whether a client that is not of the population becomes so."""
     spec = state.spec
     prepares = METHODS[spec.method.name].prepares
-    suits = client_selection.suits(spec.selection, event.declared, client_selection.needs(spec))
+    suits = client_selection.matches(spec.selection, event.declared, client_selection.requirements_of(spec))
     return suits and compatibility.takes_in(spec, prepares=prepares)
 
 
-def _welcome_back(state: JobState, event: ClientArrived) -> Decision:
+def _welcome_back(state: JobState, event: HelloReceived) -> Decision:
     """Send a returned client its open tasks again: the same ids and seeds, so the same results."""
     commands: list[Command] = []
     if event.client in state.lost:
-        commands.append(Record(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device)))
+        commands.append(AppendEvent(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device)))
     tasks = dict(state.tasks)
     for task in in_order(state.tasks):
         if task.client != event.client or task.status == "accepted" or task.id in event.outbox:
             continue
         if scheduling.is_too_stale(state, task) or (event.client in state.lost and scheduling.is_behind(state, task)):
             del tasks[task.id]
-            commands.append(CancelTask(task.id, task.client))
+            commands.append(SendCancelTask(task.id, task.client))
             continue
         again = replace(task, attempt=task.attempt + 1, status="open", offered=None)
         tasks[task.id] = again
@@ -193,7 +193,7 @@ def _welcome_back(state: JobState, event: ClientArrived) -> Decision:
 
 def _after_the_end(state: JobState, event: Event) -> Decision:
     """Answer those who still offer results, so that they can forget them."""
-    if not isinstance(event, ResultOffered):
+    if not isinstance(event, OfferReceived):
         return state, ()
     if event.counted:
         return state, (SendVerdict(event.task, event.client, accepted=True),)

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorabbit.aggregation.partial_work import Speed
+from lorabbit.aggregation.partial_work import ClientSpeed
 from lorabbit.events import job_events as ev
 from lorabbit.job.schedules import Quorum
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN
 from lorabbit_server.engine import scheduling
-from lorabbit_server.engine.rounds import ask_on, fold_on, on_counted, scored, set_aside
-from lorabbit_server.engine.state import JobState, Offered, TaskState
+from lorabbit_server.engine.rounds import ask_on, exclude_client, fold_on, on_counted, scored
+from lorabbit_server.engine.state import JobState, TaskState, UploadOffer
 from lorabbit_server.engine.tasks import in_order, name_of, named, send
 from lorabbit_server.engine.transitions import (
+    AppendEvent,
     Command,
-    CountResult,
     Decision,
     DenyUpload,
     GrantUpload,
-    Record,
-    ResultArrived,
-    ResultOffered,
-    ResultRefused,
-    ResultsUseless,
+    MarkAccepted,
+    OfferReceived,
     SendVerdict,
     StartMethod,
-    TaskFailed,
+    TaskFailureReceived,
+    UpdateFailedValidation,
+    UpdateReceived,
+    UpdatesUnusable,
 )
 
 TOO_STALE = "too-stale"
@@ -34,7 +34,7 @@ MAX_TRIES = 3
 """Results asked of one client for one task before it is set aside."""
 
 
-def offered(state: JobState, event: ResultOffered) -> Decision:
+def on_offer(state: JobState, event: OfferReceived) -> Decision:
     """Grant the upload of a result that is wanted; answer every other offer at once."""
     task = state.tasks.get(event.task)
     if task is None or task.client != event.client:
@@ -43,29 +43,29 @@ def offered(state: JobState, event: ResultOffered) -> Decision:
         return state, (SendVerdict(task.id, task.client, accepted=True),)
     objection = _objection(state, task, event)
     if objection is not None:
-        return refused(state, objection)
+        return on_invalid_update(state, objection)
     if scheduling.is_too_stale(state, task):
         return _too_stale(state, task, DenyUpload(task.id, task.client, TOO_STALE), event.at_ms)
     task = replace(task, status="offered", offered=event.offered)
     state = replace(state, tasks={**state.tasks, task.id: task})
     if event.offered.payload is None:
-        return arrived(state, ResultArrived(task.id, event.traffic, event.at_ms))
+        return on_update(state, UpdateReceived(task.id, event.traffic, event.at_ms))
     return state, (GrantUpload(task),)
 
 
-def _objection(state: JobState, task: TaskState, event: ResultOffered) -> ResultRefused | None:
+def _objection(state: JobState, task: TaskState, event: OfferReceived) -> UpdateFailedValidation | None:
     """Say why an offer cannot be right: it lacks tensors or has too many, or stands on another base model."""
     wanted = False if task.phase == EVALUATE else event.wants_tensors
     if wanted is not None and wanted != (event.offered.payload is not None):
         detail = f"a result of phase {task.phase} {'needs a' if wanted else 'brings no'} payload here"
-        return ResultRefused(task.id, "payload", detail, before_upload=True, at_ms=event.at_ms)
+        return UpdateFailedValidation(task.id, "payload", detail, before_upload=True, at_ms=event.at_ms)
     if state.base_sha256 and event.offered.base_sha256 not in {None, state.base_sha256}:
         detail = "its base model is not the one that the first adapter was made on"
-        return ResultRefused(task.id, "base-model", detail, before_upload=True, at_ms=event.at_ms)
+        return UpdateFailedValidation(task.id, "base-model", detail, before_upload=True, at_ms=event.at_ms)
     return None
 
 
-def _unwanted(event: ResultOffered, task: TaskState | None) -> Command:
+def _unwanted(event: OfferReceived, task: TaskState | None) -> Command:
     """Answer an offer for a task that is no longer, or never was, this client's."""
     if task is not None:
         return DenyUpload(event.task, event.client, "not-yours")
@@ -74,7 +74,7 @@ def _unwanted(event: ResultOffered, task: TaskState | None) -> Command:
     return DenyUpload(event.task, event.client, "stale")
 
 
-def arrived(state: JobState, event: ResultArrived) -> Decision:
+def on_update(state: JobState, event: UpdateReceived) -> Decision:
     """Count a result, once, and go on when it was the last one awaited."""
     task = state.tasks.get(event.task)
     if task is None or task.offered is None or task.status == "accepted":
@@ -104,7 +104,9 @@ def _measured(state: JobState, task: TaskState, at_ms: int) -> JobState:
     if (state.spec.work is None and not selects) or task.offered is None:
         return state
     metrics = task.offered.metrics
-    speed = Speed.measured(took_ms=took_ms, training_seconds=metrics.seconds, steps=metrics.steps, share=task.share)
+    speed = ClientSpeed.measured(
+        took_ms=took_ms, training_seconds=metrics.seconds, steps=metrics.steps, share=task.share
+    )
     return state if speed is None else replace(state, speeds={**state.speeds, task.index: speed})
 
 
@@ -115,10 +117,10 @@ def _too_stale(state: JobState, task: TaskState, answer: Command, at_ms: int) ->
     told = ev.UpdateRejected(at_ms=at_ms, round=state.round, client=task.client, reason=TOO_STALE, detail=detail)
     tasks = {id_: other for id_, other in state.tasks.items() if id_ != task.id}
     state, commands = ask_on(replace(state, tasks=tasks, turned_away=state.turned_away + 1), at_ms)
-    return state, (answer, Record(told), *commands)
+    return state, (answer, AppendEvent(told), *commands)
 
 
-def _accepted(state: JobState, task: TaskState, offered: Offered, event: ResultArrived) -> tuple[Command, ...]:
+def _accepted(state: JobState, task: TaskState, offered: UploadOffer, event: UpdateReceived) -> tuple[Command, ...]:
     """Count a result, tell the log and let the client forget it."""
     trains = task.phase == TRAIN
     sha256 = offered.payload.sha256 if offered.payload else None
@@ -141,10 +143,10 @@ def _accepted(state: JobState, task: TaskState, offered: Offered, event: ResultA
         coding=event.coding,
     )
     verdict = SendVerdict(task.id, task.client, accepted=True)
-    return CountResult(task.id, sha256 or "-"), Record(told), verdict
+    return MarkAccepted(task.id, sha256 or "-"), AppendEvent(told), verdict
 
 
-def refused(state: JobState, event: ResultRefused) -> Decision:
+def on_invalid_update(state: JobState, event: UpdateFailedValidation) -> Decision:
     """Count a refusal under its name and ask the client again, a bounded number of times."""
     task = state.tasks.get(event.task)
     if task is None or task.status == "accepted":
@@ -158,17 +160,17 @@ def refused(state: JobState, event: ResultRefused) -> Decision:
     return state, (answer, *commands)
 
 
-def task_failed(state: JobState, event: TaskFailed) -> Decision:
+def on_task_failed(state: JobState, event: TaskFailureReceived) -> Decision:
     """Set a client aside that says the job itself is wrong, which it cannot mend; otherwise ask again."""
     task = state.tasks.get(event.task)
     if task is None or task.client != event.client or task.status == "accepted":
         return state, ()
     if event.bad_input:
-        return set_aside(state, task.client, event.reason, event.at_ms, exit_code=2)
-    return _again(state, task, ResultRefused(task.id, "task-failed", event.reason, at_ms=event.at_ms))
+        return exclude_client(state, task.client, event.reason, event.at_ms, exit_code=2)
+    return _again(state, task, UpdateFailedValidation(task.id, "task-failed", event.reason, at_ms=event.at_ms))
 
 
-def useless(state: JobState, event: ResultsUseless) -> Decision:
+def on_unusable_updates(state: JobState, event: UpdatesUnusable) -> Decision:
     """Leave results out that cannot be used, set their clients aside, and go on with the others."""
     if state.stage not in {"starting", "aggregating"} or event.round != state.round:
         return state, ()
@@ -191,17 +193,17 @@ def useless(state: JobState, event: ResultsUseless) -> Decision:
             turn=task.turn,
         )
         what = f"the {task.phase} result of {task.client} cannot be used: {why}"
-        state, more = set_aside(state, task.client, what, event.at_ms)
-        commands += (Record(told), *more)
+        state, more = exclude_client(state, task.client, what, event.at_ms)
+        commands += (AppendEvent(told), *more)
         if state.stage == "ended":
             return state, commands
     state, more = fold_on(state, event.at_ms) if state.stage == "aggregating" else (state, ())
     return state, (*commands, *more)
 
 
-def _again(state: JobState, task: TaskState, event: ResultRefused) -> Decision:
+def _again(state: JobState, task: TaskState, event: UpdateFailedValidation) -> Decision:
     """Put a task with a new id in the place of one that brought nothing, or do without its client."""
-    told = Record(
+    told = AppendEvent(
         ev.UpdateRejected(
             at_ms=event.at_ms,
             round=state.round if task.phase == TRAIN else task.round,
@@ -213,7 +215,7 @@ def _again(state: JobState, task: TaskState, event: ResultRefused) -> Decision:
     if task.tries >= MAX_TRIES:
         what = f"{task.client} brought no usable result for {name_of(task)} in {MAX_TRIES} tries"
         reason = f"{what}; the last one: {event.reason}: {event.detail}"
-        state, commands = set_aside(state, task.client, reason, event.at_ms)
+        state, commands = exclude_client(state, task.client, reason, event.at_ms)
         return state, (told, *commands)
     number = state.round if task.phase == TRAIN else task.round
     fresh = TaskState(

@@ -21,18 +21,18 @@ from lorabbit.job.schedules import Buffered, Quorum, takes_late
 from lorabbit.methods.registry import build
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId
 from lorabbit_server.engine import scheduling
-from lorabbit_server.engine.state import Ending, JobState, TaskState, Version
-from lorabbit_server.engine.tasks import ask, in_order
+from lorabbit_server.engine.state import Ending, JobState, ModelVersion, TaskState
+from lorabbit_server.engine.tasks import dispatch_tasks, in_order
 from lorabbit_server.engine.transitions import (
     Aggregate,
-    CancelTask,
+    AppendEvent,
     Command,
     DeadlinePassed,
     Decision,
     EndJob,
     MethodStarted,
-    Record,
     RoundAggregated,
+    SendCancelTask,
     SetDeadline,
 )
 
@@ -43,7 +43,7 @@ def method_started(state: JobState, event: MethodStarted) -> Decision:
         return state, ()
     task = next(iter(state.tasks.values()))
     base = task.offered.base_sha256 if task.offered else None
-    told = Record(
+    told = AppendEvent(
         ev.AdapterInitialised(
             at_ms=event.at_ms,
             client=task.client,
@@ -62,13 +62,17 @@ def method_started(state: JobState, event: MethodStarted) -> Decision:
 def _begin_round(state: JobState, number: int, at_ms: int) -> Decision:
     """Ask the round's cohort; in the preparation, everybody. Those who still train since earlier belong to it."""
     state = replace(state, stage="training", round=number, round_started_ms=at_ms, since_ms=at_ms)
-    state, commands = ask(
-        state, TRAIN, scheduling.within(state, scheduling.to_ask(state)), round_number=number, at_ms=at_ms
+    state, commands = dispatch_tasks(
+        state,
+        TRAIN,
+        scheduling.filter_by_budget(state, scheduling.select_clients(state)),
+        round_number=number,
+        at_ms=at_ms,
     )
     training = {task.index for task in state.tasks.values() if task.phase == TRAIN}
     names = tuple(state.clients[index] for index in sorted(training))
     state, deadline = _wait_until(state, scheduling.deadline_ms(state, at_ms))
-    return state, (Record(ev.RoundStarted(at_ms=at_ms, round=number, cohort=names)), *commands, *deadline)
+    return state, (AppendEvent(ev.RoundStarted(at_ms=at_ms, round=number, cohort=names)), *commands, *deadline)
 
 
 def _wait_until(state: JobState, deadline_ms: int | None) -> Decision:
@@ -81,7 +85,7 @@ def ask_on(state: JobState, at_ms: int) -> Decision:
     """Where clients never wait, give those that are free their next training."""
     if not isinstance(state.spec.schedule, Buffered) or state.stage != "training":
         return state, ()
-    return ask(state, TRAIN, scheduling.to_ask(state), round_number=state.round, at_ms=at_ms)
+    return dispatch_tasks(state, TRAIN, scheduling.select_clients(state), round_number=state.round, at_ms=at_ms)
 
 
 def deadline_passed(state: JobState, event: DeadlinePassed) -> Decision:
@@ -90,10 +94,12 @@ def deadline_passed(state: JobState, event: DeadlinePassed) -> Decision:
         return state, ()
     if event.at_ms < state.deadline_ms:
         return state, (SetDeadline(state.round, state.deadline_ms),)
-    if scheduling.counted(state):
+    if scheduling.accepted_updates(state):
         return close(state, event.at_ms)
     length = state.deadline_ms - state.since_ms
-    state, commands = ask(state, TRAIN, scheduling.to_ask(state), round_number=state.round, at_ms=event.at_ms)
+    state, commands = dispatch_tasks(
+        state, TRAIN, scheduling.select_clients(state), round_number=state.round, at_ms=event.at_ms
+    )
     state = replace(state, since_ms=event.at_ms)
     state, deadline = _wait_until(state, event.at_ms + length)
     return state, (*commands, *deadline)
@@ -103,7 +109,7 @@ def on_counted(state: JobState, at_ms: int) -> Decision:
     """Go on after a training result that counts: close the round, or ask the next client."""
     if state.stage != "training":
         return state, ()
-    if len(scheduling.counted(state)) >= scheduling.needed(state):
+    if len(scheduling.accepted_updates(state)) >= scheduling.required_updates(state):
         return close(state, at_ms)
     return ask_on(state, at_ms)
 
@@ -116,13 +122,13 @@ def close(state: JobState, at_ms: int) -> Decision:
     off = () if keeps else late
     gone = {task.id for task in off}
     tasks = {id_: task for id_, task in state.tasks.items() if id_ not in gone}
-    counted = {task.id for task in scheduling.counted(state)}
+    counted = {task.id for task in scheduling.accepted_updates(state)}
     batch = () if isinstance(schedule, str) else tuple(t.id for t in in_order(tasks) if t.id in counted)
     missed = len(late) if isinstance(schedule, Quorum) else 0
     state = replace(
         state, stage="aggregating", since_ms=at_ms, tasks=tasks, batch=batch, deadline_ms=None, missed=missed
     )
-    return state, (*(CancelTask(task.id, task.client) for task in off), aggregation(state))
+    return state, (*(SendCancelTask(task.id, task.client) for task in off), aggregation(state))
 
 
 def aggregation(state: JobState) -> Aggregate:
@@ -135,11 +141,11 @@ def fold_on(state: JobState, at_ms: int) -> Decision:
     """Fold what is left of a round, or what has arrived meanwhile; where that is nothing, train again."""
     if state.batch:
         return state, (aggregation(state),)
-    if scheduling.counted(state):
+    if scheduling.accepted_updates(state):
         return close(state, at_ms)
     state = replace(state, stage="training", since_ms=at_ms)
-    asked = scheduling.within(state, scheduling.to_ask(state))
-    state, commands = ask(state, TRAIN, asked, round_number=state.round, at_ms=at_ms)
+    asked = scheduling.filter_by_budget(state, scheduling.select_clients(state))
+    state, commands = dispatch_tasks(state, TRAIN, asked, round_number=state.round, at_ms=at_ms)
     state, deadline = _wait_until(state, scheduling.deadline_ms(state, at_ms))
     return state, (*commands, *deadline)
 
@@ -148,7 +154,7 @@ def round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
     """Close the round; begin the next and score this one's version at the same time."""
     if state.stage != "aggregating" or event.round != state.round:
         return state, ()
-    closed = Record(_closed(state, event))
+    closed = AppendEvent(_closed(state, event))
     folded = {task.id for task in aggregation(state).tasks}
     left = {id_: task for id_, task in state.tasks.items() if id_ not in folded}
     state = replace(
@@ -165,7 +171,7 @@ def round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
     )
     state = scheduling.retire(state, event.version.report)
     state, commands = _train_and_score(state, event)
-    state, more = on_counted(state, event.at_ms) if scheduling.counted(state) else (state, ())
+    state, more = on_counted(state, event.at_ms) if scheduling.accepted_updates(state) else (state, ())
     return state, (closed, *commands, *more)
 
 
@@ -194,7 +200,7 @@ def _pace(state: JobState, tasks: Sequence[TaskState]) -> dict[str, int | float]
     return {"late": late, "too_stale": refused, "staleness_mean": mean, "staleness_max": max(ages, default=0)}
 
 
-def _bases(state: JobState, left: Mapping[str, TaskState]) -> dict[int, Version]:
+def _bases(state: JobState, left: Mapping[str, TaskState]) -> dict[int, ModelVersion]:
     """The older versions that trainings still under way started from, now that there is a newer one."""
     rounds = {task.round for task in left.values() if task.phase == TRAIN}
     known = dict(state.bases) if state.head is None else {**state.bases, state.round: state.head}
@@ -220,12 +226,12 @@ def _train_and_score(state: JobState, event: RoundAggregated) -> Decision:
     return state, tuple(commands)
 
 
-def _begin_scoring(state: JobState, number: int, version: Version, *, at_ms: int) -> Decision:
+def _begin_scoring(state: JobState, number: int, version: ModelVersion, *, at_ms: int) -> Decision:
     """Ask clients to score the version of a round that the job wants scored."""
     if number == scheduling.PREPARATION or not (state.spec.evaluates(number) or scheduling.is_spent(state)):
         return state, ()
     state = replace(state, scored={**state.scored, number: version})
-    return ask(state, EVALUATE, evaluators(state), round_number=number, at_ms=at_ms)
+    return dispatch_tasks(state, EVALUATE, evaluators(state), round_number=number, at_ms=at_ms)
 
 
 def evaluators(state: JobState) -> tuple[int, ...]:
@@ -250,7 +256,7 @@ def scored(state: JobState, number: int, at_ms: int) -> Decision:
         tasks={id_: task for id_, task in state.tasks.items() if id_ not in ids},
         scored={other: version for other, version in state.scored.items() if other != number},
     )
-    told = Record(ev.RoundEvaluated(at_ms=at_ms, round=number, metrics=metrics))
+    told = AppendEvent(ev.RoundEvaluated(at_ms=at_ms, round=number, metrics=metrics))
     if state.stage != "scoring" or state.scored:
         return state, (told,)
     state, commands = end(state, "done", at_ms, reason=scheduling.sentence(state))
@@ -290,8 +296,8 @@ def over_clients(tasks: Iterable[TaskState]) -> dict[str, float]:
 
 def end(state: JobState, outcome: Ending, at_ms: int, *, reason: str = "", exit_code: int = 0) -> Decision:
     """End the job and call off what is still under way."""
-    off = tuple(CancelTask(task.id, task.client) for task in in_order(state.tasks) if task.status != "accepted")
-    told = Record(ev.JobEnded(at_ms=at_ms, status=outcome, reason=reason, exit_code=exit_code))
+    off = tuple(SendCancelTask(task.id, task.client) for task in in_order(state.tasks) if task.status != "accepted")
+    told = AppendEvent(ev.JobEnded(at_ms=at_ms, status=outcome, reason=reason, exit_code=exit_code))
     state = replace(state, stage="ended", outcome=outcome, reason=reason, exit_code=exit_code, since_ms=at_ms)
     state = replace(state, head=None, previous=None, scored={}, tasks={}, bases={}, batch=(), deadline_ms=None)
     return state, (*off, told, EndJob())
@@ -300,12 +306,12 @@ def end(state: JobState, outcome: Ending, at_ms: int, *, reason: str = "", exit_
 FAILED = 1
 
 
-def set_aside(state: JobState, client: ClientId, reason: str, at_ms: int, *, exit_code: int = FAILED) -> Decision:
+def exclude_client(state: JobState, client: ClientId, reason: str, at_ms: int, *, exit_code: int = FAILED) -> Decision:
     """Ask a client no more and go on without it; end the job, with this reason and code, where too few are left."""
     if client in state.aside or client not in state.clients:
         return state, ()
     state = replace(state, aside=(*state.aside, client))
-    told = Record(ev.ClientSetAside(at_ms=at_ms, client=client, reason=reason))
+    told = AppendEvent(ev.ClientSetAside(at_ms=at_ms, client=client, reason=reason))
     left, wanted = len(state.clients) - len(state.aside), state.spec.fewest_clients
     if left < wanted:
         if exit_code == FAILED:
@@ -316,7 +322,7 @@ def set_aside(state: JobState, client: ClientId, reason: str, at_ms: int, *, exi
     gone = {task.id for task in off}
     state = replace(state, tasks={id_: task for id_, task in state.tasks.items() if id_ not in gone})
     state, commands = _replace_lost_work(state, {task.round for task in off if task.phase == EVALUATE}, at_ms)
-    return state, (told, *(CancelTask(task.id, client) for task in off), *commands)
+    return state, (told, *(SendCancelTask(task.id, client) for task in off), *commands)
 
 
 def scores_without_lost(state: JobState, at_ms: int) -> Decision:
@@ -326,7 +332,7 @@ def scores_without_lost(state: JobState, at_ms: int) -> Decision:
         return state, ()
     theirs = [task for task in in_order(state.tasks) if task.client in state.lost and task.phase == EVALUATE]
     off = {task.id: task for task in theirs if task.status != "accepted"}
-    commands: tuple[Command, ...] = tuple(CancelTask(task.id, task.client) for task in off.values())
+    commands: tuple[Command, ...] = tuple(SendCancelTask(task.id, task.client) for task in off.values())
     state = replace(state, tasks={id_: task for id_, task in state.tasks.items() if id_ not in off})
     for number in sorted({task.round for task in off.values()}):
         state, more = _score_on(state, number, at_ms)
@@ -337,7 +343,7 @@ def scores_without_lost(state: JobState, at_ms: int) -> Decision:
 def _replace_lost_work(state: JobState, scores: set[int], at_ms: int) -> Decision:
     """Do what the client that is gone kept from happening; `scores` are the versions that it was scoring."""
     if state.stage == "initialising":
-        return ask(state, INITIALISE, _first(state), round_number=0, at_ms=at_ms)
+        return dispatch_tasks(state, INITIALISE, _first(state), round_number=0, at_ms=at_ms)
     commands: tuple[Command, ...] = ()
     for number in sorted(scores):
         state, more = _score_on(state, number, at_ms)
@@ -357,16 +363,22 @@ def _score_on(state: JobState, number: int, at_ms: int) -> Decision:
     """Close the scores of a version without the client that is gone, or ask somebody else for them."""
     if any(task.phase == EVALUATE and task.round == number for task in state.tasks.values()):
         return scored(state, number, at_ms)
-    return ask(state, EVALUATE, evaluators(state), round_number=number, at_ms=at_ms)
+    return dispatch_tasks(state, EVALUATE, evaluators(state), round_number=number, at_ms=at_ms)
 
 
 def _train_on(state: JobState, at_ms: int) -> Decision:
     """Close the round where nobody else is awaited; where nobody has trained at all, ask others."""
-    counted = scheduling.counted(state)
-    if counted and len(counted) >= scheduling.needed(state):
+    counted = scheduling.accepted_updates(state)
+    if counted and len(counted) >= scheduling.required_updates(state):
         return close(state, at_ms)
     if isinstance(state.spec.schedule, Buffered):
         return on_counted(state, at_ms)
     if any(task.phase == TRAIN for task in state.tasks.values()):
         return state, ()
-    return ask(state, TRAIN, scheduling.within(state, scheduling.to_ask(state)), round_number=state.round, at_ms=at_ms)
+    return dispatch_tasks(
+        state,
+        TRAIN,
+        scheduling.filter_by_budget(state, scheduling.select_clients(state)),
+        round_number=state.round,
+        at_ms=at_ms,
+    )

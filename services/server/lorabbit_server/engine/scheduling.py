@@ -29,13 +29,13 @@ SHORTEST_MS = 1_000
 """No derived deadline is shorter."""
 
 
-def to_ask(state: JobState) -> Sequence[int]:
+def select_clients(state: JobState) -> Sequence[int]:
     """Client indices that the round under way asks at its begin, or asks next where clients never wait."""
     spec, schedule = state.spec, state.spec.schedule
     if state.round == PREPARATION:
         return range(len(state.clients))
     if isinstance(schedule, str):
-        return _draw(state, _in_order_of_presence(state), spec.cohort_of(len(state.clients)), number=state.round)
+        return _draw(state, _by_time_present(state), spec.cohort_of(len(state.clients)), number=state.round)
     busy = {t.index for t in _trainings(state) if t.status != "accepted"}
     idle = [index for index, name in enumerate(state.clients) if index not in busy and name not in state.aside]
     here = [index for index in idle if state.clients[index] not in state.lost]
@@ -43,11 +43,11 @@ def to_ask(state: JobState) -> Sequence[int]:
         training = sum(1 for index in busy if state.clients[index] not in state.lost)
         wanted = (schedule.concurrency or len(state.clients)) - training
         return _draw(state, here, wanted, number=state.turns)
-    enough = len(here) + len(_trainings(state)) >= needed(state)
+    enough = len(here) + len(_trainings(state)) >= required_updates(state)
     return _draw(state, here if enough else idle, spec.asked_of(len(state.clients)), number=state.round)
 
 
-def _in_order_of_presence(state: JobState) -> Sequence[int]:
+def _by_time_present(state: JobState) -> Sequence[int]:
     """Everybody; without those who are lost where the job selects by facts and the others are enough."""
     everybody = range(len(state.clients))
     if state.spec.selection is None or state.spec.selection.order == "random":
@@ -59,7 +59,9 @@ def _in_order_of_presence(state: JobState) -> Sequence[int]:
 def _draw(state: JobState, candidates: Sequence[int], size: int, *, number: int) -> tuple[int, ...]:
     """Choose among the candidates without replacement, ascending."""
     order = "random" if state.spec.selection is None else state.spec.selection.order
-    return client_selection.Draw(state.spec.seed, number, order, state.asked, state.speeds).choose(candidates, size)
+    return client_selection.ClientSampler(state.spec.seed, number, order, state.asked, state.speeds).choose(
+        candidates, size
+    )
 
 
 def share_of(state: JobState, index: int, at_ms: int) -> float:
@@ -73,7 +75,7 @@ def share_of(state: JobState, index: int, at_ms: int) -> float:
     return partial_work.share(state.spec, state.speeds.get(index), None if ends_ms is None else float(ends_ms - at_ms))
 
 
-def needed(state: JobState) -> int:
+def required_updates(state: JobState) -> int:
     """Results that close the round under way.
 
     The preparation may close once the method's `quorum` of the population has answered.
@@ -89,7 +91,7 @@ def needed(state: JobState) -> int:
     return len(_trainings(state))
 
 
-def counted(state: JobState) -> list[TaskState]:
+def accepted_updates(state: JobState) -> list[TaskState]:
     """Trainings whose results count and belong to no version yet."""
     return [t for t in _trainings(state) if t.status == "accepted" and t.id not in state.batch]
 
@@ -147,7 +149,7 @@ def retire(state: JobState, report: Mapping[str, JsonValue]) -> JobState:
     return replace(state, retired=tuple(client for client in state.clients if client in retired))
 
 
-def within(state: JobState, asked: Sequence[int]) -> tuple[int, ...]:
+def filter_by_budget(state: JobState, asked: Sequence[int]) -> tuple[int, ...]:
     """Those of the clients to be asked whose budget bears another round; somebody else where none of them has any."""
     gone = {*state.retired, *state.aside}
     able = tuple(index for index in asked if state.clients[index] not in gone)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import JsonValue, TypeAdapter
 
-from lorabbit.aggregation.partial_work import Speed
+from lorabbit.aggregation.partial_work import ClientSpeed
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, Offer, PayloadRef
 from lorabbit.types import ClientId
@@ -23,7 +23,7 @@ TaskStatus = Literal["open", "offered", "accepted"]
 
 
 @dataclass(frozen=True, slots=True)
-class Offered:
+class UploadOffer:
     """A result as its client announced it."""
 
     metrics: Metrics
@@ -33,7 +33,7 @@ class Offered:
     bytes_by_role: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, offer: Offer) -> Offered:
+    def of(cls, offer: Offer) -> UploadOffer:
         """Take over what the engine needs of an offer."""
         return cls(offer.metrics, offer.payload, offer.base_sha256, offer.bytes_down, offer.bytes_by_role)
 
@@ -55,7 +55,7 @@ class TaskState:
     turn: int = 0
     """Number of the task in a job whose clients never wait, where one may train twice from the same version."""
     status: TaskStatus = "open"
-    offered: Offered | None = None
+    offered: UploadOffer | None = None
     since_ms: int = 0
     share: float = 1.0
     """Of the job's local steps, that it asks for."""
@@ -74,7 +74,7 @@ class Declared:
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
+class ModelVersion:
     """One version of the server state, on disk."""
 
     state: PayloadRef
@@ -126,16 +126,16 @@ class JobState:
     """Clients whose privacy budget bears no further round."""
     round: int = 0
     round_started_ms: int = 0
-    head: Version | None = None
+    head: ModelVersion | None = None
     """The server state that the round under way starts from."""
-    previous: Version | None = None
+    previous: ModelVersion | None = None
     """The one before, where adapters are told as differences to it."""
-    scored: Mapping[int, Version] = field(default_factory=dict)
+    scored: Mapping[int, ModelVersion] = field(default_factory=dict)
     """Versions under evaluation, by round."""
     base_sha256: str | None = None
     tasks: Mapping[str, TaskState] = field(default_factory=dict)
     """The tasks of the round under way and of open evaluations, by id; late ones where the schedule keeps them."""
-    bases: Mapping[int, Version] = field(default_factory=dict)
+    bases: Mapping[int, ModelVersion] = field(default_factory=dict)
     """Older versions that tasks under way started from, by the tasks' round."""
     batch: tuple[str, ...] = ()
     """Tasks whose results are being folded, where others may arrive meanwhile."""
@@ -143,7 +143,7 @@ class JobState:
     """When the round closes with what there is."""
     took_ms: Mapping[int, int] = field(default_factory=dict)
     """Milliseconds from asking to counting, of the last training of each client index."""
-    speeds: Mapping[int, Speed] = field(default_factory=dict)
+    speeds: Mapping[int, ClientSpeed] = field(default_factory=dict)
     """How fast each client index was in its last training, where the job's work or selection hangs on it."""
     asked: Mapping[int, int] = field(default_factory=dict)
     """How often each client index was asked to train, where the job's selection is fair."""
@@ -154,7 +154,7 @@ class JobState:
     turned_away: int = 0
     """Results refused as too stale since the last version."""
 
-    def version_for(self, task: TaskState) -> Version | None:
+    def version_for(self, task: TaskState) -> ModelVersion | None:
         """The server state that a training task starts from."""
         return self.bases.get(task.round, self.head)
 
@@ -168,7 +168,7 @@ class JobState:
         )
 
     @property
-    def versions(self) -> tuple[Version, ...]:
+    def versions(self) -> tuple[ModelVersion, ...]:
         """The versions in use: the head, those under evaluation, and those that late tasks started from."""
         used = (self.head, self.previous, *self.scored.values(), *self.bases.values())
         return tuple(version for version in used if version is not None)

@@ -11,10 +11,10 @@ from lorabbit.job.schedules import Buffered
 from lorabbit.types import TRAIN
 from lorabbit_server.engine import scheduling
 from lorabbit_server.engine.state import JobState, TaskState
-from lorabbit_server.engine.transitions import Command, Decision, Record, SendTask
+from lorabbit_server.engine.transitions import AppendEvent, Command, Decision, SendTask
 
 
-def ask(state: JobState, phase: str, indices: Iterable[int], *, round_number: int, at_ms: int) -> Decision:
+def dispatch_tasks(state: JobState, phase: str, indices: Iterable[int], *, round_number: int, at_ms: int) -> Decision:
     """Open one task for each of these clients that was not set aside, and send it."""
     opened: list[TaskState] = []
     counts = phase == TRAIN and isinstance(state.spec.schedule, Buffered)
@@ -52,7 +52,7 @@ def send(task: TaskState, at_ms: int) -> tuple[Command, ...]:
     told = ev.TaskSent(
         at_ms=at_ms, round=task.round, client=task.client, phase=task.phase, attempt=task.tries + task.attempt - 1
     )
-    return SendTask(task), Record(told)
+    return SendTask(task), AppendEvent(told)
 
 
 def name_of(task: TaskState) -> str:

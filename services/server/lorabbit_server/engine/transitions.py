@@ -15,11 +15,11 @@ from pydantic import JsonValue
 from lorabbit.events.job_events import AnyEvent
 from lorabbit.job.spec import PLAIN
 from lorabbit.types import ClientId
-from lorabbit_server.engine.state import Declared, JobState, Offered, TaskState, Version
+from lorabbit_server.engine.state import Declared, JobState, ModelVersion, TaskState, UploadOffer
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class PayloadTraffic:
     """Bytes that a task's result cost on the wire."""
 
     bytes_up: int = 0
@@ -41,7 +41,7 @@ class JobOpened:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientArrived:
+class HelloReceived:
     """A client said hello, for the first time or again; `outbox` lists tasks whose result it still holds."""
 
     client: ClientId
@@ -74,32 +74,32 @@ class ClientDismissed:
 
 
 @dataclass(frozen=True, slots=True)
-class ResultOffered:
+class OfferReceived:
     """A client announced a result; `counted` says that a task no longer in the state was accepted once."""
 
     task: str
     client: ClientId
-    offered: Offered
+    offered: UploadOffer
     counted: bool = False
     wants_tensors: bool | None = True
     """Whether the method wants tensors with a result of this client; None: as the client likes."""
-    traffic: Traffic = Traffic()
+    traffic: PayloadTraffic = PayloadTraffic()
     at_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class ResultArrived:
+class UpdateReceived:
     """An offered result's tensors are here and passed admission."""
 
     task: str
-    traffic: Traffic = Traffic()
+    traffic: PayloadTraffic = PayloadTraffic()
     at_ms: int = 0
     coding: str = PLAIN
     """How its tensors were written."""
 
 
 @dataclass(frozen=True, slots=True)
-class ResultRefused:
+class UpdateFailedValidation:
     """A result did not pass admission."""
 
     task: str
@@ -110,7 +110,7 @@ class ResultRefused:
 
 
 @dataclass(frozen=True, slots=True)
-class TaskFailed:
+class TaskFailureReceived:
     """A client could not do a task."""
 
     task: str
@@ -124,7 +124,7 @@ class TaskFailed:
 class MethodStarted:
     """The first server state is on disk."""
 
-    version: Version
+    version: ModelVersion
     parameters: int
     facts: Mapping[str, JsonValue] = field(default_factory=dict)
     at_ms: int = 0
@@ -135,13 +135,13 @@ class RoundAggregated:
     """The next server state is on disk."""
 
     round: int
-    version: Version
+    version: ModelVersion
     aggregate_seconds: float = 0.0
     at_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class ResultsUseless:
+class UpdatesUnusable:
     """Results that count cannot be folded, each for a reason that it alone gives."""
 
     round: int
@@ -159,7 +159,7 @@ class DeadlinePassed:
 
 
 @dataclass(frozen=True, slots=True)
-class StepFailed:
+class ServerWorkFailed:
     """The server's own work for this job failed for good."""
 
     reason: str
@@ -176,18 +176,18 @@ class CancelRequested:
 
 Event: TypeAlias = (
     JobOpened
-    | ClientArrived
+    | HelloReceived
     | ClientLeft
     | ClientDismissed
-    | ResultOffered
-    | ResultArrived
-    | ResultRefused
-    | TaskFailed
+    | OfferReceived
+    | UpdateReceived
+    | UpdateFailedValidation
+    | TaskFailureReceived
     | MethodStarted
     | RoundAggregated
-    | ResultsUseless
+    | UpdatesUnusable
     | DeadlinePassed
-    | StepFailed
+    | ServerWorkFailed
     | CancelRequested
 )
 
@@ -196,7 +196,7 @@ Event: TypeAlias = (
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class AppendEvent:
     """Append to the job's event log."""
 
     event: AnyEvent
@@ -210,7 +210,7 @@ class SendTask:
 
 
 @dataclass(frozen=True, slots=True)
-class CancelTask:
+class SendCancelTask:
     """Tell a client that a task is no longer wanted."""
 
     task: str
@@ -244,7 +244,7 @@ class SendVerdict:
 
 
 @dataclass(frozen=True, slots=True)
-class CountResult:
+class MarkAccepted:
     """Note for ever that a task's result counts; the store refuses to note it twice."""
 
     task: str
@@ -280,13 +280,13 @@ class EndJob:
 
 
 Command: TypeAlias = (
-    Record
+    AppendEvent
     | SendTask
-    | CancelTask
+    | SendCancelTask
     | GrantUpload
     | DenyUpload
     | SendVerdict
-    | CountResult
+    | MarkAccepted
     | StartMethod
     | Aggregate
     | SetDeadline

@@ -20,7 +20,7 @@ from lorabbit_server.engine.state import JobState, TaskState
 BY_ITSELF = "it ends by itself"
 
 
-class Wait(BaseModel):
+class WaitReason(BaseModel):
     """Somebody or something a job waits for."""
 
     model_config = ConfigDict(frozen=True)
@@ -43,7 +43,7 @@ class Wait(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class ClientObservations:
     """What a server has seen of clients, beside the states of jobs."""
 
     heard_ms: Mapping[str, int] = field(default_factory=dict)
@@ -71,9 +71,9 @@ class Sight:
         return seen or None
 
 
-def waits_of(state: JobState, sight: Sight | None = None) -> tuple[Wait, ...]:
+def wait_reasons(state: JobState, sight: ClientObservations | None = None) -> tuple[WaitReason, ...]:
     """Say whom a job waits for, whatever it is at; what the next step hangs on comes first."""
-    sight = sight or Sight()
+    sight = sight or ClientObservations()
     if state.stage == "gathering":
         return (_population(state),)
     open_ones = [task for task in state.tasks.values() if task.status != "accepted"]
@@ -82,16 +82,16 @@ def waits_of(state: JobState, sight: Sight | None = None) -> tuple[Wait, ...]:
     return found or (_nobody(state),)
 
 
-def _population(state: JobState) -> Wait:
+def _population(state: JobState) -> WaitReason:
     """The clients that a job lacks to begin."""
     wanted, here = state.spec.clients, state.present
     lacking = max(0, wanted - here)
     more = "client" if lacking == 1 else "clients"
-    unmet = client_selection.needs(state.spec).unmet_by_any(state.declared.values())
-    asked = client_selection.wanted(state.spec.selection, unmet)
+    unmet = client_selection.requirements_of(state.spec).unmet_by_any(state.declared.values())
+    asked = client_selection.describe(state.spec.selection, unmet)
     which = f" with {asked}" if asked else ""
     others = f"; {state.unsuited} others are here, but not such" if state.unsuited else ""
-    return Wait(
+    return WaitReason(
         owner="operator",
         reason=f"job {state.job} waits for {lacking} more {more}{which}: {here} of {wanted} needed are connected"
         + others,
@@ -100,7 +100,7 @@ def _population(state: JobState) -> Wait:
     )
 
 
-def _server(state: JobState) -> Iterator[Wait]:
+def _server(state: JobState) -> Iterator[WaitReason]:
     """What the server itself is at."""
     doing = {
         "starting": f"job {state.job} waits for the server: it makes the first adapter",
@@ -108,7 +108,7 @@ def _server(state: JobState) -> Iterator[Wait]:
         "ended": f"job {state.job} waits for the server: it writes the run folder",
     }.get(state.stage)
     if doing is not None:
-        yield Wait(owner="server", reason=doing, since_ms=state.since_ms, ends=BY_ITSELF)
+        yield WaitReason(owner="server", reason=doing, since_ms=state.since_ms, ends=BY_ITSELF)
 
 
 def _results(state: JobState) -> str:
@@ -117,12 +117,12 @@ def _results(state: JobState) -> str:
     return f"{number} update{'' if number == 1 else 's'}"
 
 
-def _clients(state: JobState, tasks: Iterable[TaskState], sight: Sight) -> Iterator[Wait]:
+def _clients(state: JobState, tasks: Iterable[TaskState], sight: ClientObservations) -> Iterator[WaitReason]:
     """What clients are at, task by task."""
     for task in tasks:
         lost = task.client in state.lost
         deadline_ms, ends = _end_of(state, task, sight)
-        yield Wait(
+        yield WaitReason(
             owner=task.client,
             reason=f"{_waiting(state, task)} {_doing(task, sight, lost=lost)}",
             since_ms=task.since_ms,
@@ -147,7 +147,7 @@ def _waiting(state: JobState, task: TaskState) -> str:
     return f"round {task.round} waits for {task.client}:"
 
 
-def _doing(task: TaskState, sight: Sight, *, lost: bool) -> str:
+def _doing(task: TaskState, sight: ClientObservations, *, lost: bool) -> str:
     """What a client is doing."""
     tries = f" (try {task.tries} of {MAX_TRIES})" if task.tries > 1 else ""
     if lost:
@@ -160,7 +160,7 @@ def _doing(task: TaskState, sight: Sight, *, lost: bool) -> str:
     return names.get(task.phase, "training" if task.round else "preparing") + tries
 
 
-def _end_of(state: JobState, task: TaskState, sight: Sight) -> tuple[int | None, str]:
+def _end_of(state: JobState, task: TaskState, sight: ClientObservations) -> tuple[int | None, str]:
     """When and how a client's task ends without it."""
     trains = task.phase not in {INITIALISE, EVALUATE}
     if trains and state.deadline_ms is not None:
@@ -195,9 +195,9 @@ def _patience(state: JobState, silent_ms: int | None) -> tuple[int | None, str]:
     return silent_ms + round(1000 * patience), f"then it is set aside (patience_seconds), and the job {then}"
 
 
-def _nobody(state: JobState) -> Wait:
+def _nobody(state: JobState) -> WaitReason:
     """A stage in which nobody has anything to do, which only an operator can end."""
-    return Wait(
+    return WaitReason(
         owner="operator",
         reason=f"round {state.round} waits for clients that may be asked: every one is busy, lost or not suited",
         since_ms=state.since_ms,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from lorabbit.broker.base import Broker, Outgoing
 from lorabbit.errors import StoreUnavailable
 from lorabbit.state.base import StateStore
-from lorabbit_server.engine.wait_reasons import Wait
+from lorabbit_server.engine.wait_reasons import WaitReason
 
 BROKER, STORE, LEASE = "broker", "store", "lease"
 PROBE_SECONDS = 1.0
@@ -28,21 +28,21 @@ _ENDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class HealthSnapshot:
     """What one look found."""
 
-    troubles: tuple[Wait, ...]
+    troubles: tuple[WaitReason, ...]
     leader: str | None
     """Who holds the lease, where the store tells."""
     lease_ends_ms: int | None = None
     """When the lease ends unless it is renewed."""
 
-    def of(self, owner: str) -> Wait | None:
+    def of(self, owner: str) -> WaitReason | None:
         """The trouble with one dependency."""
         return next((wait for wait in self.troubles if wait.owner == owner), None)
 
 
-class Surroundings:
+class DependencyHealth:
     """See the module's docstring. Safe to call from any thread."""
 
     def __init__(self, broker: Broker, probe: StateStore, now_ms: Callable[[], int]) -> None:
@@ -69,7 +69,7 @@ class Surroundings:
         if self._thread is not None:
             self._thread.join()
 
-    def look(self) -> Found:
+    def look(self) -> HealthSnapshot:
         """Look now."""
         with self._lock:
             said: dict[str, str | None] = {BROKER: self._broker.trouble(), STORE: None, LEASE: None}
@@ -82,7 +82,7 @@ class Surroundings:
             else:
                 said[LEASE] = "no server leads: nobody holds the lease" if leader is None else None
             troubles = [self._noted(name, what) for name, what in said.items() if self._keeps(name, what)]
-            return Found(tuple(troubles), leader, ends_ms)
+            return HealthSnapshot(tuple(troubles), leader, ends_ms)
 
     def _keeps(self, name: str, what: str | None) -> bool:
         """Note when a trouble began, or that it is over."""
@@ -92,8 +92,8 @@ class Surroundings:
         self._since.setdefault(name, self._now())
         return True
 
-    def _noted(self, name: str, what: str | None) -> Wait:
-        return Wait(owner=name, reason=str(what), since_ms=self._since[name], ends=_ENDS[name])
+    def _noted(self, name: str, what: str | None) -> WaitReason:
+        return WaitReason(owner=name, reason=str(what), since_ms=self._since[name], ends=_ENDS[name])
 
     def _watch(self) -> None:
         while not self._stop.wait(PROBE_SECONDS):

@@ -10,8 +10,8 @@ import threading
 from lorabbit.errors import FilesMissing, StoreRefuses
 from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit_server.engine.state import JobState
-from lorabbit_server.engine.wait_reasons import Wait
-from lorabbit_server.event_loop import is_no_room
+from lorabbit_server.engine.wait_reasons import WaitReason
+from lorabbit_server.event_loop import is_out_of_space
 from lorabbit_server.health.dependencies import STORE
 
 SERVER = "server"
@@ -21,13 +21,13 @@ _NO_WRITES = "no deadline; the server tries again every second, and goes on once
 _NO_FILES = "no deadline; start the server on the volume that has them, or cancel the job"
 
 
-class Setbacks:
+class ServerFaults:
     """The newest setback, for as long as it comes again. Safe to call from any thread."""
 
     def __init__(self, lease_ms: int) -> None:
         """One that does not come again for two leases is over."""
         self._keep_ms = max(SHORTEST_MS, 2 * lease_ms)
-        self._found: Wait | None = None
+        self._found: WaitReason | None = None
         self._seen_ms = 0
         self._lock = threading.Lock()
 
@@ -38,14 +38,14 @@ class Setbacks:
             reason, ends = str(error), _NO_FILES
         elif isinstance(error, StoreRefuses):
             owner, reason, ends = STORE, str(error), _NO_WRITES
-        elif is_no_room(error):
+        elif is_out_of_space(error):
             reason, ends = f"the server's disk is full: {error}", _NO_ROOM
         else:
             return
         with self._lock:
             before = self._newest(now_ms)
             since = before.since_ms if before is not None and before.ends == ends else now_ms
-            self._found, self._seen_ms = Wait(owner=owner, reason=reason, since_ms=since, ends=ends), now_ms
+            self._found, self._seen_ms = WaitReason(owner=owner, reason=reason, since_ms=since, ends=ends), now_ms
 
     def check_files(self, state: JobState, payloads: PayloadStore) -> None:
         """Raise FilesMissing where a job that goes on stands on files that are not here.
@@ -63,12 +63,12 @@ class Setbacks:
             if self._found is not None and self._found.ends in {_NO_FILES, _NO_WRITES}:  # a job is claimed by a write
                 self._found = None
 
-    def newest(self, now_ms: int) -> Wait | None:
+    def newest(self, now_ms: int) -> WaitReason | None:
         """What the server waits for; None where nothing came up lately."""
         with self._lock:
             return self._newest(now_ms)
 
-    def _newest(self, now_ms: int) -> Wait | None:
+    def _newest(self, now_ms: int) -> WaitReason | None:
         return self._found if now_ms - self._seen_ms < self._keep_ms else None
 
 

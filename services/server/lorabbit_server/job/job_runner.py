@@ -19,31 +19,31 @@ from lorabbit.broker.base import Cancellable, Delivery
 from lorabbit.errors import Refused
 from lorabbit.events import job_events as ev
 from lorabbit.events.job_events import EVENTS, AnyEvent
-from lorabbit.job.spec import Coding, JobSpec
+from lorabbit.job.spec import CompressionSpec, JobSpec
 from lorabbit.methods.registry import build
 from lorabbit.protocol.messages import CancelTask, Deny, ForTask, Offer, Task, TaskFailed, Verdict
 from lorabbit.state.base import JobEntry, JobRecord
 from lorabbit.types import INITIALISE, ClientId
 from lorabbit_server.aggregation import aggregator
-from lorabbit_server.aggregation.model_versions import Versions
-from lorabbit_server.artifacts.fenced_files import WholeFiles
-from lorabbit_server.artifacts.run_directory import RunFolder
-from lorabbit_server.context import Tools
+from lorabbit_server.aggregation.model_versions import ModelVersionStore
+from lorabbit_server.artifacts.fenced_files import FencedFileWriter
+from lorabbit_server.artifacts.run_directory import RunDirectory
+from lorabbit_server.context import ServerContext
 from lorabbit_server.engine import transitions
 from lorabbit_server.engine.reducer import decide, resume
-from lorabbit_server.engine.state import JobState, Offered, TaskState, load_state
+from lorabbit_server.engine.state import JobState, TaskState, UploadOffer, load_state
 from lorabbit_server.engine.transitions import DeadlinePassed, Event, SetDeadline
-from lorabbit_server.job.task_builder import Planner
-from lorabbit_server.job.unit_of_work import Ledger
+from lorabbit_server.job.task_builder import TaskBuilder
+from lorabbit_server.job.unit_of_work import UnitOfWork
 from lorabbit_server.transfer.downloads import Downloads
-from lorabbit_server.transfer.traffic_meter import Meter
+from lorabbit_server.transfer.traffic_meter import TrafficMeter
 from lorabbit_server.transfer.uploads import Uploads, refusal
 
 
-class Deadline:
+class RoundTimer:
     """For the loop thread."""
 
-    def __init__(self, tools: Tools, passed: Callable[[Event], None]) -> None:
+    def __init__(self, tools: ServerContext, passed: Callable[[Event], None]) -> None:
         """Call `passed` with the event once the time has come."""
         self._tools, self._passed = tools, passed
         self._timer: Cancellable | None = None
@@ -69,28 +69,30 @@ log = structlog.get_logger()
 _Step = Callable[[], None]
 
 
-class JobRun:
+class JobRunner:
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, tools: Tools, job: str, spec: JobSpec, record: JobRecord) -> None:
+    def __init__(self, tools: ServerContext, job: str, spec: JobSpec, record: JobRecord) -> None:
         """Continue a job from what the store holds of it, or begin it."""
         self.job, self.spec = job, spec
         self.on_events: Callable[[list[AnyEvent]], None] = lambda _: None
         self.on_end: Callable[[], None] = lambda: None
         state = JobState(job, spec) if record.header is None else load_state(record.header, spec, record.tasks)
         self._is_new = record.header is None
-        files = WholeFiles(tools.settings.durable, tools.epoch, tools.fence)
-        self._tools, self._meter = tools, Meter(tools.traffic_of(job), files)
+        files = FencedFileWriter(tools.settings.durable, tools.epoch, tools.fence)
+        self._tools, self._meter = tools, TrafficMeter(tools.traffic_of(job), files)
         self._method = build(spec)
-        self._versions = Versions(self._method, tools.payloads, tools.settings.chunk_bytes, spec.transport.downloads)
-        self._planner = Planner(self._method, self._versions, tools.registry, epoch=tools.epoch)
+        self._versions = ModelVersionStore(
+            self._method, tools.payloads, tools.settings.chunk_bytes, spec.transport.downloads
+        )
+        self._planner = TaskBuilder(self._method, self._versions, tools.registry, epoch=tools.epoch)
         self.uploads = Uploads(tools, job, self._meter, self._checked)
         """Takes chunks and commits straight from reception."""
         self._downloads = Downloads(tools, self._needs, self._step_failed)
-        self._deadline = Deadline(tools, self.apply)
+        self._deadline = RoundTimer(tools, self.apply)
         folder = tools.settings.folder / "runs" / job
-        self._folder = RunFolder(folder, job, spec, tools.payloads, files)
-        self._ledger = Ledger(tools, state, record, self._meter, self._step_failed)
+        self._folder = RunDirectory(folder, job, spec, tools.payloads, files)
+        self._ledger = UnitOfWork(tools, state, record, self._meter, self._step_failed)
         self._ledger.on_events = self._told
 
     @property
@@ -158,16 +160,16 @@ class JobRun:
             try:
                 wants_tensors = self._planner.weigh(self.state, task, message.payload, max_bytes=limit)
             except Refused as why:
-                refused = transitions.ResultRefused(
+                refused = transitions.UpdateFailedValidation(
                     task.id, why.reason, why.detail, before_upload=True, at_ms=self._now()
                 )
                 self.apply(refused)
                 return
         self.apply(
-            transitions.ResultOffered(
+            transitions.OfferReceived(
                 message.task,
                 client,
-                Offered.of(message),
+                UploadOffer.of(message),
                 counted=task is None and self._tools.store.effect(self.job, message.task) is not None,
                 wants_tensors=wants_tensors,
                 traffic=self._meter.read(message.task),
@@ -178,7 +180,9 @@ class JobRun:
     def on_task_failed(self, message: TaskFailed, delivery: Delivery, client: ClientId) -> None:
         """Hear that a client could not do a task."""
         self._ledger.hold(delivery)
-        self.apply(transitions.TaskFailed(message.task, client, message.reason, message.bad_input, self._now()))
+        self.apply(
+            transitions.TaskFailureReceived(message.task, client, message.reason, message.bad_input, self._now())
+        )
 
     def meter(self, task: str, overhead: int, message: str) -> None:
         """Count a control message from a client."""
@@ -192,13 +196,13 @@ class JobRun:
     def _perform(self, command: transitions.Command) -> None:
         """Put what a command changes into the ledger, and what it does behind the commit."""
         match command:
-            case transitions.Record(event):
+            case transitions.AppendEvent(event):
                 self._ledger.record(event)
-            case transitions.CountResult(id_, sha256):
+            case transitions.MarkAccepted(id_, sha256):
                 self._ledger.count(id_, sha256)
             case transitions.SendTask(task):
                 self._send_task(task)
-            case transitions.CancelTask(id_, client):
+            case transitions.SendCancelTask(id_, client):
                 self._post(client, CancelTask(job=self.job, task=id_, client=client), f"{id_}.cancel")
             case transitions.DenyUpload(id_, client, reason):
                 self._tools.refused[reason] += 1
@@ -245,19 +249,19 @@ class JobRun:
         if current is not None and current.status == "offered":
             self.uploads.expect(current, self._planner.expected(self.state, current))
 
-    def _checked(self, task: TaskState, found: Coding | Exception) -> None:
+    def _checked(self, task: TaskState, found: CompressionSpec | Exception) -> None:
         """Count a payload that passed admission, unless its offer is no longer the one that counts."""
         current = self.state.tasks.get(task.id)
         if current is None or current.status != "offered" or current.offered != task.offered:
             return
         if not isinstance(found, Exception):
-            self.apply(transitions.ResultArrived(task.id, self._meter.read(task.id), self._now(), found.word))
+            self.apply(transitions.UpdateReceived(task.id, self._meter.read(task.id), self._now(), found.word))
         elif self.uploads.may_repeat(task, found):
             self._expect(task)
         elif (why := refusal(found)) is None:
             self._step_failed(f"checking the {task.phase} result of {task.client}", found)
         else:
-            self.apply(transitions.ResultRefused(task.id, why.reason, why.detail, at_ms=self._now()))
+            self.apply(transitions.UpdateFailedValidation(task.id, why.reason, why.detail, at_ms=self._now()))
 
     def _needs(self, sha256: str) -> bool:
         """Tell whether the job as it stands may still read a payload; for any thread."""
@@ -287,7 +291,7 @@ class JobRun:
         self._tools.loop.work(work, self._stepped, partial(self._step_failed, f"aggregating round {command.round}"))
 
     def _stepped(
-        self, event: transitions.MethodStarted | transitions.RoundAggregated | transitions.ResultsUseless
+        self, event: transitions.MethodStarted | transitions.RoundAggregated | transitions.UpdatesUnusable
     ) -> None:
         """Go on after heavy work; the files that it wrote are the state's now, or nobody's."""
         self.apply(replace(event, at_ms=self._now()))
@@ -297,7 +301,7 @@ class JobRun:
         """End the job on an error of the server's own work; it would come again."""
         log.error("step-failed", job=self.job, what=what, why=repr(error))
         reason = f"{what} failed: {error or type(error).__name__}"
-        self.apply(transitions.StepFailed(reason, getattr(error, "exit_code", 1), self._now()))
+        self.apply(transitions.ServerWorkFailed(reason, getattr(error, "exit_code", 1), self._now()))
 
     # ---- the run folder and the end ----
     def _told(self, events: list[AnyEvent]) -> None:

@@ -37,28 +37,28 @@ from lorabbit.protocol.messages import (
 )
 from lorabbit.runtime import failpoints
 from lorabbit.types import ClientId
-from lorabbit_server.clients.addresses import Inboxes, Occupancy
-from lorabbit_server.context import Tools
+from lorabbit_server.clients.addresses import ClientQueues, DuplicateClientDetector
+from lorabbit_server.context import ServerContext
 from lorabbit_server.engine import transitions
-from lorabbit_server.job.job_runner import JobRun
+from lorabbit_server.job.job_runner import JobRunner
 from lorabbit_server.transfer.traffic_meter import header_bytes
 
 log = structlog.get_logger()
 PROGRESS_SECONDS = 0.5
 
 
-class Reception:
+class MessageRouter:
     """See the module's docstring; for the loop thread."""
 
     def __init__(
-        self, tools: Tools, running: Callable[[], JobRun | None], tell: Callable[[str, list[AnyEvent]], None]
+        self, tools: ServerContext, running: Callable[[], JobRunner | None], tell: Callable[[str, list[AnyEvent]], None]
     ) -> None:
         """Serve whatever job is `running`; `tell` listeners of progress."""
         self._tools, self._running, self._tell = tools, running, tell
         self._broker, self._registry, self._now = tools.broker, tools.registry, tools.now_ms
         self._progress: dict[str, TaskProgressed] = {}
-        self._inboxes = Inboxes(tools.broker)
-        self._occupancy = Occupancy()
+        self._inboxes = ClientQueues(tools.broker)
+        self._occupancy = DuplicateClientDetector()
 
     def on_data(self, delivery: Delivery) -> None:
         """Take in a chunk."""
@@ -182,10 +182,10 @@ class Reception:
         own = frozenset(task.id for task in run.state.tasks.values() if task.client == client)
         self._apply(self._arrived(client, own))
 
-    def _arrived(self, client: ClientId, outbox: frozenset[str], *, is_new: bool = True) -> transitions.ClientArrived:
+    def _arrived(self, client: ClientId, outbox: frozenset[str], *, is_new: bool = True) -> transitions.HelloReceived:
         """Tell of a client that is here, for the first time or again."""
         declared = self._registry.declared[client]
-        return transitions.ClientArrived(
+        return transitions.HelloReceived(
             client, self._registry.present, declared.device, outbox, is_new, self._now(), declared
         )
 
@@ -226,7 +226,7 @@ class Reception:
         run.meter(message.task, len(delivery.body) + header_bytes(delivery), delivery.message_id)
         match message:
             case Offer():
-                failpoints.reached(failpoints.Point.OFFER_RECEIVED)
+                failpoints.hit(failpoints.Failpoint.OFFER_RECEIVED)
                 run.on_offer(message, delivery, client)
             case TaskFailed():
                 if message.damaged is not None:
@@ -270,7 +270,7 @@ class Reception:
         self._broker.send_until_taken(outgoing, lambda _: self._broker.ack(delivery))
 
     # ---- progress ----
-    def _on_progress(self, run: JobRun, message: TaskProgress) -> None:
+    def _on_progress(self, run: JobRunner, message: TaskProgress) -> None:
         """Show progress at once here, and a little later to those who read the store."""
         task = run.state.tasks.get(message.task)
         if task is None or task.client != message.client:

@@ -19,8 +19,8 @@ from lorabbit.errors import BrokerBusy, BrokerRefused, LoRAbbitError
 from lorabbit.protocol import codec
 from lorabbit.protocol.messages import Task
 from lorabbit.runtime import failpoints
-from lorabbit_server.context import Tools
-from lorabbit_server.transfer.traffic_meter import Meter
+from lorabbit_server.context import ServerContext
+from lorabbit_server.transfer.traffic_meter import TrafficMeter
 
 RELAY_AGAIN_SECONDS = 1.0
 Entry: TypeAlias = dict[str, str]
@@ -29,13 +29,13 @@ Entry: TypeAlias = dict[str, str]
 log = structlog.get_logger()
 
 
-class Relay:
+class OutboxPublisher:
     """See the module's docstring; for the loop thread."""
 
     def __init__(
         self,
-        tools: Tools,
-        meter: Meter,
+        tools: ServerContext,
+        meter: TrafficMeter,
         on_relayed: Callable[[str], None],
         on_failed: Callable[[str, Exception], None],
     ) -> None:
@@ -113,7 +113,7 @@ class Relay:
             ),
             done,
         )
-        failpoints.reached(failpoints.Point.MESSAGE_SENT)
+        failpoints.hit(failpoints.Failpoint.MESSAGE_SENT)
 
     def _named(self, message: Entry) -> str:
         """The body of a message, with the streams of its payloads where they are not the usual ones."""
@@ -125,6 +125,6 @@ class Relay:
     def _confirmed(self, step: str) -> None:
         self._unconfirmed[step] -= 1
         if not self._unconfirmed[step]:
-            failpoints.reached(failpoints.Point.MESSAGES_CONFIRMED)
+            failpoints.hit(failpoints.Failpoint.MESSAGES_CONFIRMED)
             del self._unconfirmed[step]
             self._on_relayed(step)

@@ -12,21 +12,21 @@ from dataclasses import dataclass
 import structlog
 
 from lorabbit.aggregation import partial_work
-from lorabbit.aggregation.staleness import Carry
+from lorabbit.aggregation.staleness import StalenessCorrection
 from lorabbit.compression import compressed_file
 from lorabbit.errors import RunFailed
-from lorabbit.job.schedules import worth
-from lorabbit.job.spec import Coding
+from lorabbit.job.schedules import staleness_weight
+from lorabbit.job.spec import CompressionSpec
 from lorabbit.methods.api.method import Method
-from lorabbit.protocol.messages import PayloadRef, Task, Way
+from lorabbit.protocol.messages import EncodedDownload, PayloadRef, Task
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, TRAIN, ClientProfile, Facts, Tensors
-from lorabbit_server.aggregation.aggregator import Background
-from lorabbit_server.aggregation.model_versions import Versions
-from lorabbit_server.aggregation.update_validation import Expected, Template, check_offer
-from lorabbit_server.clients.registry import Registry
+from lorabbit_server.aggregation.aggregator import UpdateContext
+from lorabbit_server.aggregation.model_versions import ModelVersionStore
+from lorabbit_server.aggregation.update_validation import ExpectedUpdate, UpdateTemplate, check_offer
+from lorabbit_server.clients.registry import ClientRegistry
 from lorabbit_server.engine import scheduling
-from lorabbit_server.engine.state import JobState, TaskState, Version
+from lorabbit_server.engine.state import JobState, ModelVersion, TaskState
 
 log = structlog.get_logger()
 KEPT_TEMPLATES = 64
@@ -34,7 +34,7 @@ KEPT_TEMPLATES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TaskRequest:
     """What a task asks for, beside its name."""
 
     phase: str
@@ -42,14 +42,14 @@ class Asked:
     settings: Facts
 
 
-class Planner:
+class TaskBuilder:
     """Plans the tasks of one job."""
 
-    def __init__(self, method: Method, versions: Versions, registry: Registry, *, epoch: int) -> None:
+    def __init__(self, method: Method, versions: ModelVersionStore, registry: ClientRegistry, *, epoch: int) -> None:
         """Plan with this method, in this epoch."""
         self._method, self._versions, self._registry, self._epoch = method, versions, registry, epoch
-        self._templates: dict[int, tuple[Tensors, Template]] = {}
-        self._described: Version | None = None
+        self._templates: dict[int, tuple[Tensors, UpdateTemplate]] = {}
+        self._described: ModelVersion | None = None
 
     def message(self, state: JobState, task: TaskState) -> Task:
         """Make the message for a task; writes payloads that are not files yet."""
@@ -73,12 +73,12 @@ class Planner:
             share=task.share,
             payloads=asked.payloads,
             ways=self._ways(state, task, asked.payloads) if state.spec.transport.downloads.needs <= codings else {},
-            coding=uploads if task.phase == TRAIN and uploads.needs <= codings else Coding(),
+            coding=uploads if task.phase == TRAIN and uploads.needs <= codings else CompressionSpec(),
             settings=dict(asked.settings),
             spec=state.spec,
         )
 
-    def template(self, state: JobState, task: TaskState) -> Template | None:
+    def template(self, state: JobState, task: TaskState) -> UpdateTemplate | None:
         """What a task's result must look like; None for the first adapter, which may be anything finite."""
         start = state.version_for(task)
         if task.phase != TRAIN or start is None:
@@ -91,17 +91,17 @@ class Planner:
         if known is None:
             if len(self._templates) >= KEPT_TEMPLATES:
                 self._templates.clear()
-            known = self._templates[id(tensors)] = (tensors, Template.of(tensors))
+            known = self._templates[id(tensors)] = (tensors, UpdateTemplate.of(tensors))
         return known[1]
 
-    def expected(self, state: JobState, task: TaskState) -> Expected:
+    def expected(self, state: JobState, task: TaskState) -> ExpectedUpdate:
         """What admission holds a task's result to."""
         template = self.template(state, task)
         if template is None:
-            return Expected(may_be_empty=task.phase == INITIALISE and self._method.personal)
+            return ExpectedUpdate(may_be_empty=task.phase == INITIALISE and self._method.personal)
         origin = self._asked(state, task).payloads.get(ADAPTER)
         held = None if origin is None else (origin.sha256, self._versions.payloads.path(origin.sha256))
-        return Expected(template, state.spec.transport.uploads, held)
+        return ExpectedUpdate(template, state.spec.transport.uploads, held)
 
     def weigh(self, state: JobState, task: TaskState, payload: PayloadRef | None, *, max_bytes: int) -> bool | None:
         """Tell whether a task's result must have tensors, None where it may; raises Refused for a size too large."""
@@ -112,48 +112,50 @@ class Planner:
             return None
         return template is None or not template.is_empty
 
-    def background(self, state: JobState, tasks: Sequence[TaskState]) -> Background:
+    def background(self, state: JobState, tasks: Sequence[TaskState]) -> UpdateContext:
         """What the updates of tasks are differences to, and how those come to the newest version that are late."""
-        origins: dict[str, compressed_file.Origin] = {}
+        origins: dict[str, compressed_file.DeltaBase] = {}
         if state.spec.transport.uploads.delta:
-            known: dict[str, compressed_file.Origin] = {}
+            known: dict[str, compressed_file.DeltaBase] = {}
             for task in tasks:
                 ref = self._asked(state, task).payloads.get(ADAPTER)
                 if ref is not None:
                     path = self._versions.payloads.path(ref.sha256)
-                    known.setdefault(ref.sha256, compressed_file.Origin.of(ref.sha256, path))
+                    known.setdefault(ref.sha256, compressed_file.DeltaBase.of(ref.sha256, path))
                     origins[task.id] = known[ref.sha256]
-        return Background(self._carries(state, tasks), origins)
+        return UpdateContext(self._carries(state, tasks), origins)
 
-    def _carries(self, state: JobState, tasks: Sequence[TaskState]) -> dict[str, Carry]:
+    def _carries(self, state: JobState, tasks: Sequence[TaskState]) -> dict[str, StalenessCorrection]:
         """How updates from older versions, or of unlike shares of work, come to the newest version, by task."""
         examples = [0 if task.offered is None else task.offered.metrics.num_examples for task in tasks]
         scales = partial_work.factors(state.spec, examples, [task.share for task in tasks])
-        carries: dict[str, Carry] = {}
+        carries: dict[str, StalenessCorrection] = {}
         for task, scale in zip(tasks, scales, strict=True):
             start, head, staleness = state.version_for(task), state.head, scheduling.staleness(state, task)
             if (staleness > 0 or scale != 1.0) and start is not None and head is not None:
                 profile = self._profile(task)
                 old = self._method.uploads(self._versions.load(start), profile)
                 new = self._method.uploads(self._versions.load(head), profile)
-                carries[task.id] = Carry(old, new, scale * worth(state.spec.schedule, staleness))
+                carries[task.id] = StalenessCorrection(
+                    old, new, scale * staleness_weight(state.spec.schedule, staleness)
+                )
         return carries
 
-    def _asked(self, state: JobState, task: TaskState) -> Asked:
+    def _asked(self, state: JobState, task: TaskState) -> TaskRequest:
         if task.phase == EVALUATE:
             scored = self._versions.load(state.scored[task.round])
             plan = self._method.scoring(scored, self._profile(task))
             settings = {**plan.settings, "on": state.spec.evaluation.on}
-            return Asked(EVALUATE, self._versions.refs(plan.payloads), settings)
+            return TaskRequest(EVALUATE, self._versions.refs(plan.payloads), settings)
         if task.phase != TRAIN:
-            return Asked(task.phase, {}, {})
+            return TaskRequest(task.phase, {}, {})
         start = state.version_for(task)
         if start is None:
             raise RunFailed(f"job {state.job} trains without a server state")
         plan = self._method.plan(self._versions.load(start), self._profile(task))
-        return Asked(plan.phase, self._versions.refs(plan.payloads), plan.settings)
+        return TaskRequest(plan.phase, self._versions.refs(plan.payloads), plan.settings)
 
-    def _ways(self, state: JobState, task: TaskState, payloads: Mapping[str, PayloadRef]) -> dict[str, Way]:
+    def _ways(self, state: JobState, task: TaskState, payloads: Mapping[str, PayloadRef]) -> dict[str, EncodedDownload]:
         """The shorter way to a task's adapter, in the coding that the job asks for."""
         whole = payloads.get(ADAPTER)
         if state.spec.transport.downloads.is_plain or whole is None:

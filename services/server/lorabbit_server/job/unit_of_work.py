@@ -20,11 +20,11 @@ from lorabbit.events.job_events import AnyEvent
 from lorabbit.protocol import codec
 from lorabbit.protocol.messages import ForTask, Task
 from lorabbit.runtime import failpoints
-from lorabbit.state.base import Change, JobRecord
-from lorabbit_server.context import Tools
+from lorabbit.state.base import JobRecord, StateChange
+from lorabbit_server.context import ServerContext
 from lorabbit_server.engine.state import JobState, dump_header, dump_task
-from lorabbit_server.job.outbox import Entry, Relay
-from lorabbit_server.transfer.traffic_meter import Meter
+from lorabbit_server.job.outbox import Entry, OutboxPublisher
+from lorabbit_server.transfer.traffic_meter import TrafficMeter
 
 FORGET_SECONDS = 2.0
 """How long confirmed outbox entries may wait for a commit that takes them along."""
@@ -32,15 +32,15 @@ FORGET_SECONDS = 2.0
 _Item = TypeVar("_Item")
 
 
-class Ledger:
+class UnitOfWork:
     """The pending step of one job; for the loop thread."""
 
     def __init__(
         self,
-        tools: Tools,
+        tools: ServerContext,
         state: JobState,
         record: JobRecord,
-        meter: Meter,
+        meter: TrafficMeter,
         on_failed: Callable[[str, Exception], None],
     ) -> None:
         """Continue from what the store holds; `on_failed` hears of messages that the broker will never take."""
@@ -57,7 +57,7 @@ class Ledger:
         self._held: list[Delivery] = []
         self._before_sending: list[Callable[[], None]] = []
         self._afterwards: list[Callable[[], None]] = []
-        self._relay = Relay(tools, meter, self._confirmed, on_failed)
+        self._relay = OutboxPublisher(tools, meter, self._confirmed, on_failed)
         self._on_relayed: Callable[[], None] | None = None
         self._scheduled = False
         self._closed = False
@@ -79,7 +79,7 @@ class Ledger:
         entry = {"address": address, "type": message.type_name(), "body": body, "message_id": message_id}
         entry["task"] = message.task
         if isinstance(message, Task):
-            failpoints.reached(failpoints.Point.TASK_DECIDED)
+            failpoints.hit(failpoints.Failpoint.TASK_DECIDED)
             entry["payloads"] = " ".join(ref.sha256 for _, ref in message.published)
         self._outbox.append(entry)
         self._schedule()
@@ -119,9 +119,9 @@ class Ledger:
         if change is not None:
             committed = self._store.commit(self.state.job, change)
             if change.effects:
-                failpoints.reached(failpoints.Point.RESULT_COUNTED)
+                failpoints.hit(failpoints.Failpoint.RESULT_COUNTED)
             if change.outbox:
-                failpoints.reached(failpoints.Point.STEP_COMMITTED)
+                failpoints.hit(failpoints.Failpoint.STEP_COMMITTED)
             self._version, self._committed = committed.version, self.state
             self._header = change.header or self._header
             self._effects = {}
@@ -137,7 +137,7 @@ class Ledger:
         for callback in _taken(self._afterwards):
             callback()
 
-    def _change(self, events: list[AnyEvent], outbox: list[Entry], relayed: list[str]) -> Change | None:
+    def _change(self, events: list[AnyEvent], outbox: list[Entry], relayed: list[str]) -> StateChange | None:
         """Describe what differs from the last commit; None when nothing does."""
         before, now = self._committed.tasks, self.state.tasks
         changed = {id_: task for id_, task in now.items() if before.get(id_) is not task}
@@ -146,7 +146,7 @@ class Ledger:
         tasks.update({id_: None for id_ in before if id_ not in now})
         if header == self._header and not (tasks or events or outbox or relayed):
             return None
-        return Change(
+        return StateChange(
             uuid.uuid4().hex,
             self._epoch,
             self._version,
@@ -186,7 +186,7 @@ class Ledger:
         callback, self._on_relayed = self._on_relayed, None
         if callback is not None and not self._closed:
             self.commit()
-            failpoints.reached(failpoints.Point.RUN_WRITTEN)
+            failpoints.hit(failpoints.Failpoint.RUN_WRITTEN)
             callback()
 
     def close(self) -> None:

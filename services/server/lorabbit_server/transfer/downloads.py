@@ -8,13 +8,15 @@ from functools import partial
 from lorabbit.errors import LoRAbbitError
 from lorabbit.protocol.messages import PayloadRef
 from lorabbit.runtime import failpoints
-from lorabbit_server.context import Tools
+from lorabbit_server.context import ServerContext
 
 
 class Downloads:
     """Publishes each payload once and withdraws it when no task needs it; for the loop thread."""
 
-    def __init__(self, tools: Tools, needs: Callable[[str], bool], on_failed: Callable[[str, Exception], None]) -> None:
+    def __init__(
+        self, tools: ServerContext, needs: Callable[[str], bool], on_failed: Callable[[str, Exception], None]
+    ) -> None:
         """Ask `needs`, from any thread, whether the job as it stands may still read a payload.
 
         `on_failed` hears what could not be published, ever, and why.
@@ -41,7 +43,7 @@ class Downloads:
         """Publish payloads that are not in a stream yet."""
         for ref in refs:
             if ref.sha256 not in self._published:
-                failpoints.reached(failpoints.Point.VERSION_COMMITTED)
+                failpoints.hit(failpoints.Failpoint.VERSION_COMMITTED)
                 self._published.add(ref.sha256)
                 self._tools.publisher.publish(ref, partial(self._answered, ref.sha256))
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import structlog
 
 from lorabbit.broker.base import Delivery
-from lorabbit_server.artifacts.fenced_files import WholeFiles
-from lorabbit_server.engine.transitions import Traffic
+from lorabbit_server.artifacts.fenced_files import FencedFileWriter
+from lorabbit_server.engine.transitions import PayloadTraffic
 
 log = structlog.get_logger()
 MAX_TASKS = 65_536
@@ -41,12 +41,12 @@ class _Counts:
     overhead_down: int = 0
 
 
-class Meter:
+class TrafficMeter:
     """Counts until a task's result is accepted; for the loop thread."""
 
-    def __init__(self, path: Path | None = None, files: WholeFiles | None = None) -> None:
+    def __init__(self, path: Path | None = None, files: FencedFileWriter | None = None) -> None:
         """Go on with what a file holds, and keep it there, written by `files`; in memory alone without a path."""
-        self._path, self._files = path, files or WholeFiles(durable=False)
+        self._path, self._files = path, files or FencedFileWriter(durable=False)
         self._tasks: dict[str, _Counts] = {}
         self._seen: dict[tuple[str, str], None] = {}
         """Tasks and ids of the newest messages that are counted, oldest first."""
@@ -66,10 +66,10 @@ class Meter:
         """Count bytes to a client."""
         self._count(task, 0, 0, overhead, "")
 
-    def read(self, task: str) -> Traffic:
+    def read(self, task: str) -> PayloadTraffic:
         """The bytes of a task so far."""
         counts = self._tasks.get(task, _Counts())
-        return Traffic(counts.bytes_up, counts.overhead_up, counts.overhead_down)
+        return PayloadTraffic(counts.bytes_up, counts.overhead_up, counts.overhead_down)
 
     def keep(self, tasks: Collection[str]) -> None:
         """Forget every task but these; raises Fenced where another server keeps the file."""

@@ -37,22 +37,22 @@ import structlog
 from lorabbit.broker import topology
 from lorabbit.broker.base import Delivery, Outgoing
 from lorabbit.errors import BrokerUnavailable, CorruptPayload, LoRAbbitError, Refused
-from lorabbit.job.spec import Coding
+from lorabbit.job.spec import CompressionSpec
 from lorabbit.protocol import codec
 from lorabbit.protocol.messages import Grant, PayloadRef
 from lorabbit.runtime import failpoints
 from lorabbit.transfer.chunking import index_of, is_damaged
 from lorabbit.types import ClientId
-from lorabbit_server.aggregation.update_validation import Expected, check_update
-from lorabbit_server.context import Tools
+from lorabbit_server.aggregation.update_validation import ExpectedUpdate, check_update
+from lorabbit_server.context import ServerContext
 from lorabbit_server.engine.state import TaskState
-from lorabbit_server.transfer.traffic_meter import Meter, header_bytes
+from lorabbit_server.transfer.traffic_meter import TrafficMeter, header_bytes
 
 AT_ONCE = 3
 """So often is one chunk asked for at once."""
 
 
-class Repairs:
+class ChunkRetransmits:
     """See the module's docstring; of one upload, by the tasks that bring it."""
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ AT_LEAST = 8
 SLOW_MS = 5_000
 
 
-class Window:
+class UploadWindow:
     """See the module's docstring; payloads by name, sizes in bytes."""
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ BEHIND_OTHERS_MS = 30_000
 """So long where chunks of other uploads arrived meanwhile."""
 INHERITED_MS = 1_000
 """So long must nothing have moved on an upload that an earlier server granted."""
-OnChecked = Callable[[TaskState, Coding | Exception], None]
+OnChecked = Callable[[TaskState, CompressionSpec | Exception], None]
 
 
 @dataclass(slots=True)
@@ -164,8 +164,8 @@ class Upload:
     granted: bool = False
     is_under_way: bool = False
     """Whether chunks may come that were asked for some time ago."""
-    waiting: dict[str, tuple[TaskState, Expected]] = field(default_factory=dict)
-    repairs: Repairs = field(default_factory=Repairs)
+    waiting: dict[str, tuple[TaskState, ExpectedUpdate]] = field(default_factory=dict)
+    repairs: ChunkRetransmits = field(default_factory=ChunkRetransmits)
 
     def is_offered_by(self, task: TaskState | None) -> bool:
         """Tell whether a task still offers it, or was sent again and may do so once more."""
@@ -181,11 +181,11 @@ class Upload:
 class Uploads:
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, tools: Tools, job: str, meter: Meter, on_checked: OnChecked) -> None:
+    def __init__(self, tools: ServerContext, job: str, meter: TrafficMeter, on_checked: OnChecked) -> None:
         """Report how each task's payload is coded, or why it is refused, to `on_checked`."""
         self._tools, self._job, self._meter, self._on_checked = tools, job, meter, on_checked
         self._open: dict[str, Upload] = {}
-        self._window = Window()
+        self._window = UploadWindow()
         self._inherited_until_ms = 0
         self._arrived_ms = 0
         """When the last chunk came, of whatever upload."""
@@ -196,7 +196,7 @@ class Uploads:
         """Expect that chunks are on their way which an earlier server asked for."""
         self._inherited_until_ms = self._tools.now_ms() + INHERITED_MS
 
-    def expect(self, task: TaskState, expected: Expected) -> None:
+    def expect(self, task: TaskState, expected: ExpectedUpdate) -> None:
         """Await the payload that a task's client offered, and grant what is missing of it, now or in its turn."""
         if task.offered is None or task.offered.payload is None:
             return
@@ -288,7 +288,7 @@ class Uploads:
                 self._refuse(upload, sender, delivery, error)
                 return
             upload.moved_ms = self._tools.now_ms()
-            failpoints.reached(failpoints.Point.CHUNK_WRITTEN)
+            failpoints.hit(failpoints.Failpoint.CHUNK_WRITTEN)
             last = upload.missing == {index}
             upload.missing.discard(index)
             if last:
@@ -367,17 +367,17 @@ class Uploads:
         elif error is not None:
             log.warning("grant-not-taken", why=str(error))
 
-    def _check(self, upload: Upload, task: TaskState, expected: Expected) -> None:
+    def _check(self, upload: Upload, task: TaskState, expected: ExpectedUpdate) -> None:
         """Check a whole payload beside the loop, for one task that waits for it."""
         payloads = self._tools.payloads
 
-        def work() -> Coding:
+        def work() -> CompressionSpec:
             return check_update(payloads.finish(upload.ref), expected)
 
-        def done(found: Coding | Exception) -> None:
+        def done(found: CompressionSpec | Exception) -> None:
             if self._open.get(upload.ref.sha256) is upload:
                 self._close(upload)  # who offers it now finds it on the disk, or brings it once more
-            failpoints.reached(failpoints.Point.UPLOAD_CHECKED)
+            failpoints.hit(failpoints.Failpoint.UPLOAD_CHECKED)
             self._on_checked(task, found)
 
         self._tools.loop.work(work, done, done)

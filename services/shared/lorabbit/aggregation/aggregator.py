@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 from lorabbit.aggregation import base_delta, client_side
 from lorabbit.aggregation.rank_pruning import PRUNED_TO
-from lorabbit.aggregation.rules import RULES, Folded, Rule, Target, Weighted, normalised
-from lorabbit.aggregation.staleness import Carried, CarriedProducts, Carry
+from lorabbit.aggregation.rules import RULES, FactorShape, Folded, Rule, Weighted, normalized
+from lorabbit.aggregation.staleness import CorrectedProducts, CorrectedUpdate, StalenessCorrection
 from lorabbit.errors import BadInput, Refused
 from lorabbit.job import schedules
 from lorabbit.job.spec import JobSpec, PruneSpec
@@ -41,7 +41,7 @@ HELD = 64
 """Updates whose files stay open between walks; of more clients each walk opens them anew."""
 
 
-class Received(Iterable[ClientUpdate]):
+class ReceivedUpdates(Iterable[ClientUpdate]):
     """The updates of one round, all of the same names, in the order given."""
 
     def __init__(
@@ -211,7 +211,7 @@ class Aggregation:
     def fold(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """Fold a round's updates into the next state, and tell the round's aggregation error."""
         modules = lora_math.modules([*state.shared.get(client_side.FROZEN, {}), *state.tensors])
-        received = updates if isinstance(updates, Received) else Received(updates)
+        received = updates if isinstance(updates, ReceivedUpdates) else ReceivedUpdates(updates)
         if not modules:
             means = {name: _mean(received, name) for name in received.names}
             return ServerState(means, state.facts, state.shared)
@@ -234,9 +234,9 @@ class Aggregation:
         shared = {**state.shared, SHIFT: moved} if moved else state.shared
         return ServerState({name: tensors[name] for name in received.names}, facts, shared)
 
-    def carried(self, update: Tensors, carry: Carry) -> Tensors:
+    def carried(self, update: Tensors, carry: StalenessCorrection) -> Tensors:
         """A late update as it comes to the newest version, by its values or by its products."""
-        return CarriedProducts(update, carry) if self.rule.late_by_products else Carried(update, carry)
+        return CorrectedProducts(update, carry) if self.rule.late_by_products else CorrectedUpdate(update, carry)
 
     def at_rank(self, rank: int) -> Aggregation:
         """The same for another rank of the server."""
@@ -254,7 +254,7 @@ def _pruned(facts: Facts, received: Iterable[ClientUpdate]) -> dict[str, Json]:
 class _Round:
     """The updates of one round, module by module, and the error so far."""
 
-    def __init__(self, setting: Aggregation, state: ServerState, received: Received) -> None:
+    def __init__(self, setting: Aggregation, state: ServerState, received: ReceivedUpdates) -> None:
         self._setting, self._received = setting, received
         self._present = state.tensors
         self._frozen = state.shared.get(client_side.FROZEN, {})
@@ -269,7 +269,7 @@ class _Round:
         seed = derive_seed(setting.seed, "factors", self._folds, module)
         factors = list(self._factors(module))
         kept = lora_math.read(self._present, module, setting.scaling) if module in self._moving else None
-        target = Target(setting.rank, setting.scaling, seed, kept)
+        target = FactorShape(setting.rank, setting.scaling, seed, kept)
         folded = setting.rule.fold(list(zip(self._weights, factors, strict=True)), target)
         self._measure(list(zip(self._received.weights, factors, strict=True)), folded.product())
         return folded
@@ -280,7 +280,7 @@ class _Round:
         return float(f"{error:.6g}")
 
     def _measure(self, weighted: Weighted, aggregate: Factors) -> None:
-        missed, size = lora_math.aggregation_error(normalised(weighted), aggregate)
+        missed, size = lora_math.aggregation_error(normalized(weighted), aggregate)
         self._missed += missed**2
         self._size += size**2
 
@@ -299,7 +299,7 @@ class _Round:
         return [math.sqrt(square) for square in squares] if any(squares) else self._received.weights
 
 
-def _mean(received: Received, name: str) -> Array:
+def _mean(received: ReceivedUpdates, name: str) -> Array:
     """The weighted mean of one tensor; the others are not read."""
     weighted = zip(received.weights, received, strict=True)
     return weighted_mean((weight, {name: u.tensors[name]}) for weight, u in weighted)[name]

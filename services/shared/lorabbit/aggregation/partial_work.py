@@ -34,7 +34,7 @@ GRAIN = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class ClientSpeed:
     """How fast a client was in its last training."""
 
     step_ms: float
@@ -44,7 +44,7 @@ class Speed:
     """Of a whole round of this client."""
 
     @classmethod
-    def measured(cls, *, took_ms: int, training_seconds: float, steps: int, share: float) -> Speed | None:
+    def measured(cls, *, took_ms: int, training_seconds: float, steps: int, share: float) -> ClientSpeed | None:
         """From one training, which did `share` of its round; None where it did no step."""
         if steps <= 0:
             return None
@@ -57,7 +57,7 @@ class Speed:
         return self.rest_ms + self.step_ms * self.steps
 
 
-def share(job: JobSpec, speed: Speed | None, within_ms: float | None) -> float:
+def share(job: JobSpec, speed: ClientSpeed | None, within_ms: float | None) -> float:
     """Share of the steps that a client is asked for; all of them where it was not measured or nothing presses."""
     if job.work is None or speed is None or within_ms is None or speed.step_ms <= 0:
         return 1.0

@@ -30,7 +30,7 @@ Weighted = Sequence[tuple[float, Factors]]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class FactorShape:
     """What the next factors of one module must look like."""
 
     rank: int
@@ -56,7 +56,7 @@ class Folded:
 
 DEAD = 1e-6
 """A row of A that is smaller than the largest by this factor holds rounding errors."""
-Fold = Callable[[Weighted, Target], Folded]
+Fold = Callable[[Weighted, FactorShape], Folded]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Rule:
     """Clients count by the norm of their update and not by their examples."""
 
 
-def mean_of_factors(weighted: Weighted, target: Target) -> Folded:
+def mean_of_factors(weighted: Weighted, target: FactorShape) -> Folded:
     """Average A and B apart, in the bits of `tensors.weighted_mean`."""
     first = weighted[0][1]
     for _, factors in weighted:
@@ -89,13 +89,13 @@ def mean_of_factors(weighted: Weighted, target: Target) -> Folded:
     return Folded(Factors(mean["a"], mean["b"], target.scaling))
 
 
-def mean_of_padded(weighted: Weighted, target: Target) -> Folded:
+def mean_of_padded(weighted: Weighted, target: FactorShape) -> Folded:
     """Average A and B apart, every client filled with zeros to the rank of the server."""
     mean = mean_of_factors([(weight, padded(factors, target.rank)) for weight, factors in weighted], target).factors
     return Folded(revived(mean, fresh(mean, target)))
 
 
-def truncated_mean(weighted: Weighted, target: Target) -> Folded:
+def truncated_mean(weighted: Weighted, target: FactorShape) -> Folded:
     """Average the products exactly and keep the best approximation; its prefixes serve lower ranks."""
     like = weighted[0][1]
     cut = lora_math.truncate(mean_of_products(weighted, target.scaling), target.rank).factors
@@ -103,20 +103,20 @@ def truncated_mean(weighted: Weighted, target: Target) -> Folded:
     return Folded(revived(kept, fresh(like, target)))
 
 
-def into_the_base(weighted: Weighted, target: Target) -> Folded:
+def into_the_base(weighted: Weighted, target: FactorShape) -> Folded:
     """Average the products exactly, into the base; clients go on from fresh factors."""
     like = weighted[0][1]
     return Folded(fresh(like, target), mean_of_products(weighted, target.scaling))
 
 
-def mean_and_residual(weighted: Weighted, target: Target) -> Folded:
+def mean_and_residual(weighted: Weighted, target: FactorShape) -> Folded:
     """Average A and B apart, and what the product of the means misses goes into the base."""
     mean = mean_of_factors(weighted, target).factors
     residual = lora_math.stack([(1.0, mean_of_products(weighted, target.scaling)), (-1.0, mean)], target.scaling)
     return Folded(mean, residual)
 
 
-def mean_of_components(weighted: Weighted, target: Target) -> Folded:
+def mean_of_components(weighted: Weighted, target: FactorShape) -> Folded:
     """Average each rank-one component over the clients that trained it; the server's own where nobody did.
 
     A client of a lower rank trained the first components: it must not dilute the others with zeros.
@@ -137,10 +137,10 @@ def mean_of_components(weighted: Weighted, target: Target) -> Folded:
 
 def mean_of_products(weighted: Weighted, scaling: float) -> Factors:
     """Stack to the exact mean product, with weights made to sum to one."""
-    return lora_math.stack(normalised(weighted), scaling)
+    return lora_math.stack(normalized(weighted), scaling)
 
 
-def normalised(weighted: Weighted) -> list[tuple[float, Factors]]:
+def normalized(weighted: Weighted) -> list[tuple[float, Factors]]:
     """The same with weights that sum to one."""
     total = float(sum(weight for weight, _ in weighted))
     if total <= 0.0:
@@ -157,7 +157,7 @@ def padded(factors: Factors, rank: int) -> Factors:
                    factors.scaling)  # fmt: skip
 
 
-def fresh(like: Factors, target: Target) -> Factors:
+def fresh(like: Factors, target: FactorShape) -> Factors:
     """Factors as PEFT draws them: A Kaiming-uniform with a = sqrt(5), which is U(-1, 1) / sqrt(d_in); B zero."""
     d_in, d_out = like.a.shape[1], like.b.shape[0]
     drawn = np.random.default_rng(target.seed).uniform(-1.0, 1.0, (target.rank, d_in)) / np.sqrt(d_in)

@@ -23,7 +23,7 @@ from lorabbit.types import Array, Tensors
 
 
 @dataclass(frozen=True, slots=True)
-class Carry:
+class StalenessCorrection:
     """How an update that started from an older version comes to the newest: its change, discounted, on top of it."""
 
     start: Tensors
@@ -34,10 +34,10 @@ class Carry:
     """Share of the change that counts."""
 
 
-class Carried(Mapping[str, Array]):
+class CorrectedUpdate(Mapping[str, Array]):
     """head + worth (update - start), tensor by tensor, in float64; what has no real numbers stays as it came."""
 
-    def __init__(self, update: Tensors, carry: Carry) -> None:
+    def __init__(self, update: Tensors, carry: StalenessCorrection) -> None:
         """Compute nothing yet."""
         self._update, self._carry = update, carry
 
@@ -59,7 +59,7 @@ class Carried(Mapping[str, Array]):
         return len(self._update)
 
 
-class CarriedProducts(Carried):
+class CorrectedProducts(CorrectedUpdate):
     """The same for the products of LoRA factors, whose rank grows by stacking; other tensors by value."""
 
     def __getitem__(self, name: str) -> Array:

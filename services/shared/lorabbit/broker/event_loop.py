@@ -38,7 +38,7 @@ class Timer(Cancellable):
             callback()
 
 
-class Loop:
+class BrokerLoop:
     """Callbacks in the order posted, and timers; `clock` counts seconds and never goes back."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:

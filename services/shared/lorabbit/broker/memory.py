@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from lorabbit.broker.base import Broker, Cancellable, Delivery, First, OnDelivery, OnDone, Outgoing, Queue, beginning
-from lorabbit.broker.event_loop import Clock, Loop
+from lorabbit.broker.event_loop import BrokerLoop, Clock
 from lorabbit.errors import BrokerBusy, LoRAbbitError, NotDeclared
 
 STREAM = "stream"
 
 
 @dataclass(slots=True)
-class Stored:
+class StoredMessage:
     """A message at rest in one queue."""
 
     message: Outgoing
@@ -36,14 +36,14 @@ class Stored:
 
 
 @dataclass(slots=True, eq=False)
-class Reader(Cancellable):
+class Subscription(Cancellable):
     """One reader of one queue, which may not exist yet."""
 
     queue: str
     on_delivery: OnDelivery
     prefetch: int
-    on_cancel: Callable[[Reader], None]
-    unacked: dict[int, Stored] = field(default_factory=dict)
+    on_cancel: Callable[[Subscription], None]
+    unacked: dict[int, StoredMessage] = field(default_factory=dict)
     offset: int = 0
     """Next message of a stream."""
     first: First = beginning
@@ -60,21 +60,21 @@ class Reader(Cancellable):
 
 
 @dataclass(slots=True, frozen=True)
-class Token:
+class MemoryToken:
     """Which delivery of which reader; void once the reader's unacknowledged messages went back."""
 
-    reader: Reader
+    reader: Subscription
     number: int
 
 
 @dataclass(slots=True)
-class ExistingQueue:
+class MemoryQueue:
     """A declared queue or stream with what it holds."""
 
     declared: Queue
-    messages: deque[Stored] = field(default_factory=deque)
+    messages: deque[StoredMessage] = field(default_factory=deque)
     stored_bytes: int = 0
-    readers: deque[Reader] = field(default_factory=deque)
+    readers: deque[Subscription] = field(default_factory=deque)
     unused_since: float = 0.0
 
     @property
@@ -87,24 +87,24 @@ class ExistingQueue:
         limit = self.declared.max_bytes
         return limit is not None and self.stored_bytes >= limit
 
-    def put(self, stored: Stored) -> None:
+    def put(self, stored: StoredMessage) -> None:
         """Add a message at the end."""
         self.messages.append(stored)
         self.stored_bytes += len(stored.message.body)
 
-    def put_back(self, stored: Stored) -> None:
+    def put_back(self, stored: StoredMessage) -> None:
         """Return a message that was taken, to the front."""
         self.messages.appendleft(stored)
         self.stored_bytes += len(stored.message.body)
 
-    def take(self) -> Stored:
+    def take(self) -> StoredMessage:
         """Take the first message."""
         stored = self.messages.popleft()
         self.stored_bytes -= len(stored.message.body)
         return stored
 
 
-class Exchange:
+class MemoryExchange:
     """A topic exchange. Patterns without wildcards are found by key, however many clients there are."""
 
     def __init__(self) -> None:
@@ -150,16 +150,16 @@ class MemoryBroker(Broker):
         """Start without exchanges or queues; `clock` counts seconds for timers and expiry."""
         self._clock = clock
         self._user: str | None = user
-        self._loop = Loop(clock)
-        self._exchanges: dict[str, Exchange] = {}
-        self._queues: dict[str, ExistingQueue] = {}
-        self._waiting: dict[str, list[Reader]] = {}
+        self._loop = BrokerLoop(clock)
+        self._exchanges: dict[str, MemoryExchange] = {}
+        self._queues: dict[str, MemoryQueue] = {}
+        self._waiting: dict[str, list[Subscription]] = {}
         self._numbers = 0
         self._on_emptied: Callable[[], None] = lambda: None
 
     def declare_exchange(self, name: str) -> None:
         """Declare a topic exchange; idempotent."""
-        self._exchanges.setdefault(name, Exchange())
+        self._exchanges.setdefault(name, MemoryExchange())
 
     def when_emptied(self, callback: Callable[[], None]) -> None:
         """Call back after each `empty`."""
@@ -169,7 +169,7 @@ class MemoryBroker(Broker):
         """Declare a queue with its bindings; idempotent, and whoever waited for it starts reading."""
         existing = self._queues.get(queue.name)
         if existing is None:
-            existing = self._queues[queue.name] = ExistingQueue(queue)
+            existing = self._queues[queue.name] = MemoryQueue(queue)
             self._watch_expiry(existing)
         elif _properties(existing.declared) != _properties(queue):
             raise LoRAbbitError(f"queue {queue.name} exists with other properties; delete it first")
@@ -199,7 +199,7 @@ class MemoryBroker(Broker):
 
     def subscribe(self, queue: str, on_delivery: OnDelivery, *, prefetch: int = 16) -> Cancellable:
         """Consume a queue, once it exists."""
-        reader = Reader(queue, on_delivery, prefetch, self._leave)
+        reader = Subscription(queue, on_delivery, prefetch, self._leave)
         self._attach(reader)
         return reader
 
@@ -207,11 +207,11 @@ class MemoryBroker(Broker):
         self, stream: str, on_delivery: OnDelivery, *, prefetch: int = 16, first: First = beginning
     ) -> Cancellable:
         """Read a stream, once it exists."""
-        reader = Reader(stream, on_delivery, prefetch, self._leave, first=first)
+        reader = Subscription(stream, on_delivery, prefetch, self._leave, first=first)
         self._attach(reader)
         return reader
 
-    def _leave(self, reader: Reader) -> None:
+    def _leave(self, reader: Subscription) -> None:
         """Stop a reader; what it did not acknowledge goes to others."""
         existing = self._queues.get(reader.queue)
         if existing is not None and reader in existing.readers:
@@ -288,11 +288,11 @@ class MemoryBroker(Broker):
             if existing.is_full():
                 error = BrokerBusy(f"queue {existing.declared.name} is full")
                 continue
-            existing.put(Stored(message, expires_at))
+            existing.put(StoredMessage(message, expires_at))
             self._pump(existing)
         return error
 
-    def _route(self, message: Outgoing) -> Iterator[ExistingQueue]:
+    def _route(self, message: Outgoing) -> Iterator[MemoryQueue]:
         if message.exchange:
             names = sorted(self._exchanges[message.exchange].route(message.routing_key))
         else:
@@ -301,7 +301,7 @@ class MemoryBroker(Broker):
             if name in self._queues:
                 yield self._queues[name]
 
-    def _attach(self, reader: Reader) -> None:
+    def _attach(self, reader: Subscription) -> None:
         existing = self._queues.get(reader.queue)
         if existing is None:
             self._waiting.setdefault(reader.queue, []).append(reader)
@@ -310,7 +310,7 @@ class MemoryBroker(Broker):
         existing.readers.append(reader)
         self._pump(existing)
 
-    def _pump(self, existing: ExistingQueue) -> None:
+    def _pump(self, existing: MemoryQueue) -> None:
         """Hand out what the readers have room for: a stream to each of them, a queue in turns."""
         if existing.is_stream:
             for reader in existing.readers:
@@ -329,9 +329,9 @@ class MemoryBroker(Broker):
             self._deliver(readers[0], stored)
             readers.rotate(-1)
 
-    def _deliver(self, reader: Reader, stored: Stored) -> None:
+    def _deliver(self, reader: Subscription, stored: StoredMessage) -> None:
         self._numbers += 1
-        message, token = stored.message, Token(reader, self._numbers)
+        message, token = stored.message, MemoryToken(reader, self._numbers)
         reader.unacked[token.number] = stored
         delivery = Delivery(
             queue=reader.queue,
@@ -346,17 +346,17 @@ class MemoryBroker(Broker):
         )
         self._loop.post(partial(_hand_over, delivery))
 
-    def _settle(self, delivery: Delivery) -> Stored | None:
+    def _settle(self, delivery: Delivery) -> StoredMessage | None:
         """Take a delivery off its reader; None when it is no longer the reader's."""
         token = delivery.token
-        assert isinstance(token, Token)  # noqa: S101 - a delivery of another driver is a programming error
+        assert isinstance(token, MemoryToken)  # noqa: S101 - a delivery of another driver is a programming error
         stored = token.reader.unacked.pop(token.number, None)
         existing = self._queues.get(delivery.queue)
         if stored is not None and existing is not None:
             self._pump(existing)
         return stored
 
-    def _give_back(self, existing: ExistingQueue, readers: list[Reader]) -> None:
+    def _give_back(self, existing: MemoryQueue, readers: list[Subscription]) -> None:
         """Put what the readers hold back in its old order, then hand it out again."""
         held = {number: stored for reader in readers for number, stored in reader.unacked.items()}
         for reader in readers:
@@ -372,14 +372,14 @@ class MemoryBroker(Broker):
                     existing.put_back(held[number])
         self._pump(existing)
 
-    def _bury(self, existing: ExistingQueue, stored: Stored) -> None:
+    def _bury(self, existing: MemoryQueue, stored: StoredMessage) -> None:
         """Move a message to the queue's dead letters, if it has any."""
         exchange = existing.declared.dead_letter_exchange
         if exchange is not None:
             letter = stored.message
             self._publish(Outgoing(exchange, letter.routing_key, letter.type, letter.body, letter.headers))
 
-    def _watch_expiry(self, existing: ExistingQueue) -> None:
+    def _watch_expiry(self, existing: MemoryQueue) -> None:
         """Delete a queue that nobody has read for `expires_ms`."""
         expires_ms = existing.declared.expires_ms
         if expires_ms is None or existing.readers:
@@ -402,6 +402,6 @@ def _properties(queue: Queue) -> tuple[object, ...]:
 def _hand_over(delivery: Delivery) -> None:
     """Call the reader, unless the message went back or the reader left in the meantime."""
     token = delivery.token
-    assert isinstance(token, Token)  # noqa: S101 - made by this module
+    assert isinstance(token, MemoryToken)  # noqa: S101 - made by this module
     if token.number in token.reader.unacked:
         token.reader.on_delivery(delivery)

@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lorabbit.compression.quantizers import BYTE, Floats, Layout, flushed, lossy
 from lorabbit.errors import SHOWN, CorruptPayload, Refused
-from lorabbit.job.spec import Coding
+from lorabbit.job.spec import CompressionSpec
 from lorabbit.tensors import serialization
 from lorabbit.tensors.arithmetic import is_floating
 from lorabbit.tensors.serialization import DTYPES, check_shape
@@ -36,14 +36,14 @@ from lorabbit.types import Array, Tensors
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class DeltaBase:
     """A tensor file by its content: the adapter that a task named, or an earlier one."""
 
     sha256: str
     tensors: Tensors
 
     @classmethod
-    def of(cls, sha256: str, path: Path) -> Origin:
+    def of(cls, sha256: str, path: Path) -> DeltaBase:
         """Open a file; raises CorruptPayload where it is none."""
         return cls(sha256, serialization.read_tensors(path))
 
@@ -74,7 +74,7 @@ def pack(arrays: Sequence[Array], *, compress: bool) -> bytes:
     """Write a section, its length before it."""
     plain = b"".join(_bytes(array) for array in arrays)
     if compress and plain:
-        smaller = squeeze(b"".join(_planes(array) for array in arrays))
+        smaller = compress_bytes(b"".join(_planes(array) for array in arrays))
         if len(smaller) < len(plain):
             return (len(smaller) | COMPRESSED).to_bytes(PREFIX_BYTES, "little") + smaller
     return len(plain).to_bytes(PREFIX_BYTES, "little") + plain
@@ -83,7 +83,7 @@ def pack(arrays: Sequence[Array], *, compress: bool) -> bytes:
 def unpack(body: memoryview, layout: Layout, *, compressed: bool) -> list[Array]:
     """Read a section's arrays; raises CorruptPayload where it is not what the layout says."""
     size = size_of(layout)
-    plain = expand(body, size) if compressed else bytearray(body)
+    plain = decompress_bytes(body, size) if compressed else bytearray(body)
     if len(plain) != size:
         raise CorruptPayload(f"a section has {len(plain)} bytes, not {size}")
     arrays, start = [], 0
@@ -95,12 +95,12 @@ def unpack(body: memoryview, layout: Layout, *, compressed: bool) -> list[Array]
     return arrays
 
 
-def squeeze(plain: bytes) -> bytes:
+def compress_bytes(plain: bytes) -> bytes:
     """Compress; the frame tells its size."""
     return zstandard.ZstdCompressor(level=LEVEL).compress(plain)
 
 
-def expand(body: bytes | memoryview, size: int) -> bytearray:
+def decompress_bytes(body: bytes | memoryview, size: int) -> bytearray:
     """Decompress exactly so many bytes; raises CorruptPayload where there are more or fewer."""
     plain = bytearray(size)
     try:
@@ -139,10 +139,10 @@ SMALLEST = np.finfo(np.float32).smallest_normal
 _ENTRIES = TypeAdapter(list[tuple[str, str, tuple[int, ...]]])
 
 
-class CodedTensors(serialization.StoredTensors):
+class CompressedTensors(serialization.StoredTensors):
     """Tensors of a coded file, each decoded when it is asked for, as a writable array of its own."""
 
-    def __init__(self, file: serialization.FileTensors, origin: Origin | None) -> None:
+    def __init__(self, file: serialization.FileTensors, origin: DeltaBase | None) -> None:
         """Check the index and where each section lies; raises CorruptPayload, and Refused for an unknown origin."""
         self._file, self._name = file, file.name
         self.coding = _coding(file)
@@ -210,23 +210,23 @@ class CodedTensors(serialization.StoredTensors):
         return places
 
 
-def open_tensors(path: Path, origin: Origin | None = None) -> serialization.StoredTensors:
+def open_tensors(path: Path, origin: DeltaBase | None = None) -> serialization.StoredTensors:
     """Open a file, coded or not; raises CorruptPayload, and Refused where its origin is not the one held."""
     file = serialization.read_tensors(path)
-    return CodedTensors(file, origin) if MARK in file.metadata else file
+    return CompressedTensors(file, origin) if MARK in file.metadata else file
 
 
-def coding_of(tensors: Mapping[str, Array]) -> Coding:
+def compression_of(tensors: Mapping[str, Array]) -> CompressionSpec:
     """How tensors were written: plain ones as they are."""
-    return tensors.coding if isinstance(tensors, CodedTensors) else Coding()
+    return tensors.coding if isinstance(tensors, CompressedTensors) else CompressionSpec()
 
 
-def is_lossless(coding: Coding, dtype: np.dtype[np.generic]) -> bool:
+def is_lossless(coding: CompressionSpec, dtype: np.dtype[np.generic]) -> bool:
     """Tell whether tensors of a type are written bit for bit: all but real numbers are."""
     return not coding.is_lossy or not is_floating(np.empty(0, dtype))
 
 
-def layout_of(coding: Coding, dtype: np.dtype[np.generic], count: int) -> Layout:
+def layout_of(coding: CompressionSpec, dtype: np.dtype[np.generic], count: int) -> Layout:
     """Arrays that a tensor of so many elements becomes."""
     if is_lossless(coding, dtype):
         return ((np.dtype(f"<u{dtype.itemsize}"), count),)
@@ -257,10 +257,10 @@ def _restored(bits: Array, dtype: np.dtype[np.generic], beside: Array | None) ->
     return whole.copy()
 
 
-def _coding(file: serialization.FileTensors) -> Coding:
+def _coding(file: serialization.FileTensors) -> CompressionSpec:
     """The coding that a file says it has; its two arrays are bytes in one dimension."""
     try:
-        coding = Coding.model_validate_json(file.metadata[MARK])
+        coding = CompressionSpec.model_validate_json(file.metadata[MARK])
     except ValidationError as error:
         raise CorruptPayload(f"{file.name} has a coding that nobody knows") from error
     if set(file) != {INDEX, SECTIONS} or any(d != BYTE or len(s) != 1 for d, s in map(file.describe, file)):
@@ -277,7 +277,7 @@ def _index(file: serialization.FileTensors) -> dict[str, tuple[np.dtype[np.gener
         size = zstandard.get_frame_parameters(body).content_size
         if size > serialization.MAX_HEADER_BYTES:
             raise CorruptPayload(f"{file.name} has an index of {size} bytes")
-        entries = _ENTRIES.validate_json(expand(body, size))
+        entries = _ENTRIES.validate_json(decompress_bytes(body, size))
     except (zstandard.ZstdError, ValidationError) as error:
         raise CorruptPayload(f"{file.name} has a malformed index") from error
     found = {}
@@ -294,4 +294,4 @@ def index_of(described: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     entries = [[name, kind, list(shape)] for name, (kind, shape) in sorted(described.items())]
     text = json.dumps(entries, separators=(",", ":")).encode()
     serialization.check_header(text, len(entries))
-    return squeeze(text)
+    return compress_bytes(text)

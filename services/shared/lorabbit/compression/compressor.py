@@ -16,8 +16,8 @@ from lorabbit.compression.compressed_file import (
     MARK,
     ORIGIN,
     SECTIONS,
-    CodedTensors,
-    Origin,
+    CompressedTensors,
+    DeltaBase,
     change_of,
     difference,
     index_of,
@@ -27,7 +27,7 @@ from lorabbit.compression.compressed_file import (
 )
 from lorabbit.compression.quantizers import Floats, flushed, lossy
 from lorabbit.errors import CorruptPayload
-from lorabbit.job.spec import Coding
+from lorabbit.job.spec import CompressionSpec
 from lorabbit.tensors import serialization
 from lorabbit.tensors.serialization import METADATA, NAMES
 from lorabbit.types import Array, Tensors
@@ -37,8 +37,13 @@ WRITTEN = frozenset({"codec", "block", "share", "delta", "zstd"})
 """Keys of a coding that a reader needs."""
 
 
-def write_coded(
-    path: Path, tensors: Tensors, coding: Coding, *, origin: Origin | None = None, unsent: Tensors | None = None
+def write_compressed(
+    path: Path,
+    tensors: Tensors,
+    coding: CompressionSpec,
+    *,
+    origin: DeltaBase | None = None,
+    unsent: Tensors | None = None,
 ) -> dict[str, Array]:
     """Write tensors with a coding, atomically; returns by name what of each was not sent, where the coding feeds back.
 
@@ -72,7 +77,7 @@ def write_coded(
     return left
 
 
-def most_bytes(coding: Coding, tensors: Tensors, *, origin: Origin | None = None) -> int:
+def most_bytes(coding: CompressionSpec, tensors: Tensors, *, origin: DeltaBase | None = None) -> int:
     """Size of the file that `write_coded` writes; with zstd, more than which it never has."""
     held = origin if coding.delta else None
     described = {name: serialization.describe(tensors, name) for name in tensors}
@@ -85,7 +90,7 @@ def most_bytes(coding: Coding, tensors: Tensors, *, origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class DecodeStep:
     """How a whole file is made of a coded one and, where it tells a difference, of what that is to."""
 
     coded: Path
@@ -97,7 +102,7 @@ class Recipe:
     """Hash and size of the whole file."""
 
 
-def restore(recipe: Recipe) -> None:
+def restore(recipe: DecodeStep) -> None:
     """Make the whole file unless it is there; raises CorruptPayload where it is not the one that was announced.
 
     Then what it was made of is deleted as well: one of the two files is damaged, and the next try reads them anew.
@@ -113,14 +118,14 @@ def restore(recipe: Recipe) -> None:
         raise
 
 
-def _restore(recipe: Recipe) -> None:
+def _restore(recipe: DecodeStep) -> None:
     origin = None
     if recipe.origin is not None and recipe.origin_sha256 is not None:
-        origin = Origin.of(recipe.origin_sha256, recipe.origin)
+        origin = DeltaBase.of(recipe.origin_sha256, recipe.origin)
     tensors = open_tensors(recipe.coded, origin)
     described = [tensors.describe(name) for name in tensors]
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in described)
-    if not isinstance(tensors, CodedTensors) or size > recipe.size_bytes:
+    if not isinstance(tensors, CompressedTensors) or size > recipe.size_bytes:
         raise CorruptPayload(f"{recipe.coded.name} does not decode to the {recipe.size_bytes} bytes announced")
     beside = recipe.target.with_name(f"{uuid4().hex}.new")
     try:
@@ -132,7 +137,9 @@ def _restore(recipe: Recipe) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _section(value: Array, beside: Array | None, unsent: Array | None, coding: Coding) -> tuple[bytes, Floats | None]:
+def _section(
+    value: Array, beside: Array | None, unsent: Array | None, coding: CompressionSpec
+) -> tuple[bytes, Floats | None]:
     """A tensor's section, and what of the tensor it does not tell where the coding feeds back."""
     if is_lossless(coding, value.dtype):
         return compressed_file.pack([difference(value, beside)], compress=coding.zstd), None
@@ -151,7 +158,7 @@ def _section(value: Array, beside: Array | None, unsent: Array | None, coding: C
     return compressed_file.pack(arrays, compress=coding.zstd), rest
 
 
-def _header(coding: Coding, held: Origin | None, index: int, written: int, *, room: int = 0) -> bytes:
+def _header(coding: CompressionSpec, held: DeltaBase | None, index: int, written: int, *, room: int = 0) -> bytes:
     """The file's safetensors header for arrays of these sizes, with its length; filled with spaces to `room`."""
     metadata = {MARK: coding.model_dump_json(include=set(WRITTEN), exclude_defaults=True)}
     if held is not None:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorabbit.errors import BadInput, CorruptPayload, Refused
-from lorabbit.job.spec import TOP_K, Coding
+from lorabbit.job.spec import TOP_K, CompressionSpec
 from lorabbit.types import Array
 
 Floats = NDArray[np.float32]
@@ -54,7 +54,7 @@ class Lossy(Protocol):
         """Read them; raises CorruptPayload, and Refused for scales that are no numbers."""
 
 
-def lossy(coding: Coding) -> Lossy:
+def lossy(coding: CompressionSpec) -> Lossy:
     """The codec that a coding names."""
     if coding.codec == TOP_K:
         return TopK(coding.share)

@@ -72,7 +72,7 @@ def without_password(url: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Trust:
+class TlsSettings:
     """See the module's docstring; `LORABBIT_TLS_*` fill it."""
 
     ca: Path | None = None
@@ -100,7 +100,7 @@ class Trust:
         return context
 
 
-def distrust(error: BaseException | None) -> str | None:
+def tls_error(error: BaseException | None) -> str | None:
     """Say why a peer's certificate was refused; None where that was not what went wrong.
 
     Libraries wrap the error of the TLS layer in their own; its cause and its arguments are searched.

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lorabbit.config.logging import FORMATS, LEVELS
-from lorabbit.config.network import Trust, url_of, url_of_cluster, urls_of_hosts
+from lorabbit.config.network import TlsSettings, url_of, url_of_cluster, urls_of_hosts
 from lorabbit.errors import BadInput
 from lorabbit.runtime import failpoints
 
@@ -119,9 +119,9 @@ class Settings(BaseSettings):
     )
 
     @property
-    def trust(self) -> Trust:
+    def trust(self) -> TlsSettings:
         """Whom to believe on the other end of a TLS connection."""
-        return Trust(self.tls_ca, self.tls_cert, self.tls_key, self.tls_verify)
+        return TlsSettings(self.tls_ca, self.tls_cert, self.tls_key, self.tls_verify)
 
 
 Kind = TypeVar("Kind", bound=Settings)
@@ -264,7 +264,7 @@ def read_settings(kind: type[Kind]) -> Kind:
         raise BadInput(f"the environment's settings cannot be read: {error}") from error
 
 
-def strangers(environment: Mapping[str, str] | None = None) -> list[str]:
+def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]:
     """Say of every variable that looks like a setting and is none what was probably meant; empty when all is well.
 
     Kubernetes adds variables for a service named lorabbit (``LORABBIT_PORT_8080_TCP``); they are no settings.

@@ -37,7 +37,7 @@ def is_better(metrics: Mapping[str, float], best: Mapping[str, float] | None, *,
 COUNTED = ("clipped", "left_out")
 
 
-def count(counts: dict[str, dict[str, int]], facts: Mapping[str, JsonValue]) -> None:
+def count_defense(counts: dict[str, dict[str, int]], facts: Mapping[str, JsonValue]) -> None:
     """Add one round's `robust` facts to counts by client and by what happened."""
     told = facts.get("robust")
     if not isinstance(told, dict):
@@ -49,13 +49,13 @@ def count(counts: dict[str, dict[str, int]], facts: Mapping[str, JsonValue]) -> 
             mine[what] = mine.get(what, 0) + 1
 
 
-class Part(BaseModel):
+class ReportPart(BaseModel):
     """Base of every part of a report; `update` by assignment while folding."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class ClientRound(Part):
+class ClientRound(ReportPart):
     """One client's work in one round. `metrics` score the adapter of this round on its test split.
 
     `flops` are counted from the sizes of its products of matrices, 0: not counted; `parameters_up` are numbers sent.
@@ -76,7 +76,7 @@ class ClientRound(Part):
     coding: str = Field(default="fp32", description="how its update was written for the wire")
 
 
-class Round(Part):
+class Round(ReportPart):
     """One round; bytes are payload bytes over all its clients, evaluation included."""
 
     round: int
@@ -100,20 +100,20 @@ class Round(Part):
     sha256: str | None = None
 
 
-class Final(Part):
+class Final(ReportPart):
     """The last adapter's scores."""
 
     metrics: dict[str, float] = Field(default_factory=dict)
 
 
-class Best(Part):
+class Best(ReportPart):
     """The round whose adapter scored best on the job's main metric."""
 
     round: int = 0
     metrics: dict[str, float] = Field(default_factory=dict)
 
 
-class AdapterFacts(Part):
+class AdapterFacts(ReportPart):
     """The exported adapter."""
 
     sha256: str = ""
@@ -122,14 +122,14 @@ class AdapterFacts(Part):
     rank: int | None = None
 
 
-class BaseFacts(Part):
+class BaseFacts(ReportPart):
     """The frozen base model."""
 
     parameters: int = 0
     sha256: str | None = None
 
 
-class Report(Part):
+class Report(ReportPart):
     """One run, whole."""
 
     job: str
@@ -281,7 +281,7 @@ def _round_closed(report: Report, event: ev.RoundClosed) -> None:
         round_.aggregate_seconds = event.aggregate_seconds
         round_.sha256 = event.sha256
         round_.facts = {**event.facts, **event.pace}
-        count(report.guarded, event.facts)
+        count_defense(report.guarded, event.facts)
         _in_partition_order(report, round_)
         trained = [(c.num_examples, c.loss) for c in round_.per_client if c.loss is not None and c.num_examples]
         total = sum(n for n, _ in trained)

@@ -100,7 +100,7 @@ def takes_late(schedule: Schedule) -> bool:
     return isinstance(schedule, Buffered) or (isinstance(schedule, Quorum) and schedule.late == "keep")
 
 
-def worth(schedule: Schedule, staleness: int) -> float:
+def staleness_weight(schedule: Schedule, staleness: int) -> float:
     """(1 + tau)^-a: the share of an update's change that counts, tau versions after the one it started from."""
     if isinstance(schedule, str) or staleness <= 0:
         return 1.0

@@ -62,13 +62,13 @@ class PrivacySpec(BaseModel):
     seeded: bool = Field(default=False, description="noise from the job's seed: for tests, GIVES NO PRIVACY")
 
 
-class _Part(BaseModel):
+class _FrozenSpec(BaseModel):
     """Base: frozen, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class SelectionSpec(_Part):
+class SelectionSpec(_FrozenSpec):
     """Which clients a job takes in, by what they declare, and which of them a round asks."""
 
     tags: tuple[str, ...] = Field(default=(), description="a client must have declared all of these tags")
@@ -83,7 +83,7 @@ class SelectionSpec(_Part):
     )
 
 
-class WorkSpec(_Part):
+class WorkSpec(_FrozenSpec):
     """How much of a round's work each client does, by its measured speed."""
 
     within_seconds: Annotated[float, Field(gt=0, le=31_536_000)] | Literal["deadline"] = Field(
@@ -106,7 +106,7 @@ KNOWN = ("bf16", "int8", "int4", "top-k", "delta", "zstd")
 """What a client of this version can write and read, beside tensors as they are."""
 
 
-class Coding(_Part):
+class CompressionSpec(_FrozenSpec):
     """How tensors are written for the wire."""
 
     codec: Codec = Field(default="fp32", description="fp32 sends tensors as they are; see docs/explanation/codecs.md")
@@ -145,14 +145,14 @@ class Coding(_Part):
         return "+".join([self.codec, *more])
 
 
-class Transport(_Part):
+class TransportSpec(_FrozenSpec):
     """How adapters and updates are written for the wire; a client that lacks a codec is served without."""
 
-    up: Coding = Field(default=Coding(), description="updates, from a client to the server")
-    down: Coding = Field(default=Coding(), description="the adapter, from the server to its clients")
+    up: CompressionSpec = Field(default=CompressionSpec(), description="updates, from a client to the server")
+    down: CompressionSpec = Field(default=CompressionSpec(), description="the adapter, from the server to its clients")
 
     @property
-    def uploads(self) -> Coding:
+    def uploads(self) -> CompressionSpec:
         """The coding of updates, with what is absent decided."""
         up = self.up
         delta = up.is_lossy if up.delta is None else up.delta
@@ -160,7 +160,7 @@ class Transport(_Part):
         return up.model_copy(update={"delta": delta, "feedback": feedback})
 
     @property
-    def downloads(self) -> Coding:
+    def downloads(self) -> CompressionSpec:
         """The coding of adapters, with what is absent decided."""
         return self.down.model_copy(update={"delta": bool(self.down.delta), "feedback": False})
 
@@ -178,20 +178,20 @@ Aggregation = Literal["factors", "freeze-a", "zero-padded", "svd", "stack", "exa
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
-class Strict(BaseModel):
+class StrictSpec(BaseModel):
     """Base of every part of the job file: frozen, no unknown keys, no silent conversion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class PruneSpec(Strict):
+class PruneSpec(StrictSpec):
     """How clients lower their own ranks, as HetLoRA's do."""
 
     keep: float = Field(default=0.75, gt=0, lt=1, description="share of its components that a client then goes on with")
     weight: float = Field(default=0.001, ge=0, description="of the penalty on the components that may go")
 
 
-class LoraSpec(Strict):
+class LoraSpec(StrictSpec):
     """Shape of the LoRA factors."""
 
     rank: int = Field(default=8, ge=1, le=1024, description="columns of A and B; more learn more and travel longer")
@@ -207,7 +207,7 @@ class LoraSpec(Strict):
     )
 
 
-class ModelSpec(Strict):
+class ModelSpec(StrictSpec):
     """The base model and which of its parameters are trained."""
 
     name: str = Field(default="sentence-transformers/all-MiniLM-L6-v2", description="folder, hub id, or tiny:NAME")
@@ -227,7 +227,7 @@ class ModelSpec(Strict):
     )
 
 
-class PartitionSpec(Strict):
+class PartitionSpec(StrictSpec):
     """How an experiment splits one dataset over its clients."""
 
     kind: Literal["natural", "iid", "dirichlet", "pathological", "quantity", "own"] = Field(
@@ -239,7 +239,7 @@ class PartitionSpec(Strict):
     min_examples: int = Field(default=1, ge=1, description="least training examples of a client")
 
 
-class DataSpec(Strict):
+class DataSpec(StrictSpec):
     """Where examples come from and how they are split."""
 
     source: str = Field(default="stdlib-docs", description="stdlib-docs, digits, a file, a folder, or a hub name")
@@ -270,7 +270,7 @@ class MethodSpec(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
-class LocalSpec(Strict):
+class LocalSpec(StrictSpec):
     """What one client does in one round; give `epochs` or `steps`, not both."""
 
     epochs: float | None = Field(
@@ -295,7 +295,7 @@ class LocalSpec(Strict):
         return self
 
 
-class EvaluationSpec(Strict):
+class EvaluationSpec(StrictSpec):
     """When and where the aggregated adapter is scored."""
 
     every: int = Field(default=1, ge=1, description="rounds between evaluations; the last round is always scored")
@@ -307,7 +307,7 @@ class EvaluationSpec(Strict):
     metric: str | None = Field(default=None, description="metric that picks best/; the task's main metric when absent")
 
 
-class OutputSpec(Strict):
+class OutputSpec(StrictSpec):
     """What is kept of a run."""
 
     keep_checkpoints: int = Field(default=2, ge=0, description="checkpoint-<round> folders kept, newest first")
@@ -315,7 +315,7 @@ class OutputSpec(Strict):
     keep_updates: bool = Field(default=False, description="every update that counts stays in updates/, for a replay")
 
 
-class JobSpec(Strict):
+class JobSpec(StrictSpec):
     """One federated fine-tuning run."""
 
     name: Name = Field(default="job", description="of the run and its folder")
@@ -331,7 +331,9 @@ class JobSpec(Strict):
     work: WorkSpec | None = Field(
         default=None, description="how much each client does by its speed; all of it when absent"
     )
-    transport: Transport = Field(default=Transport(), description="how tensors travel; see docs/explanation/codecs.md")
+    transport: TransportSpec = Field(
+        default=TransportSpec(), description="how tensors travel; see docs/explanation/codecs.md"
+    )
     rounds: int = Field(default=5, ge=1, description="how often the clients' work is averaged")
     clients: int = Field(default=4, ge=1, description="population: the job starts once so many clients are there")
     min_clients: int | None = Field(

@@ -17,7 +17,7 @@ import math
 
 from lorabbit.errors import BadInput
 from lorabbit.job.schedules import Quorum, takes_late
-from lorabbit.job.spec import BLOCKS, TOP_K, Coding, JobSpec, RobustSpec
+from lorabbit.job.spec import BLOCKS, TOP_K, CompressionSpec, JobSpec, RobustSpec
 from lorabbit.privacy.accountant import epsilon_of_rounds
 from lorabbit.robust.rules import ROUNDING, check_size
 
@@ -47,10 +47,10 @@ def check_compression(job: JobSpec, *, personal: bool, keeps_coordinates: bool, 
         _check_feedback(job, up, keeps_coordinates=keeps_coordinates)
 
 
-def _check_keys(where: str, coding: Coding) -> None:
+def _check_keys(where: str, coding: CompressionSpec) -> None:
     """Refuse keys that the codec does not read, and codings that change nothing."""
     for key, codecs in COMPRESSION_KEYS.items():
-        if coding.codec not in codecs and getattr(coding, key) != Coding.model_fields[key].default:
+        if coding.codec not in codecs and getattr(coding, key) != CompressionSpec.model_fields[key].default:
             belongs = ", ".join(sorted(codecs))
             raise BadInput(f"{where}.{key}: {coding.codec} does not read it (it belongs to {belongs})")
     if coding.delta and not coding.is_lossy and not coding.zstd:
@@ -76,7 +76,7 @@ def _check_down(job: JobSpec, absolute: str) -> None:
         raise BadInput(f"transport.down.codec: {absolute}; set it to fp32")
 
 
-def _check_feedback(job: JobSpec, up: Coding, *, keeps_coordinates: bool) -> None:
+def _check_feedback(job: JobSpec, up: CompressionSpec, *, keeps_coordinates: bool) -> None:
     """Refuse to add what one round left unsent to something else in the next."""
     where = "transport.up.codec: top-k feeds back, and" if up.codec == TOP_K else "transport.up.feedback:"
     if not up.is_lossy or not up.delta:

@@ -12,7 +12,7 @@ ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
 GAUSSIAN_ORDERS = (*(1.0 + i / 10 for i in range(1, 10)), *ORDERS)
 
 
-class Sampled(NamedTuple):
+class SampledGaussian(NamedTuple):
     """Steps of a Gaussian mechanism on secret Poisson samples of the examples."""
 
     noise: float
@@ -45,11 +45,11 @@ def epsilon_of_rounds(noise: float, rounds: int, delta: float) -> float:
 
 def epsilon_of_steps(noise: float, rate: float, steps: int, delta: float) -> float:
     """Epsilon at `delta` of so many steps on a secret Poisson sample of the examples, each drawn with `rate`."""
-    return epsilon_of((Sampled(noise, rate, steps),), delta)
+    return epsilon_of((SampledGaussian(noise, rate, steps),), delta)
 
 
 @lru_cache(maxsize=4096)
-def epsilon_of(spent: tuple[Sampled, ...], delta: float) -> float:
+def epsilon_of(spent: tuple[SampledGaussian, ...], delta: float) -> float:
     """Epsilon at `delta` of all of these steps together, each kind with its own noise and rate."""
     if not any(kind.steps for kind in spent):
         return 0.0

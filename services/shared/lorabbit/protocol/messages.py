@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from lorabbit.job.spec import Coding, JobSpec
+from lorabbit.job.spec import CompressionSpec, JobSpec
 
 VERSION = 1
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
@@ -59,7 +59,7 @@ class PayloadRef(BaseModel):
         return max(1, -(-self.size_bytes // self.chunk_bytes))
 
 
-class Way(BaseModel):
+class EncodedDownload(BaseModel):
     """A shorter way to a payload: a coded file, and the payload to which that tells the difference."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -231,9 +231,9 @@ class Task(Message):
     share: float = Field(default=1.0, gt=0, le=1)
     """Of the job's local steps, that this client does: less than 1 where it would be late otherwise."""
     payloads: dict[Identifier, PayloadRef]
-    ways: dict[Sha256, Way] = Field(default_factory=dict)
+    ways: dict[Sha256, EncodedDownload] = Field(default_factory=dict)
     """Shorter ways to payloads, by their sha256."""
-    coding: Coding = Coding()
+    coding: CompressionSpec = CompressionSpec()
     """How to write the result: what the job asks for, or less where this client declared less."""
     settings: dict[str, JsonValue]
     spec: JobSpec

@@ -14,8 +14,17 @@ import numpy as np
 
 from lorabbit.errors import RunFailed
 from lorabbit.job.spec import JobSpec, RobustSpec
-from lorabbit.robust.geometry import Cohort, Pair, Plain, Stacked, cast, cores, lora_names, norms
-from lorabbit.robust.rules import COORDINATES, Weighed, centre, needed, principal, weigh
+from lorabbit.robust.geometry import (
+    CohortUpdates,
+    FactorUpdates,
+    Stacked,
+    TensorUpdates,
+    cast,
+    cores,
+    lora_names,
+    norms,
+)
+from lorabbit.robust.rules import COORDINATES, ClientWeights, centre, needed, principal, weigh
 from lorabbit.tensors import lora_math
 from lorabbit.tensors.arithmetic import weighted_mean
 from lorabbit.tensors.lora_math import Factors, Matrix
@@ -42,7 +51,7 @@ def defend(job: JobSpec, state: ServerState, updates: Iterable[ClientUpdate]) ->
     if len(cohort.received) < needed(spec):
         raise RunFailed(f"robust.kind: {spec.kind} needs {needed(spec)} updates of finite norm; {wild} have none")
     weighed = None if spec.kind in COORDINATES else weigh(spec, gram)
-    made = _Made(cohort, spec, weighed, whole=whole)
+    made = _RobustUpdate(cohort, spec, weighed, whole=whole)
     tensors = made.tensors()
     if whole:
         only = replace(moved[0], num_examples=sum(update.num_examples for update in moved))
@@ -51,10 +60,10 @@ def defend(job: JobSpec, state: ServerState, updates: Iterable[ClientUpdate]) ->
     return [_standing_in(update, tensors, cohort.scaling) for update in received], told
 
 
-def _measured(state: ServerState, moved: list[ClientUpdate], scaling: float) -> tuple[Cohort, Matrix, list[str]]:
+def _measured(state: ServerState, moved: list[ClientUpdate], scaling: float) -> tuple[CohortUpdates, Matrix, list[str]]:
     """The cohort and its inner products, without the clients whose product overflows, who are named."""
     with np.errstate(over="ignore", invalid="ignore"):
-        cohort = Cohort(state, moved, scaling)
+        cohort = CohortUpdates(state, moved, scaling)
         gram = cohort.gram()
     finite = np.isfinite(np.diag(gram))
     wild = [str(u.client) for u, good in zip(moved, finite, strict=True) if not good]
@@ -62,7 +71,7 @@ def _measured(state: ServerState, moved: list[ClientUpdate], scaling: float) -> 
         return cohort, gram, wild
     if len(wild) == len(moved):
         raise RunFailed(f"robust: no update of this round has a finite norm ({', '.join(wild)})")
-    tame = Cohort(state, [u for u, good in zip(moved, finite, strict=True) if good], scaling)
+    tame = CohortUpdates(state, [u for u, good in zip(moved, finite, strict=True) if good], scaling)
     return tame, tame.gram(), wild
 
 
@@ -77,7 +86,7 @@ def _ranks(tensors: dict[str, Array]) -> list[int]:
 
 
 def _told(
-    spec: RobustSpec, cohort: Cohort, gram: Matrix, weighed: Weighed | None, wild: Sequence[str]
+    spec: RobustSpec, cohort: CohortUpdates, gram: Matrix, weighed: ClientWeights | None, wild: Sequence[str]
 ) -> dict[str, Json]:
     """What a round did to whom; norms to 6 digits."""
     names = [str(update.client) for update in cohort.received]
@@ -91,10 +100,10 @@ def _told(
     return told
 
 
-class _Made:
+class _RobustUpdate:
     """One robust update, tensor by tensor."""
 
-    def __init__(self, cohort: Cohort, spec: RobustSpec, weighed: Weighed | None, *, whole: bool) -> None:
+    def __init__(self, cohort: CohortUpdates, spec: RobustSpec, weighed: ClientWeights | None, *, whole: bool) -> None:
         self._cohort, self._spec, self._weighed, self._whole = cohort, spec, weighed, whole
         self._missed = self._size = 0.0
 
@@ -116,7 +125,7 @@ class _Made:
             made |= weighted_mean((1.0, {n: u.tensors[n] for n in rest}) for u in self._cohort.received)
         return {name: made[name] for name in self._cohort.names}
 
-    def _mean(self, plain: Plain) -> Matrix:
+    def _mean(self, plain: TensorUpdates) -> Matrix:
         moved: Matrix = plain.base + self._centre(plain.received - plain.base)
         return moved
 
@@ -125,13 +134,13 @@ class _Made:
             return centre(self._spec, moves)
         return np.asarray(np.tensordot(self._weighed.weights, moves, axes=1), np.float64)
 
-    def _shared_a(self, pair: Pair) -> dict[str, Array]:
+    def _shared_a(self, pair: FactorUpdates) -> dict[str, Array]:
         """B alone: its entries have no gauge where all share one A."""
         base, name = np.asarray(pair.base.b, np.float64), lora_names(pair.module)[1]
         moves = np.stack([f.scaling / pair.base.scaling * np.asarray(f.b, np.float64) - base for f in pair.received])
         return {name: cast(base + self._centre(moves), pair.received[0].b)}
 
-    def _product(self, pair: Pair) -> dict[str, Array]:
+    def _product(self, pair: FactorUpdates) -> dict[str, Array]:
         """The server's product and the robust change, as factors of the server's rank."""
         found = lora_math.stack(self._parts(pair), pair.base.scaling)
         if not self._whole:
@@ -140,7 +149,7 @@ class _Made:
         like = pair.received[0]
         return lora_math.write(pair.module, Factors(cast(found.a, like.a), cast(found.b, like.b), found.scaling))
 
-    def _parts(self, pair: Pair) -> Sequence[tuple[float, Factors]]:
+    def _parts(self, pair: FactorUpdates) -> Sequence[tuple[float, Factors]]:
         if self._weighed is not None:
             weights = [float(weight) for weight in self._weighed.weights]
             kept = [(weight, f) for weight, f in zip(weights, pair.received, strict=True) if weight > 0.0]

@@ -32,7 +32,7 @@ Stacked = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class FactorUpdates:
     """One module with LoRA factors: the server's and every client's."""
 
     module: str
@@ -43,7 +43,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Plain:
+class TensorUpdates:
     """One tensor without factors: the server's and every client's, float64."""
 
     name: str
@@ -51,7 +51,7 @@ class Plain:
     received: Stacked
 
 
-class Cohort:
+class CohortUpdates:
     """The updates of one round beside the server's state, read one module or tensor at a time."""
 
     def __init__(self, state: ServerState, received: Sequence[ClientUpdate], scaling: float) -> None:
@@ -69,7 +69,7 @@ class Cohort:
         paired = {name for module in self.modules for name in lora_names(module)}
         self.plain = [name for name in self.names if name not in paired and is_floating(state.tensors[name])]
 
-    def pairs(self) -> Iterator[Pair]:
+    def pairs(self) -> Iterator[FactorUpdates]:
         """Read the modules, one after the other."""
         for module in self.modules:
             a, b = lora_names(module)
@@ -79,13 +79,13 @@ class Cohort:
                 Factors(u.tensors[a] if shared is None else shared, u.tensors[b], scaling_of(u, self.scaling))
                 for u in self.received
             )
-            yield Pair(module, base, received, shares_a=shared is not None)
+            yield FactorUpdates(module, base, received, shares_a=shared is not None)
 
-    def tensors(self) -> Iterator[Plain]:
+    def tensors(self) -> Iterator[TensorUpdates]:
         """Read the tensors without factors, one after the other."""
         for name in self.plain:
             values = np.stack([np.asarray(update.tensors[name], np.float64) for update in self.received])
-            yield Plain(name, np.asarray(self._base[name], np.float64), values)
+            yield TensorUpdates(name, np.asarray(self._base[name], np.float64), values)
 
     def gram(self) -> Matrix:
         """Inner products of all updates, clients x clients."""
@@ -98,7 +98,7 @@ class Cohort:
 
 
 @dataclass(frozen=True, slots=True)
-class Cores:
+class JointBasis:
     """What a module's updates are in the joint basis of all their factors."""
 
     values: Stacked
@@ -114,7 +114,7 @@ def lora_names(module: str) -> tuple[str, str]:
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
-def cores(pair: Pair, *, bases: bool = True) -> Cores:
+def cores(pair: FactorUpdates, *, bases: bool = True) -> JointBasis:
     """Express every client's change of a module in one joint basis; without the basis itself where only C_k count."""
     every = [pair.base, *pair.received]
     b = np.concatenate([np.asarray(f.b, np.float64) for f in every], axis=1)
@@ -126,7 +126,7 @@ def cores(pair: Pair, *, bases: bool = True) -> Cores:
         f.scaling * r_b[:, end - f.rank : end] @ r_a[:, end - f.rank : end].T
         for f, end in zip(every, ends, strict=True)
     ]
-    return Cores(np.stack(parts[1:]) - parts[0], left, right)
+    return JointBasis(np.stack(parts[1:]) - parts[0], left, right)
 
 
 def _qr(matrix: Matrix, *, bases: bool) -> tuple[Matrix | None, Matrix]:

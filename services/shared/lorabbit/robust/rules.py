@@ -28,7 +28,7 @@ COORDINATES = frozenset({"median", "trimmed-mean"})
 
 
 @dataclass(frozen=True, slots=True)
-class Weighed:
+class ClientWeights:
     """How much of each client's change goes into the mean."""
 
     weights: NDArray[np.float64]
@@ -70,20 +70,20 @@ def cut(spec: RobustSpec, clients: int) -> int:
     return max(1, math.ceil(spec.trim * clients - ROUNDING))
 
 
-def weigh(spec: RobustSpec, gram: Matrix) -> Weighed:
+def weigh(spec: RobustSpec, gram: Matrix) -> ClientWeights:
     """Weights of whole updates from their inner products; ties go to the lower client index."""
     clients = len(gram)
     if spec.kind == "clip":
         lengths = norms(gram)
         bound = float(np.median(lengths)) if spec.norm is None else spec.norm
         factors = np.array([1.0 if length <= bound else bound / length for length in lengths])
-        return Weighed(factors / clients, clipped=tuple(int(k) for k in np.flatnonzero(factors < 1.0)))
+        return ClientWeights(factors / clients, clipped=tuple(int(k) for k in np.flatnonzero(factors < 1.0)))
     number = 1 if spec.kind == "krum" else spec.keep or clients - spec.attackers - 2
     order = np.argsort(krum_scores(gram, spec.attackers), kind="stable")
     chosen = np.sort(order[:number])
     weights = np.zeros(clients)
     weights[chosen] = 1.0 / len(chosen)
-    return Weighed(weights, left_out=tuple(int(k) for k in np.flatnonzero(weights == 0.0)))
+    return ClientWeights(weights, left_out=tuple(int(k) for k in np.flatnonzero(weights == 0.0)))
 
 
 def krum_scores(gram: Matrix, attackers: int) -> NDArray[np.float64]:

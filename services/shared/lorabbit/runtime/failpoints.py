@@ -16,7 +16,7 @@ KILLED = 137
 """The exit code of a process that SIGKILL ended, as a shell tells it."""
 
 
-class Point(Enum):
+class Failpoint(Enum):
     """Every point: its name, the side it is on, and where it stands."""
 
     # ---- the server ----
@@ -54,12 +54,12 @@ class Point(Enum):
         self.place = place
 
 
-def parse(text: str) -> tuple[Point, int]:
+def parse(text: str) -> tuple[Failpoint, int]:
     """Read ``<name>`` or ``<name>:<n>``; raises BadInput with the known names."""
     title, colon, count = text.partition(":")
-    point = next((each for each in Point if each.title == title), None)
+    point = next((each for each in Failpoint if each.title == title), None)
     if point is None:
-        known = ", ".join(each.title for each in Point)
+        known = ", ".join(each.title for each in Failpoint)
         raise BadInput(f"environment variable LORABBIT_CRASH_AT: there is no crash point {title!r}; known are {known}")
     if colon and not (count.isascii() and count.isdigit() and int(count) > 0):
         why = f"{count!r} is no number of passages; write for example {title}:2"
@@ -67,12 +67,12 @@ def parse(text: str) -> tuple[Point, int]:
     return point, int(count) if colon else 1
 
 
-class _Fate:
+class _ArmedFailpoint:
     """When this process dies; one for the process."""
 
     def __init__(self) -> None:
         """Let it live."""
-        self.point: Point | None = None
+        self.point: Failpoint | None = None
         self.passages = 0
 
     def pass_by(self) -> None:
@@ -82,7 +82,7 @@ class _Fate:
             os._exit(KILLED)
 
 
-_fate = _Fate()
+_fate = _ArmedFailpoint()
 
 
 def arm(text: str | None) -> None:
@@ -90,7 +90,7 @@ def arm(text: str | None) -> None:
     _fate.point, _fate.passages = (None, 0) if text is None else parse(text)
 
 
-def reached(point: Point) -> None:
+def hit(point: Failpoint) -> None:
     """Die here when this is the point and the passage."""
     if point is _fate.point:
         _fate.pass_by()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lorabbit.errors import LoRAbbitError
-from lorabbit.state.enrolment import Roster
+from lorabbit.state.enrollment import EnrollmentStore
 
 JobStatus = Literal["queued", "running", "done", "failed", "cancelled"]
 START = "0"
@@ -53,7 +53,7 @@ class ClientEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class StateChange:
     """One atomic step of one job; a field left empty is left alone."""
 
     operation: str
@@ -73,7 +73,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Committed:
+class CommitResult:
     """The answer to a step."""
 
     version: int
@@ -103,7 +103,7 @@ class StateStore(ABC):
 
     @property
     @abstractmethod
-    def roster(self) -> Roster:
+    def roster(self) -> EnrollmentStore:
         """Who may join, who has joined and who was sent away."""
 
     # ---- the server's lease ----
@@ -183,7 +183,7 @@ class StateStore(ABC):
         """Return what is kept of a job, for reading."""
 
     @abstractmethod
-    def commit(self, job: str, change: Change) -> Committed:
+    def commit(self, job: str, change: StateChange) -> CommitResult:
         """Make one step; raises Fenced (older epoch) or Conflict (version, or an effect counted before)."""
 
     @abstractmethod

@@ -23,28 +23,28 @@ from redis.backoff import FullJitterBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, RedisError, ResponseError, TimeoutError  # noqa: A004
 from redis.retry import Retry
 
-from lorabbit.config.network import Trust, distrust
+from lorabbit.config.network import TlsSettings, tls_error
 from lorabbit.errors import Fenced, StoreRefuses, StoreUnavailable
 from lorabbit.state import lua_scripts, redis_streams
 from lorabbit.state.base import (
     START,
-    Change,
     ClientEntry,
-    Committed,
+    CommitResult,
     Conflict,
     JobEntry,
     JobRecord,
     JobStatus,
     LoggedEvent,
+    StateChange,
     StateStore,
 )
-from lorabbit.state.enrolment import Roster
+from lorabbit.state.enrollment import EnrollmentStore
 from lorabbit.state.lua_scripts import text_of
 
 CONNECT_SECONDS = 5.0
 
 
-def client_of(url: str, trust: Trust, *, patience: int, timeout_seconds: float) -> redis.Redis:
+def client_of(url: str, trust: TlsSettings, *, patience: int, timeout_seconds: float) -> redis.Redis:
     """Open a client; each call is tried again `patience` times with full jitter up to 2 s apart."""
     retry = Retry(
         FullJitterBackoff(cap=2.0, base=0.05),
@@ -62,7 +62,7 @@ def client_of(url: str, trust: Trust, *, patience: int, timeout_seconds: float) 
     )
 
 
-def _tls(trust: Trust) -> dict[str, Any]:
+def _tls(trust: TlsSettings) -> dict[str, Any]:
     """Whom to believe, in redis-py's words."""
     trust.context()  # says which file cannot be used
     files = {"ssl_ca_certs": trust.ca, "ssl_certfile": trust.cert, "ssl_keyfile": trust.key or trust.cert}
@@ -81,7 +81,7 @@ NAMELESS_REFUSALS = ("MISCONF", "NOREPLICAS", "BUSY")
 _SERVER = "lorabbit:{server}:"
 
 
-class RedisStore(StateStore):
+class RedisStateStore(StateStore):
     """See `StateStore`. Give it a client, or use `connect` or `embedded`."""
 
     def __init__(self, client: redis.Redis) -> None:
@@ -92,13 +92,13 @@ class RedisStore(StateStore):
 
     @classmethod
     def connect(
-        cls, url: str, *, trust: Trust | None = None, patience: int = 14, timeout_seconds: float = 10.0
+        cls, url: str, *, trust: TlsSettings | None = None, patience: int = 14, timeout_seconds: float = 10.0
     ) -> Self:
         """Use the Redis at a URL; each call is tried again `patience` times with full jitter up to 2 s apart.
 
         One try takes at most `timeout_seconds`.
         """
-        return cls(client_of(url, trust or Trust(), patience=patience, timeout_seconds=timeout_seconds))
+        return cls(client_of(url, trust or TlsSettings(), patience=patience, timeout_seconds=timeout_seconds))
 
     @classmethod
     def embedded(cls) -> Self:
@@ -108,9 +108,9 @@ class RedisStore(StateStore):
         return cls(fakeredis.FakeRedis(decode_responses=True))
 
     @property
-    def roster(self) -> Roster:
+    def roster(self) -> EnrollmentStore:
         """See `StateStore.roster`."""
-        return Roster(self._run, lambda ask: self._call(lambda: ask(self._redis)), _SERVER)
+        return EnrollmentStore(self._run, lambda ask: self._call(lambda: ask(self._redis)), _SERVER)
 
     # ---- the server's lease ----
     def acquire_lease(self, owner: str, seconds: float) -> int | None:
@@ -213,7 +213,7 @@ class RedisStore(StateStore):
             {text_of(task): text_of(value) for task, value in kept.items()},
         )
 
-    def commit(self, job: str, change: Change) -> Committed:
+    def commit(self, job: str, change: StateChange) -> CommitResult:
         """See `StateStore.commit`."""
         kept = [part for task, value in change.tasks.items() if value is not None for part in (task, value)]
         gone = [task for task, value in change.tasks.items() if value is None]
@@ -233,7 +233,7 @@ class RedisStore(StateStore):
             case "effect":
                 raise Conflict(f"the result of task {answer[1]} counts already")
         behind = 3 + int(answer[2])
-        return Committed(int(answer[1]), tuple(answer[3:behind]), tuple(answer[behind:]))
+        return CommitResult(int(answer[1]), tuple(answer[3:behind]), tuple(answer[behind:]))
 
     def effect(self, job: str, task: str) -> str | None:
         """See `StateStore.effect`."""
@@ -307,7 +307,7 @@ class RedisStore(StateStore):
                 raise StoreRefuses(f"Redis takes no writes: {error}") from error
             raise
         except (RedisError, OSError) as error:
-            raise StoreUnavailable(f"Redis does not answer: {distrust(error) or error}") from error
+            raise StoreUnavailable(f"Redis does not answer: {tls_error(error) or error}") from error
 
     @staticmethod
     def _fenced(answer: Sequence[str | bytes]) -> None:

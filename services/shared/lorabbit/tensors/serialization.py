@@ -55,7 +55,7 @@ NAMES: Mapping[str, str] = {dtype.name: name for name, dtype in DTYPES.items()}
 """The same by NumPy's names."""
 
 
-class Entry(BaseModel):
+class TensorEntry(BaseModel):
     """One tensor in a safetensors header."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,12 +65,12 @@ class Entry(BaseModel):
     data_offsets: tuple[StrictInt, StrictInt]
 
 
-_ENTRIES = TypeAdapter(dict[str, Entry])
+_ENTRIES = TypeAdapter(dict[str, TensorEntry])
 _TEXTS = TypeAdapter(dict[str, str])
 _OBJECT = TypeAdapter(dict[str, object])
 
 
-def parse(text: bytes, data_bytes: int, file: str) -> tuple[dict[str, Entry], dict[str, str]]:
+def parse(text: bytes, data_bytes: int, file: str) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Entries and metadata of a header; raises CorruptPayload unless it accounts for every byte of the data."""
     try:
         raw = _OBJECT.validate_python(json.loads(text.decode(), object_pairs_hook=_without_duplicates))
@@ -83,7 +83,7 @@ def parse(text: bytes, data_bytes: int, file: str) -> tuple[dict[str, Entry], di
     return entries, metadata
 
 
-def _check_offsets(entries: Mapping[str, Entry], data_bytes: int, file: str) -> None:
+def _check_offsets(entries: Mapping[str, TensorEntry], data_bytes: int, file: str) -> None:
     """Refuse unknown types, sizes that do not follow from the shape, overlaps, holes and missing or extra bytes."""
     expected = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
@@ -96,7 +96,7 @@ def _check_offsets(entries: Mapping[str, Entry], data_bytes: int, file: str) -> 
         raise CorruptPayload(f"{file} holds {data_bytes} bytes of tensors; its header names {expected}")
 
 
-def _check_entry(what: str, entry: Entry) -> None:
+def _check_entry(what: str, entry: TensorEntry) -> None:
     """Refuse an unknown type, a shape that no array has, and a size that does not follow from it."""
     dtype = check_shape(what, entry.dtype, entry.shape)
     start, end = entry.data_offsets
@@ -301,7 +301,7 @@ def describe(tensors: Tensors, name: str) -> tuple[np.dtype[np.generic], tuple[i
     return DTYPES[wire], value.shape
 
 
-def _read_header(file: int, path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
+def _read_header(file: int, path: Path) -> tuple[dict[str, TensorEntry], dict[str, str], int]:
     """Entries, metadata and where the data starts; every byte of the file is accounted for."""
     size = os.fstat(file).st_size
     length = int.from_bytes(os.pread(file, _LENGTH_BYTES, 0), "little")

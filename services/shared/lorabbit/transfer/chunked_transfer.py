@@ -22,7 +22,7 @@ from lorabbit.broker.base import Broker, Cancellable, Delivery, OnDone
 from lorabbit.errors import BrokerUnavailable, CorruptPayload, LoRAbbitError
 from lorabbit.protocol.messages import PayloadRef
 from lorabbit.runtime import failpoints
-from lorabbit.transfer.chunking import WINDOW, Chunks, Outbound, index_of, is_damaged
+from lorabbit.transfer.chunking import WINDOW, ChunkedPayload, ChunkOutbox, index_of, is_damaged
 from lorabbit.transfer.payload_store import PayloadStore
 
 PATIENCE_SECONDS = 300.0
@@ -60,9 +60,9 @@ class ChunkSender(Cancellable):
         about: Mapping[str, str] | None = None,
     ) -> None:
         """Start sending at once."""
-        self._chunks = Chunks(ref, path, (topology.UP, topology.data_key(address)), about or {})
-        on_chunk = partial(failpoints.reached, failpoints.Point.UPLOAD_CHUNK_CONFIRMED)
-        self._outbound = Outbound(broker, self._chunks, missing, on_done, on_chunk=on_chunk)
+        self._chunks = ChunkedPayload(ref, path, (topology.UP, topology.data_key(address)), about or {})
+        on_chunk = partial(failpoints.hit, failpoints.Failpoint.UPLOAD_CHUNK_CONFIRMED)
+        self._outbound = ChunkOutbox(broker, self._chunks, missing, on_done, on_chunk=on_chunk)
 
     @property
     def sent_bytes(self) -> int:
@@ -74,7 +74,7 @@ class ChunkSender(Cancellable):
         self._outbound.cancel()
 
 
-class AdapterReader(Cancellable):
+class StreamReader(Cancellable):
     """Reads one published payload into a store.
 
     `on_done(None)` is called once, when the payload is in the store, checked. `on_done(DamagedStream)` when what
@@ -151,7 +151,7 @@ class AdapterReader(Cancellable):
                 self._refuse(index)
                 return
             self._store.write_chunk(self._ref, index, delivery.body)
-            failpoints.reached(failpoints.Point.PAYLOAD_CHUNK_READ)
+            failpoints.hit(failpoints.Failpoint.PAYLOAD_CHUNK_READ)
         except CorruptPayload as error:
             self._end(DamagedStream(self._ref, str(error)))
             return

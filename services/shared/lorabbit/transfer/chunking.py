@@ -40,7 +40,7 @@ def is_damaged(delivery: Delivery) -> bool:
     return sent is not None and sent != checksum(delivery.body, index_of(delivery))
 
 
-class Chunks:
+class ChunkedPayload:
     """A payload's file, cut into messages to one place."""
 
     def __init__(self, ref: PayloadRef, path: Path, place: tuple[str, str], about: Mapping[str, str]) -> None:
@@ -72,13 +72,13 @@ class Chunks:
         )
 
 
-class Outbound(Cancellable):
+class ChunkOutbox(Cancellable):
     """Sends chunks with a window; a chunk that finds its queue full is sent again later."""
 
     def __init__(
         self,
         broker: Broker,
-        chunks: Chunks,
+        chunks: ChunkedPayload,
         indices: Iterable[int],
         on_done: OnDone,
         *,

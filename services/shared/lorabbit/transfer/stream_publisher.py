@@ -22,7 +22,7 @@ from lorabbit.errors import BrokerFault, BrokerRefused, LoRAbbitError, Retryable
 from lorabbit.protocol.messages import PayloadRef
 from lorabbit.runtime import failpoints
 from lorabbit.runtime.backoff import Backoff
-from lorabbit.transfer.chunking import Chunks, Outbound
+from lorabbit.transfer.chunking import ChunkedPayload, ChunkOutbox
 from lorabbit.transfer.payload_store import PayloadStore
 
 MAX_STREAMS = 9
@@ -32,7 +32,7 @@ FAULTS_PER_STREAM = 4
 log = structlog.get_logger()
 
 
-class AdapterPublisher:
+class StreamPublisher:
     """Publishes payloads for whole cohorts, each as a stream of its own, once."""
 
     def __init__(self, broker: Broker, store: PayloadStore, *, leads: Callable[[], bool] = lambda: True) -> None:
@@ -42,7 +42,7 @@ class AdapterPublisher:
         """
         self._broker, self._store, self._leads = broker, store, leads
         self._streams: dict[str, _Stream] = {}
-        self._withdrawals: list[_Retried] = []
+        self._withdrawals: list[_RetriedCall] = []
 
     def publish(self, ref: PayloadRef, on_done: OnDone | None = None) -> None:
         """Make a stored payload readable by every client; one that is published already costs nothing.
@@ -83,7 +83,7 @@ class AdapterPublisher:
         if stream is not None:
             stream.cancel()
         for number in range(1 if stream is None else stream.names.number + 1):
-            self._withdraw(_Names(sha256, number))
+            self._withdraw(_StreamNames(sha256, number))
         self._withdrawals = [each for each in self._withdrawals if each.is_open]
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class AdapterPublisher:
         for each in (*self._streams.values(), *self._withdrawals):
             each.cancel()
 
-    def _withdraw(self, names: _Names) -> None:
+    def _withdraw(self, names: _StreamNames) -> None:
         def attempt() -> None:
             if self._leads():
                 with suppress(BrokerRefused):
@@ -124,10 +124,10 @@ class _Stream(Cancellable):
     ) -> None:
         self._broker, self.ref, self._path = broker, ref, path
         self._leads, self._on_failed = leads, on_failed
-        self.names = _Names(ref.sha256, number)
+        self.names = _StreamNames(ref.sha256, number)
         self._waiting: list[OnDone] | None = []
         self._readers: list[Callable[[], None]] | None = []
-        self._outbound: Outbound | None = None
+        self._outbound: ChunkOutbox | None = None
         self._opening = _until_available(broker, self._open)
 
     @property
@@ -165,8 +165,8 @@ class _Stream(Cancellable):
         except BrokerRefused as error:
             self._broker.post(partial(self._done, error))
             return
-        chunks = Chunks(self.ref, self._path, ("", name), {})
-        self._outbound = Outbound(self._broker, chunks, range(self.ref.chunks), self._done, on_chunk=self._begun)
+        chunks = ChunkedPayload(self.ref, self._path, ("", name), {})
+        self._outbound = ChunkOutbox(self._broker, chunks, range(self.ref.chunks), self._done, on_chunk=self._begun)
 
     def _make(self, stream: Queue) -> None:
         self._broker.delete_queue(stream.name)
@@ -174,7 +174,7 @@ class _Stream(Cancellable):
 
     def _begun(self) -> None:
         """Let readers come."""
-        failpoints.reached(failpoints.Point.STREAM_CHUNK_CONFIRMED)
+        failpoints.hit(failpoints.Failpoint.STREAM_CHUNK_CONFIRMED)
         readers, self._readers = self._readers or [], None
         for callback in readers:
             callback()
@@ -188,7 +188,7 @@ class _Stream(Cancellable):
             on_done(error)
 
 
-class _Names:
+class _StreamNames:
     """The names of a payload's streams: the next one after each that the broker cannot use for several tries."""
 
     def __init__(self, sha256: str, number: int = 0) -> None:
@@ -213,7 +213,7 @@ class _Names:
         return stream.name
 
 
-class _Retried(Cancellable):
+class _RetriedCall(Cancellable):
     """A function that is tried until the services that it needs can be reached."""
 
     def __init__(self, broker: Broker, function: Callable[[], None]) -> None:
@@ -235,6 +235,6 @@ class _Retried(Cancellable):
             self._timer.cancel()
 
 
-def _until_available(broker: Broker, function: Callable[[], None]) -> _Retried:
+def _until_available(broker: Broker, function: Callable[[], None]) -> _RetriedCall:
     """Call a function now, and again later as long as it raises a `Retryable`."""
-    return _Retried(broker, function)
+    return _RetriedCall(broker, function)

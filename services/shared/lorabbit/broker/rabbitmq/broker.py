@@ -20,11 +20,11 @@ from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker
 
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery, First, OnDelivery, OnDone, Outgoing, Queue, beginning
-from lorabbit.broker.event_loop import Loop
-from lorabbit.broker.rabbitmq.connection import NOT_FOUND, Link
-from lorabbit.broker.rabbitmq.consumer import Consumer, Token
+from lorabbit.broker.event_loop import BrokerLoop
+from lorabbit.broker.rabbitmq.connection import NOT_FOUND, Connection
+from lorabbit.broker.rabbitmq.consumer import ChannelToken, Consumer
 from lorabbit.broker.rabbitmq.publisher import Publisher
-from lorabbit.config.network import Trust, urls_of_hosts
+from lorabbit.config.network import TlsSettings, urls_of_hosts
 from lorabbit.errors import BrokerFault, BrokerRefused, BrokerUnavailable, LoRAbbitError, NotDeclared
 from lorabbit.runtime.backoff import shuffled
 
@@ -49,7 +49,7 @@ class RabbitBroker(Broker):
         url: str,
         *,
         name: str,
-        trust: Trust | None = None,
+        trust: TlsSettings | None = None,
         patience_seconds: float = PATIENCE_SECONDS,
         refused_seconds: float | None = None,
         replicated: bool = False,
@@ -62,15 +62,15 @@ class RabbitBroker(Broker):
         """
         self._patience_seconds = patience_seconds
         self._replicated = replicated
-        self._loop = Loop()
+        self._loop = BrokerLoop()
         self._consumers: set[Consumer] = set()
         self._has_sent = False
         self._exchange: str | None = None
         """One that was declared: where it is not, the broker has lost everything."""
         self._on_emptied: Callable[[], None] = lambda: None
-        trust = trust or Trust()
+        trust = trust or TlsSettings()
         hosts = urls_of_hosts(url)
-        link = partial(Link, shuffled(hosts), trust=trust, on_bug=self._on_bug, refused_seconds=refused_seconds)
+        link = partial(Connection, shuffled(hosts), trust=trust, on_bug=self._on_bug, refused_seconds=refused_seconds)
         self._publishing, self._consuming = link(f"{name} publish"), link(f"{name} consume")
         self._publisher = Publisher(self._publishing, self._loop.post)
         self._publishing.start(on_up=self._publishing_up, on_down=self._publisher.down)
@@ -196,7 +196,7 @@ class RabbitBroker(Broker):
 
     def _settle(self, delivery: Delivery, *, reject: bool) -> None:
         token = delivery.token
-        assert isinstance(token, Token)  # noqa: S101 - a delivery of another driver is a programming error
+        assert isinstance(token, ChannelToken)  # noqa: S101 - a delivery of another driver is a programming error
         self._consuming.call(partial(token.consumer.settle, token.generation, token.tag, reject=reject))
 
     def _administer(self, *steps: Step) -> None:
@@ -219,7 +219,7 @@ class RabbitBroker(Broker):
         self._loop.post(fail)
 
 
-def _perform(link: Link, steps: Iterable[Step], answer: Future[None]) -> None:
+def _perform(link: Connection, steps: Iterable[Step], answer: Future[None]) -> None:
     """Do requests on a new channel of a link; on its I/O thread."""
     if answer.cancelled() or link.connection is None:
         return

@@ -21,7 +21,7 @@ import structlog
 from pika.adapters.select_connection import IOLoop
 from pika.exceptions import AMQPError, ProbableAuthenticationError
 
-from lorabbit.config.network import Trust, distrust
+from lorabbit.config.network import TlsSettings, tls_error
 from lorabbit.errors import NotAllowed
 from lorabbit.runtime.backoff import Backoff
 
@@ -40,7 +40,7 @@ log = structlog.get_logger()
 logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
-def parameters_of(url: str, name: str, trust: Trust) -> pika.URLParameters:
+def parameters_of(url: str, name: str, trust: TlsSettings) -> pika.URLParameters:
     """What to connect with; settings in the URL's query give way to ours, except for `ssl_options` and `heartbeat`."""
     parameters = pika.URLParameters(url)
     if parameters.ssl_options is not None and "ssl_options=" not in url:
@@ -55,7 +55,7 @@ def parameters_of(url: str, name: str, trust: Trust) -> pika.URLParameters:
     return parameters
 
 
-class Link:
+class Connection:
     """See the module's docstring. Who uses it learns of each connection on the I/O thread."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Link:
         urls: Sequence[str],
         name: str,
         *,
-        trust: Trust,
+        trust: TlsSettings,
         on_bug: Callable[[BaseException], None],
         refused_seconds: float | None = None,
     ) -> None:
@@ -274,7 +274,7 @@ def _reason(error: object) -> str:
         if inner is None:
             break
         error = inner
-    distrusted = distrust(error) if isinstance(error, BaseException) else None
+    distrusted = tls_error(error) if isinstance(error, BaseException) else None
     if distrusted is not None:
         return distrusted
     text = getattr(error, "reply_text", None) or getattr(error, "strerror", None) or str(error)

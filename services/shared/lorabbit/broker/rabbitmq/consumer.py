@@ -24,7 +24,7 @@ from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker
 
 from lorabbit.broker.base import Cancellable, Delivery, OnDelivery
-from lorabbit.broker.rabbitmq.connection import NOT_FOUND, Link
+from lorabbit.broker.rabbitmq.connection import NOT_FOUND, Connection
 
 FIRST_RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 1.0
@@ -37,7 +37,7 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
+class ChannelToken:
     """Which delivery, on which channel of which consumer."""
 
     consumer: Consumer
@@ -50,7 +50,7 @@ class Consumer(Cancellable):
 
     def __init__(  # noqa: PLR0913 - what to read and how, and the two threads it stands between
         self,
-        link: Link,
+        link: Connection,
         queue: str,
         on_delivery: OnDelivery,
         *,
@@ -181,7 +181,7 @@ class Consumer(Cancellable):
             },
             sender=properties.user_id,
             redelivered=bool(method.redelivered),
-            token=Token(self, generation, method.delivery_tag),
+            token=ChannelToken(self, generation, method.delivery_tag),
             message_id=properties.message_id or "",
         )
         self._post(partial(self._hand_over, generation, delivery))

@@ -24,7 +24,7 @@ from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker
 
 from lorabbit.broker.base import OnDone, Outgoing
-from lorabbit.broker.rabbitmq.connection import NOT_FOUND, Link
+from lorabbit.broker.rabbitmq.connection import NOT_FOUND, Connection
 from lorabbit.errors import BrokerBusy, BrokerRefused, BrokerUnavailable, LoRAbbitError, NotDeclared
 
 WINDOW_MESSAGES = 64
@@ -48,7 +48,7 @@ class _Item:
 class Publisher:
     """See the module's docstring; for the link's I/O thread."""
 
-    def __init__(self, link: Link, post: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(self, link: Connection, post: Callable[[Callable[[], None]], None]) -> None:
         """Sign messages as the user of the link's URL; `post` brings answers to the loop thread."""
         self._link, self._post = link, post
         self._user: str | None = getattr(link.parameters.credentials, "username", None)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from lorabbit.aggregation import aggregator, client_side, rank_pruning
 from lorabbit.aggregation.aggregator import Aggregation
-from lorabbit.aggregation.staleness import Carry
+from lorabbit.aggregation.staleness import StalenessCorrection
 from lorabbit.job.spec import JobSpec
 from lorabbit.methods.api.method import Export, Method
 from lorabbit.training_session import GradientTerm, Session
@@ -69,7 +69,7 @@ class Averaging(Method):
         """The mean weighted by n_k, of LoRA factors as the aggregation says."""
         return self.aggregation.fold(state, updates)
 
-    def carried(self, update: Tensors, carry: Carry) -> Tensors:
+    def carried(self, update: Tensors, carry: StalenessCorrection) -> Tensors:
         """As the aggregation carries: by values, or by products where factors of two versions do not compare."""
         return self.aggregation.carried(update, carry)
 

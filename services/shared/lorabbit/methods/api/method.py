@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from lorabbit.aggregation.rules import RULES
-from lorabbit.aggregation.staleness import Carried, Carry
+from lorabbit.aggregation.staleness import CorrectedUpdate, StalenessCorrection
 from lorabbit.job.spec import JobSpec
 from lorabbit.training_session import GradientTerm, LocalResult, Session
 from lorabbit.types import ADAPTER, EVALUATE, ClientProfile, ClientUpdate, Facts, Plan, ServerState, Tensors
@@ -139,9 +139,9 @@ class Method(BaseModel):
         `updates` may be walked more than once; the tensors of each are read from disk when asked for.
         """
 
-    def carried(self, update: Tensors, carry: Carry) -> Tensors:
+    def carried(self, update: Tensors, carry: StalenessCorrection) -> Tensors:
         """A late update as it comes to the newest version: its change, discounted, on top of that, value by value."""
-        return Carried(update, carry)
+        return CorrectedUpdate(update, carry)
 
     def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - the same for all
         """Say what one client needs to score a server state; `restore` takes it."""

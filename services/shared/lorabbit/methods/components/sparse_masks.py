@@ -83,7 +83,7 @@ COUNTED = ("m_k", "batches", "n_used", "steps", "steps_full", "passes", "passes_
 
 
 @dataclass(slots=True)
-class Work:
+class ComputeStats:
     """One client's task."""
 
     used: int = 0
@@ -127,7 +127,7 @@ class Work:
         }
 
 
-def summed(told: Iterable[Facts]) -> dict[str, Json]:
+def sum_stats(told: Iterable[Facts]) -> dict[str, Json]:
     """Add up clients' counts, with the shares saved.
 
     saved_batches: steps that were not taken; saved_passes: the same in passes, less those that measuring

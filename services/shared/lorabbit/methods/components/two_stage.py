@@ -15,7 +15,7 @@ import numpy as np
 from lorabbit.aggregation import base_delta
 from lorabbit.aggregation.aggregator import Aggregation
 from lorabbit.aggregation.client_side import rank_of
-from lorabbit.aggregation.rules import Target, fresh, revived
+from lorabbit.aggregation.rules import FactorShape, fresh, revived
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit.tensors import lora_math
 from lorabbit.tensors.lora_math import Factors
@@ -97,7 +97,7 @@ def merge(adapter: Tensors, merged: Tensors, coming: Aggregation, stage: int) ->
         factors = lora_math.read(adapter, module, coming.scaling)
         moved |= base_delta.add(merged, module, factors)
         seed = derive_seed(coming.seed, "factors", "merged", stage, module)
-        tensors |= lora_math.write(module, fresh(factors, Target(coming.rank, coming.scaling, seed)))
+        tensors |= lora_math.write(module, fresh(factors, FactorShape(coming.rank, coming.scaling, seed)))
     return tensors, moved
 
 
@@ -140,7 +140,7 @@ def _changed(factors: Factors, rank: int, by: str, drawn: Factors) -> tuple[Fact
 
 def _drawn(like: Factors, module: str, setting: Aggregation, stage: int) -> Factors:
     rank = max(stage, setting.rank)
-    return fresh(like, Target(rank, setting.scaling, derive_seed(setting.seed, "factors", stage, module)))
+    return fresh(like, FactorShape(rank, setting.scaling, derive_seed(setting.seed, "factors", stage, module)))
 
 
 def _digits(value: float) -> float:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from lorabbit.aggregation import aggregator, base_delta, client_side
-from lorabbit.aggregation.aggregator import Received
+from lorabbit.aggregation.aggregator import ReceivedUpdates
 from lorabbit.errors import BadInput, Refused
 from lorabbit.job.spec import JobSpec
 from lorabbit.methods.api.averaging import Averaging
@@ -114,7 +114,7 @@ class AdaLora(Averaging):
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """(1) to (3)."""
-        received = Received(updates)
+        received = ReceivedUpdates(updates)
         folded = self.aggregation.fold(state, received)
         t = _t(state) + 1
         importance = self._smoothed(state, self._measured(folded.tensors, received))
@@ -133,7 +133,7 @@ class AdaLora(Averaging):
         """Modules of unlike ranks, filled with zeros to the largest."""
         return Export(*base_delta.combined(state.tensors, {}, self.aggregation.scaling))
 
-    def _measured(self, tensors: Tensors, received: Received) -> Importance:
+    def _measured(self, tensors: Tensors, received: ReceivedUpdates) -> Importance:
         """(2), before smoothing; norms where nobody measured."""
         told = [
             replace(update, tensors={}) for update in received if "importance" in update.facts and update.num_examples

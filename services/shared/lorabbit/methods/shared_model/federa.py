@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import Field
 
 from lorabbit.aggregation import aggregator, client_side
-from lorabbit.aggregation.aggregator import Aggregation, Received
+from lorabbit.aggregation.aggregator import Aggregation, ReceivedUpdates
 from lorabbit.aggregation.rules import COMPONENTS
 from lorabbit.errors import BadInput, Refused
 from lorabbit.job.spec import JobSpec
@@ -134,7 +134,7 @@ class FeDeRA(Averaging):
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """(3), from clients that started where the server says."""
-        return self.aggregation.fold(state, Received(updates, lambda update: _check(update, state)))
+        return self.aggregation.fold(state, ReceivedUpdates(updates, lambda update: _check(update, state)))
 
     def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - one plan for all
         """The whole model."""

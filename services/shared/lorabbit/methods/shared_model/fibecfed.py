@@ -26,13 +26,13 @@ import numpy as np
 from pydantic import Field
 
 from lorabbit.aggregation import aggregator, client_side
-from lorabbit.aggregation.aggregator import Received
+from lorabbit.aggregation.aggregator import ReceivedUpdates
 from lorabbit.errors import BadInput, Refused
 from lorabbit.job.spec import JobSpec
 from lorabbit.methods.api.method import Method
 from lorabbit.methods.components import curriculum, layer_selection, sparse_masks
 from lorabbit.methods.components.layer_selection import LEFT, OUTSIDE
-from lorabbit.methods.components.sparse_masks import Work, summed
+from lorabbit.methods.components.sparse_masks import ComputeStats, sum_stats
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit.tensors.arithmetic import count, subset
 from lorabbit.training_session import Difficulty, Direction, LocalResult, Sensitivity, Session
@@ -138,8 +138,8 @@ class FibecFed(Method):
                 raise Refused("gal-version", f"{update.client} tuned the blocks of another choice")
             told.append((update.num_examples, update.facts))
 
-        mean = aggregator.of(self.job).fold(state, Received(updates, check, self._weight))
-        folded = replace(mean, facts={**mean.facts, "report": {**mean.report, **summed(facts for _, facts in told)}})
+        mean = aggregator.of(self.job).fold(state, ReceivedUpdates(updates, check, self._weight))
+        folded = replace(mean, facts={**mean.facts, "report": {**mean.report, **sum_stats(facts for _, facts in told)}})
         measured = [(number, facts) for number, facts in told if number and "sensitivities" in facts]
         return self._choose(folded, measured) if measured else folded
 
@@ -161,7 +161,7 @@ class FibecFed(Method):
         chosen = layer_selection.choose(candidates, values, number, pick=self.gal_pick, seed=self.job.seed)
         regrouped = layer_selection.regrouped(state, chosen)
         whole, shared = count(layer_selection.everything(regrouped)), count(regrouped.tensors)
-        report: dict[str, Json] = {"passes": summed(facts for _, facts in answers)["passes"], **state.report}
+        report: dict[str, Json] = {"passes": sum_stats(facts for _, facts in answers)["passes"], **state.report}
         report |= {"gal": [*chosen], "importance": [float(v) for v in values], "answers": len(answers)}
         report |= {"shared_parameters": shared, "private_parameters": whole - shared}
         return replace(regrouped, facts={**regrouped.facts, "report": report})
@@ -188,7 +188,7 @@ class FibecFed(Method):
         if not plan.settings["gal_version"]:
             facts = self._measure(session) if session.num_examples else {}
             return ClientUpdate(me.client, me.index, {}, session.num_examples, math.nan, facts)
-        work = Work(n_all=session.num_examples)
+        work = ComputeStats(n_all=session.num_examples)
         gap, shared = self._load(plan, session), plan.payloads[ADAPTER]
         version: Facts = {"gal_version": plan.settings["gal_version"]}
         if not session.num_examples:
@@ -212,7 +212,7 @@ class FibecFed(Method):
 
     def _measure(self, session: Session) -> Facts:
         """Round 0: difficulties stay here, sensitivities and the lossless share go to the server."""
-        work, facts = Work(), dict[str, Json]()
+        work, facts = ComputeStats(), dict[str, Json]()
         self._batches(session, work)
         if self.gal_ratio != 1.0 and (self.gal_pick != "random" or self.gal_ratio == "energy"):
             facts = self._sensitivities(session, work)
@@ -220,7 +220,7 @@ class FibecFed(Method):
             session.private["lossless_share"] = facts["lossless_share"] = session.lossless_share(self.gal_ratio)
         return {**facts, "passes": work.extra}
 
-    def _sensitivities(self, session: Session, work: Work) -> dict[str, Json]:
+    def _sensitivities(self, session: Session, work: ComputeStats) -> dict[str, Json]:
         """I_k^l of every block, at the session's present tensors."""
         how, kind = self.noise_direction, self.sensitivity
         work.extra += min(self.probes, session.num_examples) if how == "adversarial" else 0
@@ -240,7 +240,7 @@ class FibecFed(Method):
         session.private["last_round"], session.private["gal_version"] = session.round, plan.settings["gal_version"]
         return gap
 
-    def _batches(self, session: Session, work: Work) -> list[list[int]]:
+    def _batches(self, session: Session, work: ComputeStats) -> list[list[int]]:
         """(2): all batches, easy to hard; difficulties are measured on first use, and again when due."""
         size = session.local.batch_size
         if self.pacing == "none":
@@ -256,7 +256,7 @@ class FibecFed(Method):
             return None
         return easy if self.keep_order else curriculum.shuffled(easy, derive_seed(session.seed, "order"))
 
-    def _masks(self, session: Session, outside: list[str], easy: list[list[int]], *, work: Work) -> Tensors:
+    def _masks(self, session: Session, outside: list[str], easy: list[list[int]], *, work: ComputeStats) -> Tensors:
         """(7) from F as it is kept; before there is one, from F after a few trial steps that are undone."""
         if not self.sparse or not outside:
             return {}
@@ -279,14 +279,14 @@ class FibecFed(Method):
         share = usual if self.update_share is None else self.update_share
         return {name: sparse_masks.mask(known[name], share, self.granularity) for name in outside}
 
-    def _fisher(self, session: Session, outside: list[str], easy: list[list[int]], *, work: Work) -> Tensors:
+    def _fisher(self, session: Session, outside: list[str], easy: list[list[int]], *, work: ComputeStats) -> Tensors:
         """Mean squared gradients outside G, over some of the examples in use."""
         chosen = curriculum.sample(easy, self.n_fisher, derive_seed(session.seed, "fisher"))
         work.extra += len(chosen)
         return subset(session.fisher(chosen), outside)
 
     def _keep(
-        self, session: Session, result: LocalResult, outside: list[str], easy: list[list[int]], *, work: Work
+        self, session: Session, result: LocalResult, outside: list[str], easy: list[list[int]], *, work: ComputeStats
     ) -> None:
         """Keep own factors, and (5)."""
         if not outside:

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from lorabbit.aggregation import aggregator, base_delta, client_side
-from lorabbit.aggregation.aggregator import Aggregation, Received
+from lorabbit.aggregation.aggregator import Aggregation, ReceivedUpdates
 from lorabbit.aggregation.rules import COMPONENTS, RULES
 from lorabbit.errors import BadInput, Refused
 from lorabbit.job.spec import JobSpec
@@ -239,7 +239,7 @@ class SaFedLora(Method):
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """Fold a round; at the end of the first stage freeze W*, and before a lower rank shrink (3)."""
         settings, t = self._settings(state), _count(state, "t") + 1
-        checked = Received(updates, lambda update: _check(update, settings))
+        checked = ReceivedUpdates(updates, lambda update: _check(update, settings))
         facts: dict[str, Json] = {**state.facts, "t": t}
         if settings["part"] == "whole":
             mean = weighted_mean((u.num_examples, u.tensors) for u in checked)

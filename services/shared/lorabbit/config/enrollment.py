@@ -21,7 +21,7 @@ SALT_BYTES = 4
 HASH_PATTERN = r"^[A-Za-z0-9+/]{48}$"
 
 
-class Join(BaseModel):
+class JoinRequest(BaseModel):
     """Client -> server, over HTTP: let me in under this name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -32,7 +32,7 @@ class Join(BaseModel):
     password_hash: str = Field(pattern=HASH_PATTERN, repr=False)
 
 
-class Joined(BaseModel):
+class JoinResponse(BaseModel):
     """Server -> client: this user exists now, with the password that the hash is of."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -40,7 +40,7 @@ class Joined(BaseModel):
     user: Address
 
 
-class TokenWish(BaseModel):
+class JoinTokenRequest(BaseModel):
     """Operator -> server: make a join token."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

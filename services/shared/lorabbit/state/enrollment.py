@@ -52,7 +52,7 @@ return {'ok'}
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
+class JoinToken:
     """A join token as it is kept: nobody can use it who reads this."""
 
     digest: str
@@ -69,7 +69,7 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class EnrolledClient:
     """A client with a user of its own."""
 
     client: str
@@ -79,7 +79,7 @@ class Member:
     joined_ms: int
 
 
-class Roster:
+class EnrollmentStore:
     """See the module's docstring. Safe to call from any thread; each call may raise StoreUnavailable."""
 
     def __init__(self, run: Callable[..., Any], call: Callable[[Callable[[Any], Any]], Any], prefix: str) -> None:
@@ -87,17 +87,17 @@ class Roster:
         self._run, self._call = run, call
         self._tokens, self._members, self._revoked = (prefix + name for name in ("tokens", "members", "revoked"))
 
-    def add_token(self, token: Token) -> None:
+    def add_token(self, token: JoinToken) -> None:
         """Let a token be used."""
         kept = {name: value for name, value in asdict(token).items() if name != "digest"}
         self._call(lambda redis: redis.hset(self._tokens, token.digest, json.dumps(kept)))
 
-    def tokens(self) -> list[Token]:
+    def tokens(self) -> list[JoinToken]:
         """Every token that was not dropped, the one that expires first first."""
         found = self._all(self._tokens)
-        return sorted((Token(key, **json.loads(text)) for key, text in found.items()), key=lambda t: t.expires_ms)
+        return sorted((JoinToken(key, **json.loads(text)) for key, text in found.items()), key=lambda t: t.expires_ms)
 
-    def drop_token(self, token: Token) -> None:
+    def drop_token(self, token: JoinToken) -> None:
         """Let a token be used no more."""
         self._call(lambda redis: redis.hdel(self._tokens, token.digest))
 
@@ -111,10 +111,10 @@ class Roster:
         """Strike a member off, for good; False when there never was one of this name."""
         return text_of(self._run(REVOKE, [self._members, self._revoked], client, now_ms)[0]) == "ok"
 
-    def members(self) -> list[Member]:
+    def members(self) -> list[EnrolledClient]:
         """Everybody who has joined and was not sent away."""
         found = {client: json.loads(text) for client, text in self._all(self._members).items()}
-        members = [Member(client, **kept) for client, kept in sorted(found.items())]
+        members = [EnrolledClient(client, **kept) for client, kept in sorted(found.items())]
         return [replace(member, joined_ms=int(member.joined_ms)) for member in members]
 
     def revoked(self) -> frozenset[str]:
@@ -126,6 +126,6 @@ class Roster:
         return {text_of(name): text_of(value) for name, value in entries.items()}
 
 
-def tokens_named(tokens: Sequence[Token], id_: str) -> list[Token]:
+def tokens_named(tokens: Sequence[JoinToken], id_: str) -> list[JoinToken]:
     """The tokens that an operator may mean."""
     return [token for token in tokens if id_ and token.digest.startswith(id_)]

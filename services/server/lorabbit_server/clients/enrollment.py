@@ -12,11 +12,11 @@ from collections.abc import Callable
 import structlog
 
 from lorabbit.broker.base import Delivery
-from lorabbit.config.enrolment import Join, Joined, TokenWish, digest, new_secret
+from lorabbit.config.enrollment import JoinRequest, JoinResponse, JoinTokenRequest, digest, new_secret
 from lorabbit.config.settings import ServerSettings
 from lorabbit.errors import BadInput, JoinRefused, LoRAbbitError, Refused
-from lorabbit.state.enrolment import Roster, Token, tokens_named
-from lorabbit_server.clients.rabbitmq_admin import Management
+from lorabbit.state.enrollment import EnrollmentStore, JoinToken, tokens_named
+from lorabbit_server.clients.rabbitmq_admin import RabbitMqAdmin
 
 log = structlog.get_logger()
 WHY_NOT = {
@@ -30,14 +30,14 @@ WHY_NOT = {
 }
 
 
-class Access:
+class ClientAccess:
     """See the module's docstring. Safe to call from any thread; `check` and `take_note` are the loop's."""
 
-    def __init__(self, roster: Roster, settings: ServerSettings) -> None:
+    def __init__(self, roster: EnrollmentStore, settings: ServerSettings) -> None:
         """Give out users where the settings name a management interface."""
         self._roster = roster
         url = settings.management_url
-        self._management = None if url is None else Management(url, settings.broker_url, settings.trust)
+        self._management = None if url is None else RabbitMqAdmin(url, settings.broker_url, settings.trust)
         self._revoked: frozenset[str] = frozenset()
         self.on_revoked: Callable[[], None] = lambda: None
         """Called, from any thread, when somebody was revoked here."""
@@ -67,16 +67,16 @@ class Access:
         return self._revoked - before
 
     # ---- tokens ----
-    def make_token(self, wish: TokenWish, *, now_ms: int) -> tuple[str, Token]:
+    def make_token(self, wish: JoinTokenRequest, *, now_ms: int) -> tuple[str, JoinToken]:
         """Make a join token; the secret is in the answer and nowhere else."""
         self._needed()
         secret = new_secret()
-        token = Token(digest(secret), wish.client or "", wish.uses, expires_ms=now_ms + round(wish.seconds * 1000))
+        token = JoinToken(digest(secret), wish.client or "", wish.uses, expires_ms=now_ms + round(wish.seconds * 1000))
         self._roster.add_token(token)
         log.info("token-made", token=token.id, client=wish.client, uses=wish.uses, seconds=wish.seconds)
         return secret, token
 
-    def tokens(self, *, now_ms: int) -> list[Token]:
+    def tokens(self, *, now_ms: int) -> list[JoinToken]:
         """Tokens that can still be used; the others are forgotten."""
         usable = []
         for token in self._roster.tokens():
@@ -95,7 +95,7 @@ class Access:
         log.info("token-dropped", token=found[0].id)
 
     # ---- clients ----
-    def join(self, wish: Join, *, now_ms: int) -> Joined:
+    def join(self, wish: JoinRequest, *, now_ms: int) -> JoinResponse:
         """Give a client a user of its own; the same wish again is fine. Raises JoinRefused."""
         management = self._needed()
         verdict = self._roster.join(digest(wish.token), wish.client, wish.password_hash, now_ms=now_ms)
@@ -104,7 +104,7 @@ class Access:
             raise JoinRefused(verdict, f"{wish.client} may not join: {WHY_NOT[verdict]}")
         management.put_user(wish.client, wish.password_hash)
         log.info("client-joined", client=wish.client)
-        return Joined(user=wish.client)
+        return JoinResponse(user=wish.client)
 
     def revoke(self, client: str, *, now_ms: int) -> None:
         """Take a client's user away and close its connections; raises BadInput when it never joined."""
@@ -134,7 +134,7 @@ class Access:
         if self._management is not None:
             self._management.close()
 
-    def _needed(self) -> Management:
+    def _needed(self) -> RabbitMqAdmin:
         if self._management is None:
             why = "clients share one user of the broker here"
             raise LoRAbbitError(f"{why}; set LORABBIT_MANAGEMENT_URL at the server to give each its own")

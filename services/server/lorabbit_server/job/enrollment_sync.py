@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable
 import structlog
 
 from lorabbit.broker.base import Cancellable
-from lorabbit_server.context import Tools
+from lorabbit_server.context import ServerContext
 
 log = structlog.get_logger()
 
 
-class Door(Cancellable):
+class RevocationWatcher(Cancellable):
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, tools: Tools, send_away: Callable[[Iterable[str]], None]) -> None:
+    def __init__(self, tools: ServerContext, send_away: Callable[[Iterable[str]], None]) -> None:
         """Read who was revoked, and give the broker the users it lacks."""
         self._tools, self._send_away = tools, send_away
         self._seconds = tools.settings.lease_seconds / 3
