@@ -118,12 +118,12 @@ class QuadraticSession:
     def base_weights(self) -> Tensors:
         return {name: value.copy() for name, value in self.base.items()}
 
-    def stand_on(self, base: Tensors, sha256: str) -> None:
+    def use_base(self, base: Tensors, sha256: str) -> None:
         if tensors_sha256(base) != sha256:
             raise Refused("base", "the base that came is not the one that the plan names")
         self._values["whole"] = {name: np.array(base[name]) for name in base}
 
-    def shift_base(self, factors: Tensors) -> None:
+    def set_base_delta(self, factors: Tensors) -> None:
         unknown = set(lora_math.modules(factors)) - self.base.keys()
         if unknown:
             raise Refused("names", f"no module {min(unknown)}")

@@ -101,7 +101,7 @@ def silent(fraction: float, loss: float | None) -> None:
 def first(space: Any, spec: JobSpec, index: int = 0) -> Any:
     """Make the first adapter of a job as a method without one of its own does."""
     task = task_of(spec, index, INITIALISE)
-    return space.initialise(task, space.session(task, PrivateState(), silent).tensors())
+    return space.initialize(task, space.session(task, PrivateState(), silent).tensors())
 
 
 def score(space: Any, spec: JobSpec, tensors: Tensors, index: int = 0) -> Any:

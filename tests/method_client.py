@@ -63,7 +63,7 @@ class MethodClient(ScriptedClient):
             return
         if task.phase == INITIALISE:
             facts: Facts = {"main_metric": "accuracy", "rank": RANK, "export": EXPORT}
-            self.answer(task, method.initialise(session), Metrics(num_examples=10, facts=dict(facts)))
+            self.answer(task, method.initialize(session), Metrics(num_examples=10, facts=dict(facts)))
             return
         payloads = {
             role: serialization.read_tensors(self.store.path(ref.sha256)) for role, ref in task.payloads.items()

@@ -113,10 +113,10 @@ class MortalRig(Rig):
     def restart_agent(self, address: str) -> None:
         """Take a client's memory away, and start another on its folder."""
         agent = self.agents[address]
-        for running in (agent._inbox, agent._presence._timer):
+        for running in (agent._inbox, agent._registration._timer):
             if running is not None:
                 running.cancel()
-        for assignment in agent._assignments.values():
+        for assignment in agent._task_runs.values():
             assignment.stop()
         self.start_agent(address, new_executor())
 

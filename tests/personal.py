@@ -141,7 +141,7 @@ class Federation:
     def __init__(self, spec, *, statistics=True):
         self.spec, self.method = spec, build(spec)
         self.models, self.private = Networks(statistics=statistics), [PrivateState() for _ in range(3)]
-        self.state = self.method.start(self.method.initialise(self.open(0, 0)))
+        self.state = self.method.start(self.method.initialize(self.open(0, 0)))
 
     def open(self, index, round_number=1):
         return session(

@@ -112,9 +112,9 @@ class Rig:
         """Stop an agent as kill -9 does: nothing is said, nothing is written, its folder stays."""
         assert agent._inbox is not None
         agent._inbox.cancel()
-        assert agent._presence._timer is not None
-        agent._presence._timer.cancel()
-        for assignment in agent._assignments.values():
+        assert agent._registration._timer is not None
+        agent._registration._timer.cancel()
+        for assignment in agent._task_runs.values():
             assignment.stop()
 
     def tell(self, message: Message, *, address: str = "somewhere") -> None:

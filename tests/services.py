@@ -136,7 +136,7 @@ class RabbitMQ(Service):
         settings: str = "",
         vhosts: int = 1,
         *,
-        management: bool = False,
+        admin: bool = False,
         certificates: Path | None = None,
         password: str = "guest",  # noqa: S107 - of a server that lives as long as a test
         membership: Membership | None = None,
@@ -144,12 +144,12 @@ class RabbitMQ(Service):
         super().__init__("rabbitmq")
         who = f"guest:{password}@127.0.0.1"
         self.url = f"amqp://{who}:{self.port}/"
-        self._plugins = "[rabbitmq_management].\n" if management else "[].\n"
+        self._plugins = "[rabbitmq_management].\n" if admin else "[].\n"
         self._management_port, self._tls_port = free_port(), free_port()
-        self.management_url = f"http://{who}:{self._management_port}/" if management else ""
+        self.management_url = f"http://{who}:{self._management_port}/" if admin else ""
         self.tls_url = f"amqps://{who}:{self._tls_port}/"
         self._certificates = certificates
-        if management:
+        if admin:
             settings += f"management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {self._management_port}\n"
         self._vhosts = [f"test-{number}" for number in range(vhosts)]
         self._unused = iter(self._vhosts)

@@ -366,12 +366,12 @@ def test_the_readme_says_what_the_values_say():
 
 
 def test_every_value_is_explained():
-    tools = runpy.run_path(str(ROOT / "helm" / "readme.py"))
-    explained = [entry.path for entry in tools["entries"]((CHART / "values.yaml").read_text(encoding="utf-8"))]
+    context = runpy.run_path(str(ROOT / "helm" / "readme.py"))
+    explained = [entry.path for entry in context["entries"]((CHART / "values.yaml").read_text(encoding="utf-8"))]
 
     silent = [
         path
-        for path in tools["leaves"](values_of(CHART / "values.yaml"))
+        for path in context["leaves"](values_of(CHART / "values.yaml"))
         if not any(path == known or path.startswith(f"{known}.") for known in explained)
     ]
 

@@ -195,7 +195,7 @@ def test_a_message_for_a_full_queue_is_sent_until_it_is_taken(broker):
     answers, seen = fill(broker), Seen(broker)
     taken = Seen(broker)
 
-    broker.send_until_taken(message(b"y" * 600), taken.add)
+    broker.send_with_retry(message(b"y" * 600), taken.add)
     broker.send(message(b"x" * 600), answers.add)  # is refused behind the other one, which so was refused as well
     answers.wait(len(answers) + 1)
     assert isinstance(answers[-1], BrokerBusy)
@@ -210,7 +210,7 @@ def test_a_message_for_a_full_queue_is_sent_until_it_is_taken(broker):
 def test_what_nobody_listens_to_is_not_sent_again_and_again(broker):
     answers = Seen(broker)
 
-    broker.send_until_taken(message(key="nowhere"), answers.add)
+    broker.send_with_retry(message(key="nowhere"), answers.add)
 
     answers.wait(1)
     assert isinstance(answers[0], LoRAbbitError)
@@ -420,7 +420,7 @@ def test_declaring_and_deleting_twice_is_fine(broker):
     for _ in range(2):
         broker.delete_queue("q")
 
-    assert broker.trouble() is None
+    assert broker.health() is None
 
 
 def test_a_declaration_that_cannot_hold_is_refused(broker):
@@ -492,7 +492,7 @@ def test_a_healthy_broker_has_no_trouble(broker):
     troubles = Seen(broker)
 
     def look():
-        troubles.add(broker.trouble())
+        troubles.add(broker.health())
         broker.after(0.01, look)
 
     look()
@@ -507,7 +507,7 @@ def test_who_declared_is_told_that_a_broker_lost_everything_and_readers_go_on_on
     broker.subscribe("q", lambda delivery: (broker.ack(delivery), seen.add(delivery)))
     broker.send(message(b"before", "q", UP))
     seen.wait(1)
-    broker.when_emptied(lambda: told.add("emptied"))
+    broker.on_broker_reset(lambda: told.add("emptied"))
 
     empty()
     told.wait(1)

@@ -34,7 +34,7 @@ def begin(method):
     """The server state with which round 1 begins, from what clients send when they are asked."""
     session = clients(1)[0]
     session.load(ADAPTER)
-    state = method.start(method.initialise(session))
+    state = method.start(method.initialize(session))
     if not method.prepares:
         return state
     asked = clients()

@@ -134,12 +134,12 @@ def test_a_shifted_base_has_a_prefix_of_its_own(tmp_path: Path):
     shift = {
         n: drawn.normal(0, 0.2, v.shape).astype(v.dtype) for n, v in one.tensors().items() if lora_math.is_factor(n)
     }
-    one.shift_base(shift)
+    one.set_base_delta(shift)
 
     warm = one.train(frozen=low)
 
     other = session(workspace(spec), spec, ActivationCache())
-    other.shift_base(shift)
+    other.set_base_delta(shift)
     assert skipped(warm) > 0
     assert same(warm.tensors, other.train(frozen=low).tensors)
 

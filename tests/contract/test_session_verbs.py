@@ -135,7 +135,7 @@ def test_a_shifted_base_answers_as_the_same_factors_in_the_adapter_do(name: str,
     expected = answers(one)
 
     other = session(space, spec)
-    other.shift_base(factors)
+    other.set_base_delta(factors)
     shifted = answers(other)
 
     torch.testing.assert_close(shifted, expected, rtol=1e-4, atol=1e-5)
@@ -145,10 +145,10 @@ def test_a_shifted_base_answers_as_the_same_factors_in_the_adapter_do(name: str,
 def test_a_shift_is_absolute(tmp_path: Path):
     spec = spec_of(tmp_path)
     first, second = session(workspace(spec), spec), session(workspace(spec), spec)
-    first.shift_base(drawn(first, 3, seed=1))
+    first.set_base_delta(drawn(first, 3, seed=1))
     answers(first)
-    first.shift_base(drawn(first, 5, seed=2))
-    second.shift_base(drawn(second, 5, seed=2))
+    first.set_base_delta(drawn(first, 5, seed=2))
+    second.set_base_delta(drawn(second, 5, seed=2))
 
     assert torch.equal(answers(first), answers(second))
 
@@ -157,7 +157,7 @@ def test_pristine_weights_are_given_whatever_the_shift(tmp_path: Path):
     spec = spec_of(tmp_path, "tiny:gpt2")
     one = session(workspace(spec), spec)
     before = one.base_weights()
-    one.shift_base(drawn(one, 3))
+    one.set_base_delta(drawn(one, 3))
     answers(one)
 
     assert same(one.base_weights(), before)
@@ -170,7 +170,7 @@ def test_a_shift_stays_for_the_next_client_that_asks_for_it_and_for_no_other(tmp
     space = workspace(spec)
     one = session(space, spec)
     plain, factors = answers(one), drawn(one, 3)
-    one.shift_base(factors)
+    one.set_base_delta(factors)
     shifted = answers(one)
     name = next(iter(space._model.base._changed))
     copies = space._model.base._copies
@@ -178,7 +178,7 @@ def test_a_shift_stays_for_the_next_client_that_asks_for_it_and_for_no_other(tmp
     copies[name].zero_()  # would show if the shift were computed again
 
     asking = session(space, spec, 1)
-    asking.shift_base({name: value.copy() for name, value in factors.items()})
+    asking.set_base_delta({name: value.copy() for name, value in factors.items()})
     again = answers_on(asking, one)
     copies[name].copy_(kept)
     other = session(space, spec, 1)
@@ -197,10 +197,10 @@ def test_no_factors_undo_a_shift(tmp_path: Path):
     spec = spec_of(tmp_path)
     one = session(workspace(spec), spec)
     plain = answers(one)
-    one.shift_base(drawn(one, 3))
+    one.set_base_delta(drawn(one, 3))
     answers(one)
 
-    one.shift_base({})
+    one.set_base_delta({})
 
     assert torch.equal(answers(one), plain)
 
@@ -211,7 +211,7 @@ def test_modules_that_a_shift_does_not_name_stay_pristine(tmp_path: Path):
     one = session(space, spec)
     path = next(iter(one.base_weights()))
     before = {name: value.clone() for name, value in space._model.base.tensors.items()}
-    one.shift_base({n: v for n, v in drawn(one, 3).items() if n.startswith(path + ".")})
+    one.set_base_delta({n: v for n, v in drawn(one, 3).items() if n.startswith(path + ".")})
     answers(one)
 
     moved = {name for name, value in space._model.base.tensors.items() if not torch.equal(value, before[name])}
@@ -232,7 +232,7 @@ def test_factors_that_do_not_fit_the_base_are_refused(change: str, tmp_path: Pat
     }
 
     with pytest.raises(Refused) as refusal:
-        one.shift_base(wrong[change])
+        one.set_base_delta(wrong[change])
 
     assert refusal.value.reason == ("shapes" if change == "shapes" else "names")
 
@@ -330,15 +330,15 @@ def test_a_base_to_stand_on_answers_as_its_factors_did_and_a_shift_goes_on_top_o
     one = session(space, spec)
     below, above = drawn(one, 4, seed=1), drawn(one, 3, seed=2)
     whole, name = merged(one, below)
-    one.shift_base(below)
+    one.set_base_delta(below)
     expected = answers(one)
     other = session(space, spec)
 
-    other.stand_on(whole, name)
+    other.use_base(whole, name)
     standing = answers(other)
-    other.shift_base(above)
+    other.set_base_delta(above)
     shifted = answers(other)
-    other.shift_base({})
+    other.set_base_delta({})
 
     torch.testing.assert_close(standing, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(answers(other), standing)
@@ -348,7 +348,7 @@ def test_a_base_to_stand_on_answers_as_its_factors_did_and_a_shift_goes_on_top_o
         if lora_math.is_factor(n)
     }
     third = session(workspace(spec), spec)
-    third.shift_base(both)
+    third.set_base_delta(both)
     torch.testing.assert_close(shifted, answers(third), rtol=1e-4, atol=1e-5)
 
 
@@ -358,11 +358,11 @@ def test_a_base_to_stand_on_stays_for_the_next_client_that_asks_for_it_and_for_n
     one = session(space, spec)
     plain = answers(one)
     whole, name = merged(one, drawn(one, 4))
-    one.stand_on(whole, name)
+    one.use_base(whole, name)
     standing = answers(one)
 
     asking = session(space, spec, 1)
-    asking.stand_on(Unread(), name)
+    asking.use_base(Unread(), name)
     again = answers_on(asking, one)
     other = session(space, spec, 1)
 
@@ -379,9 +379,9 @@ def test_a_base_of_another_hash_or_shape_is_refused_and_nothing_moves(tmp_path: 
     cut = whole | {first: whole[first][:1]}
 
     with pytest.raises(Refused, match="not the one that the plan names"):
-        one.stand_on(whole, "0" * 64)
+        one.use_base(whole, "0" * 64)
     with pytest.raises(Refused, match="shape"):
-        one.stand_on(cut, serialization.tensors_sha256(cut))
+        one.use_base(cut, serialization.tensors_sha256(cut))
 
     assert torch.equal(answers(one), plain)
 
@@ -432,7 +432,7 @@ def test_what_is_scored_is_what_the_session_holds(tmp_path: Path):
     start = one.tensors()
     plain = score(space, spec, start).loss
     factors = drawn(one, 4)
-    one.shift_base(factors)
+    one.set_base_delta(factors)
     shifted = space.evaluate(task_of(spec), one, silent).loss
 
     assert shifted == pytest.approx(score(space, spec, {**start, **factors}).loss, rel=1e-4)

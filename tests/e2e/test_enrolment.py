@@ -116,7 +116,7 @@ def secure(tmp_path_factory):
     folder = tmp_path_factory.mktemp("secure")
     certificates = folder / "certificates"
     make(certificates)
-    brokers = serve(lambda: services.RabbitMQ(management=True, certificates=certificates, password=ADMINISTRATOR))
+    brokers = serve(lambda: services.RabbitMQ(admin=True, certificates=certificates, password=ADMINISTRATOR))
     stores = serve(lambda: services.Redis(certificates=certificates, password=STORE))
     made = Secure(folder, next(brokers), next(stores), certificates)
     try:

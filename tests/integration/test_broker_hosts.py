@@ -22,7 +22,7 @@ pytestmark = pytest.mark.services
 @pytest.fixture(scope="module")
 def broker(certificates):
     """A RabbitMQ with a management interface and a TLS listener."""
-    yield from serve(lambda: services.RabbitMQ(management=True, certificates=certificates))
+    yield from serve(lambda: services.RabbitMQ(admin=True, certificates=certificates))
 
 
 @pytest.fixture
@@ -86,16 +86,16 @@ def test_doctor_fails_where_no_host_answers(nobody, monkeypatch):
 
 def test_the_node_whose_management_interface_answered_last_is_asked_first(broker, nobody, links):
     places = ",".join([nobody, *(place_of(link.url) for link in links)])
-    management = RabbitMqAdmin(f"http://guest:guest@{places}/", broker.url, TlsSettings())
+    admin = RabbitMqAdmin(f"http://guest:guest@{places}/", broker.url, TlsSettings())
     hash_ = password_hash("a password of some length")
 
-    management.put_user("site-a", hash_)
+    admin.put_user("site-a", hash_)
     links[0].accepts = False
     links[0].cut()
-    seen = management.users()
+    seen = admin.users()
     links[0].accepts = True
-    management.delete_user("site-a")
-    management.close()
+    admin.delete_user("site-a")
+    admin.close()
 
     assert seen["site-a"] == hash_
     assert (links[0].connections, links[1].connections) == (1, 1)
@@ -117,11 +117,11 @@ def test_a_user_that_two_servers_make_at_once_is_there_for_both(broker):
 
 def test_management_interfaces_none_of_which_answers_are_all_named_without_the_password(broker, nobody):
     other = f"127.0.0.1:{free_port()}"
-    management = RabbitMqAdmin(f"http://guest:guest@{nobody},{other}/", broker.url, TlsSettings())
+    admin = RabbitMqAdmin(f"http://guest:guest@{nobody},{other}/", broker.url, TlsSettings())
 
     with pytest.raises(BrokerUnavailable) as caught:
-        management.users()
-    management.close()
+        admin.users()
+    admin.close()
 
     assert f"at http://{nobody}, http://{other} cannot be reached" in str(caught.value)
     assert "guest" not in str(caught.value)

@@ -141,13 +141,13 @@ def test_a_client_that_may_not_join_is_told_why_and_counted_by_that_reason(enrol
     def token(*, used=False, late=False, **wish):
         secret, made = access.make_token(JoinTokenRequest(**wish), now_ms=now - (10**9 if late else 0))
         if used:
-            access._roster.join(made.digest, f"first-{made.id}", WISH["password_hash"], now_ms=now)
+            access._enrollment.join(made.digest, f"first-{made.id}", WISH["password_hash"], now_ms=now)
         return secret
 
     for client in ("taken", "gone"):
         digest = access.make_token(JoinTokenRequest(), now_ms=now)[1].digest
-        access._roster.join(digest, client, WISH["password_hash"], now_ms=now)
-    access._roster.revoke("gone", now_ms=now)
+        access._enrollment.join(digest, client, WISH["password_hash"], now_ms=now)
+    access._enrollment.revoke("gone", now_ms=now)
     tried = {
         "unknown": {"token": TOKEN},
         "expired": {"token": token(late=True)},

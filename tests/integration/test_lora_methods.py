@@ -75,7 +75,7 @@ def session(space: LearningWorkspace, spec: JobSpec, index: int = 0, number: int
 
 def begin(space: LearningWorkspace, spec: JobSpec) -> tuple[Method, ServerState]:
     method = registry.build(spec)
-    return method, method.start(method.initialise(session(space, spec)))
+    return method, method.start(method.initialize(session(space, spec)))
 
 
 def one_round(space: LearningWorkspace, spec: JobSpec, method: Method, state: ServerState, number: int) -> ServerState:
@@ -115,7 +115,7 @@ def exported(folder: Path, space: LearningWorkspace, spec: JobSpec, method: Meth
     """Load with peft and transformers alone what a server writes of an export."""
     export, folder = method.export(state), folder / "adapter"
     one = session(space, spec)
-    facts: Any = space.initialise(task_of(spec, phase=INITIALISE), one.tensors()).facts
+    facts: Any = space.initialize(task_of(spec, phase=INITIALISE), one.tensors()).facts
     folder.mkdir()
     config = {**facts["export"]["files"]["adapter_config.json"], **export.config}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -36,7 +36,7 @@ FOREIGN = Offer(job="j", task="t", client="site-b", payload=None, metrics=Metric
 
 @pytest.fixture(scope="module")
 def managed_rabbitmq():
-    yield from serve(lambda: services.RabbitMQ(vhosts=30, management=True))
+    yield from serve(lambda: services.RabbitMQ(vhosts=30, admin=True))
 
 
 @pytest.fixture(scope="module")

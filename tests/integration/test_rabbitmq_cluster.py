@@ -97,7 +97,7 @@ def test_hosts_that_do_not_answer_are_passed_over(cluster, url, connect):
 
     broker.declare_queue(Queue("q", "classic"))
     assert node_of(cluster, broker) is cluster.nodes[1]
-    assert broker.trouble() is None
+    assert broker.health() is None
 
 
 def test_hosts_none_of_which_answers_are_all_named(connect):
@@ -129,14 +129,14 @@ def test_confirmed_messages_outlive_the_node_that_confirmed_them(cluster, url, c
     let_the_cluster_note_its_queues(broker)
     answers, seen = Seen(broker), Seen(broker)
     for number in range(100):
-        broker.send_until_taken(message(number), answers.add)
+        broker.send_with_retry(message(number), answers.add)
     answers.wait(50)
     lost = node_of(cluster, broker)
 
     with structlog.testing.capture_logs() as logs:
         lost.kill()
         for number in range(100, 200):
-            broker.send_until_taken(message(number), answers.add)
+            broker.send_with_retry(message(number), answers.add)
         answers.wait(200)
 
     assert answers == [None] * 200
@@ -153,12 +153,12 @@ def test_a_reader_goes_on_where_another_node_leads_its_queue(cluster, url, conne
     let_the_cluster_note_its_queues(leading)
     answers, seen = Seen(reading), Seen(reading)
     reading.subscribe("q", lambda delivery: (reading.ack(delivery), seen.add(delivery.body)))
-    reading.send_until_taken(message(0), answers.add)
+    reading.send_with_retry(message(0), answers.add)
     seen.wait(1)
 
     cluster.nodes[0].kill()
     for number in range(1, 50):
-        reading.send_until_taken(message(number), answers.add)
+        reading.send_with_retry(message(number), answers.add)
 
     answers.wait(50)
     assert answers == [None] * 50

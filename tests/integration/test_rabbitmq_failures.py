@@ -230,14 +230,14 @@ def test_messages_given_away_while_the_broker_is_dead_arrive_in_order(connect, r
     at_first = [int(delivery.body) for delivery in seen if not delivery.redelivered]
     assert at_first == sorted(at_first), "what was under way when the broker died may come behind the rest"
     assert at_first[-100:] == list(range(100, 200))
-    assert broker.trouble() is None
+    assert broker.health() is None
 
 
 def test_what_is_perishable_is_not_sent_again_on_another_connection(connect, empty_rabbitmq_url, proxy):
     broker, reader = connect(proxy.url), connect(empty_rabbitmq_url)
     broker.declare_queue(Queue("q", "quorum"))
     answers, seen = Seen(broker), Seen(reader)
-    broker.send(message(b"before", perishable=True), answers.add)
+    broker.send(message(b"before", drop_on_reconnect=True), answers.add)
     answers.wait(1)
 
     def cut_once_both_are_out():
@@ -247,11 +247,11 @@ def test_what_is_perishable_is_not_sent_again_on_another_connection(connect, emp
             proxy.cut()
 
     proxy.half_open()
-    broker.send(message(b"perishable", perishable=True), lambda error: answers.add(type(error)))
+    broker.send(message(b"perishable", drop_on_reconnect=True), lambda error: answers.add(type(error)))
     broker.send(message(b"lasting"), answers.add)
     cut_once_both_are_out()
     answers.wait(3)
-    broker.send(message(b"after", perishable=True), answers.add)
+    broker.send(message(b"after", drop_on_reconnect=True), answers.add)
     answers.wait(4)
     reader.subscribe("q", seen.add, prefetch=10)
     seen.wait(3)
@@ -354,7 +354,7 @@ def test_a_broker_that_is_not_there_is_named(connect):
     with pytest.raises(BrokerUnavailable, match=f"127.0.0.1:{port} cannot be reached: Connection refused"):
         broker.declare_exchange("x")
 
-    assert "cannot be reached" in broker.trouble()
+    assert "cannot be reached" in broker.health()
     began = time.monotonic()
     broker.close()
     assert time.monotonic() - began < 3
@@ -376,8 +376,8 @@ def test_an_alarm_is_shown_and_not_a_hang(connect):
         answers, troubles = Seen(broker), Seen(broker)
 
         def look():
-            if broker.trouble() is not None:
-                troubles.add(broker.trouble())
+            if broker.health() is not None:
+                troubles.add(broker.health())
             else:
                 broker.after(0.01, look)
 

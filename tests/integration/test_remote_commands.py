@@ -45,7 +45,7 @@ class Deployment:
         )
         self.service = Server(self.broker, self.store, settings, owner="test")
         self.http = HttpServer(make_app(self.service, ServerMetrics()), "127.0.0.1", 0)
-        self.shelf = PayloadCache(self.broker, PayloadStore(folder / "payloads", durable=False), keep=4)
+        self.cache = PayloadCache(self.broker, PayloadStore(folder / "payloads", durable=False), keep=4)
         self.folder = folder
         self.thread = threading.Thread(target=self.broker.run, name="loop")
 
@@ -59,7 +59,7 @@ class Deployment:
             settings = ClientSettings(
                 folder=self.folder / name, address=name, client=name, device="cpu", **settings_of_all
             )
-            agent = Agent(self.broker, InlineRunner(Executor()), settings, shelf=self.shelf, embedded=True)
+            agent = Agent(self.broker, InlineRunner(Executor()), settings, cache=self.cache, embedded=True)
             self.broker.post(agent.start)
 
     def await_clients(self, number: int) -> None:

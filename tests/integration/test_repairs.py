@@ -79,10 +79,10 @@ def test_damaged_chunks_are_asked_for_again_in_no_time_and_alone(rig, first):
     rig.clients[0].on_grant = spoil
     report = rig.run(JobSpec(name="job", clients=1, rounds=1))
 
-    repairs = {"chunks": [(1, 3)], "commit": [(1,), (3,)]}[first]
+    retransmits = {"chunks": [(1, 3)], "commit": [(1,), (3,)]}[first]
     assert report.status == "done"
-    assert asked(rig.clients[0])[: 1 + len(repairs)] == [(0, 1, 2, 3), *repairs]
-    assert len(set(times[: 1 + len(repairs)])) == 1
+    assert asked(rig.clients[0])[: 1 + len(retransmits)] == [(0, 1, 2, 3), *retransmits]
+    assert len(set(times[: 1 + len(retransmits)])) == 1
 
 
 def test_a_client_that_is_still_sending_is_not_asked(rig):

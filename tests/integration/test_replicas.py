@@ -272,8 +272,8 @@ def elsewhere(rig):
 
 def told(rig, service):
     """Whom the job waits for, as an operator is told."""
-    lookout = StatusService(service, DependencyHealth(rig.broker, rig.store, service.now_ms), rig.store)
-    return lookout.status("job").waits
+    status_service = StatusService(service, DependencyHealth(rig.broker, rig.store, service.now_ms), rig.store)
+    return status_service.status("job").waits
 
 
 def test_a_server_without_a_jobs_files_says_so_and_leaves_it_to_the_one_that_has_them(rig):
@@ -313,7 +313,7 @@ def test_a_job_whose_files_nobody_has_can_be_cancelled_and_the_next_one_runs(rig
 
     assert rig.store.jobs()[job].status == "cancelled"
     assert rig.run(JobSpec(name="next", clients=2, rounds=1)).status == "done"
-    assert other.setbacks.newest(other.now_ms()) is None
+    assert other.faults.newest(other.now_ms()) is None
 
 
 def test_a_server_whose_volume_was_lost_waits_for_it_and_goes_on_once_it_is_back(rig):

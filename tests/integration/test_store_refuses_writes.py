@@ -116,15 +116,15 @@ def test_a_server_lives_through_a_full_redis_says_so_and_goes_on_once_there_is_r
     led = server.is_leading
     with pytest.raises(StoreRefuses):
         server.submit(JobSpec(name="another", clients=2))
-    lookout = StatusService(server, DependencyHealth(rig.broker, rig.store, server.now_ms), rig.store)
-    told = lookout.status(job).waits[0]
+    status_service = StatusService(server, DependencyHealth(rig.broker, rig.store, server.now_ms), rig.store)
+    told = status_service.status(job).waits[0]
     rig.pass_seconds(2 * rig.settings.lease_seconds)
-    later = lookout.status(job).waits[0]
+    later = status_service.status(job).waits[0]
     admin.config_set("maxmemory", ROOM)
     for client in rig.clients:
         client.work = lambda _client, _task: False
     rig.pass_seconds(5)
-    afterwards = lookout.status(job).waits
+    afterwards = status_service.status(job).waits
     rig.clients[1].do(rig.clients[1].tasks[-1])
     rig.run_to_end(job)
 

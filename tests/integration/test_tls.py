@@ -63,7 +63,7 @@ def until_trouble(broker, text):
     found = []
 
     def look():
-        trouble = broker.trouble() or ""
+        trouble = broker.health() or ""
         if text in trouble:
             found.append(trouble)
             broker.stop()

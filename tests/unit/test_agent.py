@@ -330,7 +330,7 @@ def test_scoring_and_training_share_one_adapter(rig: Rig) -> None:
 
 def test_progress_is_told_twice_a_second_at_most(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, clock = ScriptedRunner(), [100.0]
-    monkeypatch.setattr("lorabbit_client.assignment.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("lorabbit_client.agent.task_run.time.monotonic", lambda: clock[0])
     rig.agent(runner)
     rig.tell(rig.task("t-1", rig.publish(1.0)))
     rig.run()

@@ -33,7 +33,7 @@ def work(folder: Path, spec: JobSpec, phase: str = TRAIN, index: int = 0, **extr
     )
 
 
-def initialise(executor: Executor, folder: Path, spec: JobSpec) -> TaskResult:
+def initialize(executor: Executor, folder: Path, spec: JobSpec) -> TaskResult:
     """Do the first task of a job and lay its tensors where later tasks find them."""
     first = work(folder, spec, INITIALISE)
     outcome = executor.execute(first, silent)
@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 def test_the_first_task_returns_tensors_and_what_the_server_cannot_know(folder: Path):
     spec = job(folder)
 
-    outcome = initialise(Executor(), folder, spec)
+    outcome = initialize(Executor(), folder, spec)
 
     tensors = serialization.read_tensors(folder / "adapter.safetensors")
     facts: Any = outcome.metrics.facts
@@ -72,7 +72,7 @@ def test_the_first_task_returns_tensors_and_what_the_server_cannot_know(folder: 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_job_runs_from_the_first_adapter_to_a_score(folder: Path, dtype: str):
     spec, executor = job(folder, model={"dtype": dtype}, local={"steps": 40}), Executor()
-    first = initialise(executor, folder, spec)
+    first = initialize(executor, folder, spec)
     start = executor.execute(work(folder, spec, EVALUATE), silent)
 
     trained = executor.execute(work(folder, spec), silent)
@@ -98,7 +98,7 @@ def test_a_job_runs_from_the_first_adapter_to_a_score(folder: Path, dtype: str):
 
 def test_the_next_job_reads_a_file_anew_that_changed_and_the_same_job_does_not(folder: Path):
     spec, executor = job(folder), Executor()
-    initialise(executor, folder, spec)
+    initialize(executor, folder, spec)
     write_reviews(folder, copies=16)
 
     same = executor.execute(work(folder, spec), silent)
@@ -114,7 +114,7 @@ def test_the_next_job_reads_a_file_anew_that_changed_and_the_same_job_does_not(f
 
 def test_the_next_job_keeps_data_that_did_not_change(folder: Path):
     spec, executor = job(folder), Executor()
-    initialise(executor, folder, spec)
+    initialize(executor, folder, spec)
     before = executor._workspace
 
     executor.execute(work(folder, spec, job="another"), silent)
@@ -124,7 +124,7 @@ def test_the_next_job_keeps_data_that_did_not_change(folder: Path):
 
 def test_a_central_score_covers_the_test_rows_of_every_client(folder: Path):
     spec, executor = job(folder), Executor()
-    initialise(executor, folder, spec)
+    initialize(executor, folder, spec)
 
     each = [executor.execute(work(folder, spec, EVALUATE, index), silent).metrics for index in range(2)]
     whole = executor.execute(work(folder, spec, EVALUATE, settings={"on": "central"}), silent).metrics
@@ -140,7 +140,7 @@ def test_the_order_of_tasks_changes_no_byte(folder: Path):
     """One process trains every client on one model; another one would train each on its own."""
     spec = job(folder, model={"dropout": 0.1, "lora": {"rank": 4, "dropout": 0.1}})
     shared = Executor()
-    initialise(shared, folder, spec)
+    initialize(shared, folder, spec)
 
     for index in (1, 0):
         shared.execute(work(folder, spec, index=index), silent)
@@ -158,7 +158,7 @@ def test_proximal_training_of_no_strength_is_federated_averaging(folder: Path):
     files = []
     for method in ({"name": "fedavg"}, {"name": "fedprox", "mu": 0.0}, {"name": "fedprox", "mu": 1.0}):
         spec, executor = job(folder, method=method), Executor()
-        initialise(executor, folder, spec)
+        initialize(executor, folder, spec)
         executor.execute(work(folder, spec), silent)
         files.append((folder / "train-1-0.safetensors").read_bytes())
 
@@ -168,7 +168,7 @@ def test_proximal_training_of_no_strength_is_federated_averaging(folder: Path):
 
 def test_an_upload_with_a_frozen_half_leaves_it_out(folder: Path):
     spec, executor = job(folder, method={"name": "ffa-lora"}), Executor()
-    initialise(executor, folder, spec)
+    initialize(executor, folder, spec)
     tensors = serialization.read_tensors(folder / "adapter.safetensors")
     halves = {
         "frozen-a": {n: v for n, v in tensors.items() if ".lora_A." in n},
@@ -197,7 +197,7 @@ def test_an_upload_with_a_frozen_half_leaves_it_out(folder: Path):
     ],
 )
 def test_what_the_user_got_wrong_is_bad_input(folder: Path, parts: dict[str, Any], sentence: str):
-    outcome = initialise(Executor(), folder, job(folder, **parts))
+    outcome = initialize(Executor(), folder, job(folder, **parts))
 
     assert outcome.bad_input
     assert sentence in str(outcome.error)
@@ -207,9 +207,9 @@ def test_what_the_user_got_wrong_is_bad_input(folder: Path, parts: dict[str, Any
 
 def test_a_failed_job_does_not_spoil_the_next_one(folder: Path):
     executor = Executor()
-    initialise(executor, folder, job(folder, model={"lora": {"targets": ["qury"]}}))
+    initialize(executor, folder, job(folder, model={"lora": {"targets": ["qury"]}}))
 
-    assert initialise(executor, folder, job(folder)).error is None
+    assert initialize(executor, folder, job(folder)).error is None
 
 
 def test_an_adapter_that_does_not_fit_fails_the_task_and_names_the_tensor(folder: Path):
@@ -241,7 +241,7 @@ def test_a_score_without_an_adapter_is_refused(folder: Path):
 def test_a_training_that_diverges_ends_with_advice_and_writes_nothing(folder: Path):
     spec = job(folder, local={"optimizer": "sgd", "learning_rate": 1e30, "max_grad_norm": None})
     executor = Executor()
-    initialise(executor, folder, spec)
+    initialize(executor, folder, spec)
 
     outcome = executor.execute(work(folder, spec), silent)
 
@@ -254,7 +254,7 @@ def test_a_defect_fails_the_task_and_keeps_its_traceback(folder: Path):
         raise ZeroDivisionError("a defect")
 
     spec, executor = job(folder), Executor()
-    initialise(executor, folder, spec)
+    initialize(executor, folder, spec)
 
     outcome = executor.execute(work(folder, spec), broken)
 
@@ -268,7 +268,7 @@ def test_a_cancelled_task_returns_nothing_and_the_next_one_runs_as_ever(folder: 
         raise Cancelled
 
     spec, executor = job(folder), Executor()
-    initialise(executor, folder, spec)
+    initialize(executor, folder, spec)
     executor.execute(work(folder, spec), silent)
     expected = (folder / "train-1-0.safetensors").read_bytes()
     (folder / "train-1-0.safetensors").unlink()

@@ -23,12 +23,12 @@ class Shifting(FedAvg):
 
     name: ClassVar[str] = "shifting"
 
-    def initialise(self, session: Any) -> Any:
+    def initialize(self, session: Any) -> Any:
         session.set_rank(2)
         return session.tensors()
 
     def restore(self, plan: Any, session: Any) -> None:
-        session.shift_base(plan.payloads[SHIFT])
+        session.set_base_delta(plan.payloads[SHIFT])
         super().restore(plan, session)
 
     def local_update(self, plan: Any, session: Any) -> Any:

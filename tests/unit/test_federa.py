@@ -46,7 +46,7 @@ def client(index, eta=0.1):
 
 
 def begin(method):
-    return method.start(method.initialise(client(0)))
+    return method.start(method.initialize(client(0)))
 
 
 def one_round(method, state, *, clients=3, eta=0.1):
@@ -78,7 +78,7 @@ def test_I1_I2_the_model_starts_as_the_pre_trained_one():
 
 @pytest.mark.parametrize("module", SHAPES)
 def test_I3_the_start_is_balanced_and_leaves_the_rest_of_the_spectrum(module):
-    start = build(job()).initialise(client(0))
+    start = build(job()).initialize(client(0))
     a, b = (start[f"{module}.lora_{f}.weight"].astype(np.float64) for f in "AB")
     sigma = np.linalg.svd(WEIGHTS[module].astype(np.float64))[1]
 
@@ -108,7 +108,7 @@ def test_I4_a_client_refuses_a_start_that_the_plan_does_not_name():
 
 
 def test_I4_the_signs_of_the_start_are_fixed():
-    start = build(job()).initialise(client(0))
+    start = build(job()).initialize(client(0))
 
     for module in SHAPES:
         b = start[f"{module}.lora_B.weight"]
@@ -244,7 +244,7 @@ def test_without_the_residual_the_model_starts_changed():
 
 
 def test_the_minor_components_are_the_smallest_ones():
-    start = build(job(components="minor")).initialise(client(0))
+    start = build(job(components="minor")).initialize(client(0))
     sigma = np.linalg.svd(WEIGHTS["m.q"])[1]
 
     assert lora_math.norm(lora_math.read(start, "m.q", SCALING)) == pytest.approx(
@@ -285,7 +285,7 @@ def test_a_rank_above_the_weight_is_bad_input():
     session.base = {m: WEIGHTS[m][:2] for m in SHAPES}
 
     with pytest.raises(BadInput, match=r"model\.lora\.rank: m\.q: .* has 2 components"):
-        method.initialise(session)
+        method.initialize(session)
 
 
 def test_every_client_gets_the_same_start_object():

@@ -204,9 +204,9 @@ def test_work_submitted_after_the_nursery_is_killed_fails_at_once(
     answers = Answers()
     answers.submit(runner, work_of(tmp_path, phase="forever"))
     answers.progress.get(timeout=PATIENCE)
-    nursery = family.children()[0]
+    fork_server = family.children()[0]
 
-    nursery.kill()
+    fork_server.kill()
     running = answers.next()
     answers.submit(runner, work_of(tmp_path, task="t-2"))
 

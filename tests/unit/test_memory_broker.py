@@ -151,4 +151,4 @@ def test_a_closed_broker_has_forgotten_everything(broker):
     broker.run_until_idle()
 
     assert answers[0] is not None
-    assert broker.trouble() is None
+    assert broker.health() is None

@@ -126,7 +126,7 @@ def test_lg_fedavg_refuses_a_last_layer_of_another_shape():
 def test_fml_s_loss_is_the_sum_of_both_formulas():
     method = build(job("fml", method={"alpha": 0.3, "beta": 0.8}))
     one = session(method.job)
-    method.initialise(one)
+    method.initialize(one)
 
     with torch.no_grad():
         batch = look(one)
@@ -252,7 +252,7 @@ def test_fedkd_raises_the_share_of_energy_from_start_to_end():
 def test_fedkd_s_loss_weighs_distillation_by_the_task_losses():
     method = build(job("fedkd"))
     one = session(method.job)
-    method.initialise(one)
+    method.initialize(one)
     method._map(one)
 
     with torch.no_grad():
@@ -383,7 +383,7 @@ def test_fedproto_answers_by_the_own_layer_before_there_is_a_prototype():
     method = build(job("fedproto"))
     one = session(method.job)
 
-    method.restore(Plan(payloads={"adapter": method.initialise(one)}), one)
+    method.restore(Plan(payloads={"adapter": method.initialize(one)}), one)
 
     assert one.ensemble.answer is None
 

@@ -314,7 +314,7 @@ def test_models_of_half_precision_train_and_send_finite_values(tmp_path, name):
     model = {"variants": ["cnn:5"], "task": "image-classification", "dtype": "bfloat16"}
     spec, space = workspace(tmp_path, model=model, method={"name": name}, local={"steps": 2, "batch_size": 8})
     one, method = opened(spec, space, 0), build(spec)
-    state = method.start(method.initialise(one))
+    state = method.start(method.initialize(one))
 
     update = method.local_update(method.plan(state, one.client), one)
 

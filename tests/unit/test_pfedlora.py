@@ -27,7 +27,7 @@ def same(left, right):
 def opened(method, index=0):
     """A session that holds a global adapter, as in the middle of a task."""
     one = session(method.job, index)
-    one.load(method.initialise(one))
+    one.load(method.initialize(one))
     return one
 
 
@@ -206,7 +206,7 @@ def test_J15_an_adapter_survives_the_wire(tmp_path):
 
 def test_the_adapter_is_drawn_with_the_variances_of_its_widths():
     one = session(job())
-    tensors = build(job(method={"rank": 512})).initialise(one)
+    tensors = build(job(method={"rank": 512})).initialize(one)
 
     assert np.std(tensors[A]) == pytest.approx(WIDEST**-0.5, rel=0.1)
     assert np.std(tensors[B]) == pytest.approx(512**-0.5, rel=0.1)
@@ -264,7 +264,7 @@ def test_the_second_phase_may_have_epochs_of_its_own():
     one = session(job())
     method = build(job(method={"adapter_epochs": 5}))
 
-    sent = method.local_update(Plan(payloads={"adapter": method.initialise(one)}), one)
+    sent = method.local_update(Plan(payloads={"adapter": method.initialize(one)}), one)
 
     assert (sent.facts["steps"], sent.facts["adapter_steps"]) == (2 * 3, 5 * 3)
 

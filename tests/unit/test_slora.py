@@ -170,7 +170,7 @@ def test_a_rank_above_the_smaller_side_of_a_weight_is_bad_input():
     with pytest.raises(
         BadInput, match=rf"model\.lora\.rank: {V}: a 25 x 16 weight has 16 components, not 17; lower it"
     ):
-        method_of().initialise(QuadraticSession(wide))
+        method_of().initialize(QuadraticSession(wide))
 
 
 def test_a_first_stage_as_long_as_the_job_is_bad_input():

@@ -191,7 +191,7 @@ class Clients:
     def __init__(self, spec):
         self.spec, self.method, self.models = spec, build(spec), Depths()
         self.private = [PrivateState(), PrivateState()]
-        self.state = self.method.start(self.method.initialise(self.open(0, 0)))
+        self.state = self.method.start(self.method.initialize(self.open(0, 0)))
 
     def open(self, index, number=1):
         return session(

@@ -87,9 +87,9 @@ class Walk:
             yield transitions.OfferReceived(task.id, task.client, offered, at_ms=self.now)
 
 
-def check(state, sight):
+def check(state, observations):
     """No state in which nothing happens and nothing is said."""
-    waits = wait_reasons(state, sight)
+    waits = wait_reasons(state, observations)
     assert waits, state
     for wait in waits:
         assert wait.owner, wait
@@ -140,9 +140,9 @@ def training(schedule="sync"):
 
 
 def test_a_wait_for_a_client_says_how_far_it_is_when_it_was_seen_and_when_the_round_closes():
-    sight = ClientObservations({"client-3": 57_000}, 15_000, {("client-3", TRAIN, 1): (56_000, 0.41)})
+    observations = ClientObservations({"client-3": 57_000}, 15_000, {("client-3", TRAIN, 1): (56_000, 0.41)})
 
-    found = {wait.owner: wait for wait in wait_reasons(training(sc.Quorum(deadline_seconds=177)), sight)}
+    found = {wait.owner: wait for wait in wait_reasons(training(sc.Quorum(deadline_seconds=177)), observations)}
 
     said = sentence(found["client-3"].model_dump(), now_ms=61_000)
     assert said == (
@@ -163,9 +163,9 @@ def test_without_a_deadline_of_the_round_the_clients_lease_is_the_next_thing_to_
 
 
 def test_progress_of_an_earlier_try_is_not_taken_for_that_of_this_one():
-    sight = ClientObservations({}, 15_000, {("client-1", TRAIN, 1): (2_000, 0.9)})
+    observations = ClientObservations({}, 15_000, {("client-1", TRAIN, 1): (2_000, 0.9)})
 
-    assert wait_reasons(training(), sight)[0].fraction is None
+    assert wait_reasons(training(), observations)[0].fraction is None
 
 
 @pytest.mark.parametrize(
@@ -181,9 +181,9 @@ def test_a_lost_client_is_awaited_for_as_long_as_the_job_says_and_what_ends_that
 ):
     state, _ = decide(training(), transitions.ClientLeft(NAMES[2], NAMES[:2], 9_000))
     spec = state.spec.model_copy(update={"patience_seconds": patience, "min_clients": fewest})
-    sight = replace(SIGHT, silent_ms={"client-3": 7_000})
+    observations = replace(SIGHT, silent_ms={"client-3": 7_000})
 
-    wait = next(wait for wait in wait_reasons(replace(state, spec=spec), sight) if wait.owner == "client-3")
+    wait = next(wait for wait in wait_reasons(replace(state, spec=spec), observations) if wait.owner == "client-3")
 
     assert wait.reason == "round 1 waits for client-3: lost; start it again, or another client in its place"
     assert wait.deadline_ms == deadline_ms
@@ -191,9 +191,9 @@ def test_a_lost_client_is_awaited_for_as_long_as_the_job_says_and_what_ends_that
 
 
 def test_a_client_that_lives_and_does_not_move_is_told_from_one_that_works():
-    sight = ClientObservations({"client-3": 907_000}, 15_000, {("client-3", TRAIN, 1): (307_000, 0.41)})
+    observations = ClientObservations({"client-3": 907_000}, 15_000, {("client-3", TRAIN, 1): (307_000, 0.41)})
 
-    wait = next(wait for wait in wait_reasons(training(), sight) if wait.owner == "client-3")
+    wait = next(wait for wait in wait_reasons(training(), observations) if wait.owner == "client-3")
 
     said = sentence(wait.model_dump(), now_ms=911_000)
     assert "training, 41 % done, no progress for 10 min 4 s, last seen 4 s ago" in said
@@ -224,25 +224,25 @@ def test_a_span_of_time_is_told_in_two_units_at_most(seconds, text):
 
 
 def test_a_full_disk_is_told_from_its_begin_for_as_long_as_it_comes_again():
-    setbacks = ServerFaults(lease_ms=15_000)
+    faults = ServerFaults(lease_ms=15_000)
     full = OSError(errno.ENOSPC, "No space left on device")
 
     for now_ms in (1_000, 2_000, 20_000):
-        setbacks.note(full, now_ms)
-    wait = setbacks.newest(21_000)
+        faults.note(full, now_ms)
+    wait = faults.newest(21_000)
 
     assert (wait.owner, wait.since_ms) == ("server", 1_000)
     assert "disk is full" in wait.reason
     assert "once there is room" in wait.ends
-    assert setbacks.newest(60_000) is None
+    assert faults.newest(60_000) is None
 
 
 def test_a_lease_that_went_to_another_server_is_no_setback_of_this_ones():
-    setbacks = ServerFaults(lease_ms=15_000)
+    faults = ServerFaults(lease_ms=15_000)
 
-    setbacks.note(Fenced("another server leads"), 1_000)
+    faults.note(Fenced("another server leads"), 1_000)
 
-    assert setbacks.newest(1_001) is None
+    assert faults.newest(1_001) is None
 
 
 def test_why_says_that_a_job_that_is_over_waits_for_nobody():

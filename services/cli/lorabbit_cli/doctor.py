@@ -185,7 +185,7 @@ def _trouble_of(url: str, trust: TlsSettings) -> str | None:
 
     broker = RabbitBroker(url, name="lorabbit-doctor", trust=trust)
     deadline = time.monotonic() + CONNECT_SECONDS
-    while (trouble := broker.trouble()) is not None and time.monotonic() < deadline:
+    while (trouble := broker.health()) is not None and time.monotonic() < deadline:
         time.sleep(0.02)
     broker.close()
     return trouble

@@ -75,8 +75,8 @@ def main(settings: ClientSettings | None = None) -> int:
 def _work(settings: ClientSettings) -> int:
     """Put the parts together and run the loop."""
     name = f"lorabbit-client {settings.address}"
-    bears = REFUSED_SECONDS if (settings.folder / FILE).exists() else None
-    broker: Broker = RabbitBroker(settings.broker_url, name=name, trust=settings.trust, refused_seconds=bears)
+    allows = REFUSED_SECONDS if (settings.folder / FILE).exists() else None
+    broker: Broker = RabbitBroker(settings.broker_url, name=name, trust=settings.trust, refused_seconds=allows)
     executor = Executor(
         threads=settings.threads,
         data_root=settings.data_root,

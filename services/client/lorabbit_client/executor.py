@@ -78,7 +78,7 @@ class Executor:
         private.ledger = PrivacyLedger.read(work.ledger)
         session = workspace.session(task, private, on_progress)
         if task.phase == INITIALISE:
-            initial = workspace.initialise(task, method.initialise(session))
+            initial = workspace.initialize(task, method.initialize(session))
             requirements.check_outgoing(initial.tensors)
             serialization.write_tensors(work.output, initial.tensors)
             write_private(work.private, task.task, private)

@@ -85,13 +85,13 @@ def _serve(settings: ServerSettings) -> int:
     probe = RedisStateStore.connect(
         settings.redis_url, trust=settings.trust, patience=1, timeout_seconds=PROBE_TIMEOUT_SECONDS
     )
-    surroundings = DependencyHealth(broker, probe, service.now_ms)
+    dependencies = DependencyHealth(broker, probe, service.now_ms)
     try:
-        app = make_app(service, measures, StatusService(service, surroundings, probe))
+        app = make_app(service, measures, StatusService(service, dependencies, probe))
         where = (settings.http_host, settings.http_port)
         http = HttpServer(app, *where, cert=settings.http_cert, key=settings.http_key)
         http.start()
-        surroundings.start()
+        dependencies.start()
         for said in unknown_variables():
             log.warning("variable-not-read", why=said)
         log.info("server-started", version=__version__, http=http.url, folder=str(settings.folder))
@@ -101,7 +101,7 @@ def _serve(settings: ServerSettings) -> int:
                 broker.run()
         finally:
             http.close()
-            surroundings.close()
+            dependencies.close()
     finally:
         with suppress(StoreUnavailable):
             service.close()

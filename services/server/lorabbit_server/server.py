@@ -54,16 +54,16 @@ class Server:
         settings: ServerSettings,
         *,
         owner: str,
-        means: ServerOverrides | None = None,
+        overrides: ServerOverrides | None = None,
     ) -> None:
         """Serve over this broker and store; `owner` names this server in the lease, the same after a restart."""
-        means = means or ServerOverrides()
+        overrides = overrides or ServerOverrides()
         self.broker, self.store, self.settings = broker, store, settings
         self.payloads = PayloadStore(settings.folder / "payloads", durable=settings.durable)
-        self.access = ClientAccess(store.roster, settings)
-        self.owner, self._now = owner, means.now_ms
+        self.access = ClientAccess(store.enrollment, settings)
+        self.owner, self._now = owner, overrides.now_ms
         self._pace = min(TICK_SECONDS, settings.lease_seconds / 3)
-        self._loop = EventLoop(broker, self._step_down, worker=means.worker)
+        self._loop = EventLoop(broker, self._step_down, worker=overrides.worker)
         self._listeners: list[Listener] = []
         self._on_job_ended: list[Callable[[str], None]] = []
         self._on_leading: list[Callable[[], None]] = []
@@ -73,17 +73,17 @@ class Server:
         self._registry = ClientRegistry(store, lease_ms=round(settings.client_lease_seconds * 1000))
         self._subscriptions: list[Cancellable] = []
         self._timers: list[Cancellable] = []
-        self._tools: ServerContext | None = None
+        self._context: ServerContext | None = None
         self._renewed_ms = 0
         self._expire: Callable[[int, int], None]
         self._stood_behind: str | None = None
         self.refused: Counter[str] = Counter()
-        self.setbacks = ServerFaults(round(settings.lease_seconds * 1000))
+        self.faults = ServerFaults(round(settings.lease_seconds * 1000))
 
     # ---- for everybody ----
     def start(self) -> None:
         """Take the lease as soon as it is free, and go on from there."""
-        self.broker.when_emptied(lambda: self._step_down(NotDeclared("RabbitMQ lost all it had")))
+        self.broker.on_broker_reset(lambda: self._step_down(NotDeclared("RabbitMQ lost all it had")))
         self._loop.post(self._stand_by)
 
     def submit(self, spec: JobSpec, *, operation: str = "") -> str:
@@ -184,14 +184,14 @@ class Server:
         self._registry.load(self._now())
         publisher = StreamPublisher(self.broker, self.payloads, leads=partial(self.store.is_newest, self._epoch))
         parts = (self._loop, self.broker, self.store, self.payloads, publisher, self._registry, self.access)
-        self._tools = ServerContext(*parts, self.settings, self._now, self._epoch, VERSIONS, self.refused)
-        reception = MessageRouter(self._tools, lambda: self._run, self._tell)
+        self._context = ServerContext(*parts, self.settings, self._now, self._epoch, VERSIONS, self.refused)
+        router = MessageRouter(self._context, lambda: self._run, self._tell)
         self._subscriptions = [
-            RevocationWatcher(self._tools, reception.send_away),
-            self._subscribe(topology.SERVER_QUEUE.name, reception.on_control, CONTROL_PREFETCH),
-            self._subscribe(topology.DATA_QUEUE.name, reception.on_data, DATA_PREFETCH),
+            RevocationWatcher(self._context, router.send_away),
+            self._subscribe(topology.SERVER_QUEUE.name, router.on_control, CONTROL_PREFETCH),
+            self._subscribe(topology.DATA_QUEUE.name, router.on_data, DATA_PREFETCH),
         ]
-        self._expire = reception.expire
+        self._expire = router.expire
         for callback in self._on_leading:
             callback()
         self._next_job()
@@ -233,7 +233,7 @@ class Server:
     def _step_down(self, error: Exception) -> None:
         """Forget everything and stand by: the store knows better; another server may have the files that lack here."""
         log.warning("stepping-down", why=str(error))
-        self.setbacks.note(error, self._now())
+        self.faults.note(error, self._now())
         epoch, pause = self._epoch, self._pace
         self._forget()
         if isinstance(error, FilesMissing) and epoch is not None:
@@ -248,36 +248,36 @@ class Server:
         if self._run is not None:
             self._known = self._run.state
             self._run.close()
-        if self._tools is not None:
-            self._tools.publisher.close()
+        if self._context is not None:
+            self._context.publisher.close()
         self._subscriptions, self._timers = [], []
         self._run, self._epoch = None, None
-        self._tools = None
+        self._context = None
 
     # ---- jobs ----
     def _next_job(self) -> None:
         """Continue or begin the first job that has not ended; end it where an operator wants that."""
-        if self._tools is None:
+        if self._context is None:
             return
         entries = self.store.jobs()
         waiting = [e for e in entries.values() if e.status in {"running", "queued"}]
         waiting.sort(key=lambda e: e.status != "running")
         if self._run is None and waiting:
-            self._open(waiting[0], self._tools)
+            self._open(waiting[0], self._context)
         if self._run is not None:
             current = entries.get(self._run.job)
             if current is not None and current.cancel_requested:
                 self._apply(transitions.CancelRequested(self._now()))
 
-    def _open(self, entry: JobEntry, tools: ServerContext) -> None:
+    def _open(self, entry: JobEntry, context: ServerContext) -> None:
         """Run a job from where it stands."""
-        self.store.mark_job(entry.job, "running", epoch=tools.epoch)
-        record = self.store.claim_job(entry.job, tools.epoch)
-        run = JobRunner(tools, entry.job, JobSpec.model_validate_json(entry.spec), record)
+        self.store.mark_job(entry.job, "running", epoch=context.epoch)
+        record = self.store.claim_job(entry.job, context.epoch)
+        run = JobRunner(context, entry.job, JobSpec.model_validate_json(entry.spec), record)
         run.on_events = partial(self._tell, entry.job)
         run.on_end = partial(self._ended, entry.job)
         if not entry.cancel_requested:
-            self.setbacks.check_files(run.state, self.payloads)
+            self.faults.check_files(run.state, self.payloads)
         self._run = run
         log.info("job-opened", job=entry.job, stage=run.state.stage)
         run.start(entry)

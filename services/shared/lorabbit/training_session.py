@@ -97,14 +97,14 @@ class Session(ClientSession, Protocol):
     def base_weights(self) -> Tensors:
         """Pristine base weights under LoRA, d_out x d_in, by module path as PEFT names its factors."""
 
-    def stand_on(self, base: Tensors, sha256: str) -> None:
+    def use_base(self, base: Tensors, sha256: str) -> None:
         """Make a whole model, by the model's own names, the base of this task; raises Refused for another hash.
 
         `sha256` is that of `codec.tensors_sha256`. A process that stands on it already does nothing. Heads that the
         adapter holds are passed over.
         """
 
-    def shift_base(self, factors: Tensors) -> None:
+    def set_base_delta(self, factors: Tensors) -> None:
         """Make the base W + s B A, from factors of any rank named as PEFT does; none: W, which is pristine or stood on.
 
         It replaces an earlier shift and never adds to it. Modules not named stay as they are.

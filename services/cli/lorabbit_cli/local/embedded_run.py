@@ -149,9 +149,9 @@ class _EmbeddedFederation:
         self._service = Server(self._broker, self._store, settings, owner=OWNER)
         self._service.listen(self._told)
         self._service.on_job_ended(lambda _: self._broker.stop())
-        shelf = PayloadCache(self._broker, PayloadStore(scratch / "payloads", durable=False), keep=PAYLOADS_KEPT)
+        cache = PayloadCache(self._broker, PayloadStore(scratch / "payloads", durable=False), keep=PAYLOADS_KEPT)
         self._agents = [
-            Agent(self._broker, runner, _client_settings(scratch, number), shelf=shelf, embedded=True)
+            Agent(self._broker, runner, _client_settings(scratch, number), cache=cache, embedded=True)
             for number in range(1, spec.clients + 1)
         ]
 

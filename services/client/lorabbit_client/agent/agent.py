@@ -42,7 +42,7 @@ class Agent:
         runner: Runner,
         settings: ClientSettings,
         *,
-        shelf: PayloadCache | None = None,
+        cache: PayloadCache | None = None,
         embedded: bool = False,
     ) -> None:
         """Use a shelf that others use too, or one of its own.
@@ -54,14 +54,22 @@ class Agent:
         self._address = settings.address
         durable = settings.durable and not embedded
         self._journal = Journal(settings.folder, durable=durable)
-        self._shelf = shelf or PayloadCache(broker, PayloadStore(settings.folder / "payloads", durable=durable))
-        self._presence = Registration(broker, settings, self._journal, self._send, self._outbox, beats=not embedded)
-        self._assignments: dict[str, TaskRun] = {}
+        self._cache = cache or PayloadCache(broker, PayloadStore(settings.folder / "payloads", durable=durable))
+        self._registration = Registration(broker, settings, self._journal, self._send, self._outbox, beats=not embedded)
+        self._task_runs: dict[str, TaskRun] = {}
         self._finished: dict[tuple[str, int, int], None] = {}
         self._epochs: dict[str, int] = {}
-        holdings = PayloadAccounting(self._journal, self._shelf)
-        self._desk = AgentContext(
-            broker, runner, self._journal, self._shelf, holdings, self._address, self._send, self._forget, self._advance
+        accounting = PayloadAccounting(self._journal, self._cache)
+        self._context = AgentContext(
+            broker,
+            runner,
+            self._journal,
+            self._cache,
+            accounting,
+            self._address,
+            self._send,
+            self._forget,
+            self._advance,
         )
         self._on_drained: Callable[[], None] | None = None
         self._inbox: Cancellable | None = None
@@ -69,24 +77,24 @@ class Agent:
     # ---- being there ----
     def start(self) -> None:
         """Take up what the journal holds, listen, and say hello."""
-        self._desk.holdings.tidy()
+        self._context.accounting.tidy()
         self._journal.tidy()
         for offer in self._journal.results():
-            assignment = self._assign(offer)
-            assignment.resume(offer)
+            task_run = self._assign(offer)
+            task_run.resume(offer)
         for task in self._journal.tasks():
             log.info("task-resumed", job=task.job, task=task.task)
             self._assign(task).begin(task)
         self._inbox = self._broker.subscribe(topology.inbox(self._address).name, self._on_delivery)
-        self._presence.say_hello()
+        self._registration.say_hello()
 
     def close(self) -> None:
         """Say goodbye and stop; what is unfinished stays in the journal."""
-        for assignment in self._assignments.values():
-            assignment.stop()
+        for task_run in self._task_runs.values():
+            task_run.stop()
         if self._inbox is not None:
             self._inbox.cancel()
-        self._presence.close()
+        self._registration.close()
 
     def drain(self, then: Callable[[], None]) -> None:
         """Take no further task, and call back once those under way are done and handed in."""
@@ -97,24 +105,24 @@ class Agent:
     @property
     def client(self) -> str | None:
         """The identity; None until the server gives one."""
-        return self._presence.client
+        return self._registration.client
 
     @property
     def is_idle(self) -> bool:
         """Tell whether there is nothing to do."""
-        return not self._assignments
+        return not self._task_runs
 
     def when_idle(self, then: Callable[[], None]) -> None:
         """Have `then` called once there was no task for `settings.idle_seconds` since the last one."""
-        self._presence.on_idle = then
+        self._registration.on_idle = then
 
     def when_taken(self, then: Callable[[str], None]) -> None:
         """Have `then` called with a sentence when another process has this one's address or identity."""
-        self._presence.on_taken = then
+        self._registration.on_taken = then
 
     def _outbox(self) -> tuple[str, ...] | None:
         """Tasks whose results wait for a verdict; None without any task."""
-        held = tuple(task for task, assignment in self._assignments.items() if assignment.is_in_outbox)
+        held = tuple(task for task, task_run in self._task_runs.items() if task_run.is_in_outbox)
         return None if self.is_idle else held
 
     def _welcome(self, welcome: Welcome) -> None:
@@ -122,12 +130,12 @@ class Agent:
 
         Work for an identity that is another client's now would be refused: it is dropped.
         """
-        self._presence.welcomed(welcome)
+        self._registration.welcomed(welcome)
         self._epochs.clear()
         self._finished.clear()
-        for assignment in list(self._assignments.values()):
-            if assignment.client != welcome.client:
-                assignment.cancel()
+        for task_run in list(self._task_runs.values()):
+            if task_run.client != welcome.client:
+                task_run.cancel()
 
     # ---- messages ----
     def _on_delivery(self, delivery: Delivery) -> None:
@@ -152,7 +160,7 @@ class Agent:
         if isinstance(message, Welcome):
             self._welcome(message)
         elif isinstance(message, AddressTaken):
-            self._presence.taken(message)
+            self._registration.taken(message)
         elif isinstance(message, Task):
             self._accept(message)
         elif isinstance(message, ForTask):
@@ -161,11 +169,11 @@ class Agent:
 
     def _accept(self, task: Task) -> None:
         """Journal a task and begin it, unless it is known, stale or another client's."""
-        known = self._assignments.get(task.task)
+        known = self._task_runs.get(task.task)
         if known is not None:
             known.acknowledge()
             for _, ref in task.published:
-                self._shelf.redirect(ref)
+                self._cache.redirect(ref)
             return
         if self._on_drained is not None or _order_id(task) in self._finished:
             return  # whoever holds this identity next is sent what is open
@@ -177,48 +185,48 @@ class Agent:
         failpoints.hit(failpoints.Failpoint.TASK_DELIVERED)
         self._journal.accept(task)
         failpoints.hit(failpoints.Failpoint.TASK_JOURNALED)
-        self._presence.has_work()
+        self._registration.has_work()
         self._assign(task).begin(task)
 
     def _pass_on(self, message: ForTask) -> None:
         """Give an answer to the task that it belongs to; nobody waits for an answer to a forgotten task."""
-        assignment = self._assignments.get(message.task)
-        if assignment is None:
+        task_run = self._task_runs.get(message.task)
+        if task_run is None:
             return
         if isinstance(message, Grant):
-            assignment.granted(message)
+            task_run.granted(message)
         elif isinstance(message, Verdict):
             failpoints.hit(failpoints.Failpoint.VERDICT_RECEIVED)
-            assignment.settled(accepted=message.accepted, reason=message.reason)
+            task_run.settled(accepted=message.accepted, reason=message.reason)
         elif isinstance(message, Deny):
-            assignment.settled(accepted=False, reason=message.reason)
+            task_run.settled(accepted=False, reason=message.reason)
         elif isinstance(message, CancelTask):
-            self._call_off(assignment)
+            self._call_off(task_run)
 
-    def _call_off(self, assignment: TaskRun) -> None:
+    def _call_off(self, task_run: TaskRun) -> None:
         """Drop a task that is not wanted; where it is wanted after all, the server gives the same order again."""
-        assignment.cancel()
-        if assignment.order is not None:
-            self._finished.pop(_order_id(assignment.order), None)
+        task_run.cancel()
+        if task_run.order is not None:
+            self._finished.pop(_order_id(task_run.order), None)
 
     def _send(self, message: Message, on_done: OnDone | None) -> None:
         """Publish to the server under this client's address."""
         key, body = topology.up_key(self._address), codec.encode(message)
         outgoing = Outgoing(topology.UP, key, message.type_name(), body, message_id=uuid.uuid4().hex)
-        self._broker.send_until_taken(outgoing, on_done)
+        self._broker.send_with_retry(outgoing, on_done)
 
     # ---- bookkeeping ----
     def _assign(self, about: ForTask | Task) -> TaskRun:
-        assignment = TaskRun(self._desk, job=about.job, task=about.task, client=about.client)
-        self._assignments[about.task] = assignment
-        return assignment
+        task_run = TaskRun(self._context, job=about.job, task=about.task, client=about.client)
+        self._task_runs[about.task] = task_run
+        return task_run
 
     def _forget(self, task: str) -> None:
         """Forget an assignment, but remember for a while that it was done, should its order come a second time."""
-        assignment = self._assignments.pop(task)
-        self._desk.holdings.forget(task)
-        if assignment.order is not None:
-            self._finished[_order_id(assignment.order)] = None
+        task_run = self._task_runs.pop(task)
+        self._context.accounting.forget(task)
+        if task_run.order is not None:
+            self._finished[_order_id(task_run.order)] = None
             if len(self._finished) > FINISHED_KEPT:
                 del self._finished[next(iter(self._finished))]
         if self._on_drained is not None and self.is_idle:
@@ -230,13 +238,13 @@ class Agent:
         A score may read what the client keeps of its own, and the next training changes that.
         """
         scoring: set[tuple[str, int]] = set()
-        for assignment in list(self._assignments.values()):
-            order = assignment.order
+        for task_run in list(self._task_runs.values()):
+            order = task_run.order
             if order is None:
                 continue
-            if assignment.stage == "ready" and (order.phase == EVALUATE or (order.job, order.epoch) not in scoring):
-                assignment.run()
-            if order.phase == EVALUATE and assignment.stage in {"fetching", "ready", "running"}:
+            if task_run.stage == "ready" and (order.phase == EVALUATE or (order.job, order.epoch) not in scoring):
+                task_run.run()
+            if order.phase == EVALUATE and task_run.stage in {"fetching", "ready", "running"}:
                 scoring.add((order.job, order.epoch))
 
 

@@ -108,13 +108,13 @@ class PayloadCache:
         if unfinished is not None:
             unfinished.reader.cancel()
         if sha256 in self._unwanted:
-            self.put_away(sha256)
+            self.evict(sha256)
         elif self._keep is not None:
             self._recent[sha256] = None
             self._recent.move_to_end(sha256)
             self._make_room(self._keep)
 
-    def put_away(self, sha256: str) -> None:
+    def evict(self, sha256: str) -> None:
         """Delete a payload as soon as no task uses it; a shared shelf decides that itself."""
         if self.is_shared:
             return
@@ -166,9 +166,9 @@ class DownloadPlan:
 class PayloadAccounting:
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, journal: Journal, shelf: PayloadCache) -> None:
+    def __init__(self, journal: Journal, cache: PayloadCache) -> None:
         """Go on from what the journal remembers."""
-        self._journal, self._shelf = journal, shelf
+        self._journal, self._cache = journal, cache
         self._held = journal.held()
         self._counted = journal.read_by_task()
         self._coming: dict[str, EncodedDownload] = {}
@@ -176,7 +176,7 @@ class PayloadAccounting:
 
     def tidy(self) -> None:
         """Delete what an earlier process left on the shelf and nobody holds."""
-        self._shelf.tidy(self._held.values())
+        self._cache.tidy(self._held.values())
 
     def read(self, task: Task) -> DownloadPlan:
         """Decide what a task reads, count what is not here, hold it, and put away what it replaces.
@@ -184,11 +184,11 @@ class PayloadAccounting:
         A task that was counted before, and not forgotten, costs what it cost then.
         """
         known = set(self._held.values())
-        self._coming = {sha256: way for sha256, way in self._coming.items() if not self._shelf.is_here(sha256)}
+        self._coming = {sha256: way for sha256, way in self._coming.items() if not self._cache.is_here(sha256)}
         ways = {
             ref.sha256: task.ways[ref.sha256]
             for ref in task.payloads.values()
-            if ref.sha256 in task.ways and not self._shelf.has(ref.sha256) and self._is_open(task.ways[ref.sha256])
+            if ref.sha256 in task.ways and not self._cache.has(ref.sha256) and self._is_open(task.ways[ref.sha256])
         }
         before = self._counted.get(task.task)
         counted = self._lacked(task, known, ways) if before is None else before
@@ -203,7 +203,7 @@ class PayloadAccounting:
         """Count a task anew if it comes again; the next write takes it along."""
         self._counted = {id_: counted for id_, counted in self._counted.items() if id_ != task}
 
-    def owe(self, task: Task) -> None:
+    def carry_over(self, task: Task) -> None:
         """Count what a task read that failed with the next one of its job."""
         counted = self._counted.get(task.task, {})
         if counted:
@@ -215,14 +215,14 @@ class PayloadAccounting:
     def take(self, reads: DownloadPlan, on_taken: OnTaken) -> None:
         """Bring a task's files here; `on_taken` is called for each, perhaps at once."""
         for sha256 in reads.kept:
-            self._shelf.expect(sha256)
+            self._cache.expect(sha256)
         for ref in reads.files:
-            self._shelf.take(ref, on_taken)
+            self._cache.take(ref, on_taken)
 
     def give(self, reads: DownloadPlan) -> None:
         """Say that a task needs its files no longer."""
         for sha256 in (*reads.kept, *(ref.sha256 for ref in reads.files)):
-            self._shelf.give(sha256)
+            self._cache.give(sha256)
 
     def _lacked(self, task: Task, known: Collection[str], ways: Collection[str]) -> dict[str, int]:
         """Bytes of a task's payloads, each once, that this client neither has nor is about to make."""
@@ -231,7 +231,7 @@ class PayloadAccounting:
         for role, ref in task.payloads.items():
             way = task.ways.get(ref.sha256)
             is_coming = ref.sha256 in self._coming and ref.sha256 in ways
-            is_here = self._shelf.is_shared or self._shelf.has(ref.sha256) or is_coming
+            is_here = self._cache.is_shared or self._cache.has(ref.sha256) or is_coming
             if not (ref.sha256 in known and is_here) and ref.sha256 not in seen:
                 is_short = way is not None and self._is_short(way, known)
                 counted[role] = way.coded.size_bytes if way is not None and is_short else ref.size_bytes
@@ -240,11 +240,11 @@ class PayloadAccounting:
 
     def _is_open(self, way: EncodedDownload) -> bool:
         """Tell whether a payload can be made in this way here."""
-        return way.origin is None or self._shelf.is_here(way.origin)
+        return way.origin is None or self._cache.is_here(way.origin)
 
     def _is_short(self, way: EncodedDownload, known: Collection[str]) -> bool:
         """Tell whether this client reads the coded file, or would where the shelf is shared."""
-        return way.origin is None or (way.origin in known and (self._shelf.is_shared or self._is_open(way)))
+        return way.origin is None or (way.origin in known and (self._cache.is_shared or self._is_open(way)))
 
     def _reads(self, task: Task, counted: Mapping[str, int], ways: Mapping[str, EncodedDownload]) -> DownloadPlan:
         """Name the files of a task, each once."""
@@ -254,9 +254,9 @@ class PayloadAccounting:
         origins = {way.origin for way in ways.values() if way.origin is not None}
         recipes = tuple(
             DecodeStep(
-                coded=self._shelf.path(way.coded.sha256),
-                origin=None if way.origin is None else self._shelf.path(way.origin),
-                target=self._shelf.path(sha256),
+                coded=self._cache.path(way.coded.sha256),
+                origin=None if way.origin is None else self._cache.path(way.origin),
+                target=self._cache.path(sha256),
                 origin_sha256=way.origin,
                 sha256=sha256,
                 size_bytes=refs[sha256].size_bytes,
@@ -280,4 +280,4 @@ class PayloadAccounting:
             self._counted = {**self._counted, task.task: dict(counted)} if counted else self._counted
             self._journal.remember_held(self._held, self._counted)
         for sha256 in set(before.values()) - set(self._held.values()):
-            self._shelf.put_away(sha256)
+            self._cache.evict(sha256)

@@ -168,7 +168,7 @@ class Registration:
         self._timer = self._broker.after(seconds, partial(self._beat, seconds))
         is_idle = self._outbox() is None
         self._count_idle(seconds, is_idle=is_idle)
-        if self._broker.trouble() is not None:
+        if self._broker.health() is not None:
             self._was_in_trouble = True  # what is sent now would only pile up
             return
         self._heartbeats += 1

@@ -51,8 +51,8 @@ class AgentContext:
     broker: Broker
     runner: Runner
     journal: Journal
-    shelf: PayloadCache
-    holdings: PayloadAccounting
+    cache: PayloadCache
+    accounting: PayloadAccounting
     address: str
     send: Callable[[Message, OnDone | None], None]
     done: Callable[[str], None]
@@ -106,12 +106,12 @@ MAX_REASON = 2000
 class TaskRun:
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, desk: AgentContext, *, job: str, task: str, client: str) -> None:
+    def __init__(self, context: AgentContext, *, job: str, task: str, client: str) -> None:
         """Do nothing yet: `begin` or `resume`."""
-        self._desk = desk
+        self._context = context
         self._ids = {"job": job, "task": task, "client": client}
         self._log = log.bind(**self._ids)
-        self._progress = ProgressReporter(desk.send, self._ids)
+        self._progress = ProgressReporter(context.send, self._ids)
         self.task = task
         self.client = client
         self.stage = "new"
@@ -135,15 +135,15 @@ class TaskRun:
         self.order = order
         self.stage = "fetching"
         self.acknowledge()
-        self._reads = self._desk.holdings.read(order)
+        self._reads = self._context.accounting.read(order)
         self._awaited = len(self._reads.files)
-        self._desk.holdings.take(self._reads, self._fetched)
+        self._context.accounting.take(self._reads, self._fetched)
         if not self._reads.files:
             self._is_ready()
 
     def acknowledge(self) -> None:
         """Tell the server that the task is journaled, at the start and whenever it asks again."""
-        self._desk.send(TaskAccepted(**self._ids), None)
+        self._context.send(TaskAccepted(**self._ids), None)
 
     def _fetched(self, error: LoRAbbitError | None) -> None:
         if self.stage != "fetching" or self.order is None:
@@ -159,7 +159,7 @@ class TaskRun:
     def _is_ready(self) -> None:
         """Everything is here; the desk says when to run."""
         self.stage = "ready"
-        self._desk.advance()
+        self._context.advance()
 
     def run(self) -> None:
         """Hand the work to the runner."""
@@ -170,10 +170,10 @@ class TaskRun:
         self.stage = "running"
         work = TaskInput(
             order,
-            {role: self._desk.shelf.path(ref.sha256) for role, ref in order.payloads.items()},
-            self._desk.journal.output(self.task),
-            self._desk.journal.private(order.job, order.client),
-            self._desk.journal.ledger,
+            {role: self._context.cache.path(ref.sha256) for role, ref in order.payloads.items()},
+            self._context.journal.output(self.task),
+            self._context.journal.private(order.job, order.client),
+            self._context.journal.ledger,
             () if self._reads is None else self._reads.recipes,
         )
         due = time.monotonic() + PROGRESS_SECONDS
@@ -184,12 +184,12 @@ class TaskRun:
             now = time.monotonic()
             if now >= due:
                 due = now + PROGRESS_SECONDS
-                self._desk.broker.post(partial(self._progressed, fraction, loss))
+                self._context.broker.post(partial(self._progressed, fraction, loss))
 
         def on_done(outcome: TaskResult) -> None:
-            self._desk.broker.post(partial(self._finished, order, outcome))
+            self._context.broker.post(partial(self._finished, order, outcome))
 
-        self._desk.runner.submit(work, on_progress, on_done)
+        self._context.runner.submit(work, on_progress, on_done)
 
     def _progressed(self, fraction: float, loss: float | None) -> None:
         if self.stage == "running":
@@ -202,7 +202,7 @@ class TaskRun:
         self._progress.stop()
         if outcome.error is not None:
             self._log.warning("task-failed", why=outcome.error, **outcome.details)
-            self._desk.holdings.owe(order)
+            self._context.accounting.carry_over(order)
             self._fail(outcome.error, bad_input=outcome.bad_input, rest_seconds=outcome.rest_seconds)
             return
         counted = {} if self._reads is None else dict(self._reads.counted)
@@ -214,16 +214,16 @@ class TaskRun:
             bytes_down=sum(counted.values()),
             bytes_by_role=counted,
         )
-        self._desk.journal.finish(offer)
+        self._context.journal.finish(offer)
         self._give_payloads()
         self.resume(offer)
-        self._desk.advance()
+        self._context.advance()
 
     def _payload(self, order: Task, outcome: TaskResult) -> PayloadRef | None:
         """Name the result's tensors by content, cut as the server cuts its own."""
         if not outcome.has_tensors or outcome.sha256 is None:
             return None
-        size = self._desk.journal.output(self.task).stat().st_size
+        size = self._context.journal.output(self.task).stat().st_size
         cut = min((ref.chunk_bytes for ref in order.payloads.values()), default=CHUNK_BYTES)
         return PayloadRef(sha256=outcome.sha256, size_bytes=size, chunk_bytes=cut)
 
@@ -233,7 +233,7 @@ class TaskRun:
         """Hand the task back, after a rest; it is forgotten once the broker has taken the message."""
         self._stop_timer()
         self.stage = "failed"
-        self._desk.advance()
+        self._context.advance()
 
         def sent(error: LoRAbbitError | None) -> None:
             if error is not None:
@@ -242,9 +242,9 @@ class TaskRun:
 
         failed = TaskFailed(**self._ids, reason=reason[:MAX_REASON], bad_input=bad_input, damaged=damaged)
         if rest_seconds:
-            self._timer = self._desk.broker.after(rest_seconds, lambda: self._desk.send(failed, sent))
+            self._timer = self._context.broker.after(rest_seconds, lambda: self._context.send(failed, sent))
         else:
-            self._desk.send(failed, sent)
+            self._context.send(failed, sent)
 
     # ---- from the outbox to the verdict ----
     def resume(self, offer: Offer) -> None:
@@ -259,10 +259,10 @@ class TaskRun:
             return
         if self._unconfirmed == 0:
             self._unconfirmed += 1
-            self._desk.send(self._offer, self._confirmed)
+            self._context.send(self._offer, self._confirmed)
         if self.stage != "committed":
             self.stage = "offered"
-        self._timer = self._desk.broker.after(ASK_AGAIN_SECONDS + self._patience.next_seconds(), self._ask)
+        self._timer = self._context.broker.after(ASK_AGAIN_SECONDS + self._patience.next_seconds(), self._ask)
 
     def _confirmed(self, error: LoRAbbitError | None) -> None:
         self._unconfirmed -= 1
@@ -280,10 +280,10 @@ class TaskRun:
             return
         self.stage = "sending"
         self._sender = ChunkSender(
-            self._desk.broker,
-            self._desk.address,
+            self._context.broker,
+            self._context.address,
             offer.payload,
-            self._desk.journal.output(self.task),
+            self._context.journal.output(self.task),
             grant.missing,
             partial(self._sent, grant.sha256),
             about=self._ids,
@@ -296,7 +296,7 @@ class TaskRun:
         if error is not None:
             self._log.warning("chunks-not-sent", why=str(error))
             self.stage = "offered"
-            self._timer = self._desk.broker.after(ASK_AGAIN_SECONDS, self._ask)
+            self._timer = self._context.broker.after(ASK_AGAIN_SECONDS, self._ask)
             return
         self._commit(sha256)
 
@@ -304,15 +304,15 @@ class TaskRun:
         """Tell the server that everything is sent; while no verdict comes, offer again."""
         failpoints.hit(failpoints.Failpoint.UPLOAD_SENT)
         self.stage = "committed"
-        self._desk.send(Commit(**self._ids, sha256=sha256), None)
-        self._timer = self._desk.broker.after(ASK_AGAIN_SECONDS, self._ask)
+        self._context.send(Commit(**self._ids, sha256=sha256), None)
+        self._timer = self._context.broker.after(ASK_AGAIN_SECONDS, self._ask)
 
     def settled(self, *, accepted: bool, reason: str) -> None:
         """Forget the task: the server has its result durably, or never wants it."""
         if not accepted:
             self._log.info("result-refused", reason=reason)
         if self.stage == "running":
-            self._desk.runner.cancel(self.task)
+            self._context.runner.cancel(self.task)
         self._end()
 
     def cancel(self) -> None:
@@ -332,14 +332,14 @@ class TaskRun:
             return
         self.stop()
         self._give_payloads()
-        self._desk.journal.forget(self.task)
-        self._desk.done(self.task)
-        self._desk.advance()
+        self._context.journal.forget(self.task)
+        self._context.done(self.task)
+        self._context.advance()
 
     def _give_payloads(self) -> None:
         reads, self._reads = self._reads, None
         if reads is not None:
-            self._desk.holdings.give(reads)
+            self._context.accounting.give(reads)
 
     def _stop_timer(self) -> None:
         timer, self._timer = self._timer, None

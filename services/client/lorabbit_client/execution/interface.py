@@ -125,7 +125,7 @@ class Workspace(Protocol):
     def counting(self) -> AbstractContextManager[OperationCount]:
         """Count the operations of what is computed inside."""
 
-    def initialise(self, task: Task, tensors: Tensors) -> InitialAdapter:
+    def initialize(self, task: Task, tensors: Tensors) -> InitialAdapter:
         """Put beside the first adapter, which a method made through a session, what only this side knows."""
 
     def evaluate(self, task: Task, session: Any, on_progress: OnProgress) -> Metrics:  # noqa: ANN401 - its own kind

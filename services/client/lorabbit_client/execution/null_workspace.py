@@ -133,11 +133,11 @@ class NullSession:
         """Return nothing: there is no base model."""
         return {}
 
-    def stand_on(self, base: Tensors, sha256: str) -> None:  # noqa: ARG002
+    def use_base(self, base: Tensors, sha256: str) -> None:  # noqa: ARG002
         """Refuse: there is no base model."""
         raise _without("a base model")
 
-    def shift_base(self, factors: Tensors) -> None:
+    def set_base_delta(self, factors: Tensors) -> None:
         """Take no shift but none."""
         if factors:
             raise _without("a base model to shift")
@@ -220,7 +220,7 @@ class NullWorkspace:
     def warm(self, population: int, indices: Iterable[int]) -> None:
         """Do nothing: there is nothing to load."""
 
-    def initialise(self, task: Task, tensors: Tensors) -> InitialAdapter:
+    def initialize(self, task: Task, tensors: Tensors) -> InitialAdapter:
         """Put the facts of nothing beside the first tensors."""
         facts: dict[str, Json] = {
             "base_parameters": 0,

@@ -251,7 +251,7 @@ class ForkRunner:
         """Fork nothing yet."""
         self._executor = executor
         self._workers = workers
-        self._nursery: int | None = None
+        self._fork_server: int | None = None
         self._control: Connection[Any, Any] | None = None
         self._pump: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -268,7 +268,7 @@ class ForkRunner:
             ours.close()
             ForkServer(theirs, self._executor, self._workers).run(spec, population, indices)
         theirs.close()
-        self._nursery, self._control = child, ours
+        self._fork_server, self._control = child, ours
         try:
             answer = ours.recv()
         except EOFError:
@@ -307,7 +307,7 @@ class ForkRunner:
             self._queue.clear()
             self._gone = self._gone or "the workers were stopped"
             self._running.clear()
-        child, self._nursery = self._nursery, None
+        child, self._fork_server = self._fork_server, None
         if child is not None:
             os.kill(child, signal.SIGTERM)
             if not wait_for(child, CLOSE_SECONDS):

@@ -108,11 +108,11 @@ class BaseWeights:
         self._changed.update(self._copies)
         self._replaced = True
 
-    def stands_on(self, sha256: str) -> bool:
+    def uses_base(self, sha256: str) -> bool:
         """Tell whether the model of this hash is in place already."""
         return not self._replaced and self._installed.whole == sha256
 
-    def stand_on(self, whole: Tensors, sha256: str) -> None:
+    def use_base(self, whole: Tensors, sha256: str) -> None:
         """Ask for these tensors, which have this hash, in place of the pristine ones; `own` ones are passed over."""
         if self._replaced:
             raise LoRAbbitError("internal: a base that was loaded whole cannot stand on another too")

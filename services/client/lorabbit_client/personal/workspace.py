@@ -148,7 +148,7 @@ class PersonalWorkspace:
         return max(widths_of(name, self._source(name))[place] for name in self.variants)
 
     # ---- tasks ----
-    def initialise(self, task: Task, tensors: Tensors) -> InitialAdapter:
+    def initialize(self, task: Task, tensors: Tensors) -> InitialAdapter:
         """Put beside the first tensors what only this side knows."""
         data = self.data(task.index, task.population)
         own = self.own(task.index, fresh=False).model

@@ -32,13 +32,13 @@ class PrivacyBudget:
         """Epsilon when so many more of these are released."""
         return epsilon_of((*self.spent, release._replace(steps=times * release.steps)), self.delta)
 
-    def bears(self, release: SampledGaussian, times: int = 1) -> bool:
+    def allows(self, release: SampledGaussian, times: int = 1) -> bool:
         """Tell whether it allows so many more of these."""
         return self.epsilon is None or self.after(release, times) <= self.epsilon
 
     def check(self, release: SampledGaussian) -> None:
         """Raise where it does not bear this: BadInput where nothing is spent yet, LoRAbbitError later."""
-        if self.bears(release):
+        if self.allows(release):
             return
         cost = f"{self.after(release):.3g}"
         if not self.spent:
@@ -68,5 +68,5 @@ def count(release: SampledGaussian, spec: PrivacySpec, job: str, ledger: Privacy
         "steps": sum(kind.steps for kind in ledger.of(job)),
         "rate": release.rate,
         "epsilon": float(f"{of_job.after(release):.6g}"),
-        "spent": not (of_job.bears(release, 2) and of_owner.bears(release, 2)),
+        "spent": not (of_job.allows(release, 2) and of_owner.allows(release, 2)),
     }

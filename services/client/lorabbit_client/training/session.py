@@ -108,15 +108,15 @@ class TorchSession:
         _ = self._lora
         return self._base.pristine_weights()
 
-    def stand_on(self, base: Tensors, sha256: str) -> None:
+    def use_base(self, base: Tensors, sha256: str) -> None:
         """Make these tensors the base of this task; raises Refused where they have another hash or do not fit."""
-        if not self._base.stands_on(sha256):
+        if not self._base.uses_base(sha256):
             if tensors_sha256(base) != sha256:
                 raise Refused("base", "the base that came is not the one that the plan names")
             fitting(self._adapter.whole(), base)
-        self._base.stand_on(base, sha256)
+        self._base.use_base(base, sha256)
 
-    def shift_base(self, factors: Tensors) -> None:
+    def set_base_delta(self, factors: Tensors) -> None:
         """Make the base W = W_below + s B A for this task; it replaces an earlier shift."""
         if factors:
             _ = self._lora

@@ -103,7 +103,7 @@ class LearningWorkspace:
             self._data(index, population)
         _ = self._model
 
-    def initialise(self, task: Task, tensors: Tensors) -> InitialAdapter:
+    def initialize(self, task: Task, tensors: Tensors) -> InitialAdapter:
         """Put beside the first adapter what only this side knows."""
         data, model = self._data(task.index, task.population), self._model
         facts: dict[str, Json] = {

@@ -44,15 +44,17 @@ STATUS: tuple[tuple[type[LoRAbbitError], int], ...] = ((NotFound, 404), (NotAllo
 """How errors of ours are told over HTTP; any other is 400."""
 
 
-def make_app(service: Server, measures: ServerMetrics, lookout: StatusService | None = None) -> FastAPI:
+def make_app(service: Server, measures: ServerMetrics, status_service: StatusService | None = None) -> FastAPI:
     """Build the application over a service; `lookout` where status may not wait as long as the service's store does."""
-    if lookout is None:
-        lookout = StatusService(service, DependencyHealth(service.broker, service.store, service.now_ms), service.store)
+    if status_service is None:
+        status_service = StatusService(
+            service, DependencyHealth(service.broker, service.store, service.now_ms), service.store
+        )
     app = FastAPI(title="LoRAbbit", version=__version__)
     guard(app, service.settings.http_token, measures.count_refused_request)
     _add_errors(app)
     _add_jobs(app, service)
-    _add_status(app, service, lookout)
+    _add_status(app, service, status_service)
     _add_watching(app, service)
     _add_files(app, service.settings.folder / "runs")
     _add_health(app, service, measures)
@@ -106,19 +108,19 @@ def _add_jobs(app: FastAPI, service: Server) -> None:
         return {"job": job, "cancelled": service.cancel(job), "status": entries[job].status}
 
 
-def _add_status(app: FastAPI, service: Server, lookout: StatusService) -> None:
+def _add_status(app: FastAPI, service: Server, status_service: StatusService) -> None:
     """Say where jobs stand and whom they wait for, also while the broker or the store is away."""
 
     @app.get("/status")
     def newest() -> JobSummary:
-        found = lookout.status()
+        found = status_service.status()
         if found is None:
             raise NotFound("no job has been submitted yet; submit one with: lorabbit submit FILE")
         return found
 
     @app.get("/jobs/{job}")
     def status(job: str) -> JobSummary:
-        found = lookout.status(job)
+        found = status_service.status(job)
         if found is None:
             raise NotFound(_no_job(job, list(service.store.jobs())))
         return found
@@ -196,13 +198,13 @@ def _add_health(app: FastAPI, service: Server, measures: ServerMetrics) -> None:
     @app.get("/readyz")
     def readyz(standby: bool = False) -> JSONResponse:  # noqa: FBT001, FBT002 - a query parameter
         """Ready is leading; with ``standby``, standing by too, for there it can be told everything."""
-        checks: Json = {"broker": service.broker.trouble(), "store": None, "lease": None}
+        checks: Json = {"broker": service.broker.health(), "store": None, "lease": None}
         try:
             service.store.ping()
         except StoreUnavailable as error:
             checks["store"] = str(error)
         if not service.is_leading and not standby:
-            own = service.setbacks.newest(service.now_ms())
+            own = service.faults.newest(service.now_ms())
             checks["lease"] = own.reason if own else "another server leads, or none does yet; this one stands by"
         troubles = [str(trouble) for trouble in checks.values() if trouble]
         if troubles:

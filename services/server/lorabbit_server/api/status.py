@@ -48,23 +48,23 @@ class JobSummary(BaseModel):
 class StatusService:
     """What one server can say of itself and of jobs. Safe to call from any thread."""
 
-    def __init__(self, service: Server, surroundings: DependencyHealth, reader: StateStore) -> None:
+    def __init__(self, service: Server, dependencies: DependencyHealth, reader: StateStore) -> None:
         """Read jobs over `reader`, which must not try again for long."""
-        self._service, self._surroundings, self._reader = service, surroundings, reader
+        self._service, self._dependencies, self._reader = service, dependencies, reader
 
     def status(self, job: str | None = None) -> JobSummary | None:
         """Say where a job stands, the newest when None; None when there is no such job.
 
         Raises StoreUnavailable where the store is away and this server knows nothing of the job.
         """
-        found = self._surroundings.look()
+        found = self._dependencies.look()
         status = None
         if found.of(STORE) is None:
             with suppress(StoreUnavailable):
                 name = job or newest(self._reader)
                 status = None if name is None else status_of(self._reader, name, self._sight(name))
                 return None if status is None else self._completed(status, found)
-            found = self._surroundings.look()
+            found = self._dependencies.look()
         return self._completed(self._remembered(job, found), found)
 
     def _remembered(self, job: str | None, found: HealthSnapshot) -> JobSummary:
@@ -81,7 +81,7 @@ class StatusService:
         server = "this server leads" if leads else _stands_by(found)
         shown: dict[str, object] = {"server": server, "now_ms": self._service.now_ms()}
         if status.status not in OVER:
-            own = self._service.setbacks.newest(self._service.now_ms())
+            own = self._service.faults.newest(self._service.now_ms())
             troubles = [wait for wait in found.troubles if not ((leads or own) and wait.owner == LEASE)]
             shown["waits"] = (*([own] if own else []), *troubles, *status.waits)
         return status.model_copy(update=shown)
@@ -134,7 +134,7 @@ def clients_wanted(store: StateStore) -> int | None:
     return JobSpec.model_validate_json(jobs[0].spec).clients if jobs else 0
 
 
-def status_of(store: StateStore, job: str, sight: ClientObservations | None = None) -> JobSummary | None:
+def status_of(store: StateStore, job: str, observations: ClientObservations | None = None) -> JobSummary | None:
     """Return a job's status from the store, which any server may read; None when there is no such job."""
     entries = store.jobs()
     entry = entries.get(job)
@@ -153,12 +153,12 @@ def status_of(store: StateStore, job: str, sight: ClientObservations | None = No
         waits = () if entry.status in OVER else _cancelled(entry) or _queued(entry, list(entries.values()))
         return JobSummary.model_validate({"job": job, "rounds": spec.rounds, **about, "waits": waits})
     state = load_state(record.header, spec, record.tasks)
-    status = _running(state, sight).model_copy(update=about)
+    status = _running(state, observations).model_copy(update=about)
     waits = () if entry.status in OVER else (*_cancelled(entry), *status.waits)
     return status.model_copy(update={"waits": waits})
 
 
-def _running(state: JobState, sight: ClientObservations | None) -> JobSummary:
+def _running(state: JobState, observations: ClientObservations | None) -> JobSummary:
     """A job that has begun, from its state alone."""
     return JobSummary(
         job=state.job,
@@ -168,7 +168,7 @@ def _running(state: JobState, sight: ClientObservations | None) -> JobSummary:
         rounds=state.spec.rounds,
         clients=state.clients,
         lost=state.lost,
-        waits=wait_reasons(state, sight),
+        waits=wait_reasons(state, observations),
     )
 
 

@@ -35,8 +35,8 @@ class RunDirectory:
         self.folder = folder
         self.report: Report = begin(job, spec)
         self._spec, self._files = spec, files
-        self._exports = AdapterExporter(payloads, self._files)
-        self._evidence = UpdateArchive(folder, payloads, self._files, wanted=spec.output.keep_updates)
+        self._exporter = AdapterExporter(payloads, self._files)
+        self._archive = UpdateArchive(folder, payloads, self._files, wanted=spec.output.keep_updates)
         self._published: deque[str] = deque(maxlen=PAYLOADS_REMEMBERED)
         self._lines = 0
 
@@ -45,7 +45,7 @@ class RunDirectory:
         committed = list(events)
         for event in committed:
             self._fold(event)
-        works = [self._inherit, *self._evidence.recover(committed), self._write_job()]
+        works = [self._inherit, *self._archive.recover(committed), self._write_job()]
         if self.report.rounds:
             last = max((r.round for r in self.report.rounds if r.sha256), default=0)
             works += [self._version(last), self._best()]
@@ -59,7 +59,7 @@ class RunDirectory:
     def told(self, events: Sequence[ev.AnyEvent]) -> _Work | None:
         """Fold committed events; returns the work that they cause, None when there is none."""
         works: list[_Work] = []
-        kept = self._evidence.told(events)
+        kept = self._archive.told(events)
         for event in events:
             self._fold(event)
             match event:
@@ -76,7 +76,7 @@ class RunDirectory:
 
     def _fold(self, event: ev.AnyEvent) -> None:
         fold(self.report, [event])
-        self._exports.told(event)
+        self._exporter.told(event)
         if isinstance(event, ev.PayloadPublished):
             self._published.append(event.sha256)
 
@@ -90,9 +90,9 @@ class RunDirectory:
             return _nothing
         output = self._spec.output
         due = output.keep_checkpoints > 0 and (number % output.checkpoint_every == 0 or number == self._spec.rounds)
-        works = [self._exports.folder(number, self.folder / "adapter")]
+        works = [self._exporter.folder(number, self.folder / "adapter")]
         if due:
-            works.append(self._exports.folder(number, self.folder / f"checkpoint-{number}", self._prune))
+            works.append(self._exporter.folder(number, self.folder / f"checkpoint-{number}", self._prune))
         return _in_order(works)
 
     def _best(self) -> _Work:
@@ -100,7 +100,7 @@ class RunDirectory:
         best = self.report.best.model_copy()
         facts = json.dumps({"round": best.round, "metrics": best.metrics}, indent=2) + "\n"
         folder = self.folder / "best"
-        return self._exports.folder(best.round, folder, lambda: self._files.write(folder / "round.json", facts))
+        return self._exporter.folder(best.round, folder, lambda: self._files.write(folder / "round.json", facts))
 
     def _prune(self) -> None:
         """Delete the oldest checkpoints beyond the number that is kept."""

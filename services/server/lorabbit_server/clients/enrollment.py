@@ -33,11 +33,11 @@ WHY_NOT = {
 class ClientAccess:
     """See the module's docstring. Safe to call from any thread; `check` and `take_note` are the loop's."""
 
-    def __init__(self, roster: EnrollmentStore, settings: ServerSettings) -> None:
+    def __init__(self, enrollment: EnrollmentStore, settings: ServerSettings) -> None:
         """Give out users where the settings name a management interface."""
-        self._roster = roster
+        self._enrollment = enrollment
         url = settings.management_url
-        self._management = None if url is None else RabbitMqAdmin(url, settings.broker_url, settings.trust)
+        self._admin = None if url is None else RabbitMqAdmin(url, settings.broker_url, settings.trust)
         self._revoked: frozenset[str] = frozenset()
         self.on_revoked: Callable[[], None] = lambda: None
         """Called, from any thread, when somebody was revoked here."""
@@ -45,7 +45,7 @@ class ClientAccess:
     @property
     def is_enrolled(self) -> bool:
         """Whether every client has a user of its own."""
-        return self._management is not None
+        return self._admin is not None
 
     # ---- messages ----
     def check(self, delivery: Delivery, address: str) -> None:
@@ -63,7 +63,7 @@ class ClientAccess:
         """Read who was revoked; returns those who were not when this was called last."""
         if not self.is_enrolled:
             return frozenset()
-        before, self._revoked = self._revoked, self._roster.revoked()
+        before, self._revoked = self._revoked, self._enrollment.revoked()
         return self._revoked - before
 
     # ---- tokens ----
@@ -72,70 +72,70 @@ class ClientAccess:
         self._needed()
         secret = new_secret()
         token = JoinToken(digest(secret), wish.client or "", wish.uses, expires_ms=now_ms + round(wish.seconds * 1000))
-        self._roster.add_token(token)
+        self._enrollment.add_token(token)
         log.info("token-made", token=token.id, client=wish.client, uses=wish.uses, seconds=wish.seconds)
         return secret, token
 
     def tokens(self, *, now_ms: int) -> list[JoinToken]:
         """Tokens that can still be used; the others are forgotten."""
         usable = []
-        for token in self._roster.tokens():
+        for token in self._enrollment.tokens():
             if token.expires_ms <= now_ms or token.used >= token.uses:
-                self._roster.drop_token(token)
+                self._enrollment.drop_token(token)
             else:
                 usable.append(token)
         return usable
 
     def drop_token(self, id_: str) -> None:
         """Make a token worthless; raises BadInput when none or more than one is meant."""
-        found = tokens_named(self._roster.tokens(), id_)
+        found = tokens_named(self._enrollment.tokens(), id_)
         if len(found) != 1:
             raise BadInput(f"{len(found)} tokens begin with {id_!r}; list them with: lorabbit tokens")
-        self._roster.drop_token(found[0])
+        self._enrollment.drop_token(found[0])
         log.info("token-dropped", token=found[0].id)
 
     # ---- clients ----
     def join(self, wish: JoinRequest, *, now_ms: int) -> JoinResponse:
         """Give a client a user of its own; the same wish again is fine. Raises JoinRefused."""
-        management = self._needed()
-        verdict = self._roster.join(digest(wish.token), wish.client, wish.password_hash, now_ms=now_ms)
+        admin = self._needed()
+        verdict = self._enrollment.join(digest(wish.token), wish.client, wish.password_hash, now_ms=now_ms)
         if verdict != "ok":
             log.warning("join-refused", client=wish.client, reason=verdict)
             raise JoinRefused(verdict, f"{wish.client} may not join: {WHY_NOT[verdict]}")
-        management.put_user(wish.client, wish.password_hash)
+        admin.put_user(wish.client, wish.password_hash)
         log.info("client-joined", client=wish.client)
         return JoinResponse(user=wish.client)
 
     def revoke(self, client: str, *, now_ms: int) -> None:
         """Take a client's user away and close its connections; raises BadInput when it never joined."""
-        management = self._needed()
-        if not self._roster.revoke(client, now_ms=now_ms):
-            known = ", ".join(member.client for member in self._roster.members()) or "nobody"
+        admin = self._needed()
+        if not self._enrollment.revoke(client, now_ms=now_ms):
+            known = ", ".join(member.client for member in self._enrollment.members()) or "nobody"
             raise BadInput(f"no client {client!r} has joined; those who have: {known}")
-        management.delete_user(client)
-        management.close_connections(client, f"{client} was revoked")
+        admin.delete_user(client)
+        admin.close_connections(client, f"{client} was revoked")
         log.info("client-revoked", client=client)
         self.on_revoked()
 
     def restore(self) -> None:
         """Bring the broker's users to what the roster says: one that lost them, or a server that died half-way."""
-        if self._management is None:
+        if self._admin is None:
             return
-        users = self._management.users()
-        for member in self._roster.members():
+        users = self._admin.users()
+        for member in self._enrollment.members():
             if users.get(member.client) != member.password_hash:
-                self._management.put_user(member.client, member.password_hash)
+                self._admin.put_user(member.client, member.password_hash)
                 log.info("user-restored", client=member.client)
-        for client in self._roster.revoked() & users.keys():
-            self._management.delete_user(client)
+        for client in self._enrollment.revoked() & users.keys():
+            self._admin.delete_user(client)
 
     def close(self) -> None:
         """Close connections."""
-        if self._management is not None:
-            self._management.close()
+        if self._admin is not None:
+            self._admin.close()
 
     def _needed(self) -> RabbitMqAdmin:
-        if self._management is None:
+        if self._admin is None:
             why = "clients share one user of the broker here"
             raise LoRAbbitError(f"{why}; set LORABBIT_MANAGEMENT_URL at the server to give each its own")
-        return self._management
+        return self._admin

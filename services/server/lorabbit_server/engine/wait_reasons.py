@@ -71,14 +71,14 @@ class ClientObservations:
         return seen or None
 
 
-def wait_reasons(state: JobState, sight: ClientObservations | None = None) -> tuple[WaitReason, ...]:
+def wait_reasons(state: JobState, observations: ClientObservations | None = None) -> tuple[WaitReason, ...]:
     """Say whom a job waits for, whatever it is at; what the next step hangs on comes first."""
-    sight = sight or ClientObservations()
+    observations = observations or ClientObservations()
     if state.stage == "gathering":
         return (_population(state),)
     open_ones = [task for task in state.tasks.values() if task.status != "accepted"]
     open_ones.sort(key=lambda task: (task.phase == EVALUATE, task.round, task.index, task.turn))
-    found = (*_server(state), *_clients(state, open_ones, sight))
+    found = (*_server(state), *_clients(state, open_ones, observations))
     return found or (_nobody(state),)
 
 
@@ -117,20 +117,20 @@ def _results(state: JobState) -> str:
     return f"{number} update{'' if number == 1 else 's'}"
 
 
-def _clients(state: JobState, tasks: Iterable[TaskState], sight: ClientObservations) -> Iterator[WaitReason]:
+def _clients(state: JobState, tasks: Iterable[TaskState], observations: ClientObservations) -> Iterator[WaitReason]:
     """What clients are at, task by task."""
     for task in tasks:
         lost = task.client in state.lost
-        deadline_ms, ends = _end_of(state, task, sight)
+        deadline_ms, ends = _end_of(state, task, observations)
         yield WaitReason(
             owner=task.client,
-            reason=f"{_waiting(state, task)} {_doing(task, sight, lost=lost)}",
+            reason=f"{_waiting(state, task)} {_doing(task, observations, lost=lost)}",
             since_ms=task.since_ms,
             deadline_ms=deadline_ms,
             ends=ends,
-            fraction=None if lost or task.status == "offered" else sight.fraction(task),
-            moved_ms=None if lost or task.status == "offered" else sight.moved_ms(task),
-            seen_ms=sight.seen_ms(task),
+            fraction=None if lost or task.status == "offered" else observations.fraction(task),
+            moved_ms=None if lost or task.status == "offered" else observations.moved_ms(task),
+            seen_ms=observations.seen_ms(task),
         )
 
 
@@ -147,20 +147,20 @@ def _waiting(state: JobState, task: TaskState) -> str:
     return f"round {task.round} waits for {task.client}:"
 
 
-def _doing(task: TaskState, sight: ClientObservations, *, lost: bool) -> str:
+def _doing(task: TaskState, observations: ClientObservations, *, lost: bool) -> str:
     """What a client is doing."""
     tries = f" (try {task.tries} of {MAX_TRIES})" if task.tries > 1 else ""
     if lost:
         return f"lost; start it again, or another client in its place{tries}"
     if task.status == "offered":
         return f"uploading its result{tries}"
-    if sight.fraction(task) is None and task.phase != INITIALISE:
+    if observations.fraction(task) is None and task.phase != INITIALISE:
         return f"asked, but it has told of no progress yet{tries}"
     names = {INITIALISE: "building the model and the first adapter", EVALUATE: "scoring"}
     return names.get(task.phase, "training" if task.round else "preparing") + tries
 
 
-def _end_of(state: JobState, task: TaskState, sight: ClientObservations) -> tuple[int | None, str]:
+def _end_of(state: JobState, task: TaskState, observations: ClientObservations) -> tuple[int | None, str]:
     """When and how a client's task ends without it."""
     trains = task.phase not in {INITIALISE, EVALUATE}
     if trains and state.deadline_ms is not None:
@@ -168,11 +168,11 @@ def _end_of(state: JobState, task: TaskState, sight: ClientObservations) -> tupl
     if task.client in state.lost:
         if trains and isinstance(state.spec.schedule, Buffered):
             return None, "no deadline, and none is needed: the others go on without it"
-        return _patience(state, sight.silent_ms.get(task.client))
-    heard, then = sight.heard_ms.get(task.client), f"it counts as lost{_without(state, trains=trains)}"
-    if heard is None or not sight.lease_ms:
+        return _patience(state, observations.silent_ms.get(task.client))
+    heard, then = observations.heard_ms.get(task.client), f"it counts as lost{_without(state, trains=trains)}"
+    if heard is None or not observations.lease_ms:
         return None, f"once it stays silent for the length of its lease {then}"
-    return heard + sight.lease_ms, f"if it stays silent until then {then}"
+    return heard + observations.lease_ms, f"if it stays silent until then {then}"
 
 
 def _without(state: JobState, *, trains: bool) -> str:

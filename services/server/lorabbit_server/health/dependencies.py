@@ -72,7 +72,7 @@ class DependencyHealth:
     def look(self) -> HealthSnapshot:
         """Look now."""
         with self._lock:
-            said: dict[str, str | None] = {BROKER: self._broker.trouble(), STORE: None, LEASE: None}
+            said: dict[str, str | None] = {BROKER: self._broker.health(), STORE: None, LEASE: None}
             leader, ends_ms = None, None
             try:
                 leader = self._probe.lease_holder()

@@ -19,13 +19,13 @@ log = structlog.get_logger()
 class RevocationWatcher(Cancellable):
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, tools: ServerContext, send_away: Callable[[Iterable[str]], None]) -> None:
+    def __init__(self, context: ServerContext, send_away: Callable[[Iterable[str]], None]) -> None:
         """Read who was revoked, and give the broker the users it lacks."""
-        self._tools, self._send_away = tools, send_away
-        self._seconds = tools.settings.lease_seconds / 3
+        self._context, self._send_away = context, send_away
+        self._seconds = context.settings.lease_seconds / 3
         self._timer: Cancellable | None = None
-        if tools.access.is_enrolled:
-            tools.access.on_revoked = lambda: tools.loop.post(self._look)
+        if context.access.is_enrolled:
+            context.access.on_revoked = lambda: context.loop.post(self._look)
             self._watch()
             self._restore()
 
@@ -37,17 +37,17 @@ class RevocationWatcher(Cancellable):
 
     def _watch(self) -> None:
         self._look()
-        self._timer = self._tools.loop.after(self._seconds, self._watch)
+        self._timer = self._context.loop.after(self._seconds, self._watch)
 
     def _look(self) -> None:
         """Send away whoever was revoked since the last look."""
-        self._send_away(self._tools.access.take_note())
+        self._send_away(self._context.access.take_note())
 
     def _restore(self) -> None:
         """Bring the broker's users to what the store says, and again later where it cannot be asked."""
 
         def again(error: Exception) -> None:
             log.warning("users-not-restored", why=str(error))
-            self._tools.loop.after(self._seconds, self._restore)
+            self._context.loop.after(self._seconds, self._restore)
 
-        self._tools.loop.work(self._tools.access.restore, lambda _: None, again)
+        self._context.loop.work(self._context.access.restore, lambda _: None, again)

@@ -43,20 +43,20 @@ from lorabbit_server.transfer.uploads import Uploads, refusal
 class RoundTimer:
     """For the loop thread."""
 
-    def __init__(self, tools: ServerContext, passed: Callable[[Event], None]) -> None:
+    def __init__(self, context: ServerContext, passed: Callable[[Event], None]) -> None:
         """Call `passed` with the event once the time has come."""
-        self._tools, self._passed = tools, passed
+        self._context, self._passed = context, passed
         self._timer: Cancellable | None = None
 
     def set(self, command: SetDeadline) -> None:
         """Wait for this time, and for no other any more; a time that is over comes at once."""
         self.close()
-        seconds = max(0, command.at_ms - self._tools.now_ms()) / 1000
-        self._timer = self._tools.loop.after(seconds, partial(self._ring, command.round))
+        seconds = max(0, command.at_ms - self._context.now_ms()) / 1000
+        self._timer = self._context.loop.after(seconds, partial(self._ring, command.round))
 
     def _ring(self, number: int) -> None:
         self._timer = None
-        self._passed(DeadlinePassed(number, self._tools.now_ms()))
+        self._passed(DeadlinePassed(number, self._context.now_ms()))
 
     def close(self) -> None:
         """Wait for nothing."""
@@ -72,75 +72,75 @@ _Step = Callable[[], None]
 class JobRunner:
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, tools: ServerContext, job: str, spec: JobSpec, record: JobRecord) -> None:
+    def __init__(self, context: ServerContext, job: str, spec: JobSpec, record: JobRecord) -> None:
         """Continue a job from what the store holds of it, or begin it."""
         self.job, self.spec = job, spec
         self.on_events: Callable[[list[AnyEvent]], None] = lambda _: None
         self.on_end: Callable[[], None] = lambda: None
         state = JobState(job, spec) if record.header is None else load_state(record.header, spec, record.tasks)
         self._is_new = record.header is None
-        files = FencedFileWriter(tools.settings.durable, tools.epoch, tools.fence)
-        self._tools, self._meter = tools, TrafficMeter(tools.traffic_of(job), files)
+        files = FencedFileWriter(context.settings.durable, context.epoch, context.fence)
+        self._context, self._meter = context, TrafficMeter(context.traffic_of(job), files)
         self._method = build(spec)
         self._versions = ModelVersionStore(
-            self._method, tools.payloads, tools.settings.chunk_bytes, spec.transport.downloads
+            self._method, context.payloads, context.settings.chunk_bytes, spec.transport.downloads
         )
-        self._planner = TaskBuilder(self._method, self._versions, tools.registry, epoch=tools.epoch)
-        self.uploads = Uploads(tools, job, self._meter, self._checked)
+        self._task_builder = TaskBuilder(self._method, self._versions, context.registry, epoch=context.epoch)
+        self.uploads = Uploads(context, job, self._meter, self._checked)
         """Takes chunks and commits straight from reception."""
-        self._downloads = Downloads(tools, self._needs, self._step_failed)
-        self._deadline = RoundTimer(tools, self.apply)
-        folder = tools.settings.folder / "runs" / job
-        self._folder = RunDirectory(folder, job, spec, tools.payloads, files)
-        self._ledger = UnitOfWork(tools, state, record, self._meter, self._step_failed)
-        self._ledger.on_events = self._told
+        self._downloads = Downloads(context, self._needs, self._step_failed)
+        self._deadline = RoundTimer(context, self.apply)
+        folder = context.settings.folder / "runs" / job
+        self._folder = RunDirectory(folder, job, spec, context.payloads, files)
+        self._unit_of_work = UnitOfWork(context, state, record, self._meter, self._step_failed)
+        self._unit_of_work.on_events = self._told
 
     @property
     def state(self) -> JobState:
         """The state as decided, which may be a step ahead of the store."""
-        return self._ledger.state
+        return self._unit_of_work.state
 
     def start(self, entry: JobEntry) -> None:
         """Begin, or give again the commands that a stopped server left undone."""
         if self._is_new:
-            self._ledger.record(ev.JobSubmitted(at_ms=entry.submitted_ms))
+            self._unit_of_work.record(ev.JobSubmitted(at_ms=entry.submitted_ms))
         else:
             self._recover(goes_on=not entry.cancel_requested)
         self._downloads.tidy()
         if self.state.stage == "ended":
-            self._ledger.afterwards(self._end)
+            self._unit_of_work.afterwards(self._end)
         elif entry.cancel_requested:
             self.apply(transitions.CancelRequested(self._now()))
         else:
-            self.apply(transitions.JobOpened(tuple(here := self._tools.registry.declared), self._now(), here))
+            self.apply(transitions.JobOpened(tuple(here := self._context.registry.declared), self._now(), here))
 
     def _recover(self, *, goes_on: bool) -> None:
         """Make again what a stopped server may have left undone: files, and if it goes on streams and heavy steps."""
-        logged = self._tools.store.events(self.job, progress=False)
+        logged = self._context.store.events(self.job, progress=False)
         self._write(self._folder.recover(EVENTS.validate_json(each.event) for each in logged))
         self._downloads.inherit(self._folder.recent)
         self.uploads.inherit()
         for task in self.state.tasks.values() if goes_on else ():
             if task.status != "accepted":
-                self._downloads.publish(ref for _, ref in self._planner.message(self.state, task).published)
-        self._ledger.relay_all()
+                self._downloads.publish(ref for _, ref in self._task_builder.message(self.state, task).published)
+        self._unit_of_work.relay_all()
         for command in resume(self.state) if goes_on else ():
             self._heavy(command)()  # at once: behind the next commit, chunks that wait would find nobody
 
     def commit(self) -> None:
         """Make the step under way durable now."""
-        self._ledger.commit()
+        self._unit_of_work.commit()
 
     def close(self) -> None:
         """Take no further step; the store holds what the next server needs."""
         self._deadline.close()
-        self._ledger.close()
+        self._unit_of_work.close()
 
     # ---- events ----
     def apply(self, event: transitions.Event) -> None:
         """Decide on an event and perform what follows."""
         before = self.state
-        self._ledger.state, commands = decide(before, event)
+        self._unit_of_work.state, commands = decide(before, event)
         for command in commands:
             self._perform(command)
         gone = self.uploads.keep(self.state.tasks)
@@ -149,16 +149,16 @@ class JobRunner:
         self._meter.keep(self.state.tasks.keys())
         gone |= self._versions.keep(self.state.versions) | (before.payloads - self.state.payloads)
         if gone:
-            self._ledger.afterwards(lambda: self._downloads.sweep(gone))
+            self._unit_of_work.afterwards(lambda: self._downloads.sweep(gone))
 
     def on_offer(self, message: Offer, delivery: Delivery, client: ClientId) -> None:
         """Weigh an offer; the delivery is acknowledged once the answer is durable."""
-        self._ledger.hold(delivery)
+        self._unit_of_work.hold(delivery)
         task = self.state.tasks.get(message.task)
-        wants_tensors, limit = None, self._tools.settings.max_payload_bytes
+        wants_tensors, limit = None, self._context.settings.max_payload_bytes
         if task is not None and task.status != "accepted":
             try:
-                wants_tensors = self._planner.weigh(self.state, task, message.payload, max_bytes=limit)
+                wants_tensors = self._task_builder.weigh(self.state, task, message.payload, max_bytes=limit)
             except Refused as why:
                 refused = transitions.UpdateFailedValidation(
                     task.id, why.reason, why.detail, before_upload=True, at_ms=self._now()
@@ -170,7 +170,7 @@ class JobRunner:
                 message.task,
                 client,
                 UploadOffer.of(message),
-                counted=task is None and self._tools.store.effect(self.job, message.task) is not None,
+                counted=task is None and self._context.store.effect(self.job, message.task) is not None,
                 wants_tensors=wants_tensors,
                 traffic=self._meter.read(message.task),
                 at_ms=self._now(),
@@ -179,7 +179,7 @@ class JobRunner:
 
     def on_task_failed(self, message: TaskFailed, delivery: Delivery, client: ClientId) -> None:
         """Hear that a client could not do a task."""
-        self._ledger.hold(delivery)
+        self._unit_of_work.hold(delivery)
         self.apply(
             transitions.TaskFailureReceived(message.task, client, message.reason, message.bad_input, self._now())
         )
@@ -197,21 +197,21 @@ class JobRunner:
         """Put what a command changes into the ledger, and what it does behind the commit."""
         match command:
             case transitions.AppendEvent(event):
-                self._ledger.record(event)
+                self._unit_of_work.record(event)
             case transitions.MarkAccepted(id_, sha256):
-                self._ledger.count(id_, sha256)
+                self._unit_of_work.count(id_, sha256)
             case transitions.SendTask(task):
                 self._send_task(task)
             case transitions.SendCancelTask(id_, client):
                 self._post(client, CancelTask(job=self.job, task=id_, client=client), f"{id_}.cancel")
             case transitions.DenyUpload(id_, client, reason):
-                self._tools.refused[reason] += 1
+                self._context.refused[reason] += 1
                 self._post(client, Deny(job=self.job, task=id_, client=client, reason=reason), f"{id_}.deny")
             case transitions.SendVerdict(id_, client, accepted, reason):
                 verdict = Verdict(job=self.job, task=id_, client=client, accepted=accepted, reason=reason)
                 self._post(client, verdict, f"{id_}.verdict")
             case _:
-                self._ledger.afterwards(self._heavy(command))
+                self._unit_of_work.afterwards(self._heavy(command))
 
     def _heavy(self, command: transitions.Heavy) -> _Step:
         """What a command does once it is durable."""
@@ -229,25 +229,25 @@ class JobRunner:
 
     def _send_task(self, task: TaskState) -> None:
         """Put a task into the outbox, and its payloads into streams."""
-        message = self._planner.message(self.state, task)
+        message = self._task_builder.message(self.state, task)
         refs = [ref for _, ref in message.published]
         for role, ref in self._downloads.announce(message.published):
             told = ev.PayloadPublished(at_ms=self._now(), round=self.state.round, role=role, **ref.content)
-            self._ledger.record(told)
-        self._ledger.before_sending(lambda: self._downloads.publish(refs))
-        self._post(task.client, message, f"{task.id}.{message.attempt}.{self._tools.epoch}")
+            self._unit_of_work.record(told)
+        self._unit_of_work.before_sending(lambda: self._downloads.publish(refs))
+        self._post(task.client, message, f"{task.id}.{message.attempt}.{self._context.epoch}")
 
     def _post(self, client: ClientId, message: ForTask | Task, message_id: str) -> None:
         """Put a message into the outbox; a client without an address gets its tasks when it says hello."""
-        entry = self._tools.registry.get(client)
+        entry = self._context.registry.get(client)
         if entry is not None:
-            self._ledger.post(entry.address, message, message_id=message_id)
+            self._unit_of_work.post(entry.address, message, message_id=message_id)
 
     # ---- uploads ----
     def _expect(self, task: TaskState) -> None:
         current = self.state.tasks.get(task.id)
         if current is not None and current.status == "offered":
-            self.uploads.expect(current, self._planner.expected(self.state, current))
+            self.uploads.expect(current, self._task_builder.expected(self.state, current))
 
     def _checked(self, task: TaskState, found: CompressionSpec | Exception) -> None:
         """Count a payload that passed admission, unless its offer is no longer the one that counts."""
@@ -276,19 +276,19 @@ class JobRunner:
         if task.phase != INITIALISE or offered is None:
             return
 
-        facts = self._tools.with_versions(offered.metrics.facts)
+        facts = self._context.with_versions(offered.metrics.facts)
         work = partial(aggregator.start_method, self._versions, task, facts)
-        self._tools.loop.work(work, self._stepped, lambda error: self._step_failed("starting the method", error))
+        self._context.loop.work(work, self._stepped, lambda error: self._step_failed("starting the method", error))
 
     def _aggregate(self, command: transitions.Aggregate) -> None:
         """Fold the round's updates into the next server state."""
         if self.state.head is None:
             return
-        background = self._planner.background(self.state, command.tasks)
+        background = self._task_builder.background(self.state, command.tasks)
         state = self._versions.load(self.state.head)
 
         work = partial(aggregator.fold_round, self._versions, state, command, background=background)
-        self._tools.loop.work(work, self._stepped, partial(self._step_failed, f"aggregating round {command.round}"))
+        self._context.loop.work(work, self._stepped, partial(self._step_failed, f"aggregating round {command.round}"))
 
     def _stepped(
         self, event: transitions.MethodStarted | transitions.RoundAggregated | transitions.UpdatesUnusable
@@ -311,24 +311,24 @@ class JobRunner:
 
     def _write(self, work: _Step | None) -> None:
         if work is not None:
-            self._tools.loop.work(work, lambda _: None, lambda error: self._step_failed("writing the run", error))
+            self._context.loop.work(work, lambda _: None, lambda error: self._step_failed("writing the run", error))
 
     def _end(self) -> None:
         """Let everything reach its place, then hand over to the next job."""
 
         def written(_: object) -> None:
-            self._ledger.when_relayed(self._hand_over)
+            self._unit_of_work.when_relayed(self._hand_over)
 
         self._downloads.tidy()
-        self._tools.loop.work(lambda: None, written, written)
+        self._context.loop.work(lambda: None, written, written)
 
     def _hand_over(self) -> None:
         self._meter.keep(())
         state = self.state
         status = "done" if state.outcome == "running" else state.outcome
         reason, exit_code = state.reason, state.exit_code
-        self._tools.store.mark_job(self.job, status, epoch=self._tools.epoch, reason=reason, exit_code=exit_code)
+        self._context.store.mark_job(self.job, status, epoch=self._context.epoch, reason=reason, exit_code=exit_code)
         self.on_end()
 
     def _now(self) -> int:
-        return self._tools.now_ms()
+        return self._context.now_ms()

@@ -51,20 +51,23 @@ class MessageRouter:
     """See the module's docstring; for the loop thread."""
 
     def __init__(
-        self, tools: ServerContext, running: Callable[[], JobRunner | None], tell: Callable[[str, list[AnyEvent]], None]
+        self,
+        context: ServerContext,
+        running: Callable[[], JobRunner | None],
+        tell: Callable[[str, list[AnyEvent]], None],
     ) -> None:
         """Serve whatever job is `running`; `tell` listeners of progress."""
-        self._tools, self._running, self._tell = tools, running, tell
-        self._broker, self._registry, self._now = tools.broker, tools.registry, tools.now_ms
+        self._context, self._running, self._tell = context, running, tell
+        self._broker, self._registry, self._now = context.broker, context.registry, context.now_ms
         self._progress: dict[str, TaskProgressed] = {}
-        self._inboxes = ClientQueues(tools.broker)
-        self._occupancy = DuplicateClientDetector()
+        self._client_queues = ClientQueues(context.broker)
+        self._duplicates = DuplicateClientDetector()
 
     def on_data(self, delivery: Delivery) -> None:
         """Take in a chunk."""
         address = topology.address_of(delivery.routing_key)
         try:
-            self._tools.access.check(delivery, address)
+            self._context.access.check(delivery, address)
         except Refused as why:
             self._refuse(delivery, address, why)
             return
@@ -78,7 +81,7 @@ class MessageRouter:
         """Read a control message and bring it to whom it concerns."""
         address = topology.address_of(delivery.routing_key)
         try:
-            self._tools.access.check(delivery, address)
+            self._context.access.check(delivery, address)
             message = codec.decode(delivery.type, delivery.body)
             self._check_sender(message, address)
         except Refused as why:
@@ -101,8 +104,8 @@ class MessageRouter:
     def send_away(self, clients: Iterable[str]) -> None:
         """Let go of clients that were revoked: their inboxes, their leases, their part in the job."""
         for address in clients:
-            self._inboxes.delete(address)
-            self._occupancy.forget(address)
+            self._client_queues.delete(address)
+            self._duplicates.forget(address)
             client = self._registry.leave(address)
             if client is not None:
                 log.info("client-sent-away", client=client)
@@ -128,7 +131,7 @@ class MessageRouter:
     def _refuse(self, delivery: Delivery, address: str, why: Refused) -> None:
         """Count a message that no honest client sends, and put it aside."""
         log.warning("message-refused", address=address, type=delivery.type, reason=why.reason, detail=why.detail)
-        self._tools.refused[why.reason] += 1
+        self._context.refused[why.reason] += 1
         self._broker.reject(delivery)
 
     def _check_sender(self, message: Message, address: str) -> None:
@@ -136,7 +139,7 @@ class MessageRouter:
         if isinstance(message, Hello | Alive | Goodbye):
             if message.address != address:
                 raise Refused("forged", f"it came from {address} in the name of {message.address}")
-            if self._tools.access.is_enrolled and message.client not in {None, address}:
+            if self._context.access.is_enrolled and message.client not in {None, address}:
                 raise Refused("forged", f"{address} wants to be {message.client}")
         elif isinstance(message, ForTask):
             known = self._registry.at(address)
@@ -145,14 +148,14 @@ class MessageRouter:
 
     def _on_hello(self, message: Hello, delivery: Delivery) -> None:
         """Give a client its inbox, its identity and what it has to do; with users of their own, identity is address."""
-        if self._tools.access.is_enrolled:
+        if self._context.access.is_enrolled:
             message = message.model_copy(update={"client": message.address})
         known = self._registry.at(message.address)
         was_here = known is not None and known in self._registry.present
-        self._inboxes.declare(message.address, may_be_gone=not was_here)
+        self._client_queues.declare(message.address, may_be_gone=not was_here)
         client = self._registry.hello(message, self._now())
         log.info("client-arrived", client=client, address=message.address, device=message.device)
-        welcome = Welcome(client=client, heartbeat_seconds=self._tools.settings.heartbeat_seconds)
+        welcome = Welcome(client=client, heartbeat_seconds=self._context.settings.heartbeat_seconds)
         self._reply(message.address, welcome, f"welcome.{uuid.uuid4().hex}", delivery)
         self._apply(self._arrived(client, frozenset(message.outbox), is_new=not was_here))
 
@@ -164,9 +167,9 @@ class MessageRouter:
             taken = claimed in self._registry.present
             self._on_hello(self._registry.introduction(message.address, None if taken else claimed), delivery)
             return
-        self._inboxes.declare(message.address)
+        self._client_queues.declare(message.address)
         if client != message.client:
-            welcome = Welcome(client=client, heartbeat_seconds=self._tools.settings.heartbeat_seconds)
+            welcome = Welcome(client=client, heartbeat_seconds=self._context.settings.heartbeat_seconds)
             self._reply(message.address, welcome, f"welcome.{uuid.uuid4().hex}", delivery)
             return
         self._broker.ack(delivery)
@@ -193,16 +196,16 @@ class MessageRouter:
         """Tell whether an older process is alive at the same address; what comes a second time says nothing of now."""
         if not message.process or delivery.redelivered:
             return False
-        return self._occupancy.hear(message.address, message.process)
+        return self._duplicates.hear(message.address, message.process)
 
     def _turn_away(self, message: Hello | Alive, delivery: Delivery) -> None:
         """Tell whoever came second to an address; both read there, so it is told as often as it speaks."""
         log.warning("address-taken", address=message.address, why="two clients use it; give each its own")
-        self._tools.refused["address-taken"] += 1
+        self._context.refused["address-taken"] += 1
         self._reply(message.address, AddressTaken(process=message.process), f"taken.{uuid.uuid4().hex}", delivery)
 
     def _on_goodbye(self, message: Goodbye, delivery: Delivery) -> None:
-        if self._occupancy.leave(message.address, message.process):
+        if self._duplicates.leave(message.address, message.process):
             # Whoever stays says hello once more, and is sent what the other one took.
             self._reply(message.address, AddressTaken(process=message.process), f"taken.{uuid.uuid4().hex}", delivery)
             return
@@ -216,7 +219,7 @@ class MessageRouter:
         """Bring a message about a task to its job."""
         client, back = self._registry.heard(address, self._now())
         if client is not None:
-            self._inboxes.declare(address)
+            self._client_queues.declare(address)
             if back:
                 self._came_back(client)
         run = self._running()
@@ -230,7 +233,7 @@ class MessageRouter:
                 run.on_offer(message, delivery, client)
             case TaskFailed():
                 if message.damaged is not None:
-                    self._tools.publisher.renew(message.damaged)
+                    self._context.publisher.renew(message.damaged)
                 run.on_task_failed(message, delivery, client)
             case TaskProgress():
                 self._on_progress(run, message)
@@ -250,11 +253,11 @@ class MessageRouter:
         answer: Message
         if isinstance(message, TaskAccepted):
             answer = CancelTask(**about)
-        elif self._tools.store.effect(message.job, message.task) is not None:
+        elif self._context.store.effect(message.job, message.task) is not None:
             answer = Verdict(**about, accepted=True)
         else:
             answer = Deny(**about, reason="job-ended")
-            self._tools.refused["job-ended"] += 1
+            self._context.refused["job-ended"] += 1
         self._reply(address, answer, f"{message.task}.late", delivery)
 
     def _reply(self, address: str, message: Message, message_id: str, delivery: Delivery) -> None:
@@ -264,10 +267,10 @@ class MessageRouter:
             topology.control_key(address),
             message.type_name(),
             codec.encode(message),
-            {"epoch": self._tools.epoch},
+            {"epoch": self._context.epoch},
             message_id,
         )
-        self._broker.send_until_taken(outgoing, lambda _: self._broker.ack(delivery))
+        self._broker.send_with_retry(outgoing, lambda _: self._broker.ack(delivery))
 
     # ---- progress ----
     def _on_progress(self, run: JobRunner, message: TaskProgress) -> None:
@@ -285,13 +288,13 @@ class MessageRouter:
         )
         self._tell(run.job, [event])
         if not self._progress:
-            self._tools.loop.after(PROGRESS_SECONDS, partial(self._log_progress, run.job))
+            self._context.loop.after(PROGRESS_SECONDS, partial(self._log_progress, run.job))
         self._progress[task.id] = event
 
     def _log_progress(self, job: str) -> None:
         events, self._progress = list(self._progress.values()), {}
         if events:
-            self._tools.store.log_progress(job, [event.model_dump_json() for event in events])
+            self._context.store.log_progress(job, [event.model_dump_json() for event in events])
 
     def _apply(self, event: transitions.Event) -> None:
         run = self._running()

@@ -34,7 +34,7 @@ class OutboxPublisher:
 
     def __init__(
         self,
-        tools: ServerContext,
+        context: ServerContext,
         meter: TrafficMeter,
         on_relayed: Callable[[str], None],
         on_failed: Callable[[str, Exception], None],
@@ -43,8 +43,8 @@ class OutboxPublisher:
 
         `on_failed` hears what the broker will never take, and why.
         """
-        self._broker, self._loop, self._epoch = tools.broker, tools.loop, tools.epoch
-        self._publisher, self._meter = tools.publisher, meter
+        self._broker, self._loop, self._epoch = context.broker, context.loop, context.epoch
+        self._publisher, self._meter = context.publisher, meter
         self._on_relayed, self._on_failed = on_relayed, on_failed
         self._queues: dict[str, deque[tuple[str, Entry]]] = {}
         """Messages that wait, by address."""

@@ -37,7 +37,7 @@ class UnitOfWork:
 
     def __init__(
         self,
-        tools: ServerContext,
+        context: ServerContext,
         state: JobState,
         record: JobRecord,
         meter: TrafficMeter,
@@ -46,7 +46,7 @@ class UnitOfWork:
         """Continue from what the store holds; `on_failed` hears of messages that the broker will never take."""
         self.state = state
         self.on_events: Callable[[list[AnyEvent]], None] = lambda _: None
-        self._store, self._broker, self._loop, self._epoch = tools.store, tools.broker, tools.loop, tools.epoch
+        self._store, self._broker, self._loop, self._epoch = context.store, context.broker, context.loop, context.epoch
         self._version = record.version
         self._committed = state if record.header is not None else replace(state, tasks={})
         self._header = record.header
@@ -57,7 +57,7 @@ class UnitOfWork:
         self._held: list[Delivery] = []
         self._before_sending: list[Callable[[], None]] = []
         self._afterwards: list[Callable[[], None]] = []
-        self._relay = OutboxPublisher(tools, meter, self._confirmed, on_failed)
+        self._outbox_publisher = OutboxPublisher(context, meter, self._confirmed, on_failed)
         self._on_relayed: Callable[[], None] | None = None
         self._scheduled = False
         self._closed = False
@@ -129,7 +129,7 @@ class UnitOfWork:
             callback()
         if committed is not None:
             for step in committed.outbox_ids:
-                self._relay.take(step, outbox)
+                self._outbox_publisher.take(step, outbox)
         for delivery in _taken(self._held):
             self._broker.ack(delivery)
         if events:
@@ -162,14 +162,14 @@ class UnitOfWork:
     def relay_all(self) -> None:
         """Send what an earlier server left in the outbox."""
         for step, text in self._store.outbox(self.state.job):
-            self._relay.take(step, json.loads(text))
+            self._outbox_publisher.take(step, json.loads(text))
 
     def _confirmed(self, step: str) -> None:
         """Forget a step's messages, soon, because the broker has the last of them."""
         if not self._relayed:
             self._loop.after(FORGET_SECONDS, self._forget)
         self._relayed.append(step)
-        if self._relay.is_idle and self._on_relayed is not None:
+        if self._outbox_publisher.is_idle and self._on_relayed is not None:
             self._loop.post(self._finish)
 
     def _forget(self) -> None:
@@ -179,7 +179,7 @@ class UnitOfWork:
     def when_relayed(self, callback: Callable[[], None]) -> None:
         """Call once the broker has every message, and none is left in the outbox."""
         self._on_relayed = callback
-        if self._relay.is_idle:
+        if self._outbox_publisher.is_idle:
             self._loop.post(self._finish)
 
     def _finish(self) -> None:
@@ -192,7 +192,7 @@ class UnitOfWork:
     def close(self) -> None:
         """Take no further step."""
         self._closed = True
-        self._relay.close()
+        self._outbox_publisher.close()
 
 
 def _taken(gathered: list[_Item]) -> list[_Item]:

@@ -15,13 +15,13 @@ class Downloads:
     """Publishes each payload once and withdraws it when no task needs it; for the loop thread."""
 
     def __init__(
-        self, tools: ServerContext, needs: Callable[[str], bool], on_failed: Callable[[str, Exception], None]
+        self, context: ServerContext, needs: Callable[[str], bool], on_failed: Callable[[str, Exception], None]
     ) -> None:
         """Ask `needs`, from any thread, whether the job as it stands may still read a payload.
 
         `on_failed` hears what could not be published, ever, and why.
         """
-        self._tools, self._needs, self._on_failed = tools, needs, on_failed
+        self._context, self._needs, self._on_failed = context, needs, on_failed
         self._announced: set[str] = set()
         self._published: set[str] = set()
         self._left: set[str] = set()
@@ -45,7 +45,7 @@ class Downloads:
             if ref.sha256 not in self._published:
                 failpoints.hit(failpoints.Failpoint.VERSION_COMMITTED)
                 self._published.add(ref.sha256)
-                self._tools.publisher.publish(ref, partial(self._answered, ref.sha256))
+                self._context.publisher.publish(ref, partial(self._answered, ref.sha256))
 
     def _answered(self, sha256: str, error: LoRAbbitError | None) -> None:
         """Tell that nobody will ever read a payload, as long as somebody waits for it."""
@@ -59,28 +59,28 @@ class Downloads:
         self._announced -= stale
         self._left -= stale
         for sha256 in stale:
-            self._tools.publisher.withdraw(sha256)
+            self._context.publisher.withdraw(sha256)
 
         def delete() -> None:
             for sha256 in gone | stale:
                 if not self._needs(sha256):
-                    self._tools.fence()
-                    self._tools.payloads.delete(sha256)
+                    self._context.fence()
+                    self._context.payloads.delete(sha256)
 
-        self._tools.loop.work(delete, _done, _done)
+        self._context.loop.work(delete, _done, _done)
 
     def tidy(self) -> None:
         """Delete every file that nothing needs: what a killed server left, uploads that broke off among it."""
 
         def delete() -> None:
-            for path in self._tools.payloads.folder.iterdir():
+            for path in self._context.payloads.folder.iterdir():
                 sha256 = path.name.partition(".")[0]
                 if not self._needs(sha256):
-                    self._tools.fence()
-                    self._tools.payloads.delete(sha256)
+                    self._context.fence()
+                    self._context.payloads.delete(sha256)
                     path.unlink(missing_ok=True)
 
-        self._tools.loop.work(delete, _done, _done)
+        self._context.loop.work(delete, _done, _done)
 
 
 def _done(_: object) -> None:

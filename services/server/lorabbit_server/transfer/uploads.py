@@ -165,7 +165,7 @@ class Upload:
     is_under_way: bool = False
     """Whether chunks may come that were asked for some time ago."""
     waiting: dict[str, tuple[TaskState, ExpectedUpdate]] = field(default_factory=dict)
-    repairs: ChunkRetransmits = field(default_factory=ChunkRetransmits)
+    retransmits: ChunkRetransmits = field(default_factory=ChunkRetransmits)
 
     def is_offered_by(self, task: TaskState | None) -> bool:
         """Tell whether a task still offers it, or was sent again and may do so once more."""
@@ -181,9 +181,9 @@ class Upload:
 class Uploads:
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, tools: ServerContext, job: str, meter: TrafficMeter, on_checked: OnChecked) -> None:
+    def __init__(self, context: ServerContext, job: str, meter: TrafficMeter, on_checked: OnChecked) -> None:
         """Report how each task's payload is coded, or why it is refused, to `on_checked`."""
-        self._tools, self._job, self._meter, self._on_checked = tools, job, meter, on_checked
+        self._context, self._job, self._meter, self._on_checked = context, job, meter, on_checked
         self._open: dict[str, Upload] = {}
         self._window = UploadWindow()
         self._inherited_until_ms = 0
@@ -194,7 +194,7 @@ class Uploads:
 
     def inherit(self) -> None:
         """Expect that chunks are on their way which an earlier server asked for."""
-        self._inherited_until_ms = self._tools.now_ms() + INHERITED_MS
+        self._inherited_until_ms = self._context.now_ms() + INHERITED_MS
 
     def expect(self, task: TaskState, expected: ExpectedUpdate) -> None:
         """Await the payload that a task's client offered, and grant what is missing of it, now or in its turn."""
@@ -203,10 +203,10 @@ class Uploads:
         ref = task.offered.payload
         upload = self._open.get(ref.sha256)
         if upload is None:
-            missing = set(self._tools.payloads.missing(ref))
-            upload = self._open[ref.sha256] = Upload(ref, missing, self._tools.now_ms())
+            missing = set(self._context.payloads.missing(ref))
+            upload = self._open[ref.sha256] = Upload(ref, missing, self._context.now_ms())
         upload.waiting[task.id] = (task, expected)
-        upload.moved_ms = self._tools.now_ms()
+        upload.moved_ms = self._context.now_ms()
         if not upload.missing:
             self._check(upload, task, expected)
         elif upload.moved_ms < self._inherited_until_ms or (upload.granted and self._is_busy(INHERITED_MS)):
@@ -219,7 +219,7 @@ class Uploads:
         if not isinstance(error, CorruptPayload) or task.id in self._repeated:
             return False
         log.warning("payload-rejected", task=task.id, why=str(error))
-        self._tools.refused["corrupt"] += 1
+        self._context.refused["corrupt"] += 1
         self._repeated.add(task.id)
         return True
 
@@ -240,11 +240,11 @@ class Uploads:
 
     def again(self, absent: frozenset[str]) -> None:
         """Grant what has its turn, and again what has stalled, to the clients that are not absent."""
-        if self._tools.broker.trouble() is not None:
+        if self._context.broker.health() is not None:
             self._wait_anew()
             return
         self._advance()
-        now = self._tools.now_ms()
+        now = self._context.now_ms()
         for upload in self._open.values():
             own_ms = INHERITED_MS if upload.is_under_way else STALLED_MS
             patience_ms = BEHIND_OTHERS_MS if self._is_busy(own_ms) else own_ms
@@ -255,19 +255,19 @@ class Uploads:
     def _wait_anew(self) -> None:
         """Take no upload for stalled for a while."""
         for upload in self._open.values():
-            upload.moved_ms = self._tools.now_ms()
+            upload.moved_ms = self._context.now_ms()
 
     def _is_busy(self, within_ms: int) -> bool:
         """Tell whether a chunk arrived a moment ago."""
-        return self._tools.now_ms() - self._arrived_ms < within_ms
+        return self._context.now_ms() - self._arrived_ms < within_ms
 
     def _advance(self) -> None:
         """Grant the uploads that the window has room for by now."""
-        for sha256 in self._window.advance(self._tools.now_ms()):
+        for sha256 in self._window.advance(self._context.now_ms()):
             self._grant_to_all(self._open[sha256], frozenset())
 
     def _grant_to_all(self, upload: Upload, absent: frozenset[str]) -> None:
-        upload.moved_ms, upload.is_under_way = self._tools.now_ms(), False
+        upload.moved_ms, upload.is_under_way = self._context.now_ms(), False
         for task, _ in upload.waiting.values():
             if task.client not in absent:
                 self._grant(task, upload)
@@ -275,19 +275,19 @@ class Uploads:
     def on_chunk(self, delivery: Delivery) -> None:
         """Write a chunk; one that is here already, or that nobody asked for, is dropped."""
         headers = delivery.headers
-        self._arrived_ms = self._tools.now_ms()
+        self._arrived_ms = self._context.now_ms()
         task = str(headers.get("task", ""))
         size, overhead = len(delivery.body), header_bytes(delivery)
         self._meter.up(task, payload=size, overhead=overhead, message=delivery.message_id)
         upload = self._open.get(str(headers.get("sha256", "")))
-        sender = self._tools.registry.at(topology.address_of(delivery.routing_key))
+        sender = self._context.registry.at(topology.address_of(delivery.routing_key))
         if upload is not None and any(each.client == sender for each, _ in upload.waiting.values()):
             try:
                 index = self._write(upload, delivery)
             except CorruptPayload as error:
                 self._refuse(upload, sender, delivery, error)
                 return
-            upload.moved_ms = self._tools.now_ms()
+            upload.moved_ms = self._context.now_ms()
             failpoints.hit(failpoints.Failpoint.CHUNK_WRITTEN)
             last = upload.missing == {index}
             upload.missing.discard(index)
@@ -296,34 +296,34 @@ class Uploads:
                     self._check(upload, each, expected)
                 self._window.leave(upload.ref.sha256)
                 self._advance()
-        self._tools.broker.ack(delivery)
+        self._context.broker.ack(delivery)
 
     def on_commit(self, task: str, client: ClientId, sha256: str) -> None:
         """Hear that a client has sent every chunk that it was asked for."""
         upload = self._open.get(sha256)
         if upload is not None and upload.is_awaited_from(client, task):
-            upload.repairs.sent(task)
+            upload.retransmits.sent(task)
             self._repair(upload, task)
 
     def _refuse(self, upload: Upload, sender: ClientId | None, delivery: Delivery, why: CorruptPayload) -> None:
         """Drop a chunk that is none, and ask its client for it again."""
         task = str(delivery.headers.get("task", ""))
         log.warning("chunk-rejected", task=task, why=str(why))
-        self._tools.refused["chunk"] += 1
-        self._tools.broker.reject(delivery)
+        self._context.refused["chunk"] += 1
+        self._context.broker.reject(delivery)
         if not upload.is_awaited_from(sender, task):
             return
         with suppress(CorruptPayload):
             index = index_of(delivery)
             if index in upload.missing:
-                upload.repairs.refused(task, index)
+                upload.retransmits.refused(task, index)
                 self._repair(upload, task)
 
     def _repair(self, upload: Upload, task: str) -> None:
         """Ask for the chunks of a task that were refused, once its client has sent everything else."""
-        wanted = upload.repairs.take(task, upload.missing)
+        wanted = upload.retransmits.take(task, upload.missing)
         if wanted:
-            upload.moved_ms = self._tools.now_ms()
+            upload.moved_ms = self._context.now_ms()
             self._ask(upload.waiting[task][0], upload, wanted)
 
     def _write(self, upload: Upload, delivery: Delivery) -> int:
@@ -332,17 +332,17 @@ class Uploads:
         if is_damaged(delivery):
             raise CorruptPayload(f"chunk {index} of payload {upload.ref.sha256[:12]} arrived damaged")
         if index in upload.missing:
-            self._tools.payloads.write_chunk(upload.ref, index, delivery.body)
+            self._context.payloads.write_chunk(upload.ref, index, delivery.body)
         return index
 
     def _grant(self, task: TaskState, upload: Upload) -> None:
         """Ask a client for all chunks that are missing; some may be on their way where it was asked before."""
         again, upload.granted = upload.granted, True
-        upload.repairs.granted(task.id)
-        self._ask(task, upload, sorted(upload.missing), perishable=again)
+        upload.retransmits.granted(task.id)
+        self._ask(task, upload, sorted(upload.missing), drop_on_reconnect=again)
 
-    def _ask(self, task: TaskState, upload: Upload, missing: Sequence[int], *, perishable: bool = False) -> None:
-        entry = self._tools.registry.get(task.client)
+    def _ask(self, task: TaskState, upload: Upload, missing: Sequence[int], *, drop_on_reconnect: bool = False) -> None:
+        entry = self._context.registry.get(task.client)
         if entry is None:
             return
         sha256, chunks = upload.ref.sha256, tuple(missing)
@@ -354,11 +354,11 @@ class Uploads:
             topology.control_key(entry.address),
             grant.type_name(),
             body,
-            {"epoch": self._tools.epoch},
+            {"epoch": self._context.epoch},
             f"{task.id}.grant",
-            perishable=perishable,
+            drop_on_reconnect=drop_on_reconnect,
         )
-        self._tools.broker.send_until_taken(message, self._asked)
+        self._context.broker.send_with_retry(message, self._asked)
 
     def _asked(self, error: LoRAbbitError | None) -> None:
         """Hear whether the broker took a grant."""
@@ -369,7 +369,7 @@ class Uploads:
 
     def _check(self, upload: Upload, task: TaskState, expected: ExpectedUpdate) -> None:
         """Check a whole payload beside the loop, for one task that waits for it."""
-        payloads = self._tools.payloads
+        payloads = self._context.payloads
 
         def work() -> CompressionSpec:
             return check_update(payloads.finish(upload.ref), expected)
@@ -380,7 +380,7 @@ class Uploads:
             failpoints.hit(failpoints.Failpoint.UPLOAD_CHECKED)
             self._on_checked(task, found)
 
-        self._tools.loop.work(work, done, done)
+        self._context.loop.work(work, done, done)
 
 
 def refusal(error: Exception) -> Refused | None:

@@ -22,7 +22,7 @@ class Adaptable(Protocol):
     def set_rank(self, rank: int) -> None:
         """Give every LoRA pair a rank."""
 
-    def shift_base(self, factors: Tensors) -> None:
+    def set_base_delta(self, factors: Tensors) -> None:
         """Add a product to the pristine base."""
 
 
@@ -61,7 +61,7 @@ def install(plan: Plan, session: Adaptable) -> None:
     if isinstance(rank, int):
         session.set_rank(rank)
     if SHIFT in plan.payloads:
-        session.shift_base(plan.payloads[SHIFT])
+        session.set_base_delta(plan.payloads[SHIFT])
     adapter, fixed = plan.payloads[ADAPTER], plan.payloads.get(FROZEN)
     session.load({**fixed, **adapter} if fixed else adapter)
 

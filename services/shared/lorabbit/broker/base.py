@@ -41,7 +41,7 @@ class Outgoing:
     headers: Mapping[str, str | int] = field(default_factory=dict)
     message_id: str = ""
     expires_ms: int | None = None
-    perishable: bool = False
+    drop_on_reconnect: bool = False
     """Whether it is not worth sending again on another connection; it is then answered with BrokerUnavailable."""
 
 
@@ -104,7 +104,7 @@ class Broker(ABC):
         """Declare a durable topic exchange; idempotent. Blocks; raises BrokerUnavailable."""
 
     @abstractmethod
-    def when_emptied(self, callback: Callable[[], None]) -> None:
+    def on_broker_reset(self, callback: Callable[[], None]) -> None:
         """Call back on the loop thread each time the broker comes back without what was declared, its volume lost."""
 
     @abstractmethod
@@ -119,7 +119,7 @@ class Broker(ABC):
     def send(self, message: Outgoing, on_done: OnDone | None = None) -> None:
         """Hand over a message; returns at once."""
 
-    def send_until_taken(self, message: Outgoing, on_done: OnDone | None = None) -> None:
+    def send_with_retry(self, message: Outgoing, on_done: OnDone | None = None) -> None:
         """Hand over a message, again and again while its queue is full or looks for a new leader among its nodes."""
         backoff = Backoff(0.05, 5.0)
 
@@ -170,7 +170,7 @@ class Broker(ABC):
         """Make `run` return after the current callback; callable from any thread and from signal handlers."""
 
     @abstractmethod
-    def trouble(self) -> str | None:
+    def health(self) -> str | None:
         """What keeps the broker from working right now, as a sentence for an operator; None if nothing."""
 
     @abstractmethod

@@ -161,7 +161,7 @@ class MemoryBroker(Broker):
         """Declare a topic exchange; idempotent."""
         self._exchanges.setdefault(name, MemoryExchange())
 
-    def when_emptied(self, callback: Callable[[], None]) -> None:
+    def on_broker_reset(self, callback: Callable[[], None]) -> None:
         """Call back after each `empty`."""
         self._on_emptied = callback
 
@@ -265,7 +265,7 @@ class MemoryBroker(Broker):
         """Make `run` return after the current callback."""
         self._loop.stop()
 
-    def trouble(self) -> str | None:
+    def health(self) -> str | None:
         """Nothing can be wrong with memory."""
         return None
 

@@ -103,7 +103,7 @@ class StateStore(ABC):
 
     @property
     @abstractmethod
-    def roster(self) -> EnrollmentStore:
+    def enrollment(self) -> EnrollmentStore:
         """Who may join, who has joined and who was sent away."""
 
     # ---- the server's lease ----

@@ -108,7 +108,7 @@ class RedisStateStore(StateStore):
         return cls(fakeredis.FakeRedis(decode_responses=True))
 
     @property
-    def roster(self) -> EnrollmentStore:
+    def enrollment(self) -> EnrollmentStore:
         """See `StateStore.roster`."""
         return EnrollmentStore(self._run, lambda ask: self._call(lambda: ask(self._redis)), _SERVER)
 

@@ -189,7 +189,7 @@ class StreamReader(Cancellable):
 
     def _check_progress(self) -> None:
         """End a read on which nothing arrives; no wait is without an end."""
-        trouble = self._broker.trouble()
+        trouble = self._broker.health()
         is_elsewhere = not self._moved and trouble is None and self._first() > 0
         if is_elsewhere:
             self._read_everything()

@@ -83,7 +83,7 @@ class RabbitBroker(Broker):
         )
         self._exchange = name
 
-    def when_emptied(self, callback: Callable[[], None]) -> None:
+    def on_broker_reset(self, callback: Callable[[], None]) -> None:
         """Call back on the loop thread each time the broker comes back without what was declared."""
         self._on_emptied = callback
 
@@ -143,9 +143,9 @@ class RabbitBroker(Broker):
         """Make `run` return after the current callback; callable from any thread and from signal handlers."""
         self._loop.stop()
 
-    def trouble(self) -> str | None:
+    def health(self) -> str | None:
         """What keeps RabbitMQ from working right now, as a sentence."""
-        return self._publishing.trouble() or self._consuming.trouble()
+        return self._publishing.health() or self._consuming.health()
 
     def close(self) -> None:
         """Wait a few seconds for what is not confirmed, then close both connections."""
@@ -207,7 +207,7 @@ class RabbitBroker(Broker):
             answer.result(self._patience_seconds)
         except TimeoutError as error:
             answer.cancel()
-            trouble = self.trouble() or f"RabbitMQ gave no answer within {self._patience_seconds:.0f} s"
+            trouble = self.health() or f"RabbitMQ gave no answer within {self._patience_seconds:.0f} s"
             raise BrokerUnavailable(trouble) from error
 
     def _on_bug(self, error: BaseException) -> None:

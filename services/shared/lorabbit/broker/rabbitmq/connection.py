@@ -132,7 +132,7 @@ class Connection:
         """Try to connect now instead of later, because the broker is known to be there; callable from any thread."""
         self._hurry.set()
 
-    def trouble(self) -> str | None:
+    def health(self) -> str | None:
         """What keeps the connection from working, as a sentence; None if nothing."""
         return self._down or self._blocked
 

@@ -82,8 +82,8 @@ class Publisher:
     def down(self) -> None:
         """Take what was not confirmed back to the front, except for what has perished with the connection."""
         self._take_back()
-        perished = [item for item in self._waiting if item.message.perishable]
-        self._waiting = deque(item for item in self._waiting if not item.message.perishable)
+        perished = [item for item in self._waiting if item.message.drop_on_reconnect]
+        self._waiting = deque(item for item in self._waiting if not item.message.drop_on_reconnect)
         for item in perished:
             self._answer(item, BrokerUnavailable("the connection broke before RabbitMQ confirmed it"))
 

@@ -103,7 +103,7 @@ class Method(BaseModel):
         return ""
 
     # ---- client ----
-    def initialise(self, session: Any) -> Tensors:  # noqa: ANN401 - Session or PersonalSession, as `personal` says
+    def initialize(self, session: Any) -> Tensors:  # noqa: ANN401 - Session or PersonalSession, as `personal` says
         """Make the first adapter; one client does it, since the server holds no base model."""
         tensors: Tensors = session.tensors()
         return tensors

@@ -42,7 +42,7 @@ class Selecting(Protocol):
 class Standing(Protocol):
     """What is asked of a session that has a base."""
 
-    def stand_on(self, base: Tensors, sha256: str) -> None:
+    def use_base(self, base: Tensors, sha256: str) -> None:
         """Make a whole model the base."""
 
 
@@ -73,7 +73,7 @@ def digest(base: Tensors) -> str:
 
 def install_base(plan: Plan, session: Standing) -> None:
     """Make the base that a plan brings a client's base; raises Refused where it is not the one that it names."""
-    session.stand_on(plan.payloads[BASE], str(plan.settings.get("base_hash")))
+    session.use_base(plan.payloads[BASE], str(plan.settings.get("base_hash")))
 
 
 def first_factors(adapter: Tensors, model: Tensors, setting: Aggregation) -> dict[str, Array]:

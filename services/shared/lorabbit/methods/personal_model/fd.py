@@ -51,7 +51,7 @@ class Fd(Method):
         requirements.check(job, self.name)
 
     # ---- client ----
-    def initialise(self, session: PersonalSession) -> Tensors:
+    def initialize(self, session: PersonalSession) -> Tensors:
         """Nobody holds any class yet."""
         size = session.classes
         return {LOGITS: np.zeros((size, size), np.float32), HELD: np.zeros(size, np.float32)}

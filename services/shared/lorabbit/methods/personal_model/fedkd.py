@@ -69,7 +69,7 @@ class FedKd(Method):
             raise BadInput(f"method.t_end: {self.t_end} is below t_start {self.t_start}; the share kept grows")
 
     # ---- client ----
-    def initialise(self, session: PersonalSession) -> Tensors:
+    def initialize(self, session: PersonalSession) -> Tensors:
         """The mentee as the job draws it."""
         session.add_model(ROLE, requirements.shared_model(self.job, self.shared_model))
         return session.tensors(PREFIX)

@@ -56,7 +56,7 @@ class FedProto(Method):
         requirements.check(job, self.name)
 
     # ---- client ----
-    def initialise(self, session: PersonalSession) -> Tensors:
+    def initialize(self, session: PersonalSession) -> Tensors:
         """Nobody has seen any class yet."""
         shape = (session.classes, session.width("representation"))
         return {PROTOTYPES: np.zeros(shape, np.float32), EXAMPLES: np.zeros(session.classes, np.float32)}

@@ -52,7 +52,7 @@ class Fml(Method):
         requirements.check(job, self.name)
 
     # ---- client ----
-    def initialise(self, session: PersonalSession) -> Tensors:
+    def initialize(self, session: PersonalSession) -> Tensors:
         """The shared model as the job draws it."""
         session.add_model(ROLE, requirements.shared_model(self.job, self.shared_model))
         return session.tensors(PREFIX)

@@ -43,7 +43,7 @@ class LgFedAvg(Method):
         requirements.check(job, self.name)
 
     # ---- client ----
-    def initialise(self, session: PersonalSession) -> Tensors:
+    def initialize(self, session: PersonalSession) -> Tensors:
         """The last layer of the first client."""
         return _last_layer(session)
 

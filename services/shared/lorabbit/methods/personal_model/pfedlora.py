@@ -92,7 +92,7 @@ class PFedLora(Method):
         return "features" if self.site == "fc_stack" else "representation"
 
     # ---- client ----
-    def initialise(self, session: PersonalSession) -> Tensors:
+    def initialize(self, session: PersonalSession) -> Tensors:
         """A ~ N(0, 1 / d_A), and B ~ N(0, 1 / r), or zero where the adapter begins as the own answer."""
         if self.site == "peft_slots":
             return self._slotted(session)

@@ -33,7 +33,7 @@ class Standalone(Method):
         requirements.check(job, self.name)
 
     # ---- client ----
-    def initialise(self, session: PersonalSession) -> Tensors:  # noqa: ARG002 - nothing is shared
+    def initialize(self, session: PersonalSession) -> Tensors:  # noqa: ARG002 - nothing is shared
         """Nothing."""
         return {}
 

@@ -79,7 +79,7 @@ class FeDeRA(Averaging):
         return True
 
     # ---- client ----
-    def initialise(self, session: Session) -> Tensors:
+    def initialize(self, session: Session) -> Tensors:
         """(1): one client decomposes the pristine weights."""
         tensors = dict(session.tensors())
         if self.components == "random":

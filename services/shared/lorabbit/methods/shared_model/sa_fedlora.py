@@ -151,7 +151,7 @@ class SaFedLora(Method):
         return schedule.rank(min(t, self.job.rounds - 1)) or schedule.highest
 
     # ---- client ----
-    def initialise(self, session: Session) -> Tensors:
+    def initialize(self, session: Session) -> Tensors:
         """The first adapter, and the whole model where the first stage trains it."""
         return two_stage.with_whole(session) if self._whole else session.tensors()
 

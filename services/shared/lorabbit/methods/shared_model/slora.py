@@ -88,7 +88,7 @@ class SLora(Averaging):
         return True
 
     # ---- client ----
-    def initialise(self, session: Session) -> Tensors:
+    def initialize(self, session: Session) -> Tensors:
         """The first adapter; no weight may have fewer components than (2) takes."""
         adapter = session.tensors()
         for module in lora_math.modules(adapter):
