@@ -64,8 +64,7 @@ def average(spec: JobSpec, model, clients) -> dict[str, float]:  # noqa: ANN001 
     import torch  # noqa: PLC0415
     from peft import get_peft_model_state_dict, set_peft_model_state_dict  # noqa: PLC0415
 
-    from lorabbit_client.training.batching import steps_of  # noqa: PLC0415 - the same batches
-    from lorabbit_client.training.trainer import batches  # noqa: PLC0415
+    from lorabbit_client.training.batching import batches, steps_of  # noqa: PLC0415 - the same batches
 
     state = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
     scores: dict[str, float] = {}

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tree import PACKAGES, ROOT
+from tree import PACKAGES, ROOT, dotted
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "sklearn", "scipy", "pandas", "pyarrow"}
 IDLE_MEBIBYTES = 80
@@ -61,7 +61,7 @@ def test_the_server_and_the_command_line_start_without_a_learning_framework(modu
 
 
 def test_the_whole_library_and_server_load_without_a_learning_framework() -> None:
-    modules = [dotted(package, path) for package in ("lorabbit", "lorabbit_server") for path in files(package)]
+    modules = [dotted(path) for package in ("lorabbit", "lorabbit_server") for path in files(package)]
 
     names, _ = loaded_by(", ".join(modules))
 
@@ -69,11 +69,5 @@ def test_the_whole_library_and_server_load_without_a_learning_framework() -> Non
 
 
 def files(package: str) -> list[Path]:
-    """Module files of a package, without the one that runs it."""
+    """Return the module files of a package, without the one that runs it."""
     return sorted(path for path in PACKAGES[package].rglob("*.py") if path.stem != "__main__")
-
-
-def dotted(package: str, path: Path) -> str:
-    """Import name of a module file."""
-    inside = path.relative_to(PACKAGES[package].parent).with_suffix("")
-    return ".".join(inside.parts).removesuffix(".__init__")

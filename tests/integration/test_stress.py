@@ -91,7 +91,7 @@ def test_ctrl_c_stops_everything_that_was_started(tmp_path: Path) -> None:
     ) as running:
         root = psutil.Process(running.pid)
         deadline = time.monotonic() + 60
-        while not any("stress.host" in " ".join(_command(p)) for p in root.children(recursive=True)):
+        while not any("stress.client_host" in " ".join(_command(p)) for p in root.children(recursive=True)):
             assert time.monotonic() < deadline, "no client was started"
             assert running.poll() is None, "it ended by itself"
         family = root.children(recursive=True)

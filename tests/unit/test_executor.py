@@ -309,18 +309,19 @@ def test_the_null_model_runs_every_phase_without_torch(folder: Path):
         import sys
         from pathlib import Path
         from learning import job, silent, task_of
-        from lorabbit import codec
+        from lorabbit.tensors import serialization
         from lorabbit.types import ADAPTER
-        from lorabbit_client.execution.interface import Work
+        from lorabbit_client.execution.interface import TaskInput
         from lorabbit_client.executor import Executor
         folder = Path(sys.argv[1])
         spec, executor, before = job(folder, model={"name": "null:4KB"}), Executor(), {}
         for phase in ("initialise", "train", "evaluate"):
-            work = Work(task_of(spec, 1, phase), dict(before), folder / phase, folder / "p", folder / "privacy.json")
+            files = (folder / phase, folder / "p", folder / "privacy.json")
+            work = TaskInput(task_of(spec, 1, phase), dict(before), *files)
             outcome = executor.execute(work, silent)
             assert outcome.error is None, outcome
             before = {ADAPTER: folder / "initialise"}
-        start, end = (codec.read_tensors(folder / phase) for phase in ("initialise", "train"))
+        start, end = (serialization.read_tensors(folder / phase) for phase in ("initialise", "train"))
         assert sum(value.nbytes for value in start.values()) == 4000
         assert all(abs(end[name] - start[name] - 0.0015).max() < 1e-6 for name in start)
         heavy = {"torch", "transformers", "peft", "datasets", "pandas", "sklearn", "pyarrow"}

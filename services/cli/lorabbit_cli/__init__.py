@@ -1,1 +1,4 @@
-"""The operator's side: the `lorabbit` command."""
+"""The command `lorabbit`.
+
+Importers: lorabbit_bench.
+"""

@@ -1,1 +1,4 @@
-"""The client: owns private data and a base model, trains, and keeps its secrets on its own disk."""
+"""The LoRAbbit client: receives tasks, trains on local data, and uploads updates.
+
+Importers: lorabbit_cli, lorabbit_bench.stress.
+"""

@@ -1,1 +1,4 @@
-"""The server: owns jobs and rounds, sees named tensors only, and can be killed at any instruction."""
+"""The LoRAbbit server: queues jobs, runs their rounds, and serves the HTTP API.
+
+Importers: lorabbit_cli.commands, lorabbit_cli.local.
+"""

@@ -1,3 +1,6 @@
-"""LoRAbbit: federated LoRA fine-tuning over RabbitMQ. This package is what both services speak."""
+"""Federated LoRA fine-tuning over RabbitMQ: the library that the server and the clients share.
+
+Importers: any package.
+"""
 
 __version__ = "0.1.0"

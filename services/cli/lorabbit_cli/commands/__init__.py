@@ -1,1 +1,4 @@
-"""TODO"""
+"""Definitions of the commands; each imports its work when it runs.
+
+Importers: lorabbit_cli.__main__.
+"""

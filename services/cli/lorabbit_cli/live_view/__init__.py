@@ -1,1 +1,4 @@
-"""TODO"""
+"""The live view of a running job in a terminal.
+
+Importers: lorabbit_cli.commands.
+"""

@@ -1,1 +1,4 @@
-"""Scaling: how many clients a pool has, whatever runs them: processes, containers, compose, Kubernetes."""
+"""Scaling of client pools on processes, Docker, Compose and Kubernetes.
+
+Importers: lorabbit_cli.commands, lorabbit_bench.
+"""

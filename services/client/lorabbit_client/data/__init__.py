@@ -1,1 +1,4 @@
-"""TODO"""
+"""Data sources, file formats, tables, partitioners, and encoded features.
+
+Importers: lorabbit_client.
+"""

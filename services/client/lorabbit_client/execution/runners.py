@@ -2,7 +2,7 @@
 
 A service trains in one thread of its own (`ThreadRunner`): torch lets go of the GIL, and the
 broker's socket has a thread too, so nothing starves. An embedded run trains in processes that share
-one base model (`lorabbit_client.forking.ForkRunner`), or, for the null model, at once
+one base model (`lorabbit_client.execution.process_pool.ForkRunner`), or, for the null model, at once
 (`InlineRunner`). All of them seal a result: its sha256 is taken, and its bytes are forced to disk
 where the client promises to survive a power cut, before anybody hears of it.
 """

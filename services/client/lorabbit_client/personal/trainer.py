@@ -28,7 +28,7 @@ from lorabbit_client.training.trainer import Trainer, TrainingSchedule
 
 
 class TorchForward:
-    """One batch on its way through a client's models; see `lorabbit.methods.session.Forward`."""
+    """One batch on its way through a client's models; see `lorabbit.training_session.Forward`."""
 
     def __init__(
         self,

@@ -1,1 +1,4 @@
-"""TODO"""
+"""Learning tasks: how records are checked, encoded and scored.
+
+Importers: lorabbit_client.
+"""

@@ -1,1 +1,4 @@
-"""TODO"""
+"""Training and evaluation on the shared base model.
+
+Importers: lorabbit_client, lorabbit_bench.stress.
+"""

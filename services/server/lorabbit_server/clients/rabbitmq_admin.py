@@ -18,7 +18,7 @@ from lorabbit.config.network import TlsSettings, tls_error, urls_of_hosts
 from lorabbit.errors import BrokerUnavailable, NotAllowed
 
 HASHING = "rabbit_password_hashing_sha256"
-"""Which of RabbitMQ's ways to keep a password `lorabbit.enrolment.password_hash` is."""
+"""Which of RabbitMQ's ways to keep a password `lorabbit.config.enrollment.password_hash` is."""
 ALREADY_THERE = "already_exists"
 """What RabbitMQ says to one of two who make the same thing at once; the second try finds it there."""
 TIMEOUT_SECONDS = 10.0

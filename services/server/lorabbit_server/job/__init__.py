@@ -1,1 +1,4 @@
-"""TODO"""
+"""Execution of one job: routes messages, applies engine commands, and commits each step atomically.
+
+Importers: lorabbit_server.server.
+"""

@@ -1,1 +1,4 @@
-"""TODO"""
+"""Uploads and downloads of payloads, and their traffic.
+
+Importers: lorabbit_server.job.
+"""

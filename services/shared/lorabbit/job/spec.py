@@ -2,7 +2,7 @@
 
 Every knob has a default that works, unknown keys are errors, and the messages of a failed
 validation name the exact path, what was expected and the nearest valid name. A method's own
-hyper-parameters are kept as given and validated by the method (`lorabbit.methods.build`).
+hyper-parameters are kept as given and validated by the method (`lorabbit.methods.registry.build`).
 
 What a job may ask against hostile clients and against what updates tell: keys of the job file.
 
@@ -12,7 +12,7 @@ Parts of the job file. See docs/how-to/choose-clients.md.
 
 Transport: how a job's tensors are written for the wire, in each direction.
 
-A coding is what a job file asks for; `lorabbit.coding` is what it does. See docs/explanation/codecs.md.
+A coding is what a job file asks for; `lorabbit.compression` is what it does. See docs/explanation/codecs.md.
 """
 
 from __future__ import annotations

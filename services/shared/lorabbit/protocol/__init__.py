@@ -1,1 +1,4 @@
-"""TODO"""
+"""Messages between the server and its clients, and their JSON encoding.
+
+Importers: any package.
+"""

@@ -1,1 +1,4 @@
-"""TODO"""
+"""Process-level building blocks: seeds, backoff, atomic file replacement, and failpoints for tests.
+
+Importers: any package.
+"""

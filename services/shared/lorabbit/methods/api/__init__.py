@@ -1,1 +1,4 @@
-"""TODO"""
+"""The interface that each method implements, and its default: averaging.
+
+Importers: lorabbit.methods, lorabbit_server, lorabbit_cli.local.
+"""

@@ -73,7 +73,7 @@ class Method(BaseModel):
 
     @property
     def job(self) -> JobSpec:
-        """The job that this method was built for (`lorabbit.methods.build`); the default job in isolation."""
+        """The job that this method was built for (`lorabbit.methods.registry.build`); the default job in isolation."""
         return self._job
 
     def with_job(self, job: JobSpec) -> Self:

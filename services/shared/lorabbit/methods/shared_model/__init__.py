@@ -1,1 +1,4 @@
-"""TODO"""
+"""Methods in which all clients train the same base model.
+
+Importers: lorabbit.methods.
+"""

@@ -25,9 +25,14 @@ def test_every_point_is_at_one_place_of_the_side_it_names():
     sources = {path: path.read_text() for path in (ROOT / "services").rglob("*.py")}
 
     for point in failpoints.Failpoint:
-        places = [path for path, text in sources.items() if re.search(rf"\bcrash\.Point\.{point.name}\b", text)]
+        places = [
+            path for path, text in sources.items() if re.search(rf"\bfailpoints\.Failpoint\.{point.name}\b", text)
+        ]
         assert len(places) == 1, f"{point.title} is at {places}"
-        assert f"lorabbit_{point.side}" in str(places[0]) or places[0].name in {"transfer.py", "publishing.py"}
+        assert f"lorabbit_{point.side}" in str(places[0]) or places[0].name in {
+            "chunked_transfer.py",
+            "stream_publisher.py",
+        }
 
 
 @pytest.mark.parametrize("main", [server.main, client.main])
@@ -51,11 +56,11 @@ def test_a_number_of_passages_that_is_none_is_refused(text):
 
 def test_a_process_dies_on_the_passage_it_was_told_and_prints_nothing_more():
     program = (
-        "from lorabbit import crash\n"
-        "crash.arm('training:2')\n"
-        "crash.reached(crash.Point.RESULT_WRITTEN)\n"
-        "crash.reached(crash.Point.TRAINING); print('once', flush=True)\n"
-        "crash.reached(crash.Point.TRAINING); print('twice', flush=True)\n"
+        "from lorabbit.runtime import failpoints\n"
+        "failpoints.arm('training:2')\n"
+        "failpoints.hit(failpoints.Failpoint.RESULT_WRITTEN)\n"
+        "failpoints.hit(failpoints.Failpoint.TRAINING); print('once', flush=True)\n"
+        "failpoints.hit(failpoints.Failpoint.TRAINING); print('twice', flush=True)\n"
     )
 
     died = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603
@@ -64,7 +69,11 @@ def test_a_process_dies_on_the_passage_it_was_told_and_prints_nothing_more():
 
 
 def test_nothing_happens_where_nobody_asked():
-    program = "from lorabbit import crash\nfor point in crash.Point: crash.reached(point)\nprint('alive')"
+    program = (
+        "from lorabbit.runtime import failpoints\n"
+        "for point in failpoints.Failpoint: failpoints.hit(point)\n"
+        "print('alive')\n"
+    )
 
     lived = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603
 
