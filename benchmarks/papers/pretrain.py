@@ -92,7 +92,7 @@ def train(pixels: Pixels, labels: NDArray[np.int64], *, epochs: int) -> ViTForIm
         order = torch.randperm(len(targets))[: len(targets) // BATCH * BATCH].view(-1, BATCH)
         model.train()
         for rows in order:
-            loss = functional.cross_entropy(model(_moved(images[rows])).logits, targets[rows])
+            loss = functional.cross_entropy(model(_perturbed(images[rows])).logits, targets[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -107,7 +107,7 @@ def _tensor(pixels: Pixels) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 
-def _moved(images: torch.Tensor) -> torch.Tensor:
+def _perturbed(images: torch.Tensor) -> torch.Tensor:
     """Flip half of the images, and shift the batch by up to `SHIFT` pixels each way."""
     flipped = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)  # noqa: PLR2004 - half of them
     down, right = torch.randint(-SHIFT, SHIFT + 1, (2,)).tolist()

@@ -166,7 +166,7 @@ def _broker() -> Iterator[Finding]:
     settings = read_settings(ClientSettings)
     joined = credentials.read(settings.folder / credentials.FILE)  # a client asks as the user that it joined as
     broker_url = settings.broker_url if joined is None else credentials.url_of(settings.broker_url, joined)
-    troubles = {url: _trouble_of(url, settings.trust) for url in urls_of_hosts(broker_url)}
+    troubles = {url: _connection_error(url, settings.trust) for url in urls_of_hosts(broker_url)}
     answers = any(trouble is None for trouble in troubles.values())
     for url, trouble in troubles.items():
         shown = without_password(url)
@@ -179,7 +179,7 @@ def _broker() -> Iterator[Finding]:
             yield Finding("broker", FAIL, f"{shown}: {trouble}; {todo}")
 
 
-def _trouble_of(url: str, trust: TlsSettings) -> str | None:
+def _connection_error(url: str, trust: TlsSettings) -> str | None:
     """What keeps RabbitMQ at one host from answering within seconds; None if nothing."""
     from lorabbit.broker.rabbitmq.broker import RabbitBroker  # noqa: PLC0415 - imports pika
 

@@ -64,7 +64,7 @@ def compare(  # noqa: PLR0913, PLR0917 - options of the command line
     asked = CompareOptions(
         out=out,
         cache=cache or out / "cache",
-        command=_again(files, overrides, seeds),
+        command=_command_line(files, overrides, seeds),
         only=tuple(only),
         jobs=jobs,
         fresh=fresh,
@@ -79,7 +79,7 @@ def compare(  # noqa: PLR0913, PLR0917 - options of the command line
     raise typer.Exit(1 if finished.failed else 0)
 
 
-def _again(files: list[str], overrides: list[str], seeds: str | None) -> str:
+def _command_line(files: list[str], overrides: list[str], seeds: str | None) -> str:
     """Write the command that makes this comparison again."""
     options = [f"--set={override}" for override in overrides] + ([f"--seeds={seeds}"] if seeds else [])
     return shlex.join(["lorabbit", "compare", *files, *options])

@@ -131,7 +131,7 @@ def run_comparison(sweep: Sweep, asked: CompareOptions, console: Console) -> Com
     for planned in wanted:
         by_key.setdefault(keys.of(planned.spec), []).append(planned)
     cache, folder = RunCache(asked.cache), asked.out / sweep.name
-    with _alone(folder):
+    with _exclusive(folder):
         known = {} if asked.fresh else _known(cache, by_key, asked)
         todo = {key: runs[0] for key, runs in by_key.items() if key not in known}
         effort = choose_parallelism(device, settings.threads, asked, len(by_key))
@@ -180,7 +180,7 @@ def _run(todo: Mapping[str, RunSpec], cache: RunCache, effort: Parallelism, cons
     place = cache.place("")
     try:
         place.mkdir(parents=True, exist_ok=True)
-        _sweep_out(place)
+        _remove_scratch(place)
         scratch = tempfile.TemporaryDirectory(dir=place, prefix=f"{WORK}{os.getpid()}-", ignore_cleanup_errors=True)
     except OSError as error:
         raise BadInput(f"{place} cannot be written: {error.strerror}; name another folder with --cache") from error
@@ -188,7 +188,7 @@ def _run(todo: Mapping[str, RunSpec], cache: RunCache, effort: Parallelism, cons
         return run_all(todo, cache, Path(folder), effort, view)
 
 
-def _sweep_out(place: Path) -> None:
+def _remove_scratch(place: Path) -> None:
     """Remove the working folders of comparisons that were killed."""
     for left in place.glob(f"{WORK}*"):
         owner = left.name.removeprefix(WORK).partition("-")[0]
@@ -213,7 +213,7 @@ def _measures(
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _exclusive(folder: Path) -> Iterator[None]:
     """Hold a comparison's folder; raises BadInput when another process does, or when it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,7 @@ class _ProcessPool:
         assert running.process.stdout is not None  # noqa: S101 - as above
         chunk = os.read(running.process.stdout.fileno(), READ_BYTES)
         if not chunk:
-            self._over(running)
+            self._finished(running)
             return
         *lines, running.rest = (running.rest + chunk).split(b"\n")
         for line in lines:
@@ -142,7 +142,7 @@ class _ProcessPool:
             else:
                 self._watch.progressed(running.planned.name, said)
 
-    def _over(self, running: _Running) -> None:
+    def _finished(self, running: _Running) -> None:
         """Keep what came of a run."""
         stdout = running.process.stdout
         assert stdout is not None  # noqa: S101 - as above
@@ -161,14 +161,14 @@ class _ProcessPool:
         said = {name: value for name, value in running.end.items() if name not in {"end", "folder"}}
         status = "done" if running.end.get("end") == "done" and code == 0 else "failed"
         if status == "failed" and not said.get("reason"):
-            said["reason"] = _last_words(running.folder / "log", code)
+            said["reason"] = _log_tail(running.folder / "log", code)
         known = {"device": self._effort.device, "workers": self._effort.workers, "threads": self._effort.threads}
         return RunOutcome.model_validate(
             {"key": running.key, "status": status, "sources": self._sources, **known, **said}
         )
 
 
-def _last_words(log: Path, code: int) -> str:
+def _log_tail(log: Path, code: int) -> str:
     """What a process that said nothing of its end wrote last."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     try:
         settings = read_settings(ClientSettings)
         means = ComputeOptions(settings.device, settings.threads, settings.data_root, workers)
-        ended = run_local(job_loader.load(job), out, means=means, audience=Callbacks(on_event=_told))
+        ended = run_local(job_loader.load(job), out, means=means, audience=Callbacks(on_event=_on_event))
     except LoRAbbitError as error:
         _say({"end": "failed", "reason": str(error)})
         return error.exit_code
@@ -54,7 +54,7 @@ def die_with(parent: int) -> None:
         raise SystemExit(1)
 
 
-def _told(event: ev.AnyEvent) -> None:
+def _on_event(event: ev.AnyEvent) -> None:
     """Tell of a round that ended, or was scored."""
     if isinstance(event, ev.RoundClosed):
         _say({"round": event.round})

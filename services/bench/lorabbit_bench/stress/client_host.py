@@ -173,7 +173,7 @@ def main() -> int:
         for first in range(0, hosting.clients, hosting.per_process):
             if os.fork() == 0:
                 os.close(writable)
-                _be_clients(hosting, first, readable)
+                _run_clients(hosting, first, readable)
         sys.stdin.read()
     return 0
 
@@ -182,7 +182,7 @@ def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _be_clients(hosting: ClientHostConfig, first: int, lifeline: int) -> None:
+def _run_clients(hosting: ClientHostConfig, first: int, parent_pipe: int) -> None:
     """Hold some clients until the host's end of the pipe is closed; never returns."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -197,7 +197,7 @@ def _be_clients(hosting: ClientHostConfig, first: int, lifeline: int) -> None:
         clients.append(SimulatedClient(number, settings, runner, trace))
     for number, client in enumerate(clients, start=first):
         client.start(number / CLIENTS_PER_SECOND)
-    waits = threading.Thread(target=os.read, args=(lifeline, 1), daemon=True)
+    waits = threading.Thread(target=os.read, args=(parent_pipe, 1), daemon=True)
     waits.start()
     waits.join()
     for client in clients:

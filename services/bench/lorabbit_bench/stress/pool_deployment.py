@@ -30,7 +30,7 @@ class DeployedPool:
     meter: Meter
     """Reads what can be read of its tiers."""
 
-    def bring(self, clients: int) -> None:
+    def resize_to(self, clients: int) -> None:
         """Bring the pool to so many clients; raises BadInput and RunFailed as `scale` does."""
         scale(self.scaler, self.pool, clients, pace=PACE, tell=lambda _: None)
 
@@ -52,7 +52,7 @@ class PoolDeployment:
         with self.connect() as server:
             server.jobs()
         try:
-            self._deployed.bring(self._clients)
+            self._deployed.resize_to(self._clients)
         except (OverQuota, RunFailed) as error:
             raise LimitReached(f"containers: {error}") from error
 
@@ -75,4 +75,4 @@ def deployed_pool(scaler: Scaler, pool: str, connect: Callable[[], ApiClient], m
     try:
         yield found
     finally:
-        found.bring(before)
+        found.resize_to(before)

@@ -260,7 +260,7 @@ class ProcessDeployment:
             for child in self._tiers.pop(tier, []):
                 child.stop()
         if self._configured and self._broker_url:
-            self._forget_inboxes()
+            self._delete_queues()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _child(self, name: str, module: str, environment: Mapping[str, str]) -> ChildProcess:
@@ -282,7 +282,7 @@ class ProcessDeployment:
                     raise ServerUnavailable(f"the server did not become ready in {READY_SECONDS:.0f} s: {why}")
                 time.sleep(0.1)
 
-    def _forget_inboxes(self) -> None:
+    def _delete_queues(self) -> None:
         """Delete the clients' queues from a broker that stays."""
         broker = RabbitBroker(self._broker_url, name="lorabbit stress")
         with contextlib.suppress(LoRAbbitError):

@@ -45,7 +45,7 @@ class StressRunner:
                 for payload in payloads:
                     resource_limits.check(ResourceDemand(clients, payload, per_client), folder, descriptors=descriptors)
             except LimitReached as limit:
-                self._met(clients, payload, limit)
+                self._record_limit(clients, payload, limit)
                 payloads = [each for each in payloads if each < payload]
             if not payloads:
                 return
@@ -69,7 +69,7 @@ class StressRunner:
                     if self._measure(federation, clients, payload, joining, progress):
                         return payloads[:number]
             except LimitReached as limit:
-                self._met(clients, payloads[0], limit)
+                self._record_limit(clients, payloads[0], limit)
                 return []
             finally:
                 status.update(f"{clients} clients: stopping")
@@ -95,10 +95,10 @@ class StressRunner:
             )
             self.on_row()
         if measured.stopped:
-            self._met(clients, payload, measured.stopped)
+            self._record_limit(clients, payload, measured.stopped)
         return bool(measured.stopped)
 
-    def _met(self, clients: int, payload: float, limit: object) -> None:
+    def _record_limit(self, clients: int, payload: float, limit: object) -> None:
         size = f"{clients} clients with {payload:g} MB" if payload else f"{clients} clients"
         self.reached.append(f"{size}: {limit}")
         self._say(f"limit at {self.reached[-1]}")

@@ -77,14 +77,14 @@ def scale(  # noqa: PLR0913, PLR0917 - each an option of the command
     Example: lorabbit scale 12 --on compose
     """
     from lorabbit_cli.scaling.base import RolloutPolicy  # noqa: PLC0415 - imports are lazy throughout
-    from lorabbit_cli.scaling.base import scale as bring  # noqa: PLC0415
+    from lorabbit_cli.scaling.base import scale as resize_to  # noqa: PLC0415
 
     if not POOL_NAME.fullmatch(pool):
         raise BadInput(f"--pool: {pool!r} is no name; small letters, digits and dashes, a letter first")
     quiet_logs()
     options = TargetOptions(folder, image, network, memory, tuple(file), project, namespace, release, context)
     with closing(open_scaler(on, options)) as scaler:
-        done = bring(
+        done = resize_to(
             scaler, pool, number, pace=RolloutPolicy(batch, patience), tell=lambda line: typer.echo(line, err=True)
         )
     if output is Format.JSON:

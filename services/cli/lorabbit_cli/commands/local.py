@@ -54,16 +54,16 @@ def run(  # noqa: PLR0913, PLR0917 - options of the command line
     Example: lorabbit run examples/quickstart.yaml --set rounds=5
     """
     spec = load_job(file, overrides, seed)
-    ended = _run(spec, out, _means(workers), is_quiet=output is Format.JSON)
+    ended = _run(spec, out, _compute_options(workers), is_quiet=output is Format.JSON)
     _write_pages(ended.folder)
     if output is Format.JSON:
         print_json({**ended.report.model_dump(mode="json"), "folder": str(ended.folder)})
     else:
-        _say_how_it_ended(ended)
+        _print_outcome(ended)
     raise typer.Exit(ended.exit_code)
 
 
-def _means(workers: int | None) -> ComputeOptions:
+def _compute_options(workers: int | None) -> ComputeOptions:
     """With what to train, as the environment of a client says."""
     from lorabbit.config.settings import ClientSettings  # noqa: PLC0415 - imports are lazy throughout
     from lorabbit_cli.local.embedded_run import ComputeOptions  # noqa: PLC0415
@@ -111,16 +111,16 @@ def _write_pages(folder: Path) -> None:
         typer.echo(f"warning: no pages were made ({why}); try again with: lorabbit report {folder}", err=True)
 
 
-def _say_how_it_ended(ended: RunResult) -> None:
+def _print_outcome(ended: RunResult) -> None:
     """Print the summary, and after an interruption what was kept."""
     from lorabbit_cli.report.summary import print_summary  # noqa: PLC0415 - imports rich
 
     print_summary(ended.report, ended.folder)
     if ended.report.status == CANCELLED:
-        typer.echo(f"cancelled: {what_was_kept(ended.folder)}", err=True)
+        typer.echo(f"cancelled: {kept_files(ended.folder)}", err=True)
 
 
-def what_was_kept(folder: Path) -> str:
+def kept_files(folder: Path) -> str:
     """Say what a run that was cut short left behind."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     kept = f"the adapter of the last complete round is in {checkpoints[-1]}" if checkpoints else "no round was complete"
@@ -143,7 +143,7 @@ def validate(
     from lorabbit_cli.local.dry_run import dry_run, lines  # noqa: PLC0415 - as above
 
     quiet_logs()
-    found = dry_run(load_job(file, overrides, seed), _means(workers=None))
+    found = dry_run(load_job(file, overrides, seed), _compute_options(workers=None))
     if output is Format.JSON:
         print_json(found.model_dump(mode="json"))
         return

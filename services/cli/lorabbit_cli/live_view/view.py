@@ -57,8 +57,8 @@ def render(progress: JobProgress, *, now_ms: int, size: ConsoleDimensions, encod
     summarised = len(rows) > room
     body: list[RenderableType] = [_head(progress, now_ms)]
     if summarised:
-        body.append(_crowd(progress))
-        rows = _most_telling(rows, room - 2)
+        body.append(_client_counts(progress))
+        rows = _notable_clients(rows, room - 2)
     body += [_clients(rows, progress.main_metric), _totals(progress, encoding), *_notes(progress)]
     job = progress.spec.name if progress.spec else "job"
     return Panel(
@@ -99,7 +99,7 @@ def _head(progress: JobProgress, now_ms: int) -> RenderableType:
     return Group(line, grid)
 
 
-def _crowd(progress: JobProgress) -> RenderableType:
+def _client_counts(progress: JobProgress) -> RenderableType:
     """How many clients are in which state."""
     counts = progress.states()
     line = Text(f"{len(progress.clients):,} clients: ", "bold")
@@ -109,7 +109,7 @@ def _crowd(progress: JobProgress) -> RenderableType:
     return line
 
 
-def _most_telling(rows: list[ClientRow], room: int) -> list[ClientRow]:
+def _notable_clients(rows: list[ClientRow], room: int) -> list[ClientRow]:
     """The lost, then those at work, furthest first; in the population's order among equals."""
     return sorted(rows, key=lambda row: (not row.lost, row.current is None, -row.fraction))[:room]
 

@@ -272,7 +272,7 @@ def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> 
         size, scored = sum(before.values()), wire.down(method.scoring(first, client))
         again = sum(size for sha256, size in scored.items() if sha256 in before)
         return PayloadSize(up=up, down_first=size, down=size, down_evaluation=sum(scored.values()), shared=again)
-    moved = {name: _moved(value) for name, value in template.items()}
+    moved = {name: _perturbed(value) for name, value in template.items()}
     told = dict(plan.settings)  # answers name what they were trained from
     answering = range(min(2, spec.clients, spec.asked_in_a_round))
     updates = [ClientUpdate(ClientId(f"client-{k + 1}"), k, moved, 1, 0.0, told) for k in answering]
@@ -288,7 +288,7 @@ def _payload(method: Method, adapter: Tensors, scratch: Path, spec: JobSpec) -> 
     )
 
 
-def _moved(value: Array) -> Array:
+def _perturbed(value: Array) -> Array:
     """Another tensor of the same kind."""
     return np.add(value, value.dtype.type(1)) if is_floating(value) else value
 

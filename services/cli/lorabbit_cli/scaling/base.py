@@ -61,13 +61,13 @@ class Scaler(ABC):
         """Say that a pool is to have so many clients; returns before they are there or gone."""
 
     @abstractmethod
-    def standing(self, pool: str) -> PoolStatus:
+    def status(self, pool: str) -> PoolStatus:
         """Look at a pool."""
 
     def watch(self, pool: str, deadline: float) -> Iterator[PoolStatus]:
         """Yield how a pool stands, now and whenever it may have changed, until `deadline` (monotonic seconds)."""
         while True:
-            yield self.standing(pool)
+            yield self.status(pool)
             if time.monotonic() >= deadline:
                 return
             time.sleep(LOOK_SECONDS)

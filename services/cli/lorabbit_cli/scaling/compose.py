@@ -57,7 +57,7 @@ class ComposeScaler(Scaler):
         for each in before.keys() - stayed:
             self._remove_volumes(before[each])
 
-    def standing(self, pool: str) -> PoolStatus:
+    def status(self, pool: str) -> PoolStatus:
         """Look at the service's containers."""
         return pool_status(self._containers(self.service(pool)))
 

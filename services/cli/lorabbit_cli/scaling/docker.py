@@ -44,11 +44,11 @@ class DockerScaler(Scaler):
 
     def count(self, pool: str) -> int:
         """Count the containers that were not told to leave, those that have ended included."""
-        return len(self._staying(pool))
+        return len(self._remaining(pool))
 
     def resize(self, pool: str, number: int) -> None:
         """Start the lowest numbers that are missing, or tell the highest to leave."""
-        staying = self._staying(pool)
+        staying = self._remaining(pool)
         for each in staying[number:]:
             self._leaving[str(each.id)] = time.monotonic()
             if each.status == "running":
@@ -59,7 +59,7 @@ class DockerScaler(Scaler):
         for _ in range(number - len(staying)):
             self._start(pool, next(free))
 
-    def standing(self, pool: str) -> PoolStatus:
+    def status(self, pool: str) -> PoolStatus:
         """Look at the containers; those that have left are removed."""
         left = [each for each in self._all(pool) if not self._has_gone(each)]
         return pool_status(left, lambda each: each.id in self._leaving)
@@ -89,7 +89,7 @@ class DockerScaler(Scaler):
         """Every container of a pool, by number."""
         return sorted(self._engine.containers([f"{POOL}={pool}"], all_states=True), key=_number)
 
-    def _staying(self, pool: str) -> list[Container]:
+    def _remaining(self, pool: str) -> list[Container]:
         return [each for each in self._all(pool) if each.id not in self._leaving]
 
     def _start(self, pool: str, number: int) -> None:

@@ -63,11 +63,11 @@ def pool_status(
         if state["Status"] == "running" and health == "healthy":
             ready += 1
         else:
-            trouble = f"{each.name} is {state['Status']}, {health}: {_last_words(each)}"
+            trouble = f"{each.name} is {state['Status']}, {health}: {_log_tail(each)}"
     return PoolStatus(there, ready, trouble)
 
 
-def _last_words(container: Container) -> str:
+def _log_tail(container: Container) -> str:
     """Return the last line of a container's log."""
     try:
         lines = container.logs(tail=1).decode(errors="replace").strip().splitlines()

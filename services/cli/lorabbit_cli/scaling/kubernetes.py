@@ -65,12 +65,12 @@ class KubernetesScaler(Scaler):
                 else:
                     return
 
-    def standing(self, pool: str) -> PoolStatus:
+    def status(self, pool: str) -> PoolStatus:
         """List the pool's pods, and see whether the controllers were refused some."""
         workload, pods = self._workload(pool), PodCache()
         self._warnings.raise_over_quota(workload)
         self._list(workload, pods)
-        return self._explained(workload, pods)
+        return self._with_warnings(workload, pods)
 
     def watch(self, pool: str, deadline: float) -> Iterator[PoolStatus]:
         """Yield how the pool stands at first and after each change; an API that is away for a while is waited for."""
@@ -79,7 +79,7 @@ class KubernetesScaler(Scaler):
             try:
                 if not pods.version:
                     self._list(workload, pods)
-                yield pods.standing()
+                yield pods.status()
                 self._warnings.raise_over_quota(workload)
                 yield from self._changes(workload, pods, min(WATCH_SECONDS, deadline - time.monotonic()))
             except ApiUnavailable:
@@ -88,7 +88,7 @@ class KubernetesScaler(Scaler):
                 pods.version = ""
                 time.sleep(BREATH_SECONDS)
             if time.monotonic() >= deadline:
-                yield self._explained(workload, pods)
+                yield self._with_warnings(workload, pods)
                 return
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class KubernetesScaler(Scaler):
             with closing(answer):
                 for line in lines(answer.stream()):
                     pods.take(line)
-                    yield pods.standing()
+                    yield pods.status()
         except ApiException as error:
             if error.status != GONE:
                 raise refusal(error, what) from error
@@ -122,9 +122,9 @@ class KubernetesScaler(Scaler):
         except urllib3.exceptions.HTTPError as error:
             raise ApiUnavailable(f"the cluster's API broke off a command to {what}") from error
 
-    def _explained(self, workload: Workload, pods: PodCache) -> PoolStatus:
+    def _with_warnings(self, workload: Workload, pods: PodCache) -> PoolStatus:
         """How the pool stands, with what the cluster said of it where the pods themselves tell no trouble."""
-        standing = pods.standing()
+        standing = pods.status()
         return replace(standing, trouble=standing.trouble or self._warnings.newest(workload, pods.waiting))
 
     def _list(self, workload: Workload, pods: PodCache) -> None:

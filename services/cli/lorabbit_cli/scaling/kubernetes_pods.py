@@ -46,9 +46,9 @@ class PodCache:
         elif kind != "BOOKMARK":
             self._pods[pod["metadata"]["name"]] = pod
 
-    def standing(self) -> PoolStatus:
+    def status(self) -> PoolStatus:
         """Count: a pod that has ended well is there as little as one that failed for good."""
-        staying = self._staying()
+        staying = self._remaining()
         waiting = [pod for pod in staying if not _is_ready(pod)]
         troubles = filter(None, map(_trouble, waiting))
         return PoolStatus(len(self._alive()), len(staying) - len(waiting), next(troubles, ""))
@@ -56,12 +56,12 @@ class PodCache:
     @property
     def waiting(self) -> frozenset[str]:
         """Names of the pods that are to stay and are not ready."""
-        return frozenset(pod["metadata"]["name"] for pod in self._staying() if not _is_ready(pod))
+        return frozenset(pod["metadata"]["name"] for pod in self._remaining() if not _is_ready(pod))
 
     def _alive(self) -> list[Json]:
         return [pod for pod in self._pods.values() if pod.get("status", {}).get("phase") not in OVER]
 
-    def _staying(self) -> list[Json]:
+    def _remaining(self) -> list[Json]:
         return [pod for pod in self._alive() if not pod["metadata"].get("deletionTimestamp")]
 
 
@@ -108,24 +108,24 @@ class WarningEvents:
 
     def begin(self) -> None:
         """Take what was said of workloads so far for the past's: it tells nothing of pods to come."""
-        self._before = {_key(each) for each in self._told()}
+        self._before = {_key(each) for each in self._events()}
 
     def raise_over_quota(self, workload: Workload) -> None:
         """Raise OverQuota where the workload's controller was refused a pod for a quota."""
-        for event in self._told():
+        for event in self._events():
             message = str(event.get("message", ""))
             if self._is_new(event, workload) and QUOTA in message:
                 raise OverQuota(f"--pool: the namespace's quota lets {workload} have no more clients: {message}")
 
     def newest(self, workload: Workload, waiting: Collection[str]) -> str:
         """Return the last that was said of a workload, or of these pods of it; empty where there is nothing."""
-        about = [each for each in self._told() if self._is_new(each, workload) or _is_of_pod(each, waiting)]
+        about = [each for each in self._events() if self._is_new(each, workload) or _is_of_pod(each, waiting)]
         return _sentence(max(about, key=_when)) if about else ""
 
     def _is_new(self, event: Json, workload: Workload) -> bool:
         return _is_of(event, workload) and _key(event) not in self._before
 
-    def _told(self) -> list[Json]:
+    def _events(self) -> list[Json]:
         try:
             with answers("read events"):
                 told = plain(self._core.list_namespaced_event, self._namespace, field_selector="type=Warning")

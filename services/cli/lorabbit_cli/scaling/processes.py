@@ -45,7 +45,7 @@ class ProcessScaler(Scaler):
         for _ in range(number - len(running)):
             self._start(next(free), pool)
 
-    def standing(self, pool: str) -> PoolStatus:
+    def status(self, pool: str) -> PoolStatus:
         """Look at the processes; one that was told to leave and does not is killed in the end."""
         running = self._running(pool)
         for place, since in list(self._leaving.items()):
@@ -57,7 +57,7 @@ class ProcessScaler(Scaler):
         staying = [place for place in running if place not in self._leaving]
         ready = [place for place in staying if _is_connected(place)]
         dead = [place for place in self._known(pool) if (place / PID).is_file() and place not in running]
-        trouble = "".join(f"{place} has ended; its last words: {_last_words(place)}" for place in dead[:1])
+        trouble = "".join(f"{place} has ended; its last words: {_log_tail(place)}" for place in dead[:1])
         return PoolStatus(len(running), len(ready), trouble)
 
     def _known(self, pool: str) -> list[Path]:
@@ -123,7 +123,7 @@ def _is_connected(place: Path) -> bool:
         return False
 
 
-def _last_words(place: Path) -> str:
+def _log_tail(place: Path) -> str:
     """Return the last line of a client's log."""
     with suppress(OSError):
         lines = (place / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
