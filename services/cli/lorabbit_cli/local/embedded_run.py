@@ -147,7 +147,7 @@ class _EmbeddedFederation:
             client_lease_seconds=FOREVER_SECONDS,
         )
         self._service = Server(self._broker, self._store, settings, owner=OWNER)
-        self._service.listen(self._on_event)
+        self._service.listen(self._receive)
         self._service.on_job_ended(lambda _: self._broker.stop())
         cache = PayloadCache(self._broker, PayloadStore(scratch / "payloads", durable=False), keep=PAYLOADS_KEPT)
         self._agents = [
@@ -181,7 +181,7 @@ class _EmbeddedFederation:
         self._broker.close()
         self._store.close()
 
-    def _on_event(self, job: str, event: AnyEvent) -> None:
+    def _receive(self, job: str, event: AnyEvent) -> None:
         if isinstance(event, JobEnded) and job == self._job:
             self._ended = event
         self._on_event(event)

@@ -7,7 +7,8 @@ Yang, Liu, Gao, Xu, Wang, "SA-FedLoRA: Adaptive Parameter Allocation for Efficie
                    w^{t+1} = sum_k p_k w_k,   p_k = n_k / sum n_j
     (2)  t >= T0:  the rank r_t falls from r_max to r_min (`lorabbit.methods.components.rank_schedule`); clients train
                    A, B and the head on F_k over the frozen W* = w^{T0}
-    (3)  r_t < r_{t-1}: the factors become the best approximation of rank r_t of s B A (`lorabbit.tensors.lora_math.truncate`)
+    (3)  r_t < r_{t-1}: the factors become the best approximation of rank r_t of s B A
+         (`lorabbit.tensors.lora_math.truncate`)
 
 Of the paper only the abstract and reviews could be read: the forms of the penalty, of the schedule and of (3)
 are reconstructions, named in docs/methods/sa-fedlora.md.
