@@ -38,7 +38,7 @@ def run(job: Path, rounds: int | None, seed: int, coding: Sequence[str]) -> dict
     settings = [f"seed={seed}", *(f"transport.{each}" for each in coding)]
     settings += [] if rounds is None else [f"rounds={rounds}"]
     with tempfile.TemporaryDirectory() as scratch:
-        report = run_local(job_loader.load(job, settings), Path(scratch), means=ComputeOptions(workers=1)).report
+        report = run_local(job_loader.load(job, settings), Path(scratch), compute=ComputeOptions(workers=1)).report
     return {
         "accuracy": report.final.metrics["accuracy"],
         "loss": report.final.metrics["loss"],

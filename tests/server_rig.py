@@ -105,8 +105,8 @@ class Rig:
     def serve(self, fuse: Fuse | None = None, *, owner: str = "server", worker: Executor | None = None) -> Server:
         """Start a server on whatever an earlier one left; `worker` does its heavy work, at once when None."""
         fuse = fuse or Fuse()
-        means = ServerOverrides(now_ms=lambda: round(self.now * 1000), worker=worker or AtOnce())
-        service = Server(fuse.wrap(self.broker), fuse.wrap(self.store), self.settings, owner=owner, means=means)
+        overrides = ServerOverrides(now_ms=lambda: round(self.now * 1000), worker=worker or AtOnce())
+        service = Server(fuse.wrap(self.broker), fuse.wrap(self.store), self.settings, owner=owner, overrides=overrides)
         service.listen(lambda _, event: self.events.append(event))
         service.on_job_ended(self.ended.append)
         service.start()

@@ -60,7 +60,7 @@ def main(number: int) -> None:
     spec = job_loader.load(ROOT / JOB)
     photographer = Photographer(JobProgress(spec), number)
     with tempfile.TemporaryDirectory() as out:
-        run_local(spec, Path(out), means=ComputeOptions(), audience=Callbacks(on_event=photographer))
+        run_local(spec, Path(out), compute=ComputeOptions(), callbacks=Callbacks(on_event=photographer))
     if photographer.picture is None:
         raise BadInput(f"no client was met half-way through round {number} of {spec.rounds}")
     (Path(__file__).parent / "run.svg").write_text(photographer.picture, encoding="utf-8")

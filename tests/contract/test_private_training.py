@@ -362,7 +362,7 @@ def test_a_run_ends_with_a_sentence_when_its_clients_have_spent_their_budgets(tm
     budget = epsilon_of_steps(1.0, 4 / rows, 7, 1e-5)
     spec = spec_of(tmp_path, clients=2, rounds=5, privacy={**PRIVACY, "epsilon": budget})
 
-    report = run_local(spec, tmp_path / "runs", means=ComputeOptions(data_root=tmp_path, workers=1)).report
+    report = run_local(spec, tmp_path / "runs", compute=ComputeOptions(data_root=tmp_path, workers=1)).report
 
     assert report.status == "done"
     assert report.reason.startswith("privacy.epsilon: after round 2 of 5 no client may spend more")

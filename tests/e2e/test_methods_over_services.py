@@ -51,9 +51,9 @@ def job(method: str) -> dict[str, Any]:
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The report of every job as one process makes it."""
     folder = tmp_path_factory.mktemp("embedded")
-    means = ComputeOptions(device="cpu", workers=1)
+    compute = ComputeOptions(device="cpu", workers=1)
     return {
-        name: run_local(JobSpec.model_validate(job(name)), folder, means=means).report.model_dump(mode="json")
+        name: run_local(JobSpec.model_validate(job(name)), folder, compute=compute).report.model_dump(mode="json")
         for name in METHODS
     }
 

@@ -51,7 +51,7 @@ def traffic(report):
 def test_a_coded_job_gives_the_same_adapter_and_bytes_embedded_and_over_services(tmp_path: Path, name: str):
     job = spec(TRANSPORTS[name], output={"keep_updates": True})
 
-    embedded = run_local(job, tmp_path / "out", means=ComputeOptions())
+    embedded = run_local(job, tmp_path / "out", compute=ComputeOptions())
     _, report, left = played(tmp_path / "services", job)
 
     assert report.status == "done"
@@ -150,7 +150,7 @@ def test_the_forecast_of_a_coded_job_is_to_the_byte_what_it_then_moves(tmp_path:
     job = spec(TRANSPORTS[name])
 
     told = dry_run(job, ComputeOptions())
-    ended = run_local(job, tmp_path, means=ComputeOptions())
+    ended = run_local(job, tmp_path, compute=ComputeOptions())
 
     assert [r.bytes_up for r in ended.report.rounds] == [told.round_bytes_up] * 3
     assert ended.report.rounds[1].bytes_down == told.round_bytes_down
@@ -160,7 +160,7 @@ def test_a_compressed_job_never_moves_more_than_its_forecast(tmp_path: Path):
     job = spec(TRANSPORTS["lossless"])
 
     told = dry_run(job, ComputeOptions())
-    ended = run_local(job, tmp_path, means=ComputeOptions())
+    ended = run_local(job, tmp_path, compute=ComputeOptions())
 
     assert all(0 < r.bytes_up <= told.round_bytes_up for r in ended.report.rounds)
     assert 0 < ended.report.rounds[1].bytes_down <= told.round_bytes_down

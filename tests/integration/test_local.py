@@ -47,8 +47,8 @@ def test_a_null_job_runs_to_its_end(tmp_path: Path) -> None:
     ended = run_local(
         job_loader.parse(NULL),
         tmp_path,
-        means=ComputeOptions(),
-        audience=Callbacks(on_event=lambda e: kinds.append(e.kind)),
+        compute=ComputeOptions(),
+        callbacks=Callbacks(on_event=lambda e: kinds.append(e.kind)),
     )
 
     assert (ended.exit_code, ended.report.status) == (0, "done")
@@ -62,10 +62,10 @@ def test_a_null_job_runs_to_its_end(tmp_path: Path) -> None:
 
 
 def test_a_second_run_of_the_same_name_leaves_the_first_as_it_is(tmp_path: Path) -> None:
-    first = run_local(job_loader.parse(NULL), tmp_path, means=ComputeOptions()).folder
+    first = run_local(job_loader.parse(NULL), tmp_path, compute=ComputeOptions()).folder
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
 
-    second = run_local(job_loader.parse(NULL), tmp_path, means=ComputeOptions()).folder
+    second = run_local(job_loader.parse(NULL), tmp_path, compute=ComputeOptions()).folder
 
     assert (first.name, second.name) == ("walk", "walk-2")
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
@@ -75,7 +75,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
     spec = job_loader.parse(DIGITS.replace("source: digits", "source: nowhere.csv"))
 
     with pytest.raises(BadInput, match=r"nowhere\.csv"):
-        run_local(spec, tmp_path / "runs", means=ComputeOptions())
+        run_local(spec, tmp_path / "runs", compute=ComputeOptions())
 
     assert list(tmp_path.iterdir()) == []
 
@@ -83,9 +83,9 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
 def test_the_same_job_and_seed_give_the_same_adapter(tmp_path: Path) -> None:
     spec = job_loader.parse(NULL)
 
-    first = run_local(spec, tmp_path, means=ComputeOptions())
-    second = run_local(spec, tmp_path, means=ComputeOptions())
-    other = run_local(spec.model_copy(update={"seed": 1}), tmp_path, means=ComputeOptions())
+    first = run_local(spec, tmp_path, compute=ComputeOptions())
+    second = run_local(spec, tmp_path, compute=ComputeOptions())
+    other = run_local(spec.model_copy(update={"seed": 1}), tmp_path, compute=ComputeOptions())
 
     assert (first.folder.name, second.folder.name) == ("walk", "walk-2")
     assert first.report.adapter.sha256 == second.report.adapter.sha256
@@ -95,8 +95,8 @@ def test_the_same_job_and_seed_give_the_same_adapter(tmp_path: Path) -> None:
 def test_the_number_of_training_processes_changes_nothing(tmp_path: Path, family: Family) -> None:
     spec = job_loader.parse(DIGITS)
 
-    one = run_local(spec, tmp_path, means=ComputeOptions(device="cpu", workers=1))
-    three = run_local(spec, tmp_path, means=ComputeOptions(device="cpu", workers=3))
+    one = run_local(spec, tmp_path, compute=ComputeOptions(device="cpu", workers=1))
+    three = run_local(spec, tmp_path, compute=ComputeOptions(device="cpu", workers=3))
 
     assert one.report.status == three.report.status == "done"
     assert one.report.adapter.sha256 == three.report.adapter.sha256
@@ -110,7 +110,7 @@ def test_the_forecast_is_what_the_run_then_moves(tmp_path: Path, method: str, on
     spec = job_loader.parse(text)
 
     found = dry_run(spec, ComputeOptions())
-    report = run_local(spec, tmp_path, means=ComputeOptions()).report
+    report = run_local(spec, tmp_path, compute=ComputeOptions()).report
 
     assert report.rounds[1].bytes_up == found.round_bytes_up
     assert sum(r.bytes_up + r.bytes_down for r in report.rounds) <= found.total_bytes
@@ -120,7 +120,7 @@ def test_bad_input_that_only_the_clients_can_see_ends_the_run_with_exit_code_2(t
     text = DIGITS.replace("tiny:vit", "tiny:nothing")
 
     with pytest.raises(BadInput, match="tiny:nothing"):
-        run_local(job_loader.parse(text), tmp_path, means=ComputeOptions(device="cpu"))
+        run_local(job_loader.parse(text), tmp_path, compute=ComputeOptions(device="cpu"))
 
     assert family.members() == []
     assert list(tmp_path.iterdir()) == []

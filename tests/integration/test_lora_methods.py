@@ -243,7 +243,7 @@ def test_U8_U13_a_whole_run_learns_and_moves_what_the_ledger_says(tmp_path: Path
     schedule = SaFedLora.model_validate(spec.method.settings).with_job(spec).ranks_by_round
     widths = sum(value.size for name, value in session(space, spec).tensors().items() if ".lora_" in name) // 4
 
-    report = run_local(spec, tmp_path / "runs", means=ComputeOptions(device="cpu", workers=1)).report
+    report = run_local(spec, tmp_path / "runs", compute=ComputeOptions(device="cpu", workers=1)).report
 
     up = [r.bytes_up for r in report.rounds]
     ranks = [r.facts["rank"] for r in report.rounds[1:]]
@@ -274,7 +274,7 @@ def test_a_run_gives_the_same_adapter_whatever_the_number_of_processes(name: str
     _, spec = opened(tmp_path, **JOBS[name])
 
     one, two = (
-        run_local(spec, tmp_path / "runs", means=ComputeOptions(device="cpu", workers=n)).report for n in (1, 2)
+        run_local(spec, tmp_path / "runs", compute=ComputeOptions(device="cpu", workers=n)).report for n in (1, 2)
     )
 
     assert one.status == two.status == "done"
@@ -286,7 +286,7 @@ def test_a_forecast_is_not_exceeded(name: str, tmp_path: Path) -> None:
     _, spec = opened(tmp_path, **JOBS[name])
 
     found = dry_run(spec, ComputeOptions(device="cpu"))
-    report = run_local(spec, tmp_path / "runs", means=ComputeOptions(device="cpu", workers=1)).report
+    report = run_local(spec, tmp_path / "runs", compute=ComputeOptions(device="cpu", workers=1)).report
 
     assert report.rounds[0].bytes_up == pytest.approx(found.round_bytes_up, rel=0.01)
     assert sum(r.bytes_up + r.bytes_down for r in report.rounds) <= found.total_bytes

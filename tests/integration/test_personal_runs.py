@@ -27,7 +27,7 @@ PERSONAL = sorted(name for name in METHODS if METHODS[name].personal)
 
 def run(folder: Path, method: str, *, workers: int = 1, **changes):
     spec = job_loader.parse(JOB.replace("METHOD", method)).model_copy(update=changes)
-    return run_local(spec, folder, means=ComputeOptions(device="cpu", workers=workers))
+    return run_local(spec, folder, compute=ComputeOptions(device="cpu", workers=workers))
 
 
 @pytest.mark.parametrize("method", PERSONAL)
@@ -77,7 +77,7 @@ def test_the_forecast_of_a_method_with_own_models_is_what_the_run_then_moves(tmp
     spec = job_loader.parse(JOB.replace("METHOD", method)).model_copy(update={"rounds": 3})
 
     found = dry_run(spec, ComputeOptions(device="cpu"))
-    report = run_local(spec, tmp_path, means=ComputeOptions(device="cpu", workers=1)).report
+    report = run_local(spec, tmp_path, compute=ComputeOptions(device="cpu", workers=1)).report
 
     moved = (report.rounds[1].bytes_up, report.rounds[1].bytes_down)
     forecasted = (found.round_bytes_up, found.round_bytes_down)

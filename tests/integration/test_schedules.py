@@ -211,8 +211,8 @@ def test_a_job_in_one_process_ends_and_tells_how_old_its_updates_were(tmp_path, 
     ended = run_local(
         job_loader.parse(f"{NULL}schedule: {schedule}\n"),
         tmp_path,
-        means=ComputeOptions(),
-        audience=Callbacks(on_event=lines.append),
+        compute=ComputeOptions(),
+        callbacks=Callbacks(on_event=lines.append),
     )
 
     assert (ended.exit_code, len(ended.report.rounds)) == (0, 4)
@@ -221,7 +221,7 @@ def test_a_job_in_one_process_ends_and_tells_how_old_its_updates_were(tmp_path, 
 
 
 def test_a_sync_round_tells_nothing_of_staleness(tmp_path):
-    ended = run_local(job_loader.parse(NULL), tmp_path, means=ComputeOptions())
+    ended = run_local(job_loader.parse(NULL), tmp_path, compute=ComputeOptions())
 
     assert all(not r.facts for r in ended.report.rounds)
 
@@ -233,7 +233,7 @@ KEPT = "output: {keep_updates: true}\n"
     "schedule", ["sync", "{kind: buffered, buffer: 1}", "{kind: buffered, buffer: 3}", "{kind: quorum, late: keep}"]
 )
 def test_a_run_that_kept_its_updates_is_made_again_to_the_same_sha256(tmp_path, schedule):
-    ended = run_local(job_loader.parse(f"{NULL}{KEPT}schedule: {schedule}\n"), tmp_path, means=ComputeOptions())
+    ended = run_local(job_loader.parse(f"{NULL}{KEPT}schedule: {schedule}\n"), tmp_path, compute=ComputeOptions())
 
     versions = list(replay(ended.folder))
 
@@ -275,7 +275,7 @@ def test_a_run_in_which_an_update_could_not_be_folded_is_made_again_from_the_oth
 
 
 def test_an_update_that_was_changed_after_the_run_shows_in_the_replay(tmp_path):
-    folder = run_local(job_loader.parse(NULL + KEPT), tmp_path, means=ComputeOptions()).folder
+    folder = run_local(job_loader.parse(NULL + KEPT), tmp_path, compute=ComputeOptions()).folder
     path = min((folder / "updates").glob("*.safetensors"))
     tensors = {name: np.array(value) + 1 for name, value in serialization.read_tensors(path).items()}
     serialization.write_tensors(path, tensors)
@@ -287,7 +287,7 @@ def test_an_update_that_was_changed_after_the_run_shows_in_the_replay(tmp_path):
 
 
 def test_a_run_that_kept_no_updates_cannot_be_made_again(tmp_path):
-    folder = run_local(job_loader.parse(NULL), tmp_path, means=ComputeOptions()).folder
+    folder = run_local(job_loader.parse(NULL), tmp_path, compute=ComputeOptions()).folder
 
     assert not (folder / "updates").exists()
     with pytest.raises(BadInput, match=r"kept no updates; run the job with --set output\.keep_updates=true"):
@@ -295,7 +295,7 @@ def test_a_run_that_kept_no_updates_cannot_be_made_again(tmp_path):
 
 
 def test_replay_prints_its_versions(tmp_path):
-    folder = run_local(job_loader.parse(f"{NULL}{KEPT}schedule: buffered\n"), tmp_path, means=ComputeOptions()).folder
+    folder = run_local(job_loader.parse(f"{NULL}{KEPT}schedule: buffered\n"), tmp_path, compute=ComputeOptions()).folder
 
     text = CliRunner().invoke(app, ["replay", str(folder)])
     told = CliRunner().invoke(app, ["replay", str(folder), "--format", "json"])

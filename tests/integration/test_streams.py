@@ -124,8 +124,8 @@ def test_a_server_that_slept_after_a_commit_destroys_no_stream_of_its_successor(
             return answer
 
     rig.store = Sleepy.embedded()
-    means = ServerOverrides(now_ms=lambda: round(rig.now * 1000), worker=AtOnce())
-    first = Server(rig.broker, rig.store, rig.settings, owner="first", means=means)
+    overrides = ServerOverrides(now_ms=lambda: round(rig.now * 1000), worker=AtOnce())
+    first = Server(rig.broker, rig.store, rig.settings, owner="first", overrides=overrides)
     rig.service = first
     first.start()
     servers.append(first)

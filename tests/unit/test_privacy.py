@@ -159,7 +159,7 @@ RUN = "model: {name: 'null:40KB'}\nclients: 3\nrounds: 6\nprivacy: {noise: 4.0, 
 def test_a_run_tells_epsilon_by_client_and_ends_with_a_sentence_when_the_budget_is_spent(tmp_path: Path):
     bearable = max(n for n in range(1, 7) if epsilon_of_rounds(4.0, n, 1e-5) <= 2.0)
 
-    report = run_local(job_loader.parse(RUN), tmp_path, means=ComputeOptions()).report
+    report = run_local(job_loader.parse(RUN), tmp_path, compute=ComputeOptions()).report
 
     assert 1 < bearable < 6
     assert (report.status, len(report.rounds)) == ("done", bearable)
@@ -173,7 +173,7 @@ def test_a_run_tells_epsilon_by_client_and_ends_with_a_sentence_when_the_budget_
 
 
 def test_a_client_without_budget_is_asked_no_more_while_others_are(tmp_path: Path):
-    report = run_local(job_loader.parse(RUN + "cohort: 2\n"), tmp_path, means=ComputeOptions()).report
+    report = run_local(job_loader.parse(RUN + "cohort: 2\n"), tmp_path, compute=ComputeOptions()).report
 
     asked = [client for round_ in report.rounds for client in round_.cohort]
     bearable = max(n for n in range(1, 7) if epsilon_of_rounds(4.0, n, 1e-5) <= 2.0)
@@ -182,13 +182,17 @@ def test_a_client_without_budget_is_asked_no_more_while_others_are(tmp_path: Pat
 
 
 def test_seeded_noise_makes_a_run_repeatable(tmp_path: Path):
-    runs = [run_local(job_loader.parse(RUN), tmp_path, means=ComputeOptions()).report.adapter.sha256 for _ in range(2)]
+    runs = [
+        run_local(job_loader.parse(RUN), tmp_path, compute=ComputeOptions()).report.adapter.sha256 for _ in range(2)
+    ]
 
     assert runs[0] == runs[1]
 
 
 def test_real_noise_makes_every_run_another(tmp_path: Path):
     text = RUN.replace(", seeded: true", "")
-    runs = [run_local(job_loader.parse(text), tmp_path, means=ComputeOptions()).report.adapter.sha256 for _ in range(2)]
+    runs = [
+        run_local(job_loader.parse(text), tmp_path, compute=ComputeOptions()).report.adapter.sha256 for _ in range(2)
+    ]
 
     assert runs[0] != runs[1]

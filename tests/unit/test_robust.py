@@ -312,7 +312,7 @@ def test_a_defence_that_would_mean_nothing_is_refused(more, sentence):
 def test_a_run_reports_what_its_defence_did_to_whom(tmp_path: Path):
     text = "model: {name: 'null:40KB'}\nrounds: 3\nclients: 4\nrobust: {kind: clip, norm: 0.0001}\n"
 
-    report = run_local(job_loader.parse(text), tmp_path, means=ComputeOptions()).report
+    report = run_local(job_loader.parse(text), tmp_path, compute=ComputeOptions()).report
 
     assert report.guarded == {client: {"clipped": 3} for client in report.clients}
     assert report.rounds[0].facts["robust"]["kind"] == "clip"

@@ -22,6 +22,7 @@ from lorabbit.errors import BadInput, NotAllowed, RunFailed, ServerUnavailable
 from lorabbit.events.job_events import EVENTS, AnyEvent, JobEnded
 from lorabbit.events.report import Report
 from lorabbit.job.spec import JobSpec
+from lorabbit.runtime.atomic_files import replacing
 
 TIMEOUT_SECONDS = 10.0
 WAIT_SECONDS = 20.0
@@ -168,20 +169,19 @@ class ApiClient:
 
     def _download(self, address: str, target: Path) -> None:
         """Stream a file to the disk, where it appears whole or not at all: the target may be what is being read."""
-        beside = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
-            with self._http.stream("GET", address) as answer:
+            with (
+                self._http.stream("GET", address) as answer,
+                replacing(target, suffix=f".{os.getpid()}.part", durable=False) as temporary,
+                temporary.open("wb") as file,
+            ):
                 if not answer.is_success:
                     answer.read()
                     raise _refusal(answer)
-                with beside.open("wb") as file:
-                    for block in answer.iter_bytes():
-                        file.write(block)
-            beside.replace(target)
+                for block in answer.iter_bytes():
+                    file.write(block)
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
-        finally:
-            beside.unlink(missing_ok=True)
 
     def _json(self, verb: str, path: str, **request: Any) -> Any:  # noqa: ANN401 - JSON
         answer = self._ask(verb, path, **request)

@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> int:
     began = time.monotonic()
     try:
         settings = read_settings(ClientSettings)
-        means = ComputeOptions(settings.device, settings.threads, settings.data_root, workers)
-        ended = run_local(job_loader.load(job), out, means=means, audience=Callbacks(on_event=_on_event))
+        compute = ComputeOptions(settings.device, settings.threads, settings.data_root, workers)
+        ended = run_local(job_loader.load(job), out, compute=compute, callbacks=Callbacks(on_event=_on_event))
     except LoRAbbitError as error:
         _say({"end": "failed", "reason": str(error)})
         return error.exit_code

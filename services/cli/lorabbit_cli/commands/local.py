@@ -72,7 +72,7 @@ def _compute_options(workers: int | None) -> ComputeOptions:
     return ComputeOptions(settings.device, settings.threads, settings.data_root, workers)
 
 
-def _run(spec: JobSpec, out: Path, means: ComputeOptions, *, is_quiet: bool) -> RunResult:
+def _run(spec: JobSpec, out: Path, compute: ComputeOptions, *, is_quiet: bool) -> RunResult:
     """Run the job under a live view."""
     from rich.console import Console  # noqa: PLC0415 - as above
 
@@ -95,7 +95,7 @@ def _run(spec: JobSpec, out: Path, means: ComputeOptions, *, is_quiet: bool) -> 
         )
 
     try:
-        return run_local(spec, out, means=means, audience=Callbacks(loading, view.start, view.feed))
+        return run_local(spec, out, compute=compute, callbacks=Callbacks(loading, view.start, view.feed))
     finally:
         view.stop()
 

@@ -136,12 +136,12 @@ class DryRun(BaseModel):
     total_bytes: int
 
 
-def dry_run(spec: JobSpec, means: ComputeOptions) -> DryRun:
+def dry_run(spec: JobSpec, compute: ComputeOptions) -> DryRun:
     """Build the model and split the data once; raises BadInput where a run would."""
     method = build(spec)
-    labels, shares = _shares(spec, means)
+    labels, shares = _shares(spec, compute)
     with tempfile.TemporaryDirectory() as scratch:
-        outcome, path = _initialise(spec, means, Path(scratch))
+        outcome, path = _initialise(spec, compute, Path(scratch))
         adapter = serialization.read_tensors(path)
         payload = _payload(method, adapter, Path(scratch), spec)
         up, down, total = _totals(spec, payload, path.stat().st_size)
@@ -156,7 +156,7 @@ def dry_run(spec: JobSpec, means: ComputeOptions) -> DryRun:
             evaluated_rounds=sum(spec.evaluates(number) for number in range(1, spec.rounds + 1)),
             evaluating_clients=_evaluating(spec),
             base_parameters=None if method.personal else _number(outcome.metrics.facts, "base_parameters"),
-            own_parameters=_own_models(spec, means, Path(scratch)) if method.personal else {},
+            own_parameters=_own_models(spec, compute, Path(scratch)) if method.personal else {},
             trainable_parameters=count(adapter),
             tensors=len(adapter),
             labels=labels,
@@ -211,27 +211,27 @@ def _data(shares: tuple[ClientExamples, ...], labels: tuple[str, ...]) -> str:
     return f"{sum(train):,} training and {sum(test):,} test examples{classes}; training examples of a client: {each}"
 
 
-def _shares(spec: JobSpec, means: ComputeOptions) -> tuple[tuple[str, ...], tuple[ClientExamples, ...] | None]:
+def _shares(spec: JobSpec, compute: ComputeOptions) -> tuple[tuple[str, ...], tuple[ClientExamples, ...] | None]:
     """Split the data as the clients would; the null model has none."""
     if is_null(spec.model.name):
         return (), None
     from lorabbit_client.dataset import describe  # noqa: PLC0415 - what null jobs do not need
 
-    outline = describe(spec, spec.clients, means.data_root)
+    outline = describe(spec, spec.clients, compute.data_root)
     return outline.labels, tuple(ClientExamples(train=c.train, test=c.test) for c in outline.clients)
 
 
-def _own_models(spec: JobSpec, means: ComputeOptions, scratch: Path) -> dict[str, int]:
+def _own_models(spec: JobSpec, compute: ComputeOptions, scratch: Path) -> dict[str, int]:
     """Build each architecture as a client that has it would, and count its parameters."""
     names = (spec.model.variants or (spec.model.name,))[: spec.clients]
     sizes = (
-        _number(_initialise(spec, means, scratch, index=k)[0].metrics.facts, "own_parameters")
+        _number(_initialise(spec, compute, scratch, index=k)[0].metrics.facts, "own_parameters")
         for k in range(len(names))
     )
     return {name: size for name, size in zip(names, sizes, strict=True) if size is not None}
 
 
-def _initialise(spec: JobSpec, means: ComputeOptions, scratch: Path, *, index: int = 0) -> tuple[TaskResult, Path]:
+def _initialise(spec: JobSpec, compute: ComputeOptions, scratch: Path, *, index: int = 0) -> tuple[TaskResult, Path]:
     """Make the first adapter as the first client of a run would, or another one in its place."""
     task = Task(
         job=spec.name,
@@ -249,7 +249,7 @@ def _initialise(spec: JobSpec, means: ComputeOptions, scratch: Path, *, index: i
         spec=spec,
     )
     path = scratch / "first.safetensors"
-    executor = Executor(threads=means.threads, data_root=means.data_root, device=means.device)
+    executor = Executor(threads=compute.threads, data_root=compute.data_root, device=compute.device)
     outcome = executor.execute(TaskInput(task, {}, path, scratch, scratch / "privacy.json"), lambda *_: None)
     if outcome.error is not None:
         raise BadInput(outcome.error) if outcome.bad_input else RunFailed(outcome.error)

@@ -73,9 +73,9 @@ class Callbacks:
     on_event: Callable[[AnyEvent], None] = lambda _: None
 
 
-def run_local(spec: JobSpec, out: Path, *, means: ComputeOptions, audience: Callbacks | None = None) -> RunResult:
+def run_local(spec: JobSpec, out: Path, *, compute: ComputeOptions, callbacks: Callbacks | None = None) -> RunResult:
     """Run a job; its folder is made in `out`. Raises LoRAbbitError when it cannot begin."""
-    audience = audience or Callbacks()
+    callbacks = callbacks or Callbacks()
     with contextlib.ExitStack() as stack:
         try:
             if not out.exists():
@@ -84,11 +84,11 @@ def run_local(spec: JobSpec, out: Path, *, means: ComputeOptions, audience: Call
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out, prefix=".run-")))
         except OSError as error:
             raise BadInput(f"{out} cannot be written: {error.strerror}; name another folder with --out") from error
-        audience.on_loading()
-        runner = open_runner(spec, means)
+        callbacks.on_loading()
+        runner = open_runner(spec, compute)
         stack.callback(runner.close)
-        audience.on_ready()
-        federation = _EmbeddedFederation(spec, out, scratch, runner, audience.on_event)
+        callbacks.on_ready()
+        federation = _EmbeddedFederation(spec, out, scratch, runner, callbacks.on_event)
         stack.callback(federation.close)
         with _interrupts(federation.cancel):
             return federation.run()
@@ -100,15 +100,15 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def open_runner(spec: JobSpec, means: ComputeOptions) -> Runner:
+def open_runner(spec: JobSpec, compute: ComputeOptions) -> Runner:
     """Choose where clients train, and load the job there: at once, in forked processes, or in a thread."""
-    executor = Executor(threads=means.threads, data_root=means.data_root, device=means.device)
+    executor = Executor(threads=compute.threads, data_root=compute.data_root, device=compute.device)
     if is_null(spec.model.name):
         return InlineRunner(executor)
-    if not can_fork(means.device):
+    if not can_fork(compute.device):
         executor.warm(spec, spec.clients, range(spec.clients))
         return ThreadRunner(executor, durable=False)
-    workers = means.workers or len(os.sched_getaffinity(0))
+    workers = compute.workers or len(os.sched_getaffinity(0))
     runner = ForkRunner(executor, min(workers, spec.clients))
     try:
         runner.warm(spec, spec.clients, range(spec.clients))

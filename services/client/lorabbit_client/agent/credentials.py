@@ -21,7 +21,7 @@ from lorabbit.config.enrollment import JoinRequest, JoinResponse, digest, new_se
 from lorabbit.config.network import tls_error
 from lorabbit.config.settings import ClientSettings
 from lorabbit.errors import BadInput, NotAllowed
-from lorabbit.runtime import atomic_files
+from lorabbit.runtime.atomic_files import replacing
 from lorabbit.runtime.backoff import Backoff
 
 log = structlog.get_logger()
@@ -100,14 +100,10 @@ def read(path: Path) -> Credentials | None:
 def write(path: Path, credentials: Credentials) -> None:
     """Replace the file in one step that survives a power cut; nobody else may read it at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.unlink(missing_ok=True)
-    with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, MODE), "w", encoding="utf-8") as file:
-        json.dump(asdict(credentials), file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    atomic_files.sync_folder(path.parent)
+    with replacing(path) as temporary:
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, MODE), "w", encoding="utf-8") as file:
+            json.dump(asdict(credentials), file)
 
 
 def url_of(broker_url: str, credentials: Credentials) -> str:

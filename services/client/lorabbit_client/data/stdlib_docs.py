@@ -28,8 +28,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
+from uuid import uuid4
 
 from lorabbit.errors import BadInput
+from lorabbit.runtime.atomic_files import replacing
 
 _MODULES = {
     "concurrency": """
@@ -211,11 +213,10 @@ def _read_cache(path: Path) -> list[Doc] | None:
 
 
 def _write_cache(path: Path, docs: list[Doc]) -> None:
-    """Write beside, then rename: a reader never sees half a file, whoever else writes."""
+    """Write the cache; a cache that cannot be written is left out."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            json.dump([asdict(doc) for doc in docs], file)
-        Path(file.name).replace(path)
+        with replacing(path, suffix=f".{uuid4().hex}.tmp", durable=False) as temporary:
+            temporary.write_text(json.dumps([asdict(doc) for doc in docs]), encoding="utf-8")
     except OSError:
         return

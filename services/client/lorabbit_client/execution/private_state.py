@@ -15,13 +15,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorabbit.errors import LoRAbbitError
-from lorabbit.runtime import atomic_files, failpoints
+from lorabbit.runtime import failpoints
+from lorabbit.runtime.atomic_files import replacing
 from lorabbit.tensors import serialization
 from lorabbit.types import Json, Tensors
 from lorabbit_client.execution.privacy_ledger import PrivacyLedger
@@ -137,15 +137,9 @@ def write_private(folder: Path, task: str, state: PrivateState) -> None:
         "after": state.values,
         "tensors": {"before": before, "after": after},
     }
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(kept, file, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    failpoints.hit(failpoints.Failpoint.PRIVATE_WRITTEN)
-    temporary.replace(path)
+    with replacing(path, before_rename=lambda: failpoints.hit(failpoints.Failpoint.PRIVATE_WRITTEN)) as temporary:
+        temporary.write_text(json.dumps(kept, sort_keys=True), encoding="utf-8")
     failpoints.hit(failpoints.Failpoint.PRIVATE_COMMITTED)
-    atomic_files.sync_folder(folder)
     named = {*before.values(), *after.values()}
     for file_path in folder.glob(f"*{SUFFIX}*"):
         if file_path.name.partition(".")[0] not in named:

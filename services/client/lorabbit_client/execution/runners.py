@@ -10,14 +10,13 @@ where the client promises to survive a power cut, before anybody hears of it.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
+from lorabbit.runtime.atomic_files import sync
 from lorabbit_client.execution.failures import failed
 from lorabbit_client.execution.interface import Cancelled, OnProgress, TaskInput, TaskResult
 
@@ -47,21 +46,12 @@ def _sealed(outcome: TaskResult, work: TaskInput, *, durable: bool) -> TaskResul
     if outcome.error is not None or not outcome.has_tensors:
         return outcome
     if durable:
-        force_to_disk(work.output)
+        sync(work.output)
+        sync(work.output.parent)
     if outcome.sha256 is not None:
         return outcome
     with work.output.open("rb") as file:
         return replace(outcome, sha256=hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def force_to_disk(path: Path) -> None:
-    """Fsync a file and the folder that names it."""
-    for target in (path, path.parent):
-        descriptor = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class InlineRunner:

@@ -1,4 +1,4 @@
-"""WholeFiles: files of a run folder, which appear whole or not at all, and never by a server that was replaced.
+"""Files of a run folder: replaced atomically, and only by the server that holds the lease.
 
 On a shared volume a server may sleep through its lease at any instruction, and wake when another one leads or the job
 is over. So a file is written beside its place, the lease is checked, and only then the file is renamed; whoever takes
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorabbit.runtime import atomic_files
+from lorabbit.runtime.atomic_files import replacing
 from lorabbit.tensors import serialization
 from lorabbit.types import Tensors
 
@@ -43,18 +43,18 @@ class FencedFileWriter:
 
     def write(self, path: Path, text: str) -> None:
         """Write a text."""
-        with self._beside(path) as beside:
-            beside.write_text(text, encoding="utf-8")
+        with self._replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     def copy(self, source: Path, path: Path) -> None:
         """Copy a file."""
-        with self._beside(path) as beside:
-            shutil.copyfile(source, beside)
+        with self._replacing(path) as temporary:
+            shutil.copyfile(source, temporary)
 
     def write_tensors(self, path: Path, tensors: Tensors) -> None:
         """Write tensors as a safetensors file."""
-        with self._beside(path) as beside:
-            serialization.write_tensors(beside, tensors)
+        with self._replacing(path) as temporary:
+            serialization.write_tensors(temporary, tensors)
 
     def append(self, path: Path, text: str) -> None:
         """Add lines to a text; a power cut leaves whole files, and here a part of the last line at worst."""
@@ -65,18 +65,6 @@ class FencedFileWriter:
             if self.durable:
                 os.fsync(file.fileno())
 
-    @contextmanager
-    def _beside(self, path: Path) -> Iterator[Path]:
-        """Yield where to write a file; then put it in its place, bytes first, so that it survives a power cut."""
-        beside = path.with_name(f"{path.name}.{self.epoch}{SUFFIX}")
-        try:
-            yield beside
-            if self.durable:
-                with beside.open("rb") as file:
-                    os.fsync(file.fileno())
-            self.fence()
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-        if self.durable:
-            atomic_files.sync_folder(path.parent)
+    def _replacing(self, path: Path) -> AbstractContextManager[Path]:
+        """Yield a temporary path that becomes `path`, unless another server leads by then."""
+        return replacing(path, suffix=f".{self.epoch}{SUFFIX}", durable=self.durable, before_rename=self.fence)

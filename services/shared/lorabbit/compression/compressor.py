@@ -28,6 +28,7 @@ from lorabbit.compression.compressed_file import (
 from lorabbit.compression.quantizers import Floats, flushed, lossy
 from lorabbit.errors import CorruptPayload
 from lorabbit.job.spec import CompressionSpec
+from lorabbit.runtime.atomic_files import replacing
 from lorabbit.tensors import serialization
 from lorabbit.tensors.serialization import METADATA, NAMES
 from lorabbit.types import Array, Tensors
@@ -58,22 +59,17 @@ def write_compressed(
     )
     room = len(_header(coding, held, len(index), most))
     left: dict[str, Array] = {}
-    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(bytes(room) + index)
-            written = 0
-            for name, (dtype, shape) in described.items():
-                beside = None if held is None else held.beside(name, dtype, shape)
-                body, rest = _section(np.asarray(tensors[name], dtype), beside, (unsent or {}).get(name), coding)
-                written += file.write(body)
-                if rest is not None:
-                    left[name] = rest.reshape(shape)
-            file.seek(0)
-            file.write(_header(coding, held, len(index), written, room=room))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path, suffix=f".{uuid4().hex}.tmp", durable=False) as temporary, temporary.open("wb") as file:
+        file.write(bytes(room) + index)
+        written = 0
+        for name, (dtype, shape) in described.items():
+            beside = None if held is None else held.beside(name, dtype, shape)
+            body, rest = _section(np.asarray(tensors[name], dtype), beside, (unsent or {}).get(name), coding)
+            written += file.write(body)
+            if rest is not None:
+                left[name] = rest.reshape(shape)
+        file.seek(0)
+        file.write(_header(coding, held, len(index), written, room=room))
     return left
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, StrictInt, TypeAdapter
 
 from lorabbit.errors import SHOWN, BadInput, CorruptPayload
-from lorabbit.runtime.atomic_files import sync_folder
+from lorabbit.runtime.atomic_files import replacing
 from lorabbit.types import Array, Facts, Json, Tensors
 
 METADATA = "__metadata__"
@@ -220,23 +220,14 @@ def write_tensors(path: Path, tensors: Tensors, facts: Facts | None = None, *, d
     for so many tensors that nobody would read them.
     """
     digest = hashlib.sha256()
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with unfinished.open("wb", buffering=0) as file:
+    with replacing(path, durable=durable) as temporary, temporary.open("wb", buffering=0) as file:
 
-            def put(data: bytes | memoryview) -> None:
-                digest.update(data)
-                while data:
-                    data = memoryview(data)[file.write(data) :]
+        def put(data: bytes | memoryview) -> None:
+            digest.update(data)
+            while data:
+                data = memoryview(data)[file.write(data) :]
 
-            _serialise(tensors, facts or {}, put)
-            if durable:
-                os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    if durable:
-        sync_folder(path.parent)
+        _serialise(tensors, facts or {}, put)
     return digest.hexdigest()
 
 

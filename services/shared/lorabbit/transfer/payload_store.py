@@ -169,15 +169,14 @@ class PayloadStore:
         size = path.stat().st_size
         if not self.has(sha256):
             if self.durable:
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                atomic_files.sync(path)
             self._name(path, self.path(sha256))
         return PayloadRef(sha256=sha256, size_bytes=size, chunk_bytes=chunk_bytes)
 
     def _name(self, unnamed: Path, path: Path) -> None:
         unnamed.replace(path)
         if self.durable:
-            atomic_files.sync_folder(self.folder)
+            atomic_files.sync(self.folder)
 
     def _open(self, ref: PayloadRef) -> _Arriving:
         """What is here of a payload; chunks of another size than `ref` cuts are forgotten."""
