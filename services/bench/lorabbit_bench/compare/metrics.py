@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel
 
-from lorabbit.events.report import LOWER_IS_BETTER, ClientRound, Report, Round
+from lorabbit.events.report import ClientRound, Report, Round
+from lorabbit.metrics import is_better, lower_is_better
 from lorabbit_bench.compare.cache import RunOutcome
 from lorabbit_bench.compare.sweep import ComputeDevice, NetworkLink, RunSpec
 
@@ -92,7 +93,7 @@ class RunMetrics(BaseModel):
     def reaches(self, target: float) -> ScoredRound | None:
         """The first scored round that is at least as good as `target`; None when there is none."""
         for point in self.curve:
-            if point.score <= target if self.lower_is_better else point.score >= target:
+            if not is_better(self.metric, target, point.score):
                 return point
         return None
 
@@ -118,7 +119,7 @@ def run_metrics(  # noqa: PLR0913 - the parts of a run, and of the model of time
         key=outcome.key,
         job=planned.spec.name,
         metric=metric,
-        lower_is_better=metric in LOWER_IS_BETTER,
+        lower_is_better=lower_is_better(metric),
         **_scores(report, metric),
         rounds=len(report.rounds),
         trainable=report.adapter.parameters,
@@ -144,8 +145,8 @@ def run_metrics(  # noqa: PLR0913 - the parts of a run, and of the model of time
 def _scores(report: Report, metric: str) -> dict[str, object]:
     """Final and best score, and each client's last one."""
     scored = [row for row in report.rounds if metric in row.metrics]
-    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-    best = max(scored, key=lambda row: sign * row.metrics[metric], default=None)
+    choose = min if lower_is_better(metric) else max
+    best = choose(scored, key=lambda row: row.metrics[metric], default=None)
     clients = {p.client: p.metrics[metric] for row in scored for p in row.per_client if metric in p.metrics}
     return {
         "final": scored[-1].metrics[metric] if scored else None,

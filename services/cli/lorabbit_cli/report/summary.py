@@ -19,7 +19,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lorabbit.events.report import LOWER_IS_BETTER, Report, Round
+from lorabbit.events.report import Report, Round
+from lorabbit.metrics import is_better
 from lorabbit.types import BASE
 from lorabbit_cli.formatting import bytes_text, count_text, duration_text, score_text
 
@@ -98,8 +99,9 @@ class RunSummary:
     @property
     def improved(self) -> bool:
         """Tell whether the score moved the right way."""
-        change = self.change or 0.0
-        return change < 0 if self.main_metric in LOWER_IS_BETTER else change > 0
+        if self.first is None or self.final is None:
+            return False
+        return is_better(self.main_metric, self.final, self.first)
 
 
 def summarize(report: Report) -> RunSummary:

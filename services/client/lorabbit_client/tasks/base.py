@@ -48,7 +48,6 @@ class LearningTask(ABC):
     name: ClassVar[str]
     main_metric: ClassVar[str]
     """Picks `best/` unless the job names another."""
-    lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
     roles: ClassVar[Mapping[str, tuple[str, ...]]]
     """Role to the field names that are tried for it, in order."""
     has_classes: ClassVar[bool] = True

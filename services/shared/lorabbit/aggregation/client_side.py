@@ -3,51 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from lorabbit.tensors import lora_math
 from lorabbit.tensors.arithmetic import subset
-from lorabbit.types import ADAPTER, SHIFT, Array, ClientProfile, ClientUpdate, Facts, Json, Plan, Tensors
+from lorabbit.training_session import ClientSession, LocalResult, Session
+from lorabbit.types import ADAPTER, SHIFT, Array, ClientUpdate, Facts, Json, Plan, Tensors
 
 FROZEN = "frozen-a"
 """Payload role of A factors that all clients share and nobody trains."""
-
-
-class Adaptable(Protocol):
-    """What `install` asks of a session."""
-
-    def load(self, tensors: Tensors) -> None:
-        """Overwrite tensors by name."""
-
-    def set_rank(self, rank: int) -> None:
-        """Give every LoRA pair a rank."""
-
-    def set_base_delta(self, factors: Tensors) -> None:
-        """Add a product to the pristine base."""
-
-
-class Answering(Protocol):
-    """What `answer` asks of a session."""
-
-    @property
-    def client(self) -> ClientProfile:
-        """Who this client is."""
-
-
-class Trained(Protocol):
-    """What `answer` asks of a local result."""
-
-    @property
-    def tensors(self) -> Tensors:
-        """Of the adapter."""
-
-    @property
-    def num_examples(self) -> int:
-        """Training examples."""
-
-    @property
-    def loss(self) -> float:
-        """Mean training loss."""
 
 
 def is_a(name: str) -> bool:
@@ -55,7 +18,7 @@ def is_a(name: str) -> bool:
     return ".lora_A." in name or ".lora_embedding_A" in name
 
 
-def install(plan: Plan, session: Adaptable) -> None:
+def install(plan: Plan, session: Session) -> None:
     """Make a client's model the one that a plan describes: rank, shift of the base, tensors."""
     rank = plan.settings.get("rank")
     if isinstance(rank, int):
@@ -72,7 +35,7 @@ def frozen(plan: Plan) -> Callable[[str], bool] | None:
 
 
 def answer(
-    plan: Plan, session: Answering, trained: Trained, *, scaling: float, facts: Facts | None = None
+    plan: Plan, session: ClientSession, trained: LocalResult, *, scaling: float, facts: Facts | None = None
 ) -> ClientUpdate:
     """Return what was trained of the plan's adapter, with the rank and scaling that it has."""
     tensors = subset(trained.tensors, plan.payloads[ADAPTER]) if FROZEN in plan.payloads else trained.tensors

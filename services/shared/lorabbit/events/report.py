@@ -17,21 +17,19 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr
 
 from lorabbit.events import job_events as ev
 from lorabbit.job.spec import JobSpec
+from lorabbit.metrics import is_better
 from lorabbit.protocol.messages import Metrics
 from lorabbit.types import EVALUATE
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
-
-def is_better(metrics: Mapping[str, float], best: Mapping[str, float] | None, *, metric: str | None) -> bool:
-    """Compare with the best so far on the main metric, or the loss; no `best`: nothing was scored before."""
+def is_new_best(metrics: Mapping[str, float], best: Mapping[str, float] | None, *, metric: str | None) -> bool:
+    """Compare with the best so far on the main metric, or else the loss; `best` is None before the first score."""
     name = metric if metric is not None and metric in metrics else "loss"
     if name not in metrics:
         return best is None
     if best is None or name not in best:
         return True
-    sign = -1.0 if name in LOWER_IS_BETTER else 1.0
-    return sign * metrics[name] > sign * best[name]
+    return is_better(name, metrics[name], best[name])
 
 
 COUNTED = ("clipped", "left_out")
@@ -298,7 +296,7 @@ def _round_evaluated(report: Report, event: ev.RoundEvaluated) -> None:
         _in_partition_order(report, round_)
     if all(not r.metrics for r in report.rounds if r.round > event.round):
         report.final = Final(metrics=dict(event.metrics))
-    if is_better(event.metrics, report.best.metrics if report.best.round else None, metric=report.main_metric):
+    if is_new_best(event.metrics, report.best.metrics if report.best.round else None, metric=report.main_metric):
         report.best = Best(round=event.round, metrics=dict(event.metrics))
 
 

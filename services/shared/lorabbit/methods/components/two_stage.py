@@ -8,7 +8,7 @@ both, the whole one behind a prefix. PEFT names a head of the model by the model
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from lorabbit.runtime.seeds import derive_seed
 from lorabbit.tensors import lora_math
 from lorabbit.tensors.lora_math import Factors
 from lorabbit.tensors.serialization import tensors_sha256
+from lorabbit.training_session import Session
 from lorabbit.types import BASE, Array, Facts, Plan, Tensors
 
 WHOLE = "whole."
@@ -29,24 +30,7 @@ FIRST = "first-adapter"
 PEFT = "base_model.model."
 
 
-class Selecting(Protocol):
-    """What is asked of a session."""
-
-    def select(self, part: Literal["adapter", "whole"]) -> None:
-        """Speak of the adapter, or of the whole model."""
-
-    def tensors(self) -> Tensors:
-        """The selected tensors."""
-
-
-class Standing(Protocol):
-    """What is asked of a session that has a base."""
-
-    def use_base(self, base: Tensors, sha256: str) -> None:
-        """Make a whole model the base."""
-
-
-def with_whole(session: Selecting) -> dict[str, Array]:
+def with_whole(session: Session) -> dict[str, Array]:
     """Return a client's adapter and its whole model, in one payload."""
     adapter = dict(session.tensors())
     session.select("whole")
@@ -71,7 +55,7 @@ def digest(base: Tensors) -> str:
     return tensors_sha256(base)
 
 
-def install_base(plan: Plan, session: Standing) -> None:
+def install_base(plan: Plan, session: Session) -> None:
     """Make the base that a plan brings a client's base; raises Refused where it is not the one that it names."""
     session.use_base(plan.payloads[BASE], str(plan.settings.get("base_hash")))
 
