@@ -73,8 +73,8 @@ class Pod:
         memory = bytes_of(limits["memory"])
         flags += [f"--memory={memory}", f"--memory-swap={memory}"]
         flags += [f"--cpus={min(processors_of(limits['cpu']), os.cpu_count() or 1)}"]
-        flags += [f"--cap-drop={capability}" for capability in ours["capabilities"]["drop"]]
-        flags += [f"--cap-add={capability}" for capability in ours["capabilities"].get("add", [])]
+        flags += [f"--cap-drop={limits}" for limits in ours["capabilities"]["drop"]]
+        flags += [f"--cap-add={limits}" for limits in ours["capabilities"].get("add", [])]
         flags += ["--read-only"] if ours["readOnlyRootFilesystem"] else []
         flags += [] if ours["allowPrivilegeEscalation"] else ["--security-opt", "no-new-privileges"]
         return flags + [word for mount in container["volumeMounts"] for word in self._mount(mount)]

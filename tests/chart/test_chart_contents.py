@@ -300,8 +300,8 @@ def test_a_scaled_pool_leaves_its_number_to_the_scaler():
 
 
 def test_a_client_tells_its_pool_and_what_the_pool_can_do():
-    capability = {"maxRank": 4, "maxBatch": 2, "dtype": "bfloat16", "quantisation": "int4"}
-    pools = [{"name": "small", "capability": capability}, {"name": "large"}]
+    limits = {"maxRank": 4, "maxBatch": 2, "dtype": "bfloat16", "quantisation": "int4"}
+    pools = [{"name": "small", "capability": limits}, {"name": "large"}]
     docs = render({"clientPools": pools})
 
     told = {name: {key.removeprefix("LORABBIT_"): each.get("value") for key, each in

@@ -13,7 +13,7 @@ from learning import data_of, job, silent, task_of, write_reviews
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import JobSpec
 from lorabbit.types import Tensors
-from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.capabilities import UNLIMITED, TrainingLimits
 from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.training.workspace import LearningWorkspace, open_workspace
 
@@ -38,9 +38,9 @@ def spec_of(folder: Path, name: str, task: str, trainable: str = "lora", **more:
     )
 
 
-def trained(spec: JobSpec, folder: Path, capability: Capability, watch: Any = None) -> tuple[Tensors, float]:
+def trained(spec: JobSpec, folder: Path, limits: TrainingLimits, watch: Any = None) -> tuple[Tensors, float]:
     torch.set_num_threads(1)
-    space = LearningWorkspace(spec, data_root=folder, device=torch.device("cpu"), capability=capability)
+    space = LearningWorkspace(spec, data_root=folder, device=torch.device("cpu"), limits=limits)
     session = space.session(task_of(spec), PrivateState(), silent)
     hook = space._model.model.register_forward_hook(watch, with_kwargs=True) if watch else None
     result = session.train()
@@ -55,7 +55,10 @@ def test_a_batch_in_pieces_teaches_what_the_whole_batch_does(name: str, task: st
     whole, loss = trained(spec, tmp_path, UNLIMITED)
 
     pieces, again = trained(
-        spec, tmp_path, Capability(max_batch=3), lambda _m, _a, named, _o: rows.append(len(next(iter(named.values()))))
+        spec,
+        tmp_path,
+        TrainingLimits(max_batch=3),
+        lambda _m, _a, own, _o: rows.append(len(next(iter(own.values())))),
     )
 
     assert 0 < max(rows) <= 3
@@ -80,7 +83,7 @@ def test_private_examples_in_pieces_give_the_same_noisy_gradient(tmp_path: Path)
 
     whole, _ = trained(spec, tmp_path, UNLIMITED)
     pieces, _ = trained(
-        spec, tmp_path, Capability(max_batch=2), lambda _m, _a, named, _o: rows.append(len(named["labels"]))
+        spec, tmp_path, TrainingLimits(max_batch=2), lambda _m, _a, named, _o: rows.append(len(named["labels"]))
     )
 
     assert 0 < max(rows) <= 2
@@ -91,7 +94,7 @@ def test_a_limit_that_no_batch_reaches_changes_no_bit(tmp_path: Path):
     write_reviews(tmp_path)
     spec = job(tmp_path)
 
-    results = [trained(spec, tmp_path, limit)[0] for limit in (UNLIMITED, Capability(max_batch=8))]
+    results = [trained(spec, tmp_path, limit)[0] for limit in (UNLIMITED, TrainingLimits(max_batch=8))]
 
     assert all(results[0][key].tobytes() == results[1][key].tobytes() for key in results[0])
 
@@ -105,7 +108,7 @@ def test_bfloat16_is_computed_with_and_weights_stay_float32(name: str, task: str
         seen.update((answer.dtype, value.dtype) for answer in answers for value in module.parameters())
 
     full, loss = trained(spec, tmp_path, UNLIMITED)
-    narrow, near = trained(spec, tmp_path, Capability(dtype="bfloat16"), watch)
+    narrow, near = trained(spec, tmp_path, TrainingLimits(dtype="bfloat16"), watch)
 
     assert seen == {(torch.bfloat16, torch.float32)}
     assert near == pytest.approx(loss, rel=0.05)
@@ -115,8 +118,8 @@ def test_bfloat16_is_computed_with_and_weights_stay_float32(name: str, task: str
 
 def test_scores_are_computed_in_float32_whatever_the_dtype_of_training(tmp_path: Path):
     spec, seen = spec_of(tmp_path, "tiny:bert", "text-classification"), set()
-    limits = Capability(dtype="bfloat16")
-    space = LearningWorkspace(spec, data_root=tmp_path, device=torch.device("cpu"), capability=limits)
+    limits = TrainingLimits(dtype="bfloat16")
+    space = LearningWorkspace(spec, data_root=tmp_path, device=torch.device("cpu"), limits=limits)
     session = space.session(task_of(spec, phase="evaluate"), PrivateState(), silent)
     space._model.model.register_forward_hook(lambda _m, _a, out: seen.add(out.logits.dtype))
 
@@ -130,5 +133,5 @@ def test_float16_is_refused_without_a_gpu(tmp_path: Path):
 
     with pytest.raises(BadInput, match="LORABBIT_DTYPE: float16 is for GPUs"):
         open_workspace(
-            job(tmp_path), threads=1, data_root=tmp_path, device="cpu", capability=Capability(dtype="float16")
+            job(tmp_path), threads=1, data_root=tmp_path, device="cpu", limits=TrainingLimits(dtype="float16")
         )

@@ -17,7 +17,7 @@ from lorabbit.privacy.accountant import epsilon_of_steps
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE
 from lorabbit_cli.local.embedded_run import ComputeOptions, run_local
 from lorabbit_client.analysis.per_example_gradients import ExampleGradients, separate_owners
-from lorabbit_client.capabilities import Capability
+from lorabbit_client.capabilities import TrainingLimits
 from lorabbit_client.execution.interface import Cancelled, OnProgress, TaskInput
 from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.executor import Executor
@@ -321,7 +321,7 @@ def test_the_owners_budget_holds_over_jobs_and_at_the_owners_delta(tmp_path: Pat
     write_reviews(tmp_path)
     one, two = (cost_of(tmp_path, steps=steps) for steps in (3, 6))
     spec = spec_of(tmp_path, privacy={**DEMANDED, "delta": 0.5, "epsilon": 100.0})
-    executor = Executor(data_root=tmp_path, capability=Capability(epsilon=(one + two) / 2))
+    executor = Executor(data_root=tmp_path, limits=TrainingLimits(epsilon=(one + two) / 2))
 
     first, second = (train(tmp_path, spec, executor=executor, job=name, task=name) for name in ("job-a", "job-b"))
 
@@ -352,7 +352,7 @@ def test_an_owner_who_demands_privacy_tells_no_scores(tmp_path: Path):
 
 
 def demanding(folder: Path) -> Executor:
-    return Executor(data_root=folder, capability=Capability(epsilon=100.0))
+    return Executor(data_root=folder, limits=TrainingLimits(epsilon=100.0))
 
 
 def test_a_run_ends_with_a_sentence_when_its_clients_have_spent_their_budgets(tmp_path: Path):

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorabbit.job.spec import JobSpec
 from lorabbit.types import ADAPTER, INITIALISE
-from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.capabilities import UNLIMITED, TrainingLimits
 from lorabbit_client.execution.interface import TaskInput
 from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.executor import Executor
@@ -32,8 +32,8 @@ MODELS = [("tiny:bert", "text-classification"), ("tiny:gpt2", "causal-lm"), ("ti
 
 def workspace(spec: JobSpec, folder: Path, quantisation: str, **more: Any) -> LearningWorkspace:
     torch.set_num_threads(1)
-    limits = Capability(quantisation=quantisation, **more)
-    return LearningWorkspace(spec, data_root=folder, device=torch.device("cpu"), capability=limits)
+    limits = TrainingLimits(quantisation=quantisation, **more)
+    return LearningWorkspace(spec, data_root=folder, device=torch.device("cpu"), limits=limits)
 
 
 def session_of(space: LearningWorkspace, spec: JobSpec) -> Any:
@@ -211,8 +211,8 @@ def test_an_adapter_learnt_over_four_bits_is_as_good_on_the_whole_model(name: st
 # ---- one client ----
 
 
-def sha256_of(spec: JobSpec, folder: Path, capability: Capability) -> str:
-    executor = Executor(data_root=folder, device="cpu", capability=capability)
+def sha256_of(spec: JobSpec, folder: Path, limits: TrainingLimits) -> str:
+    executor = Executor(data_root=folder, device="cpu", limits=limits)
     start, end = folder / "start.safetensors", folder / "end.safetensors"
     executor.execute(
         TaskInput(task_of(spec, phase=INITIALISE), {}, start, folder / "private", folder / "privacy.json"), silent
@@ -227,7 +227,7 @@ def sha256_of(spec: JobSpec, folder: Path, capability: Capability) -> str:
 def test_the_same_seed_gives_the_same_adapter_twice(codec: str, tmp_path: Path):
     spec = spec_of(tmp_path)
 
-    found = [sha256_of(spec, tmp_path, Capability(quantisation=codec)) for _ in range(2)]
+    found = [sha256_of(spec, tmp_path, TrainingLimits(quantisation=codec)) for _ in range(2)]
 
     assert found[0] == found[1] != sha256_of(spec, tmp_path, UNLIMITED)
 
@@ -254,7 +254,7 @@ def test_a_job_that_needs_the_whole_base_is_refused_by_a_quantised_client(
     parts: dict[str, Any], why: str, tmp_path: Path
 ):
     write_reviews(tmp_path)
-    executor = Executor(data_root=tmp_path, device="cpu", capability=Capability(quantisation="int4"))
+    executor = Executor(data_root=tmp_path, device="cpu", limits=TrainingLimits(quantisation="int4"))
     work = TaskInput(
         task_of(job(tmp_path, **parts), phase=INITIALISE),
         {},
@@ -275,7 +275,7 @@ def test_a_job_that_needs_the_whole_base_is_refused_by_a_quantised_client(
 def test_methods_that_leave_the_base_alone_run_on_a_quantised_client(name: str, tmp_path: Path):
     spec = spec_of(tmp_path, method={"name": name}, local={"steps": 2})
 
-    Capability(quantisation="int8").check_job(spec)
+    TrainingLimits(quantisation="int8").check_job(spec)
     space = workspace(spec, tmp_path, "int8")
 
     assert session_of(space, spec).train().steps == 2

@@ -10,7 +10,7 @@ from mortal_rig import Fate, MortalRig
 
 from lorabbit.events.report import Report
 from lorabbit.job.spec import JobSpec
-from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.capabilities import UNLIMITED, TrainingLimits
 from lorabbit_client.execution.privacy_ledger import PrivacyLedger
 from lorabbit_client.executor import Executor
 
@@ -24,8 +24,8 @@ def spec_of(folder: Path, **more) -> JobSpec:
     return job(folder, **{**given, **more})
 
 
-def played(folder: Path, spec: JobSpec, *, fate: Fate | None = None, capability=UNLIMITED) -> tuple[MortalRig, Report]:
-    rig = MortalRig(folder / "services", spec, Executor(capability=capability), fate)
+def played(folder: Path, spec: JobSpec, *, fate: Fate | None = None, limits=UNLIMITED) -> tuple[MortalRig, Report]:
+    rig = MortalRig(folder / "services", spec, Executor(limits=limits), fate)
     report = rig.play()
     rig.service.close()
     return rig, report
@@ -50,14 +50,14 @@ def test_a_training_that_is_done_twice_counts_twice_where_its_result_was_written
 
 
 def test_a_job_of_clients_whose_owners_demand_privacy_ends_without_scores(tmp_path: Path):
-    _, report = played(tmp_path, spec_of(tmp_path), capability=Capability(epsilon=1000.0))
+    _, report = played(tmp_path, spec_of(tmp_path), limits=TrainingLimits(epsilon=1000.0))
 
     assert (report.status, [r.accepted for r in report.rounds]) == ("done", [2] * ROUNDS)
     assert [(r.metrics, r.train_loss) for r in report.rounds] == [({}, None)] * ROUNDS
 
 
 def test_a_job_without_noise_ends_with_the_owners_sentence(tmp_path: Path):
-    _, report = played(tmp_path, spec_of(tmp_path, privacy=None), capability=Capability(epsilon=1000.0))
+    _, report = played(tmp_path, spec_of(tmp_path, privacy=None), limits=TrainingLimits(epsilon=1000.0))
 
     assert report.status == "failed"
     assert "this client's owner demands noise from its own process (LORABBIT_PRIVACY_EPSILON)" in report.reason

@@ -14,11 +14,10 @@ from lorabbit.job.spec import JobSpec, LocalSpec, SelectionSpec
 from lorabbit.methods import compatibility
 from lorabbit.methods.registry import METHODS, build
 from lorabbit.protocol.messages import Metrics, PayloadRef
-from lorabbit.types import EVALUATE, TRAIN, ClientId
+from lorabbit.types import EVALUATE, TRAIN, ClientCapabilities, ClientId
 from lorabbit_server.engine import client_selection, scheduling, transitions
 from lorabbit_server.engine.reducer import decide
 from lorabbit_server.engine.state import (
-    Declared,
     JobState,
     ModelVersion,
     UploadOffer,
@@ -30,7 +29,7 @@ from lorabbit_server.engine.wait_reasons import wait_reasons
 
 NAMES = tuple(ClientId(f"client-{n}") for n in range(1, 7))
 OWN = {"partition": {"kind": "own"}}
-GPU = Declared("cuda:0", 16 * client_selection.GIB, ("gpu", "fast"), "mig")
+GPU = ClientCapabilities(device="cuda:0", memory_bytes=16 * client_selection.GIB, tags=("gpu", "fast"), pool="mig")
 
 
 def ref(number):
@@ -119,11 +118,11 @@ def test_a_job_gathers_clients_that_suit_it_and_says_which_are_lacking():
 
 
 def test_a_client_below_the_one_rank_of_an_aggregation_is_left_out_with_the_reason():
-    spec, small = job(clients=2, model={"lora": {"rank": 8}}), Declared(max_rank=4)
+    spec, small = job(clients=2, model={"lora": {"rank": 8}}), ClientCapabilities(max_rank=4)
     state, _ = decide(JobState("job", spec), transitions.JobOpened(NAMES[:2], 1, {NAMES[0]: small, NAMES[1]: GPU}))
     (wait,) = wait_reasons(state)
     state = load_state(dump_header(state), spec, {})
-    state, _ = decide(state, transitions.HelloReceived(NAMES[2], NAMES[:3], declared=Declared(max_rank=8)))
+    state, _ = decide(state, transitions.HelloReceived(NAMES[2], NAMES[:3], declared=ClientCapabilities(max_rank=8)))
 
     assert wait.reason == (
         "job job waits for 1 more client with a LORABBIT_MAX_RANK of at least 8, the one rank of this aggregation: "
@@ -133,11 +132,11 @@ def test_a_client_below_the_one_rank_of_an_aggregation_is_left_out_with_the_reas
 
 
 def test_a_client_with_a_quantised_base_is_left_out_of_a_job_that_needs_the_base_whole():
-    spec, less = job(clients=2, aggregation="stack"), Declared(quantisation="int4")
+    spec, less = job(clients=2, aggregation="stack"), ClientCapabilities(quantisation="int4")
     state, _ = decide(JobState("job", spec), transitions.JobOpened(NAMES[:2], 1, {NAMES[0]: less, NAMES[1]: GPU}))
     (wait,) = wait_reasons(state)
     state = load_state(dump_header(state), spec, {})
-    state, _ = decide(state, transitions.HelloReceived(NAMES[2], NAMES[:3], declared=Declared()))
+    state, _ = decide(state, transitions.HelloReceived(NAMES[2], NAMES[:3], declared=ClientCapabilities()))
 
     assert wait.reason == (
         "job job waits for 1 more client with LORABBIT_QUANTISATION none, since aggregation 'stack' changes the base "
@@ -150,14 +149,16 @@ def test_a_client_with_a_quantised_base_does_not_join_a_running_job_that_needs_i
     spec = job(clients=1, data={"partition": {"kind": "own"}}, model={"trainable": "head"})
     state, _ = training(spec)
 
-    left_out, _ = decide(state, transitions.HelloReceived(NAMES[1], NAMES[:2], declared=Declared(quantisation="int8")))
-    taken_in, _ = decide(state, transitions.HelloReceived(NAMES[1], NAMES[:2], declared=Declared()))
+    left_out, _ = decide(
+        state, transitions.HelloReceived(NAMES[1], NAMES[:2], declared=ClientCapabilities(quantisation="int8"))
+    )
+    taken_in, _ = decide(state, transitions.HelloReceived(NAMES[1], NAMES[:2], declared=ClientCapabilities()))
 
     assert (left_out.clients, taken_in.clients) == (NAMES[:1], NAMES[:2])
 
 
 def test_quantised_clients_are_taken_in_where_lora_leaves_the_base_alone():
-    declared = {NAMES[0]: Declared(quantisation="int4"), NAMES[1]: Declared(quantisation="int8")}
+    declared = {NAMES[0]: ClientCapabilities(quantisation="int4"), NAMES[1]: ClientCapabilities(quantisation="int8")}
 
     state, _ = decide(JobState("job", job(clients=2)), transitions.JobOpened(NAMES[:2], 1, declared))
 
@@ -179,7 +180,7 @@ def test_quantised_clients_are_taken_in_where_lora_leaves_the_base_alone():
 def test_a_method_says_whether_it_needs_the_base_whole(method, taken):
     assert (
         client_selection.matches(
-            None, Declared(quantisation="int8"), client_selection.requirements_of(JobSpec(method=method))
+            None, ClientCapabilities(quantisation="int8"), client_selection.requirements_of(JobSpec(method=method))
         )
         is taken
     )
@@ -189,7 +190,7 @@ def test_a_method_says_whether_it_needs_the_base_whole(method, taken):
     "what", [{"aggregation": "svd"}, {"model": {"trainable": "head"}}, {"model": {"lora": {"rank": 4}}}]
 )
 def test_a_small_rank_is_enough_where_ranks_may_differ_or_there_is_none(what):
-    declared = {NAMES[0]: Declared(max_rank=4), NAMES[1]: GPU}
+    declared = {NAMES[0]: ClientCapabilities(max_rank=4), NAMES[1]: GPU}
 
     state, _ = decide(JobState("job", job(clients=2, **what)), transitions.JobOpened(NAMES[:2], 1, declared))
 

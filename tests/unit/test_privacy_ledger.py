@@ -9,7 +9,7 @@ import pytest
 from lorabbit.errors import BadInput, LoRAbbitError
 from lorabbit.job.spec import PrivacySpec
 from lorabbit.privacy.accountant import SampledGaussian, epsilon_of, epsilon_of_steps
-from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.capabilities import UNLIMITED, TrainingLimits
 from lorabbit_client.execution.privacy_ledger import PrivacyLedger
 from lorabbit_client.training.privacy_budget import count
 
@@ -58,12 +58,12 @@ def test_a_job_pays_for_its_own_releases_and_the_owner_for_those_of_all_jobs():
 
     assert ledger.told == {"steps": 10, "rate": 0.01, "epsilon": pytest.approx(one, rel=1e-5), "spent": True}
     with pytest.raises(LoRAbbitError, match=r"^LORABBIT_PRIVACY_EPSILON: another round would cost"):
-        count(FEW, PrivacySpec(level="example"), "third", ledger, Capability(epsilon=two))
+        count(FEW, PrivacySpec(level="example"), "third", ledger, TrainingLimits(epsilon=two))
     assert ledger.of("third") == ()
 
 
 def test_the_owner_counts_at_a_delta_of_its_own():
-    owner = Capability(epsilon=0.9 * epsilon_of((MANY,), 1e-6), delta=1e-6)
+    owner = TrainingLimits(epsilon=0.9 * epsilon_of((MANY,), 1e-6), delta=1e-6)
 
     with pytest.raises(BadInput, match=r"^LORABBIT_PRIVACY_EPSILON: one round of 4 steps at a sampling rate of 0\.5"):
         count(MANY, PrivacySpec(level="example", delta=0.99), "job", PrivacyLedger(), owner)

@@ -27,8 +27,8 @@ from lorabbit.runtime import failpoints
 from lorabbit_client.agent.agent import Agent
 from lorabbit_client.agent.credentials import FILE, settled
 from lorabbit_client.agent.folder_lock import FolderLock
-from lorabbit_client.agent.registration import device
-from lorabbit_client.capabilities import Capability
+from lorabbit_client.agent.registration import capabilities_of, device
+from lorabbit_client.capabilities import TrainingLimits
 from lorabbit_client.execution.data_sandbox import SandboxedExecutor
 from lorabbit_client.execution.failures import FAILED, OUT_OF_MEMORY, end_with_a_thread, is_memory
 from lorabbit_client.execution.runners import ThreadRunner
@@ -49,7 +49,7 @@ def main(settings: ClientSettings | None = None) -> int:
         settings = settings or read_settings(ClientSettings)
         configure(settings.log_level, settings.log_format)
         failpoints.arm(settings.crash_at)
-        _capability(settings).check(device(settings.device))
+        _limits(settings).check(device(settings.device))
     except BadInput as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
@@ -81,7 +81,7 @@ def _work(settings: ClientSettings) -> int:
         threads=settings.threads,
         data_root=settings.data_root,
         device=settings.device,
-        capability=_capability(settings),
+        limits=_limits(settings),
     )
     runner = ThreadRunner(SandboxedExecutor(executor, settings.data_root), durable=settings.durable)
     agent = Agent(broker, runner, settings)
@@ -116,13 +116,11 @@ def _work(settings: ClientSettings) -> int:
     return SIGNALLED + told[0] if is_left_over else 0
 
 
-def _capability(settings: ClientSettings) -> Capability:
-    return Capability(
-        settings.max_batch,
-        settings.dtype,
-        settings.quantisation,
+def _limits(settings: ClientSettings) -> TrainingLimits:
+    return TrainingLimits(
         epsilon=settings.privacy_epsilon,
         delta=settings.privacy_delta,
+        **capabilities_of(settings).model_dump(),
     )
 
 

@@ -6,27 +6,26 @@ model computes with; the weights and the optimiser stay in theirs. Quantised are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import JobSpec
 from lorabbit.methods import registry
+from lorabbit.types import ClientCapabilities
+
+LIMITS = ("max_batch", "dtype", "quantisation", "epsilon", "delta")
 
 
-@dataclass(frozen=True, slots=True)
-class Capability:
-    """Limits of one client."""
+class TrainingLimits(ClientCapabilities):
+    """Capabilities of one client, and the privacy that its owner demands."""
 
-    max_batch: int | None = None
-    """Most rows of which gradients are computed at once; None: whatever a job asks."""
-    dtype: str = "float32"
-    """What a training computes with: float32 (as the model is), bfloat16 or float16."""
-    quantisation: str = "none"
-    """How frozen linear weights under LoRA are kept: none (as the model has them), int8 or int4."""
     epsilon: float | None = None
     """Most that all jobs together may cost one of this client's examples; None where its owner demands no privacy."""
     delta: float = 1e-5
     """At which `epsilon` is counted."""
+
+    @property
+    def are_restrictive(self) -> bool:
+        """Whether any limit differs from its default."""
+        return any(getattr(self, name) != type(self).model_fields[name].default for name in LIMITS)
 
     @property
     def tells_scores(self) -> bool:
@@ -56,4 +55,4 @@ class Capability:
             )
 
 
-UNLIMITED = Capability()
+UNLIMITED = TrainingLimits()

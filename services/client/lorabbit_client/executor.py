@@ -22,7 +22,7 @@ from lorabbit.methods.personal_model import requirements
 from lorabbit.protocol.messages import Metrics
 from lorabbit.tensors import serialization
 from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, ClientUpdate, Json, Plan, Tensors
-from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.capabilities import UNLIMITED, TrainingLimits
 from lorabbit_client.execution.failures import failed
 from lorabbit_client.execution.interface import Cancelled, OnProgress, TaskInput, TaskResult, TaskSession, Workspace
 from lorabbit_client.execution.null_workspace import NullWorkspace, is_null
@@ -37,10 +37,10 @@ class Executor:
     """Executes tasks; keeps the workspace (base model, data) of the last job."""
 
     def __init__(
-        self, *, threads: int = 1, data_root: Path = Path(), device: str = "auto", capability: Capability = UNLIMITED
+        self, *, threads: int = 1, data_root: Path = Path(), device: str = "auto", limits: TrainingLimits = UNLIMITED
     ) -> None:
         """Say how many torch threads to use, where relative data paths start, on which device, and what it holds."""
-        self._capability = capability
+        self._limits = limits
         self._threads = threads
         self._data_root = data_root
         self._device = device
@@ -85,7 +85,7 @@ class Executor:
             first = Metrics(num_examples=initial.num_examples, facts=dict(initial.facts))
             return _without_examples(first, task.spec, private.ledger), True
         plan = Plan(task.phase, _payloads(work), task.settings)
-        if task.phase == EVALUATE and not self._capability.tells_scores:
+        if task.phase == EVALUATE and not self._limits.tells_scores:
             return Metrics(num_examples=0), False
         if task.phase == EVALUATE:
             method.restore(plan, session)
@@ -112,14 +112,14 @@ class Executor:
             workspace: Workspace = NullWorkspace(spec)
         else:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-            self._capability.check_job(spec)
+            self._limits.check_job(spec)
             opens = _personal() if registry.build(spec).personal else _shared()
             workspace = opens(
                 spec,
                 threads=self._threads,
                 data_root=self._data_root,
                 device=self._device,
-                capability=self._capability,
+                limits=self._limits,
             )
         self._spec, self._workspace = spec, workspace
         return workspace

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NewType, TypeAlias
+from typing import Annotated, NewType, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 
 ClientId = NewType("ClientId", str)
 """Identity of a data holder, for example ``client-3``; stable over restarts and moves."""
@@ -22,6 +23,10 @@ Tensors: TypeAlias = Mapping[str, Array]
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Facts: TypeAlias = Mapping[str, Json]
+
+Word = Annotated[str, Field(max_length=200)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""An integer that a peer sends: a float holds it exactly, and sums of many stay finite."""
 
 TRAIN = "train"
 """The ordinary phase: tune the adapter on local data. A method may name phases of its own."""
@@ -35,23 +40,43 @@ ADAPTER = "adapter"
 BASE = "base"
 """The payload role of a whole model that the job made and its adapters stand on."""
 SHIFT = "shift"
-"""The payload role of factors that are added to the pristine base weights (`Session.shift_base`)."""
+"""The payload role of factors that are added to the pristine base weights (`Session.set_base_delta`)."""
+
+
+class ClientCapabilities(BaseModel):
+    """What a client declares about itself when it registers."""
+
+    model_config = ConfigDict(frozen=True)
+
+    device: Word = "cpu"
+    memory_bytes: Count = 0
+    tags: Annotated[tuple[Word, ...], Field(max_length=100)] = ()
+    pool: Word = ""
+    """The group of like clients that it was started in; empty for a client on its own."""
+    max_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Largest LoRA rank that it can train; None: whatever a job asks."""
+    max_batch: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    """Rows of which it computes gradients at once; larger batches are split into micro-batches."""
+    dtype: Word = "float32"
+    """Data type in which its models compute while they train: float32, bfloat16 or float16."""
+    quantisation: Word = "none"
+    """How it keeps the frozen linear weights under LoRA: none, int8 or int4."""
+    version: Word = ""
+    codings: Annotated[tuple[Word, ...], Field(max_length=100)] = ()
+    """Encodings that it can write and read beside plain tensors: bf16, int8, int4, top-k, delta, zstd."""
+
+
+DEFAULT_CAPABILITIES = ClientCapabilities()
 
 
 @dataclass(frozen=True, slots=True)
 class ClientProfile:
-    """What a client declares about itself; the only thing a method's `plan` may know of it."""
+    """A client of a job, as a method's `plan` sees it."""
 
     client: ClientId
     index: int
     """0-based place in the job's population; also the client's data partition."""
-    device: str = "cpu"
-    memory_bytes: int = 0
-    tags: tuple[str, ...] = ()
-    pool: str = ""
-    """The group of like clients that it was started in."""
-    max_rank: int | None = None
-    """Largest LoRA rank that it can train; None: whatever a job asks."""
+    capabilities: ClientCapabilities = DEFAULT_CAPABILITIES
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from lorabbit.config.settings import ClientSettings
 from lorabbit.errors import LoRAbbitError
 from lorabbit.job.spec import KNOWN
 from lorabbit.protocol.messages import AddressTaken, Alive, Goodbye, Hello, Message, Welcome
+from lorabbit.types import ClientCapabilities
 from lorabbit_client.agent.journal import Journal
 
 GPUS = Path("/proc/driver/nvidia/gpus")
@@ -32,23 +33,14 @@ LIMIT = Path("/sys/fs/cgroup/memory.max")
 """Memory limit of a container (cgroup v2); ``max`` where there is none."""
 
 
-def introduction(settings: ClientSettings, client: str | None, outbox: tuple[str, ...], process: str) -> Hello:
-    """Make the hello of a client's `process`; `outbox` names the tasks whose results wait for a verdict."""
-    return Hello(
-        address=settings.address,
-        client=client,
+def capabilities_of(settings: ClientSettings) -> ClientCapabilities:
+    """Return what a client declares: its settings, and the device and memory of this machine or container."""
+    return ClientCapabilities(
         device=device(settings.device),
         memory_bytes=memory_bytes(),
-        tags=settings.tags,
-        pool=settings.pool,
-        max_rank=settings.max_rank,
-        max_batch=settings.max_batch,
-        dtype=settings.dtype,
-        quantisation=settings.quantisation,
         version=lorabbit.__version__,
         codings=KNOWN,
-        outbox=outbox,
-        process=process,
+        **settings.model_dump(include={"tags", "pool", "max_rank", "max_batch", "dtype", "quantisation"}),
     )
 
 
@@ -155,7 +147,13 @@ class Registration:
         self._idle_seconds = 0.0
 
     def _hello(self) -> Hello:
-        return introduction(self._settings, self.client, self._outbox() or (), self._process)
+        return Hello(
+            address=self._settings.address,
+            client=self.client,
+            outbox=self._outbox() or (),
+            process=self._process,
+            **capabilities_of(self._settings).model_dump(),
+        )
 
     def _hello_was_sent(self, error: LoRAbbitError | None) -> None:
         self._hello_is_out = False

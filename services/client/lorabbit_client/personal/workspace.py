@@ -23,7 +23,7 @@ from lorabbit.runtime.seeds import derive_seed
 from lorabbit.tensors.arithmetic import count
 from lorabbit.training_session import Place
 from lorabbit.types import Json, Tensors
-from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.capabilities import TrainingLimits
 from lorabbit_client.dataset import ClientData, load_client, load_labels
 from lorabbit_client.execution.interface import InitialAdapter, OnProgress
 from lorabbit_client.execution.private_state import PrivateState
@@ -42,13 +42,13 @@ log = structlog.get_logger()
 
 
 def open_personal_workspace(
-    spec: JobSpec, *, threads: int, data_root: Path, device: str, capability: Capability
+    spec: JobSpec, *, threads: int, data_root: Path, device: str, limits: TrainingLimits
 ) -> PersonalWorkspace:
     """Set torch up for this process and open a job's workspace; nothing is loaded yet.
 
     A method's own objective need not be a mean over rows, so its batches stay whole, and in float32.
     """
-    if capability != UNLIMITED:
+    if limits.are_restrictive:
         log.warning("capability-not-used", why="methods with own models learn whole batches, in float32")
     torch.set_num_threads(threads)
     return PersonalWorkspace(spec, data_root=data_root, device=choose_device(device))

@@ -71,7 +71,7 @@ class DpTrainer(Trainer):
         if len(positions):
             batch = {name: value.to(self._device) for name, value in self.examples.batch(positions).items()}
             for _, piece, _ in split_micro_batches(
-                self.examples.features, batch, self._capability.max_batch or len(positions)
+                self.examples.features, batch, self._limits.max_batch or len(positions)
             ):
                 for found in self._gradients(moving, piece).of(piece):
                     _add_clipped(sums, found, self.privacy.clip)

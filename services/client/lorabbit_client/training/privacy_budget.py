@@ -12,7 +12,7 @@ from lorabbit.config.settings import PREFIX
 from lorabbit.errors import BadInput, LoRAbbitError
 from lorabbit.job.spec import LocalSpec, PrivacySpec
 from lorabbit.privacy.accountant import SampledGaussian, epsilon_of
-from lorabbit_client.capabilities import Capability
+from lorabbit_client.capabilities import TrainingLimits
 from lorabbit_client.execution.privacy_ledger import PrivacyLedger
 from lorabbit_client.training.batching import steps_of
 
@@ -54,13 +54,13 @@ def release_of(spec: PrivacySpec, local: LocalSpec, rows: int) -> SampledGaussia
     return SampledGaussian(spec.noise, min(1.0, local.batch_size / rows), steps_of(local, rows))
 
 
-def count(release: SampledGaussian, spec: PrivacySpec, job: str, ledger: PrivacyLedger, capability: Capability) -> None:
+def count(release: SampledGaussian, spec: PrivacySpec, job: str, ledger: PrivacyLedger, limits: TrainingLimits) -> None:
     """Put a release into the ledger; raises BadInput or LoRAbbitError where a budget does not bear it.
 
     The server is told what the job has cost then, and `spent` where no further release like it fits both budgets.
     """
     of_job = PrivacyBudget("privacy.epsilon", spec.epsilon, spec.delta, ledger.of(job))
-    of_owner = PrivacyBudget(f"{PREFIX}PRIVACY_EPSILON", capability.epsilon, capability.delta, ledger.of_all)
+    of_owner = PrivacyBudget(f"{PREFIX}PRIVACY_EPSILON", limits.epsilon, limits.delta, ledger.of_all)
     for budget in (of_job, of_owner):
         budget.check(release)
     ledger.add(job, release)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ from lorabbit.runtime.seeds import derive_seed
 from lorabbit.tensors.serialization import tensors_sha256
 from lorabbit.training_session import Difficulty, Direction, GradientTerm, LocalResult, Part, Sensitivity
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
-from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.capabilities import UNLIMITED, TrainingLimits
 from lorabbit_client.dataset import ClientData
 from lorabbit_client.execution.interface import OnProgress
 from lorabbit_client.execution.private_state import PrivateState
@@ -54,7 +53,7 @@ class TorchSession:
         private: PrivateState,
         on_progress: OnProgress,
         prefixes: ActivationCache | None = None,
-        capability: Capability = UNLIMITED,
+        limits: TrainingLimits = UNLIMITED,
     ) -> None:
         """Start from the job's initial tensors."""
         self.client = ClientProfile(ClientId(task.client), task.index)
@@ -74,7 +73,7 @@ class TorchSession:
         self._tell = on_progress
         self._fraction = 0.0
         self._prefixes = prefixes
-        self._capability = capability
+        self._limits = limits
         model.reset()
 
     # ---- tensors ----
@@ -162,14 +161,14 @@ class TorchSession:
         spec, data = self._task.spec.privacy, self._data.train
         if spec is None or spec.level != "example":
             return Trainer(
-                model, data, local, clock=clock, seed=seed, find_prefix=self._find_prefix, capability=self._capability
+                model, data, local, clock=clock, seed=seed, find_prefix=self._find_prefix, limits=self._limits
             )
         from lorabbit_client.training.dp_trainer import DpTrainer  # noqa: PLC0415
 
-        limit = replace(self._capability, dtype="float32")
-        trainer = DpTrainer(model, data, local, clock=clock, seed=seed, capability=limit)
+        limit = self._limits.model_copy(update={"dtype": "float32"})
+        trainer = DpTrainer(model, data, local, clock=clock, seed=seed, limits=limit)
         trainer.privacy = spec
-        count(release_of(spec, local, len(data)), spec, self._task.job, self._ledger, self._capability)
+        count(release_of(spec, local, len(data)), spec, self._task.job, self._ledger, self._limits)
         return trainer
 
     def _find_prefix(self, moving: Sequence[torch.Tensor], rows: int) -> FrozenPrefix | None:
@@ -180,7 +179,7 @@ class TorchSession:
         spec = self._task.spec
         usage = ExampleUsage(rows, spec.rounds, self._task.population)
         owner = (self._task.index, self._task.population)
-        group = min(GROUP, self._capability.max_batch or GROUP)
+        group = min(GROUP, self._limits.max_batch or GROUP)
         return find_prefix(
             self._adapter, self._data.train, moving, usage, cache=self._prefixes, base=base, owner=owner, group=group
         )

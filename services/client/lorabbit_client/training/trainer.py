@@ -32,7 +32,7 @@ from lorabbit.job.spec import LocalSpec
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit.training_session import GradientTerm
 from lorabbit.types import Tensors
-from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.capabilities import UNLIMITED, TrainingLimits
 from lorabbit_client.data.features import Batch, Features
 from lorabbit_client.data.table import Codes
 from lorabbit_client.dataset import Examples
@@ -136,16 +136,16 @@ def split_micro_batches(features: Features, batch: Batch, most: int) -> Iterator
             yield place, piece, count / total if total else 1 / len(pieces)
 
 
-def computing(capability: Capability, device: torch.device) -> AbstractContextManager[object]:
+def computing(limits: TrainingLimits, device: torch.device) -> AbstractContextManager[object]:
     """Let torch compute in a client's dtype where it is not float32."""
-    if capability.dtype == "float32":
+    if limits.dtype == "float32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, capability.dtype))
+    return torch.autocast(device.type, dtype=getattr(torch, limits.dtype))
 
 
-def scaler_of(capability: Capability, device: torch.device) -> torch.amp.GradScaler:
+def scaler_of(limits: TrainingLimits, device: torch.device) -> torch.amp.GradScaler:
     """Return what keeps float16 gradients from vanishing; it does nothing for other dtypes."""
-    return torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=capability.dtype == "float16")
+    return torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=limits.dtype == "float16")
 
 
 PROGRESS_SECONDS = 0.25
@@ -209,10 +209,10 @@ class Trainer:
         clock: TrainingSchedule,
         seed: int,
         find_prefix: FindPrefix = lambda _moving, _rows: None,
-        capability: Capability = UNLIMITED,
+        limits: TrainingLimits = UNLIMITED,
     ) -> None:
         """Take what to train, on what, how, when in the job, from which seed, and what this client can hold."""
-        self._capability = capability
+        self._limits = limits
         self._find_prefix = find_prefix
         self._prefix: FrozenPrefix | None = None
         self._model = model
@@ -221,7 +221,7 @@ class Trainer:
         self._clock = clock
         self._seed = seed
         self._device = next(model.model.parameters()).device
-        self._scaler = scaler_of(capability, self._device)
+        self._scaler = scaler_of(limits, self._device)
 
     def run(
         self,
@@ -252,7 +252,7 @@ class Trainer:
         if self._prefix is None:
             yield
             return
-        with computing(self._capability, self._device):
+        with computing(self._limits, self._device):
             self._prefix.prepare(rows)
         with self._prefix.skipped():
             yield
@@ -322,7 +322,7 @@ class Trainer:
 
     def _learn(self, positions: Codes, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:  # noqa: ARG002
         """Leave the gradient of one batch, which may come in pieces, in `grad`, and return its loss."""
-        batch, most = self._batch(positions), self._capability.max_batch
+        batch, most = self._batch(positions), self._limits.max_batch
         if most is None or len(positions) <= most:
             return self._backward(batch)
         total = torch.zeros((), device=self._device)
@@ -334,7 +334,7 @@ class Trainer:
 
     def _backward(self, batch: Batch, share: float = 1.0) -> torch.Tensor:
         """Add the gradient of a share of the loss to what is in `grad`; returns that share."""
-        with computing(self._capability, self._device):
+        with computing(self._limits, self._device):
             loss = self._loss(batch)
         loss = loss if share == 1.0 else loss * share
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, Task
 from lorabbit.tensors.arithmetic import count
 from lorabbit.types import Json, Tensors
-from lorabbit_client.capabilities import UNLIMITED, Capability
+from lorabbit_client.capabilities import UNLIMITED, TrainingLimits
 from lorabbit_client.dataset import ClientData, load_client, load_labels, load_test
 from lorabbit_client.execution.interface import InitialAdapter, OnProgress
 from lorabbit_client.execution.private_state import PrivateState
@@ -37,13 +37,13 @@ REPORTED = ("torch", "transformers", "peft", "numpy", "tokenizers")
 
 
 def open_workspace(
-    spec: JobSpec, *, threads: int, data_root: Path, device: str, capability: Capability
+    spec: JobSpec, *, threads: int, data_root: Path, device: str, limits: TrainingLimits
 ) -> LearningWorkspace:
     """Set torch up for this process and open a job's workspace; nothing is loaded yet."""
     torch.set_num_threads(threads)
     chosen = choose_device(device)
-    capability.check(chosen.type)
-    return LearningWorkspace(spec, data_root=data_root, device=chosen, capability=capability)
+    limits.check(chosen.type)
+    return LearningWorkspace(spec, data_root=data_root, device=chosen, limits=limits)
 
 
 def choose_device(name: str) -> torch.device:
@@ -63,10 +63,10 @@ class LearningWorkspace:
     """One job's model and data in one process."""
 
     def __init__(
-        self, spec: JobSpec, *, data_root: Path, device: torch.device, capability: Capability = UNLIMITED
+        self, spec: JobSpec, *, data_root: Path, device: torch.device, limits: TrainingLimits = UNLIMITED
     ) -> None:
         """Remember what to load when it is first needed, and what this client can hold."""
-        self._capability = capability
+        self._limits = limits
         self._spec = spec
         self._data_root = data_root
         self._device = device
@@ -84,8 +84,8 @@ class LearningWorkspace:
     def _model(self) -> TrainableModel:
         labels = load_labels(self._spec, self._data_root)
         model = make_trainable(self._spec, load_model(self._spec, self._source, labels), self._device)
-        if self._capability.quantisation != "none":
-            quantize(model, self._capability.quantisation)
+        if self._limits.quantisation != "none":
+            quantize(model, self._limits.quantisation)
         return model
 
     @property
@@ -132,7 +132,7 @@ class LearningWorkspace:
             private=private,
             on_progress=on_progress,
             prefixes=self._prefixes,
-            capability=self._capability,
+            limits=self._limits,
         )
 
     def counting(self) -> FlopCounter:

@@ -5,33 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from lorabbit.job.spec import JobSpec
 from lorabbit.state.base import ClientEntry, StateStore
-from lorabbit.types import EVALUATE, INITIALISE
+from lorabbit.types import EVALUATE, INITIALISE, ClientCapabilities
 from lorabbit_server.engine.client_selection import natural
 from lorabbit_server.engine.state import TaskState, load_state
 
 LEFT, LOST, IDLE = "left", "lost", "idle"
 
 
-class ClientInfo(BaseModel):
+class ClientInfo(ClientCapabilities):
     """One client: who it is, what it declared, and what it does."""
-
-    model_config = ConfigDict(frozen=True)
 
     client: str
     address: str
-    pool: str = ""
-    device: str = ""
-    memory_bytes: int = 0
-    tags: tuple[str, ...] = ()
-    max_rank: int | None = None
-    max_batch: int | None = None
-    dtype: str = ""
-    quantisation: str = ""
-    version: str = ""
+    codings: tuple[str, ...] = Field(default=(), exclude=True)
     present: bool
     state: str
     """idle, what it does for the job under way, left (it said goodbye) or lost (it fell silent)."""
@@ -85,9 +75,8 @@ def _words(task: TaskState) -> str:
 def _client_info(entry: ClientEntry, doing: str | None, now_ms: int, seen_ms: int | None) -> ClientInfo:
     present = entry.expires_ms > now_ms
     absent = LOST if entry.expires_ms else LEFT
-    declared = {key: value for key, value in json.loads(entry.record).items() if key in ClientInfo.model_fields}
     return ClientInfo.model_validate(
-        declared
+        json.loads(entry.record)
         | {
             "client": entry.client,
             "address": entry.address,

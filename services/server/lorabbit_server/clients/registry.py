@@ -7,18 +7,11 @@ one lease of grace, in which nobody else is given their identity.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from lorabbit.protocol.messages import Hello
 from lorabbit.state.base import ClientEntry, StateStore
-from lorabbit.types import ClientId
-from lorabbit_server.engine.state import Declared
-
-DECLARED = {
-    "device", "memory_bytes", "tags", "pool", "max_rank", "max_batch", "dtype", "quantisation", "version", "codings",
-}  # fmt: skip
-"""What a client says of itself; the store keeps it beside the identity."""
+from lorabbit.types import ClientCapabilities, ClientId
 
 
 @dataclass(slots=True)
@@ -27,16 +20,7 @@ class RegisteredClient:
 
     client: ClientId
     address: str
-    device: str = "cpu"
-    memory_bytes: int = 0
-    tags: tuple[str, ...] = ()
-    pool: str = ""
-    max_rank: int | None = None
-    max_batch: int | None = None
-    dtype: str = "float32"
-    quantisation: str = "none"
-    version: str = ""
-    codings: tuple[str, ...] = ()
+    capabilities: ClientCapabilities
     expires_ms: int = 0
     heard_ms: int = 0
     """When it was heard of last."""
@@ -70,11 +54,10 @@ class ClientRegistry:
             client = ClientId(name)
             recent = entry.expires_ms > now_ms - self._lease_ms
             expires = now_ms + self._lease_ms if entry.expires_ms else 0
-            declared = json.loads(entry.record)
-            declared |= {key: tuple(declared.get(key, ())) for key in ("tags", "codings")}
+            declared = ClientCapabilities.model_validate_json(entry.record)
             heard = min(now_ms, max(0, entry.expires_ms - self._lease_ms))
             self._clients[client] = RegisteredClient(
-                client, entry.address, expires_ms=expires, heard_ms=heard, **declared
+                client, entry.address, declared, expires_ms=expires, heard_ms=heard
             )
             if recent:
                 self._heard.add(client)
@@ -94,15 +77,14 @@ class ClientRegistry:
         if displaced is not None and displaced.address != message.address:
             self._by_address.pop(displaced.address, None)
         self._by_address[message.address] = client
-        own = message.model_dump(include=DECLARED)
         self._clients[client] = RegisteredClient(
-            client, message.address, **own, expires_ms=expires, heard_ms=now_ms, present=True
+            client, message.address, _capabilities(message), expires_ms=expires, heard_ms=now_ms, present=True
         )
         return client
 
     def _lease(self, message: Hello, now_ms: int, expires_ms: int) -> str:
         """Have the store lease an identity to whoever says hello."""
-        record = json.dumps(message.model_dump(mode="json", include=DECLARED))
+        record = _capabilities(message).model_dump_json()
         wanted = ClientEntry(message.client or "", message.address, record, expires_ms)
         return self._store.lease_identity(wanted, now_ms=now_ms, epoch=self._epoch)
 
@@ -118,8 +100,8 @@ class ClientRegistry:
             return None, False
         entry, expires = self._clients[client], now_ms + self._lease_ms
         if not entry.expires_ms:
-            own = {key: getattr(entry, key) for key in DECLARED}
-            self._lease(Hello(address=address, client=client, **own), now_ms, expires)
+            hello = Hello(address=address, client=client, **entry.capabilities.model_dump())
+            self._lease(hello, now_ms, expires)
         back = not entry.present
         entry.present, entry.heard_ms, entry.expires_ms = True, now_ms, expires
         self._heard.add(client)
@@ -173,15 +155,9 @@ class ClientRegistry:
         return {entry.client: max(self._since_ms, entry.heard_ms) for entry in list(self._clients.values())}
 
     @property
-    def declared(self) -> dict[ClientId, Declared]:
-        """What those who are here said of themselves, as far as jobs choose by it."""
-        here = (entry for entry in self._clients.values() if entry.present)
-        return {
-            each.client: Declared(
-                each.device, each.memory_bytes, each.tags, each.pool, each.max_rank, each.quantisation
-            )
-            for each in here
-        }
+    def capabilities(self) -> dict[ClientId, ClientCapabilities]:
+        """Capabilities of the clients that are present."""
+        return {entry.client: entry.capabilities for entry in self._clients.values() if entry.present}
 
     def get(self, client: ClientId) -> RegisteredClient | None:
         """A client by its identity."""
@@ -190,3 +166,7 @@ class ClientRegistry:
     def at(self, address: str) -> ClientId | None:
         """The identity of the client at an address."""
         return self._by_address.get(address)
+
+
+def _capabilities(message: Hello) -> ClientCapabilities:
+    return ClientCapabilities(**message.model_dump(include=set(ClientCapabilities.model_fields)))

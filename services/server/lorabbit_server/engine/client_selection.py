@@ -15,8 +15,7 @@ from lorabbit.aggregation.partial_work import ClientSpeed
 from lorabbit.job.spec import JobSpec, SelectionSpec
 from lorabbit.methods.registry import build
 from lorabbit.runtime.seeds import generator
-from lorabbit.types import ClientId
-from lorabbit_server.engine.state import Declared
+from lorabbit.types import ClientCapabilities, ClientId
 
 GIB = 2**30
 
@@ -40,12 +39,12 @@ class ClientRequirements:
     whole_base: str = ""
     """Why all must hold the base model's weights unquantised; empty where they need not."""
 
-    def unmet(self, declared: Declared) -> ClientRequirements:
+    def unmet(self, declared: ClientCapabilities) -> ClientRequirements:
         """The part of it that a client cannot give."""
         rank = self.rank if self.rank is not None and (declared.max_rank or self.rank) < self.rank else None
         return ClientRequirements(rank, self.whole_base if declared.quantisation != "none" else "")
 
-    def unmet_by_any(self, clients: Iterable[Declared]) -> ClientRequirements:
+    def unmet_by_any(self, clients: Iterable[ClientCapabilities]) -> ClientRequirements:
         """The part of it that at least one of some clients cannot give."""
         found = [self.unmet(declared) for declared in clients]
         rank = self.rank if any(each.rank is not None for each in found) else None
@@ -61,7 +60,9 @@ def requirements_of(job: JobSpec) -> ClientRequirements:
     return ClientRequirements(None if method.personal else one_rank(job), method.needs_whole_base())
 
 
-def matches(selection: SelectionSpec | None, declared: Declared, needed: ClientRequirements = NOTHING) -> bool:
+def matches(
+    selection: SelectionSpec | None, declared: ClientCapabilities, needed: ClientRequirements = NOTHING
+) -> bool:
     """Tell whether a client is one of those that a job takes in."""
     if needed.unmet(declared) != NOTHING:
         return False

@@ -16,10 +16,10 @@ from typing import Any
 from lorabbit.events import job_events as ev
 from lorabbit.methods import compatibility
 from lorabbit.methods.registry import METHODS
-from lorabbit.types import INITIALISE, ClientId
+from lorabbit.types import DEFAULT_CAPABILITIES, INITIALISE, ClientId
 from lorabbit_server.engine import client_selection, results, rounds, scheduling
 from lorabbit_server.engine.rounds import exclude_client, scores_without_lost
-from lorabbit_server.engine.state import Declared, JobState
+from lorabbit_server.engine.state import JobState
 from lorabbit_server.engine.tasks import dispatch_tasks, in_order, send
 from lorabbit_server.engine.transitions import (
     AppendEvent,
@@ -152,7 +152,9 @@ def _suited(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> t
         declared.update(event.declared)
     elif isinstance(event, HelloReceived):
         declared[event.client] = event.declared
-    suited = [c for c in event.present if client_selection.matches(selection, declared.get(c, Declared()), needed)]
+    suited = [
+        c for c in event.present if client_selection.matches(selection, declared.get(c, DEFAULT_CAPABILITIES), needed)
+    ]
     return replace(state, declared=declared, unsuited=len(event.present) - len(suited)), suited
 
 

@@ -15,7 +15,7 @@ from pydantic import JsonValue, TypeAdapter
 from lorabbit.aggregation.partial_work import ClientSpeed
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, Offer, PayloadRef
-from lorabbit.types import ClientId
+from lorabbit.types import ClientCapabilities, ClientId
 
 Stage = Literal["gathering", "initialising", "starting", "training", "aggregating", "scoring", "ended"]
 Ending = Literal["done", "failed", "cancelled"]
@@ -62,18 +62,6 @@ class TaskState:
 
 
 @dataclass(frozen=True, slots=True)
-class Declared:
-    """What a client said of itself when it came, as far as jobs choose by it."""
-
-    device: str = "cpu"
-    memory_bytes: int = 0
-    tags: tuple[str, ...] = ()
-    pool: str = ""
-    max_rank: int | None = None
-    quantisation: str = "none"
-
-
-@dataclass(frozen=True, slots=True)
 class ModelVersion:
     """One version of the server state, on disk."""
 
@@ -115,7 +103,7 @@ class JobState:
     """Clients there that suit the job, while the population gathers."""
     unsuited: int = 0
     """Clients there that the job's selection leaves out, while the population gathers."""
-    declared: Mapping[ClientId, Declared] = field(default_factory=dict)
+    declared: Mapping[ClientId, ClientCapabilities] = field(default_factory=dict)
     """What clients declared, where the job selects by it and still gathers."""
     clients: tuple[ClientId, ...] = ()
     """The population, in partition order."""

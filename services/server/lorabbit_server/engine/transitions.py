@@ -14,8 +14,8 @@ from pydantic import JsonValue
 
 from lorabbit.events.job_events import AnyEvent
 from lorabbit.job.spec import PLAIN
-from lorabbit.types import ClientId
-from lorabbit_server.engine.state import Declared, JobState, ModelVersion, TaskState, UploadOffer
+from lorabbit.types import ClientCapabilities, ClientId
+from lorabbit_server.engine.state import JobState, ModelVersion, TaskState, UploadOffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class JobOpened:
 
     present: tuple[ClientId, ...]
     at_ms: int = 0
-    declared: Mapping[ClientId, Declared] = field(default_factory=dict)
+    declared: Mapping[ClientId, ClientCapabilities] = field(default_factory=dict)
     """What those who are here say of themselves; nothing is known of others."""
 
 
@@ -51,7 +51,7 @@ class HelloReceived:
     is_new: bool = True
     """Whether it was not here before."""
     at_ms: int = 0
-    declared: Declared = field(default_factory=Declared)
+    declared: ClientCapabilities = field(default_factory=ClientCapabilities)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ class JobRunner:
         elif entry.cancel_requested:
             self.apply(transitions.CancelRequested(self._now()))
         else:
-            self.apply(transitions.JobOpened(tuple(here := self._context.registry.declared), self._now(), here))
+            self.apply(transitions.JobOpened(tuple(here := self._context.registry.capabilities), self._now(), here))
 
     def _recover(self, *, goes_on: bool) -> None:
         """Make again what a stopped server may have left undone: files, and if it goes on streams and heavy steps."""

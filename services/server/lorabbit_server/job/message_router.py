@@ -187,7 +187,7 @@ class MessageRouter:
 
     def _arrived(self, client: ClientId, outbox: frozenset[str], *, is_new: bool = True) -> transitions.HelloReceived:
         """Tell of a client that is here, for the first time or again."""
-        declared = self._registry.declared[client]
+        declared = self._registry.capabilities[client]
         return transitions.HelloReceived(
             client, self._registry.present, declared.device, outbox, is_new, self._now(), declared
         )

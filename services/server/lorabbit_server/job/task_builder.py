@@ -20,7 +20,7 @@ from lorabbit.job.spec import CompressionSpec
 from lorabbit.methods.api.method import Method
 from lorabbit.protocol.messages import EncodedDownload, PayloadRef, Task
 from lorabbit.runtime.seeds import derive_seed
-from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, TRAIN, ClientProfile, Facts, Tensors
+from lorabbit.types import ADAPTER, DEFAULT_CAPABILITIES, EVALUATE, INITIALISE, TRAIN, ClientProfile, Facts, Tensors
 from lorabbit_server.aggregation.aggregator import UpdateContext
 from lorabbit_server.aggregation.model_versions import ModelVersionStore
 from lorabbit_server.aggregation.update_validation import ExpectedUpdate, UpdateTemplate, check_offer
@@ -168,21 +168,9 @@ class TaskBuilder:
         return {whole.sha256: self._versions.way(whole, origin)}
 
     def _codings(self, task: TaskState) -> frozenset[str]:
-        """What a task's client can write and read."""
-        entry = self._registry.get(task.client)
-        return frozenset() if entry is None else frozenset(entry.codings)
+        """Encodings that a task's client can write and read."""
+        return frozenset(self._profile(task).capabilities.codings)
 
     def _profile(self, task: TaskState) -> ClientProfile:
-        """What the client declared about itself."""
         entry = self._registry.get(task.client)
-        if entry is None:
-            return ClientProfile(task.client, task.index)
-        return ClientProfile(
-            task.client,
-            task.index,
-            entry.device,
-            entry.memory_bytes,
-            entry.tags,
-            pool=entry.pool,
-            max_rank=entry.max_rank,
-        )
+        return ClientProfile(task.client, task.index, entry.capabilities if entry else DEFAULT_CAPABILITIES)

@@ -158,7 +158,7 @@ class Aggregation:
 
         A client's own limit counts where the rule folds unequal ranks.
         """
-        limit = None if self.rule.unequal else client.max_rank
+        limit = None if self.rule.unequal else client.capabilities.max_rank
         if self.client_ranks is None:
             return limit if limit is not None and limit < self.rank else None
         rank = min(self.client_ranks[client.index % len(self.client_ranks)], self.rank)

@@ -16,13 +16,11 @@ from typing import Annotated, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from lorabbit.job.spec import CompressionSpec, JobSpec
+from lorabbit.types import ClientCapabilities, Count, Word
 
 VERSION = 1
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Word = Annotated[str, Field(max_length=200)]
-Count = Annotated[int, Field(ge=0, le=2**53)]
-"""Every whole number that a peer claims: a float holds it exactly, and sums of many stay finite."""
 
 
 class Message(BaseModel):
@@ -87,7 +85,7 @@ class Metrics(BaseModel):
     """Free facts for the method and the report (label counts, trained parameters, ...)."""
 
 
-class Hello(Message):
+class Hello(ClientCapabilities, Message):
     """Client -> server: I am here. Repeated after every reconnect."""
 
     kind: ClassVar[str] = "hello"
@@ -95,22 +93,6 @@ class Hello(Message):
     """Name of the client's inbox; unique per process, kept over restarts."""
     client: Identifier | None = None
     """The identity it owns; None asks the server for the lowest free ``client-<n>``."""
-    device: Word = "cpu"
-    memory_bytes: Count = 0
-    tags: Annotated[tuple[Word, ...], Field(max_length=100)] = ()
-    pool: Word = ""
-    """The group of like clients that it was started in; empty for a client on its own."""
-    max_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Largest LoRA rank that it can train; None: whatever a job asks."""
-    max_batch: Annotated[int, Field(ge=1, le=2**20)] | None = None
-    """Rows of which it computes gradients at once; larger batches are learnt in pieces."""
-    dtype: Word = "float32"
-    """Numbers that its models compute with while they train."""
-    quantisation: Word = "none"
-    """How it keeps the frozen linear weights under LoRA: none, int8 or int4."""
-    version: Word = ""
-    codings: Annotated[tuple[Word, ...], Field(max_length=100)] = ()
-    """What it can write and read beside tensors as they are: bf16, int8, int4, top-k, delta, zstd."""
     outbox: Annotated[tuple[Identifier, ...], Field(max_length=10_000)] = ()
     """Tasks whose result waits for a verdict."""
     process: Word = ""
