@@ -42,7 +42,7 @@ from services import RabbitMQ, Redis
 KINDS = {"client": 0.70, "server": 0.15, "store": 0.08, "broker": 0.07}
 """What is killed, and how often: a broker takes longest to come back."""
 PAUSE_SECONDS = (2.0, 6.0)
-BACK = {"client": "welcomed", "server": "leading"}
+BACK = {"client": "client-registered", "server": "leader-elected"}
 """The event in its log that says that a part is at work again."""
 QUICK = {"LORABBIT_HEARTBEAT_SECONDS": "1", "LORABBIT_CLIENT_LEASE_SECONDS": "10", "LORABBIT_LEASE_SECONDS": "3"}
 

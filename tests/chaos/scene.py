@@ -134,7 +134,7 @@ class Scene:
         self.server.start(**(server or {}))
         self.federation.await_server()
         if self._others:
-            self.await_log(self.server, '"leading"')
+            self.await_log(self.server, '"leader-elected"')
         clients = self.federation.clients.values()
         for process in (*self._others, *clients):
             process.start(**((victim if process is self.victim else others) or {}))

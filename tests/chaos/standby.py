@@ -22,7 +22,7 @@ def two_servers(scene: Scene, lease_seconds: float) -> Iterator[Handover]:
     standby = scene.add_standby(**lease)
     with midway(scene, **lease), contextlib.closing(Handover(scene.ground.store.url, lease_seconds)) as handover:
         yield handover
-        scene.await_log(standby, '"leading"')
+        scene.await_log(standby, '"leader-elected"')
         scene.ask_standby()
 
 
@@ -41,8 +41,8 @@ def leader_freezes(scene: Scene) -> None:
         handover.begin()
         handover.await_end_of_lease()
         scene.server.signal(signal.SIGCONT)
-        scene.await_log(scene.server, "stepping-down")
-        scene.await_log(scene.server, "standing-by")
+        scene.await_log(scene.server, "leadership-lost")
+        scene.await_log(scene.server, "standby")
 
 
 def leader_drains(scene: Scene) -> None:

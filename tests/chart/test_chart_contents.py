@@ -257,7 +257,7 @@ def test_alerts_dashboards_and_the_scaler_read_metrics_that_exist():
 
     read = set(re.findall(r"\blorabbit_[a-z_]+", " ".join(texts)))
 
-    assert {"lorabbit_clients_wanted", "lorabbit_round_seconds_bucket", "lorabbit_updates_total"} <= read
+    assert {"lorabbit_clients_required", "lorabbit_round_seconds_bucket", "lorabbit_updates_total"} <= read
     assert read <= known
 
 

@@ -268,7 +268,7 @@ def test_a_server_that_stands_by_is_ready_for_whoever_takes_that(bare):
 def test_the_clients_of_the_job_under_way_are_wanted_until_it_ends(served):
     def wanted():
         lines = served.web.get("/metrics").text.splitlines()
-        return next(float(line.split()[1]) for line in lines if line.startswith("lorabbit_clients_wanted "))
+        return next(float(line.split()[1]) for line in lines if line.startswith("lorabbit_clients_required "))
 
     before = wanted()
     served.web.post("/jobs", json={**SPEC, "clients": 2})
@@ -293,8 +293,8 @@ def test_metrics_count_what_happened_without_a_label_per_client(served):
     assert samples["lorabbit_updates_total", "accepted", "evaluate"] == 4
     assert samples["lorabbit_jobs_total", "done"] == 1
     assert samples["lorabbit_round_seconds_count",] == 2
-    assert samples["lorabbit_leading",] == 1
-    assert samples["lorabbit_clients_present",] == 2
+    assert samples["lorabbit_leader",] == 1
+    assert samples["lorabbit_clients_connected",] == 2
     assert "client-1" not in text
 
 

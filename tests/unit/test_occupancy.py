@@ -13,7 +13,7 @@ def occupancy() -> DuplicateClientDetector:
 
 
 def told(occupancy: DuplicateClientDetector, processes: str) -> list[bool]:
-    return [occupancy.hear("jetson", process) for process in processes]
+    return [occupancy.observe("jetson", process) for process in processes]
 
 
 def test_a_process_that_was_started_again_and_again_is_alone(occupancy: DuplicateClientDetector) -> None:
@@ -68,15 +68,15 @@ def test_a_goodbye_of_somebody_unknown_is_taken_as_that_of_the_only_one(occupanc
 def test_addresses_do_not_meet(occupancy: DuplicateClientDetector) -> None:
     told(occupancy, "ab")
 
-    assert not occupancy.hear("nano", "b")
-    assert not occupancy.hear("nano", "a")
+    assert not occupancy.observe("nano", "b")
+    assert not occupancy.observe("nano", "a")
 
 
 def test_a_client_that_calls_itself_something_else_each_time_costs_no_memory(
     occupancy: DuplicateClientDetector,
 ) -> None:
     for number in range(100):
-        occupancy.hear("jetson", str(number))
+        occupancy.observe("jetson", str(number))
 
-    assert occupancy.hear("jetson", str(100 - KEPT)) is False
-    assert occupancy.hear("jetson", str(99 - KEPT)) is False, "it was forgotten, and is new"
+    assert occupancy.observe("jetson", str(100 - KEPT)) is False
+    assert occupancy.observe("jetson", str(99 - KEPT)) is False, "it was forgotten, and is new"

@@ -99,7 +99,7 @@ def _work(settings: ClientSettings) -> int:
     agent.when_idle(finish)
     agent.when_taken(leave)
     for said in unknown_variables():
-        log.warning("variable-not-read", why=said)
+        log.warning("unknown-variable", why=said)
     log.info("client-started", version=__version__, address=settings.address, folder=str(settings.folder))
     try:
         with _signals(broker, agent, settings.drain_seconds) as told:

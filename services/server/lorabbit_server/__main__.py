@@ -93,7 +93,7 @@ def _serve(settings: ServerSettings) -> int:
         http.start()
         dependencies.start()
         for said in unknown_variables():
-            log.warning("variable-not-read", why=said)
+            log.warning("unknown-variable", why=said)
         log.info("server-started", version=__version__, http=http.url, folder=str(settings.folder))
         try:
             with _signals(service, broker):

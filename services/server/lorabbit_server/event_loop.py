@@ -37,10 +37,10 @@ class EventLoop:
     """Posts guarded callbacks to the broker's loop thread."""
 
     def __init__(
-        self, broker: Broker, on_setback: Callable[[Exception], None], *, worker: Executor | None = None
+        self, broker: Broker, on_transient: Callable[[Exception], None], *, worker: Executor | None = None
     ) -> None:
         """Call `on_setback` with the error of a callback that another server or a lost service caused."""
-        self._broker, self._on_setback = broker, on_setback
+        self._broker, self._on_transient = broker, on_transient
         self._worker = worker or ThreadPoolExecutor(max_workers=1, thread_name_prefix="heavy")
         self._closed = False
 
@@ -53,7 +53,7 @@ class EventLoop:
         except (LoRAbbitError, OSError) as error:
             if not is_transient(error):
                 raise
-            self._on_setback(error)
+            self._on_transient(error)
 
     def post(self, callback: Callable[[], None]) -> None:
         """Call soon; from any thread."""
@@ -78,9 +78,9 @@ class EventLoop:
             try:
                 result = job()
             except Fenced as error:
-                log.info("work-left", why=str(error))  # it is another server's; the next commit tells the service
+                log.info("work-fenced", why=str(error))  # it is another server's; the next commit tells the service
             except Exception as error:  # noqa: BLE001 - whatever it was, its owner must hear of it
-                told = self._on_setback if is_out_of_space(error) or isinstance(error, Retryable) else failed
+                told = self._on_transient if is_out_of_space(error) or isinstance(error, Retryable) else failed
                 self.post(partial(told, error))
             else:
                 self.post(lambda: then(result))

@@ -167,11 +167,11 @@ class Server:
         if self._epoch is None:
             holder = self.store.lease_holder()
             if holder != self._stood_behind:
-                log.info("standing-by", holder=holder)
+                log.info("standby", holder=holder)
             self._stood_behind = holder
             self._timers = [self._loop.after(self._pace, self._stand_by)]
             return
-        log.info("leading", epoch=self._epoch)
+        log.info("leader-elected", epoch=self._epoch)
         self._stood_behind = None
         self._renewed_ms = self._now()
         for exchange in topology.EXCHANGES:
@@ -185,9 +185,9 @@ class Server:
         publisher = StreamPublisher(self.broker, self.payloads, leads=partial(self.store.is_newest, self._epoch))
         parts = (self._loop, self.broker, self.store, self.payloads, publisher, self._registry, self.access)
         self._context = ServerContext(*parts, self.settings, self._now, self._epoch, VERSIONS, self.refused)
-        router = MessageRouter(self._context, lambda: self._run, self._tell)
+        router = MessageRouter(self._context, lambda: self._run, self._on_events)
         self._subscriptions = [
-            RevocationWatcher(self._context, router.send_away),
+            RevocationWatcher(self._context, router.remove_clients),
             self._subscribe(topology.SERVER_QUEUE.name, router.on_control, CONTROL_PREFETCH),
             self._subscribe(topology.DATA_QUEUE.name, router.on_data, DATA_PREFETCH),
         ]
@@ -205,7 +205,7 @@ class Server:
                 if is_transient(error):
                     raise
                 # a message that breaks this server must not come back to break it again
-                log.exception("message-broke-server", type=delivery.type, routing_key=delivery.routing_key)
+                log.exception("message-handling-failed", type=delivery.type, routing_key=delivery.routing_key)
                 self.refused["broke-server"] += 1
                 self.broker.reject(delivery)
                 self._step_down(error)
@@ -232,7 +232,7 @@ class Server:
 
     def _step_down(self, error: Exception) -> None:
         """Forget everything and stand by: the store knows better; another server may have the files that lack here."""
-        log.warning("stepping-down", why=str(error))
+        log.warning("leadership-lost", why=str(error))
         self.faults.note(error, self._now())
         epoch, pause = self._epoch, self._pace
         self._forget()
@@ -274,7 +274,7 @@ class Server:
         self.store.mark_job(entry.job, "running", epoch=context.epoch)
         record = self.store.claim_job(entry.job, context.epoch)
         run = JobRunner(context, entry.job, JobSpec.model_validate_json(entry.spec), record)
-        run.on_events = partial(self._tell, entry.job)
+        run.on_events = partial(self._on_events, entry.job)
         run.on_end = partial(self._ended, entry.job)
         if not entry.cancel_requested:
             self.faults.check_files(run.state, self.payloads)
@@ -291,7 +291,7 @@ class Server:
             callback(job)
         self._loop.post(self._next_job)
 
-    def _tell(self, job: str, events: list[AnyEvent]) -> None:
+    def _on_events(self, job: str, events: list[AnyEvent]) -> None:
         for event in events:
             for callback in self._listeners:
                 callback(job, event)

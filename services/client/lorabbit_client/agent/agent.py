@@ -145,7 +145,7 @@ class Agent:
         except (OSError, MemoryError):
             raise  # no fault of the message
         except Exception:
-            log.exception("message-broke-client", type=delivery.type)
+            log.exception("message-handling-failed", type=delivery.type)
             self._broker.reject(delivery)
             raise
 

@@ -80,9 +80,9 @@ def _joined(settings: ClientSettings, token: str, path: Path, before: Credential
     except NotAllowed as error:
         if before is None:
             raise
-        log.warning("join-token-not-used", client=before.user, why=str(error))
+        log.warning("join-token-ignored", client=before.user, why=str(error))
         return replace(before, token=digest(token))
-    log.info("joined", client=asked.user)
+    log.info("client-enrolled", client=asked.user)
     return asked
 
 
@@ -134,7 +134,7 @@ def _join(settings: ClientSettings, token: str, credentials: Credentials) -> Non
                 if answer.status_code in REFUSALS:
                     raise NotAllowed(f"the server at {settings.server_url} does not let this client join: {why}")
             if why != told:
-                log.warning("cannot-join-yet", server=settings.server_url, why=why)
+                log.warning("enrollment-delayed", server=settings.server_url, why=why)
             told = why
             time.sleep(backoff.next_seconds())
 

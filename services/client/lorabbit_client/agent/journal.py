@@ -130,7 +130,7 @@ class Journal:
         path = self.output(offer.task)
         if path.exists() and path.stat().st_size == offer.payload.size_bytes:
             return True
-        log.warning("result-lost", task=offer.task, path=str(path))
+        log.warning("update-lost", task=offer.task, path=str(path))
         return False
 
 

@@ -124,7 +124,7 @@ class Registration:
             self.on_taken(f"another client took the name {self._settings.client!r}; {ITS_OWN} LORABBIT_CLIENT")
             return
         if not self._welcomed or welcome.client != self.client:
-            log.info("welcomed", address=self._settings.address, client=welcome.client)
+            log.info("client-registered", address=self._settings.address, client=welcome.client)
         self.client = welcome.client
         self._journal.remember_identity(welcome.client)
         if self._welcomed:
@@ -158,7 +158,7 @@ class Registration:
     def _hello_was_sent(self, error: LoRAbbitError | None) -> None:
         self._hello_is_out = False
         if error is not None:
-            log.info("server-not-there", address=self._settings.address, why=str(error))
+            log.info("server-unreachable", address=self._settings.address, why=str(error))
             self._was_in_trouble = True
 
     def _beat(self, seconds: float) -> None:
@@ -184,6 +184,6 @@ class Registration:
             self._idle_seconds += seconds
             limit = self._settings.idle_seconds
             if limit is not None and self._idle_seconds >= limit and self.on_idle is not None:
-                log.info("leaving", idle_seconds=self._idle_seconds)
+                log.info("client-leaving", idle_seconds=self._idle_seconds)
                 self._idle_seconds = None
                 self.on_idle()

@@ -237,7 +237,7 @@ class TaskRun:
 
         def sent(error: LoRAbbitError | None) -> None:
             if error is not None:
-                self._log.warning("failure-not-reported", why=str(error))
+                self._log.warning("failure-not-sent", why=str(error))
             self._end()
 
         failed = TaskFailed(**self._ids, reason=reason[:MAX_REASON], bad_input=bad_input, damaged=damaged)
@@ -267,7 +267,7 @@ class TaskRun:
     def _confirmed(self, error: LoRAbbitError | None) -> None:
         self._unconfirmed -= 1
         if error is not None:
-            self._log.info("offer-not-taken", why=str(error))
+            self._log.info("offer-not-sent", why=str(error))
 
     def granted(self, grant: Grant) -> None:
         """Send the chunks that the server lacks, then commit; a sender at work goes on."""
@@ -310,7 +310,7 @@ class TaskRun:
     def settled(self, *, accepted: bool, reason: str) -> None:
         """Forget the task: the server has its result durably, or never wants it."""
         if not accepted:
-            self._log.info("result-refused", reason=reason)
+            self._log.info("update-rejected", reason=reason)
         if self.stage == "running":
             self._context.runner.cancel(self.task)
         self._end()

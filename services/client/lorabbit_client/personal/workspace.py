@@ -49,7 +49,7 @@ def open_personal_workspace(
     A method's own objective need not be a mean over rows, so its batches stay whole, and in float32.
     """
     if limits.are_restrictive:
-        log.warning("capability-not-used", why="methods with own models learn whole batches, in float32")
+        log.warning("limits-ignored", why="methods with own models learn whole batches, in float32")
     torch.set_num_threads(threads)
     return PersonalWorkspace(spec, data_root=data_root, device=choose_device(device))
 

@@ -126,7 +126,7 @@ def start_method(
     return MethodStarted(version, parameters, facts)
 
 
-def fold_round(
+def aggregate_round(
     versions: ModelVersionStore, state: ServerState, folded: Aggregate, *, background: UpdateContext
 ) -> RoundAggregated | UpdatesUnusable:
     """Fold a round, or name the results that cannot be folded even alone."""

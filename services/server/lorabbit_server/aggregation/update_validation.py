@@ -19,6 +19,7 @@ from lorabbit.job.spec import CompressionSpec
 from lorabbit.protocol.messages import PayloadRef
 from lorabbit.tensors import serialization
 from lorabbit.tensors.arithmetic import is_floating
+from lorabbit.transfer.payload_store import PayloadStore
 from lorabbit.types import Array, Tensors
 
 HEADER_BYTES = 2**20
@@ -82,6 +83,11 @@ def check_offer(payload: PayloadRef, template: UpdateTemplate | None, *, max_byt
         raise Refused("too-large", f"chunks of {payload.chunk_bytes} bytes do not fit through a broker")
     if payload.chunks > MAX_CHUNKS:
         raise Refused("too-large", f"{payload.chunks} chunks are more than {MAX_CHUNKS}; cut it into larger ones")
+
+
+def check_payload(payloads: PayloadStore, ref: PayloadRef, expected: ExpectedUpdate) -> CompressionSpec:
+    """Complete a payload in the store and validate it; raises as `PayloadStore.finish` and `check_update` do."""
+    return check_update(payloads.finish(ref), expected)
 
 
 def check_update(path: Path, expected: ExpectedUpdate) -> CompressionSpec:

@@ -36,9 +36,9 @@ class ServerMetrics:
         )
         self._tasks = Counter("lorabbit_tasks_sent", "Tasks sent, by phase", ["phase"], registry=self.registry)
         self._lost = Counter("lorabbit_clients_lost", "Leases that ended", registry=self.registry)
-        self._aside = Counter("lorabbit_clients_set_aside", "Clients that jobs ask no more", registry=self.registry)
-        self._clients = Gauge("lorabbit_clients_present", "Clients that are here", registry=self.registry)
-        self._wanted = Gauge("lorabbit_clients_wanted", "Clients that the job asks for", registry=self.registry)
+        self._aside = Counter("lorabbit_clients_excluded", "Clients that jobs ask no more", registry=self.registry)
+        self._clients = Gauge("lorabbit_clients_connected", "Clients that are here", registry=self.registry)
+        self._wanted = Gauge("lorabbit_clients_required", "Clients that the job asks for", registry=self.registry)
         self._refused = Gauge(
             "lorabbit_messages_refused",
             "Messages, chunks and offers that were refused",
@@ -51,7 +51,7 @@ class ServerMetrics:
             ["reason"],
             registry=self.registry,
         )
-        self._leading = Gauge("lorabbit_leading", "1 while this server holds the lease", registry=self.registry)
+        self._leading = Gauge("lorabbit_leader", "1 while this server holds the lease", registry=self.registry)
         self._begin_at_zero()
 
     def _begin_at_zero(self) -> None:

@@ -50,7 +50,7 @@ class AdapterExporter:
     _bases: dict[Path, str] = field(default_factory=dict)
     """The base model that each folder holds, as far as this server wrote it."""
 
-    def told(self, event: ev.AnyEvent) -> None:
+    def on_events(self, event: ev.AnyEvent) -> None:
         """Take in a committed event."""
         match event:
             case ev.AdapterInitialised():

@@ -56,10 +56,10 @@ class RunDirectory:
         """Hashes of the payloads that a server may have published and not withdrawn."""
         return frozenset(self._published)
 
-    def told(self, events: Sequence[ev.AnyEvent]) -> _Work | None:
+    def on_events(self, events: Sequence[ev.AnyEvent]) -> _Work | None:
         """Fold committed events; returns the work that they cause, None when there is none."""
         works: list[_Work] = []
-        kept = self._archive.told(events)
+        kept = self._archive.on_events(events)
         for event in events:
             self._fold(event)
             match event:
@@ -76,7 +76,7 @@ class RunDirectory:
 
     def _fold(self, event: ev.AnyEvent) -> None:
         fold(self.report, [event])
-        self._exporter.told(event)
+        self._exporter.on_events(event)
         if isinstance(event, ev.PayloadPublished):
             self._published.append(event.sha256)
 

@@ -27,7 +27,7 @@ class UpdateArchive:
         """Keep it below the run's folder; do nothing where it is not wanted."""
         self._folder, self._payloads, self._files, self._wanted = folder / FOLDER, payloads, files, wanted
 
-    def told(self, events: Iterable[ev.AnyEvent]) -> list[_Work]:
+    def on_events(self, events: Iterable[ev.AnyEvent]) -> list[_Work]:
         """Return the work that committed events cause."""
         return self._works(events, whole=False)
 

@@ -24,7 +24,7 @@ class DuplicateClientDetector:
         self._heard: dict[str, list[str]] = {}
         self._surplus: dict[str, set[str]] = {}
 
-    def hear(self, address: str, process: str) -> bool:
+    def observe(self, address: str, process: str) -> bool:
         """Note who speaks; tell whether it has to leave, since an older process is alive at its address."""
         heard = self._heard.setdefault(address, [])
         if process not in heard:

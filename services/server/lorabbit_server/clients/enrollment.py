@@ -73,7 +73,7 @@ class ClientAccess:
         secret = new_secret()
         token = JoinToken(digest(secret), wish.client or "", wish.uses, expires_ms=now_ms + round(wish.seconds * 1000))
         self._enrollment.add_token(token)
-        log.info("token-made", token=token.id, client=wish.client, uses=wish.uses, seconds=wish.seconds)
+        log.info("token-created", token=token.id, client=wish.client, uses=wish.uses, seconds=wish.seconds)
         return secret, token
 
     def tokens(self, *, now_ms: int) -> list[JoinToken]:
@@ -92,7 +92,7 @@ class ClientAccess:
         if len(found) != 1:
             raise BadInput(f"{len(found)} tokens begin with {id_!r}; list them with: lorabbit tokens")
         self._enrollment.drop_token(found[0])
-        log.info("token-dropped", token=found[0].id)
+        log.info("token-deleted", token=found[0].id)
 
     # ---- clients ----
     def join(self, wish: JoinRequest, *, now_ms: int) -> JoinResponse:
@@ -100,10 +100,10 @@ class ClientAccess:
         admin = self._needed()
         verdict = self._enrollment.join(digest(wish.token), wish.client, wish.password_hash, now_ms=now_ms)
         if verdict != "ok":
-            log.warning("join-refused", client=wish.client, reason=verdict)
+            log.warning("enrollment-refused", client=wish.client, reason=verdict)
             raise JoinRefused(verdict, f"{wish.client} may not join: {WHY_NOT[verdict]}")
         admin.put_user(wish.client, wish.password_hash)
-        log.info("client-joined", client=wish.client)
+        log.info("client-enrolled", client=wish.client)
         return JoinResponse(user=wish.client)
 
     def revoke(self, client: str, *, now_ms: int) -> None:

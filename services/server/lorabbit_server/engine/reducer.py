@@ -67,9 +67,9 @@ def decide(state: JobState, event: Event) -> Decision:
         return _after_the_end(state, event)
     match event:
         case JobOpened() | HelloReceived() | ClientLeft():
-            return _presence(state, event)
+            return _on_presence(state, event)
         case ClientDismissed():
-            return _dismissed(state, event)
+            return _on_client_dismissed(state, event)
         case ServerWorkFailed():
             return rounds.end(state, "failed", event.at_ms, reason=event.reason, exit_code=event.exit_code)
         case CancelRequested():
@@ -88,25 +88,25 @@ def resume(state: JobState) -> tuple[Heavy, ...]:
     return (*folding, *granted, *deadline)
 
 
-def _presence(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> Decision:
+def _on_presence(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> Decision:
     """Start once the population is complete; afterwards keep count of who is lost."""
     if state.stage == "gathering":
         return _gather(state, event)
     match event:
         case HelloReceived() if event.client in state.clients:
-            state, commands = _welcome_back(state, event)
+            state, commands = _on_return(state, event)
         case HelloReceived() if _joins(state, event):
             state, commands = _join(state, event)
         case ClientLeft() if event.client in state.clients and event.client not in state.lost:
-            state, commands = _lose(state, event)
+            state, commands = _on_client_lost(state, event)
         case _:
             return state, ()
     state, scores = scores_without_lost(state, event.at_ms)
-    state, trainings = rounds.ask_on(state, event.at_ms)
+    state, trainings = rounds.dispatch_more(state, event.at_ms)
     return state, (*commands, *scores, *trainings)
 
 
-def _lose(state: JobState, event: ClientLeft) -> Decision:
+def _on_client_lost(state: JobState, event: ClientLeft) -> Decision:
     """Count a client among those who are lost."""
     lost = [*state.lost]
     insort(lost, event.client, key=client_selection.natural)
@@ -114,10 +114,10 @@ def _lose(state: JobState, event: ClientLeft) -> Decision:
     return replace(state, lost=tuple(lost)), (told,)
 
 
-def _dismissed(state: JobState, event: ClientDismissed) -> Decision:
+def _on_client_dismissed(state: JobState, event: ClientDismissed) -> Decision:
     """Do without a client; it is not awaited."""
     left = ClientLeft(event.client, event.present, event.at_ms)
-    state, commands = _presence(state, left)
+    state, commands = _on_presence(state, left)
     if state.stage in {"gathering", "ended"}:
         return state, commands
     state, more = exclude_client(state, event.client, event.reason, event.at_ms)
@@ -126,7 +126,7 @@ def _dismissed(state: JobState, event: ClientDismissed) -> Decision:
 
 def _gather(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> Decision:
     """Wait for the population; when it is there, let its first client build the model."""
-    state, suited = _suited(state, event)
+    state, suited = _matching(state, event)
     state = replace(state, present=len(suited), since_ms=state.since_ms or event.at_ms)
     joined: tuple[Command, ...] = ()
     if isinstance(event, HelloReceived) and event.is_new:
@@ -142,7 +142,7 @@ def _gather(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> D
     return state, (*joined, started, *commands)
 
 
-def _suited(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> tuple[JobState, Sequence[ClientId]]:
+def _matching(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> tuple[JobState, Sequence[ClientId]]:
     """Those of the clients who are here that the job takes in; what they declared is kept while it gathers."""
     selection, needed = state.spec.selection, client_selection.requirements_of(state.spec)
     if selection is None and needed == client_selection.NOTHING:
@@ -173,7 +173,7 @@ def _joins(state: JobState, event: HelloReceived) -> bool:
     return suits and compatibility.takes_in(spec, prepares=prepares)
 
 
-def _welcome_back(state: JobState, event: HelloReceived) -> Decision:
+def _on_return(state: JobState, event: HelloReceived) -> Decision:
     """Send a returned client its open tasks again: the same ids and seeds, so the same results."""
     commands: list[Command] = []
     if event.client in state.lost:

@@ -9,7 +9,7 @@ from lorabbit.events import job_events as ev
 from lorabbit.job.schedules import Quorum
 from lorabbit.types import EVALUATE, INITIALISE, TRAIN
 from lorabbit_server.engine import scheduling
-from lorabbit_server.engine.rounds import ask_on, exclude_client, fold_on, on_counted, scored
+from lorabbit_server.engine.rounds import continue_aggregation, dispatch_more, exclude_client, on_counted, scored
 from lorabbit_server.engine.state import JobState, TaskState, UploadOffer
 from lorabbit_server.engine.tasks import in_order, name_of, named, send
 from lorabbit_server.engine.transitions import (
@@ -116,7 +116,7 @@ def _too_stale(state: JobState, task: TaskState, answer: Command, at_ms: int) ->
     detail = f"it would be {age} versions old when it is folded; schedule.max_staleness is {most}"
     told = ev.UpdateRejected(at_ms=at_ms, round=state.round, client=task.client, reason=TOO_STALE, detail=detail)
     tasks = {id_: other for id_, other in state.tasks.items() if id_ != task.id}
-    state, commands = ask_on(replace(state, tasks=tasks, turned_away=state.turned_away + 1), at_ms)
+    state, commands = dispatch_more(replace(state, tasks=tasks, turned_away=state.turned_away + 1), at_ms)
     return state, (answer, AppendEvent(told), *commands)
 
 
@@ -156,7 +156,7 @@ def on_invalid_update(state: JobState, event: UpdateFailedValidation) -> Decisio
         if event.before_upload
         else SendVerdict(task.id, task.client, accepted=False, reason=event.reason)
     )
-    state, commands = _again(state, task, event)
+    state, commands = _retry(state, task, event)
     return state, (answer, *commands)
 
 
@@ -167,7 +167,7 @@ def on_task_failed(state: JobState, event: TaskFailureReceived) -> Decision:
         return state, ()
     if event.bad_input:
         return exclude_client(state, task.client, event.reason, event.at_ms, exit_code=2)
-    return _again(state, task, UpdateFailedValidation(task.id, "task-failed", event.reason, at_ms=event.at_ms))
+    return _retry(state, task, UpdateFailedValidation(task.id, "task-failed", event.reason, at_ms=event.at_ms))
 
 
 def on_unusable_updates(state: JobState, event: UpdatesUnusable) -> Decision:
@@ -197,11 +197,11 @@ def on_unusable_updates(state: JobState, event: UpdatesUnusable) -> Decision:
         commands += (AppendEvent(told), *more)
         if state.stage == "ended":
             return state, commands
-    state, more = fold_on(state, event.at_ms) if state.stage == "aggregating" else (state, ())
+    state, more = continue_aggregation(state, event.at_ms) if state.stage == "aggregating" else (state, ())
     return state, (*commands, *more)
 
 
-def _again(state: JobState, task: TaskState, event: UpdateFailedValidation) -> Decision:
+def _retry(state: JobState, task: TaskState, event: UpdateFailedValidation) -> Decision:
     """Put a task with a new id in the place of one that brought nothing, or do without its client."""
     told = AppendEvent(
         ev.UpdateRejected(

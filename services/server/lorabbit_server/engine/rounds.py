@@ -81,7 +81,7 @@ def _wait_until(state: JobState, deadline_ms: int | None) -> Decision:
     return state, () if deadline_ms is None else (SetDeadline(state.round, deadline_ms),)
 
 
-def ask_on(state: JobState, at_ms: int) -> Decision:
+def dispatch_more(state: JobState, at_ms: int) -> Decision:
     """Where clients never wait, give those that are free their next training."""
     if not isinstance(state.spec.schedule, Buffered) or state.stage != "training":
         return state, ()
@@ -111,7 +111,7 @@ def on_counted(state: JobState, at_ms: int) -> Decision:
         return state, ()
     if len(scheduling.accepted_updates(state)) >= scheduling.required_updates(state):
         return close(state, at_ms)
-    return ask_on(state, at_ms)
+    return dispatch_more(state, at_ms)
 
 
 def close(state: JobState, at_ms: int) -> Decision:
@@ -137,7 +137,7 @@ def aggregation(state: JobState) -> Aggregate:
     return Aggregate(state.round, tuple(t for t in trained if not state.batch or t.id in state.batch))
 
 
-def fold_on(state: JobState, at_ms: int) -> Decision:
+def continue_aggregation(state: JobState, at_ms: int) -> Decision:
     """Fold what is left of a round, or what has arrived meanwhile; where that is nothing, train again."""
     if state.batch:
         return state, (aggregation(state),)

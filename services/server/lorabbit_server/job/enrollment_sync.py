@@ -19,9 +19,9 @@ log = structlog.get_logger()
 class RevocationWatcher(Cancellable):
     """See the module's docstring; for the loop thread."""
 
-    def __init__(self, context: ServerContext, send_away: Callable[[Iterable[str]], None]) -> None:
+    def __init__(self, context: ServerContext, remove_clients: Callable[[Iterable[str]], None]) -> None:
         """Read who was revoked, and give the broker the users it lacks."""
-        self._context, self._send_away = context, send_away
+        self._context, self._send_away = context, remove_clients
         self._seconds = context.settings.lease_seconds / 3
         self._timer: Cancellable | None = None
         if context.access.is_enrolled:

@@ -22,6 +22,7 @@ from lorabbit.events.job_events import EVENTS, AnyEvent
 from lorabbit.job.spec import CompressionSpec, JobSpec
 from lorabbit.methods.registry import build
 from lorabbit.protocol.messages import CancelTask, Deny, ForTask, Offer, Task, TaskFailed, Verdict
+from lorabbit.runtime import failpoints
 from lorabbit.state.base import JobEntry, JobRecord
 from lorabbit.types import INITIALISE, ClientId
 from lorabbit_server.aggregation import aggregator
@@ -34,7 +35,7 @@ from lorabbit_server.engine.reducer import decide, resume
 from lorabbit_server.engine.state import JobState, TaskState, UploadOffer, load_state
 from lorabbit_server.engine.transitions import DeadlinePassed, Event, SetDeadline
 from lorabbit_server.job.task_builder import TaskBuilder
-from lorabbit_server.job.unit_of_work import UnitOfWork
+from lorabbit_server.job.unit_of_work import Step, UnitOfWork
 from lorabbit_server.transfer.downloads import Downloads
 from lorabbit_server.transfer.traffic_meter import TrafficMeter
 from lorabbit_server.transfer.uploads import Uploads, refusal
@@ -66,7 +67,7 @@ class RoundTimer:
 
 
 log = structlog.get_logger()
-_Step = Callable[[], None]
+Callback = Callable[[], None]
 
 
 class JobRunner:
@@ -86,14 +87,14 @@ class JobRunner:
             self._method, context.payloads, context.settings.chunk_bytes, spec.transport.downloads
         )
         self._task_builder = TaskBuilder(self._method, self._versions, context.registry, epoch=context.epoch)
-        self.uploads = Uploads(context, job, self._meter, self._checked)
+        self.uploads = Uploads(context, job, self._meter, self._on_checked)
         """Takes chunks and commits straight from reception."""
-        self._downloads = Downloads(context, self._needs, self._step_failed)
+        self._downloads = Downloads(context, self._is_needed, self._fail_job)
         self._deadline = RoundTimer(context, self.apply)
         folder = context.settings.folder / "runs" / job
         self._folder = RunDirectory(folder, job, spec, context.payloads, files)
-        self._unit_of_work = UnitOfWork(context, state, record, self._meter, self._step_failed)
-        self._unit_of_work.on_events = self._told
+        self._unit_of_work = UnitOfWork(context, state, record, self._meter, self._fail_job)
+        self._unit_of_work.on_events = self._on_committed
 
     @property
     def state(self) -> JobState:
@@ -103,12 +104,12 @@ class JobRunner:
     def start(self, entry: JobEntry) -> None:
         """Begin, or give again the commands that a stopped server left undone."""
         if self._is_new:
-            self._unit_of_work.record(ev.JobSubmitted(at_ms=entry.submitted_ms))
+            self._unit_of_work.add(Step(self.state, events=[ev.JobSubmitted(at_ms=entry.submitted_ms)]))
         else:
             self._recover(goes_on=not entry.cancel_requested)
-        self._downloads.tidy()
+        self._downloads.delete_leftovers()
         if self.state.stage == "ended":
-            self._unit_of_work.afterwards(self._end)
+            self._unit_of_work.add(Step(self.state, after_commit=[self._end]))
         elif entry.cancel_requested:
             self.apply(transitions.CancelRequested(self._now()))
         else:
@@ -123,9 +124,9 @@ class JobRunner:
         for task in self.state.tasks.values() if goes_on else ():
             if task.status != "accepted":
                 self._downloads.publish(ref for _, ref in self._task_builder.message(self.state, task).published)
-        self._unit_of_work.relay_all()
+        self._unit_of_work.resend_all()
         for command in resume(self.state) if goes_on else ():
-            self._heavy(command)()  # at once: behind the next commit, chunks that wait would find nobody
+            self._deferred(command)()  # at once: behind the next commit, chunks that wait would find nobody
 
     def commit(self) -> None:
         """Make the step under way durable now."""
@@ -137,33 +138,44 @@ class JobRunner:
         self._unit_of_work.close()
 
     # ---- events ----
-    def apply(self, event: transitions.Event) -> None:
-        """Decide on an event and perform what follows."""
+    def apply(self, event: transitions.Event, delivery: Delivery | None = None) -> None:
+        """Decide on an event and perform what follows; `delivery` is acknowledged once that is durable."""
         before = self.state
-        self._unit_of_work.state, commands = decide(before, event)
+        state, commands = decide(before, event)
+        step = Step(state, [] if delivery is None else [delivery])
         for command in commands:
-            self._perform(command)
-        gone = self.uploads.keep(self.state.tasks)
-        if not gone and self.state.head is before.head and before.tasks.keys() <= self.state.tasks.keys():
-            return  # the common case, once a message: nothing has become superfluous
-        self._meter.keep(self.state.tasks.keys())
-        gone |= self._versions.keep(self.state.versions) | (before.payloads - self.state.payloads)
-        if gone:
-            self._unit_of_work.afterwards(lambda: self._downloads.sweep(gone))
+            self._perform(command, step)
+        unneeded = self._release(before, state)
+        if unneeded:
+            step.after_commit.append(lambda: self._downloads.delete_unneeded(unneeded))
+        self._unit_of_work.add(step)
+
+    def _release(self, before: JobState, now: JobState) -> frozenset[str]:
+        """Forget what a decision made superfluous; returns the hashes of files that nothing needs any more."""
+        tasks = now.tasks
+        removed = not before.tasks.keys() <= tasks.keys()
+        changed = [
+            task for id_, task in before.tasks.items() if id_ in tasks and tasks[id_].offered is not task.offered
+        ]
+        unneeded = self.uploads.keep(tasks) if changed or removed else frozenset()
+        unneeded |= {task.offered.payload.sha256 for task in changed if task.offered and task.offered.payload}
+        if not unneeded and not removed and now.head is before.head:
+            return unneeded
+        self._meter.keep(tasks.keys())
+        return unneeded | self._versions.keep(now.versions) | (before.payloads - now.payloads)
 
     def on_offer(self, message: Offer, delivery: Delivery, client: ClientId) -> None:
         """Weigh an offer; the delivery is acknowledged once the answer is durable."""
-        self._unit_of_work.hold(delivery)
         task = self.state.tasks.get(message.task)
         wants_tensors, limit = None, self._context.settings.max_payload_bytes
         if task is not None and task.status != "accepted":
             try:
-                wants_tensors = self._task_builder.weigh(self.state, task, message.payload, max_bytes=limit)
+                wants_tensors = self._task_builder.check_offer(self.state, task, message.payload, max_bytes=limit)
             except Refused as why:
                 refused = transitions.UpdateFailedValidation(
                     task.id, why.reason, why.detail, before_upload=True, at_ms=self._now()
                 )
-                self.apply(refused)
+                self.apply(refused, delivery)
                 return
         self.apply(
             transitions.OfferReceived(
@@ -174,46 +186,46 @@ class JobRunner:
                 wants_tensors=wants_tensors,
                 traffic=self._meter.read(message.task),
                 at_ms=self._now(),
-            )
+            ),
+            delivery,
         )
 
     def on_task_failed(self, message: TaskFailed, delivery: Delivery, client: ClientId) -> None:
         """Hear that a client could not do a task."""
-        self._unit_of_work.hold(delivery)
-        self.apply(
-            transitions.TaskFailureReceived(message.task, client, message.reason, message.bad_input, self._now())
-        )
+        failure = transitions.TaskFailureReceived(message.task, client, message.reason, message.bad_input, self._now())
+        self.apply(failure, delivery)
 
-    def meter(self, task: str, overhead: int, message: str) -> None:
+    def meter(self, task: str, delivery: Delivery) -> None:
         """Count a control message from a client."""
-        self._meter.up(task, overhead=overhead, message=message)
+        self._meter.received(task, delivery)
 
     def tick(self) -> None:
         """Ask again where an upload has stalled."""
-        self.uploads.again(frozenset(self.state.lost))
+        self.uploads.regrant_stalled(frozenset(self.state.lost))
 
     # ---- commands ----
-    def _perform(self, command: transitions.Command) -> None:
-        """Put what a command changes into the ledger, and what it does behind the commit."""
+    def _perform(self, command: transitions.Command, step: Step) -> None:
+        """Add to a step what a command changes, and what it does after the commit."""
         match command:
             case transitions.AppendEvent(event):
-                self._unit_of_work.record(event)
+                step.events.append(event)
             case transitions.MarkAccepted(id_, sha256):
-                self._unit_of_work.count(id_, sha256)
+                step.effects[id_] = sha256
             case transitions.SendTask(task):
-                self._send_task(task)
+                self._send_task(task, step)
             case transitions.SendCancelTask(id_, client):
-                self._post(client, CancelTask(job=self.job, task=id_, client=client), f"{id_}.cancel")
+                self._post(step, client, CancelTask(job=self.job, task=id_, client=client), f"{id_}.cancel")
             case transitions.DenyUpload(id_, client, reason):
                 self._context.refused[reason] += 1
-                self._post(client, Deny(job=self.job, task=id_, client=client, reason=reason), f"{id_}.deny")
+                denied = Deny(job=self.job, task=id_, client=client, reason=reason)
+                self._post(step, client, denied, f"{id_}.deny")
             case transitions.SendVerdict(id_, client, accepted, reason):
                 verdict = Verdict(job=self.job, task=id_, client=client, accepted=accepted, reason=reason)
-                self._post(client, verdict, f"{id_}.verdict")
+                self._post(step, client, verdict, f"{id_}.verdict")
             case _:
-                self._unit_of_work.afterwards(self._heavy(command))
+                step.after_commit.append(self._deferred(command))
 
-    def _heavy(self, command: transitions.Heavy) -> _Step:
+    def _deferred(self, command: transitions.Heavy) -> Callback:
         """What a command does once it is durable."""
         match command:
             case transitions.GrantUpload(task):
@@ -227,21 +239,21 @@ class JobRunner:
             case transitions.EndJob():
                 return self._end
 
-    def _send_task(self, task: TaskState) -> None:
+    def _send_task(self, task: TaskState, step: Step) -> None:
         """Put a task into the outbox, and its payloads into streams."""
-        message = self._task_builder.message(self.state, task)
+        message = self._task_builder.message(step.state, task)
         refs = [ref for _, ref in message.published]
         for role, ref in self._downloads.announce(message.published):
-            told = ev.PayloadPublished(at_ms=self._now(), round=self.state.round, role=role, **ref.content)
-            self._unit_of_work.record(told)
-        self._unit_of_work.before_sending(lambda: self._downloads.publish(refs))
-        self._post(task.client, message, f"{task.id}.{message.attempt}.{self._context.epoch}")
+            published = ev.PayloadPublished(at_ms=self._now(), round=step.state.round, role=role, **ref.content)
+            step.events.append(published)
+        step.before_sending.append(lambda: self._downloads.publish(refs))
+        self._post(step, task.client, message, f"{task.id}.{message.attempt}.{self._context.epoch}")
 
-    def _post(self, client: ClientId, message: ForTask | Task, message_id: str) -> None:
+    def _post(self, step: Step, client: ClientId, message: ForTask | Task, message_id: str) -> None:
         """Put a message into the outbox; a client without an address gets its tasks when it says hello."""
         entry = self._context.registry.get(client)
         if entry is not None:
-            self._unit_of_work.post(entry.address, message, message_id=message_id)
+            step.post(entry.address, message, message_id=message_id)
 
     # ---- uploads ----
     def _expect(self, task: TaskState) -> None:
@@ -249,21 +261,22 @@ class JobRunner:
         if current is not None and current.status == "offered":
             self.uploads.expect(current, self._task_builder.expected(self.state, current))
 
-    def _checked(self, task: TaskState, found: CompressionSpec | Exception) -> None:
-        """Count a payload that passed admission, unless its offer is no longer the one that counts."""
+    def _on_checked(self, task: TaskState, found: CompressionSpec | Exception) -> None:
+        """Accept a payload that passed validation, unless its offer was replaced meanwhile."""
+        failpoints.hit(failpoints.Failpoint.UPLOAD_CHECKED)
         current = self.state.tasks.get(task.id)
         if current is None or current.status != "offered" or current.offered != task.offered:
             return
         if not isinstance(found, Exception):
             self.apply(transitions.UpdateReceived(task.id, self._meter.read(task.id), self._now(), found.word))
-        elif self.uploads.may_repeat(task, found):
+        elif self.uploads.allows_repeat(task, found):
             self._expect(task)
         elif (why := refusal(found)) is None:
-            self._step_failed(f"checking the {task.phase} result of {task.client}", found)
+            self._fail_job(f"checking the {task.phase} result of {task.client}", found)
         else:
             self.apply(transitions.UpdateFailedValidation(task.id, why.reason, why.detail, at_ms=self._now()))
 
-    def _needs(self, sha256: str) -> bool:
+    def _is_needed(self, sha256: str) -> bool:
         """Tell whether the job as it stands may still read a payload; for any thread."""
         state = self.state
         if state.stage == "ended":
@@ -278,48 +291,52 @@ class JobRunner:
 
         facts = self._context.with_versions(offered.metrics.facts)
         work = partial(aggregator.start_method, self._versions, task, facts)
-        self._context.loop.work(work, self._stepped, lambda error: self._step_failed("starting the method", error))
+        self._context.loop.work(
+            work, self._on_deferred_done, lambda error: self._fail_job("starting the method", error)
+        )
 
     def _aggregate(self, command: transitions.Aggregate) -> None:
         """Fold the round's updates into the next server state."""
         if self.state.head is None:
             return
-        background = self._task_builder.background(self.state, command.tasks)
+        background = self._task_builder.update_context(self.state, command.tasks)
         state = self._versions.load(self.state.head)
 
-        work = partial(aggregator.fold_round, self._versions, state, command, background=background)
-        self._context.loop.work(work, self._stepped, partial(self._step_failed, f"aggregating round {command.round}"))
+        work = partial(aggregator.aggregate_round, self._versions, state, command, background=background)
+        self._context.loop.work(
+            work, self._on_deferred_done, partial(self._fail_job, f"aggregating round {command.round}")
+        )
 
-    def _stepped(
+    def _on_deferred_done(
         self, event: transitions.MethodStarted | transitions.RoundAggregated | transitions.UpdatesUnusable
     ) -> None:
         """Go on after heavy work; the files that it wrote are the state's now, or nobody's."""
         self.apply(replace(event, at_ms=self._now()))
         self._versions.unclaimed.clear()
 
-    def _step_failed(self, what: str, error: Exception) -> None:
+    def _fail_job(self, what: str, error: Exception) -> None:
         """End the job on an error of the server's own work; it would come again."""
-        log.error("step-failed", job=self.job, what=what, why=repr(error))
+        log.error("job-step-failed", job=self.job, what=what, why=repr(error))
         reason = f"{what} failed: {error or type(error).__name__}"
         self.apply(transitions.ServerWorkFailed(reason, getattr(error, "exit_code", 1), self._now()))
 
     # ---- the run folder and the end ----
-    def _told(self, events: list[AnyEvent]) -> None:
+    def _on_committed(self, events: list[AnyEvent]) -> None:
         """Bring committed events to the run folder and to whoever listens."""
-        self._write(self._folder.told(events))
+        self._write(self._folder.on_events(events))
         self.on_events(events)
 
-    def _write(self, work: _Step | None) -> None:
+    def _write(self, work: Callback | None) -> None:
         if work is not None:
-            self._context.loop.work(work, lambda _: None, lambda error: self._step_failed("writing the run", error))
+            self._context.loop.work(work, lambda _: None, lambda error: self._fail_job("writing the run", error))
 
     def _end(self) -> None:
         """Let everything reach its place, then hand over to the next job."""
 
         def written(_: object) -> None:
-            self._unit_of_work.when_relayed(self._hand_over)
+            self._unit_of_work.when_delivered(self._hand_over)
 
-        self._downloads.tidy()
+        self._downloads.delete_leftovers()
         self._context.loop.work(lambda: None, written, written)
 
     def _hand_over(self) -> None:

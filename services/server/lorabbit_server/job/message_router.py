@@ -41,7 +41,6 @@ from lorabbit_server.clients.addresses import ClientQueues, DuplicateClientDetec
 from lorabbit_server.context import ServerContext
 from lorabbit_server.engine import transitions
 from lorabbit_server.job.job_runner import JobRunner
-from lorabbit_server.transfer.traffic_meter import header_bytes
 
 log = structlog.get_logger()
 PROGRESS_SECONDS = 0.5
@@ -88,8 +87,8 @@ class MessageRouter:
             self._refuse(delivery, address, why)
             return
         match message:
-            case Hello() | Alive() if self._is_surplus(message, delivery):
-                self._turn_away(message, delivery)
+            case Hello() | Alive() if self._is_duplicate(message, delivery):
+                self._reject_duplicate(message, delivery)
             case Hello():
                 self._on_hello(message, delivery)
             case Alive():
@@ -101,14 +100,14 @@ class MessageRouter:
             case _:
                 self._broker.ack(delivery)
 
-    def send_away(self, clients: Iterable[str]) -> None:
+    def remove_clients(self, clients: Iterable[str]) -> None:
         """Let go of clients that were revoked: their inboxes, their leases, their part in the job."""
         for address in clients:
             self._client_queues.delete(address)
             self._duplicates.forget(address)
             client = self._registry.leave(address)
             if client is not None:
-                log.info("client-sent-away", client=client)
+                log.info("client-removed", client=client)
                 self._dismiss(client, f"{client} was revoked")
 
     def expire(self, now_ms: int, every_ms: int) -> None:
@@ -154,10 +153,10 @@ class MessageRouter:
         was_here = known is not None and known in self._registry.present
         self._client_queues.declare(message.address, may_be_gone=not was_here)
         client = self._registry.hello(message, self._now())
-        log.info("client-arrived", client=client, address=message.address, device=message.device)
+        log.info("client-connected", client=client, address=message.address, device=message.device)
         welcome = Welcome(client=client, heartbeat_seconds=self._context.settings.heartbeat_seconds)
         self._reply(message.address, welcome, f"welcome.{uuid.uuid4().hex}", delivery)
-        self._apply(self._arrived(client, frozenset(message.outbox), is_new=not was_here))
+        self._apply(self._hello_event(client, frozenset(message.outbox), is_new=not was_here))
 
     def _on_alive(self, message: Alive, delivery: Delivery) -> None:
         """Renew a lease; a client that this server does not know is as good as one that says hello."""
@@ -174,31 +173,33 @@ class MessageRouter:
             return
         self._broker.ack(delivery)
         if back:
-            self._came_back(client)
+            self._on_return(client)
 
-    def _came_back(self, client: ClientId) -> None:
+    def _on_return(self, client: ClientId) -> None:
         """Note a client that was silent, but never gone: it still has its tasks."""
         entry = self._registry.get(client)
         run = self._running()
         if run is None or entry is None:
             return
         own = frozenset(task.id for task in run.state.tasks.values() if task.client == client)
-        self._apply(self._arrived(client, own))
+        self._apply(self._hello_event(client, own))
 
-    def _arrived(self, client: ClientId, outbox: frozenset[str], *, is_new: bool = True) -> transitions.HelloReceived:
+    def _hello_event(
+        self, client: ClientId, outbox: frozenset[str], *, is_new: bool = True
+    ) -> transitions.HelloReceived:
         """Tell of a client that is here, for the first time or again."""
         declared = self._registry.capabilities[client]
         return transitions.HelloReceived(
             client, self._registry.present, declared.device, outbox, is_new, self._now(), declared
         )
 
-    def _is_surplus(self, message: Hello | Alive, delivery: Delivery) -> bool:
+    def _is_duplicate(self, message: Hello | Alive, delivery: Delivery) -> bool:
         """Tell whether an older process is alive at the same address; what comes a second time says nothing of now."""
         if not message.process or delivery.redelivered:
             return False
-        return self._duplicates.hear(message.address, message.process)
+        return self._duplicates.observe(message.address, message.process)
 
-    def _turn_away(self, message: Hello | Alive, delivery: Delivery) -> None:
+    def _reject_duplicate(self, message: Hello | Alive, delivery: Delivery) -> None:
         """Tell whoever came second to an address; both read there, so it is told as often as it speaks."""
         log.warning("address-taken", address=message.address, why="two clients use it; give each its own")
         self._context.refused["address-taken"] += 1
@@ -212,7 +213,7 @@ class MessageRouter:
         client = self._registry.leave(message.address)
         self._broker.ack(delivery)
         if client is not None:
-            log.info("client-left", client=client)
+            log.info("client-disconnected", client=client)
             self._apply(transitions.ClientLeft(client, self._registry.present, self._now()))
 
     def _on_task_message(self, message: ForTask, delivery: Delivery, address: str) -> None:
@@ -221,12 +222,12 @@ class MessageRouter:
         if client is not None:
             self._client_queues.declare(address)
             if back:
-                self._came_back(client)
+                self._on_return(client)
         run = self._running()
         if run is None or run.job != message.job or client is None:
             self._on_other_job(message, delivery, address)
             return
-        run.meter(message.task, len(delivery.body) + header_bytes(delivery), delivery.message_id)
+        run.meter(message.task, delivery)
         match message:
             case Offer():
                 failpoints.hit(failpoints.Failpoint.OFFER_RECEIVED)

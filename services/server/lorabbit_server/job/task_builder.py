@@ -58,7 +58,7 @@ class TaskBuilder:
         uploads = state.spec.transport.uploads
         unknown = (uploads.needs | state.spec.transport.downloads.needs) - codings
         if unknown and task.phase == TRAIN:
-            log.warning("client-served-without", client=task.client, task=task.id, unknown=sorted(unknown))
+            log.warning("client-lacks-encoding", client=task.client, task=task.id, unknown=sorted(unknown))
         return Task(
             job=state.job,
             task=task.id,
@@ -103,7 +103,9 @@ class TaskBuilder:
         held = None if origin is None else (origin.sha256, self._versions.payloads.path(origin.sha256))
         return ExpectedUpdate(template, state.spec.transport.uploads, held)
 
-    def weigh(self, state: JobState, task: TaskState, payload: PayloadRef | None, *, max_bytes: int) -> bool | None:
+    def check_offer(
+        self, state: JobState, task: TaskState, payload: PayloadRef | None, *, max_bytes: int
+    ) -> bool | None:
         """Tell whether a task's result must have tensors, None where it may; raises Refused for a size too large."""
         template = self.template(state, task)
         if payload is not None:
@@ -112,7 +114,7 @@ class TaskBuilder:
             return None
         return template is None or not template.is_empty
 
-    def background(self, state: JobState, tasks: Sequence[TaskState]) -> UpdateContext:
+    def update_context(self, state: JobState, tasks: Sequence[TaskState]) -> UpdateContext:
         """What the updates of tasks are differences to, and how those come to the newest version that are late."""
         origins: dict[str, compressed_file.DeltaBase] = {}
         if state.spec.transport.uploads.delta:

@@ -1,10 +1,9 @@
-"""Ledger: everything one or more decisions changed, committed in one atomic step.
+"""Unit of work: everything that one or more decisions changed, committed to the store in one atomic step.
 
-Deliveries that arrive together are decided one after the other and committed together, so the
-store's fsync is paid once for all of them. Only after the commit are the deliveries that caused it
-acknowledged, its events told and its messages sent. Messages are part of the commit (an outbox):
-they are sent (see `relay`), confirmed by the broker and then forgotten with the next commit, so a server killed
-in between sends them again; clients know a message they have seen.
+Deliveries that arrive together are decided one after the other and committed together, so that the store's fsync is
+paid once for all of them. Only after the commit are the deliveries acknowledged, the events published and the messages
+sent. Messages are part of the commit (a transactional outbox): `outbox` sends them, and once the broker has confirmed
+them the next commit deletes them. A server that is killed in between sends them again; clients recognize duplicates.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
 
 from lorabbit.broker.base import Delivery
 from lorabbit.events.job_events import AnyEvent
@@ -29,7 +27,31 @@ from lorabbit_server.transfer.traffic_meter import TrafficMeter
 FORGET_SECONDS = 2.0
 """How long confirmed outbox entries may wait for a commit that takes them along."""
 
-_Item = TypeVar("_Item")
+
+@dataclass(slots=True)
+class Step:
+    """One decision: the state after it, and everything that it changes or causes."""
+
+    state: JobState
+    deliveries: list[Delivery] = field(default_factory=list)
+    """Acknowledged once the step is committed."""
+    events: list[AnyEvent] = field(default_factory=list)
+    effects: dict[str, str] = field(default_factory=dict)
+    """Accepted tasks, with the sha256 of their payloads."""
+    outbox: list[Entry] = field(default_factory=list)
+    before_sending: list[Callable[[], None]] = field(default_factory=list)
+    """Called after the commit, before the messages of the step are sent."""
+    after_commit: list[Callable[[], None]] = field(default_factory=list)
+
+    def post(self, address: str, message: ForTask | Task, *, message_id: str) -> None:
+        """Put a message to a client into the outbox."""
+        body = codec.encode(message).decode()
+        entry = {"address": address, "type": message.type_name(), "body": body, "message_id": message_id}
+        entry["task"] = message.task
+        if isinstance(message, Task):
+            failpoints.hit(failpoints.Failpoint.TASK_DECIDED)
+            entry["payloads"] = " ".join(ref.sha256 for _, ref in message.published)
+        self.outbox.append(entry)
 
 
 class UnitOfWork:
@@ -44,62 +66,33 @@ class UnitOfWork:
         on_failed: Callable[[str, Exception], None],
     ) -> None:
         """Continue from what the store holds; `on_failed` hears of messages that the broker will never take."""
-        self.state = state
         self.on_events: Callable[[list[AnyEvent]], None] = lambda _: None
         self._store, self._broker, self._loop, self._epoch = context.store, context.broker, context.loop, context.epoch
         self._version = record.version
         self._committed = state if record.header is not None else replace(state, tasks={})
         self._header = record.header
-        self._events: list[AnyEvent] = []
-        self._effects: dict[str, str] = {}
-        self._outbox: list[Entry] = []
+        self._pending = Step(state)
         self._relayed: list[str] = []
-        self._held: list[Delivery] = []
-        self._before_sending: list[Callable[[], None]] = []
-        self._afterwards: list[Callable[[], None]] = []
         self._outbox_publisher = OutboxPublisher(context, meter, self._confirmed, on_failed)
         self._on_relayed: Callable[[], None] | None = None
         self._scheduled = False
         self._closed = False
 
-    # ---- gather ----
-    def record(self, event: AnyEvent) -> None:
-        """Append to the job's event log."""
-        self._events.append(event)
-        self._schedule()
+    @property
+    def state(self) -> JobState:
+        """The state as decided, which may be a step ahead of the store."""
+        return self._pending.state
 
-    def count(self, task: str, sha256: str) -> None:
-        """Note a result that counts from here on."""
-        self._effects[task] = sha256
-        self._schedule()
-
-    def post(self, address: str, message: ForTask | Task, *, message_id: str) -> None:
-        """Put a message to a client into the outbox."""
-        body = codec.encode(message).decode()
-        entry = {"address": address, "type": message.type_name(), "body": body, "message_id": message_id}
-        entry["task"] = message.task
-        if isinstance(message, Task):
-            failpoints.hit(failpoints.Failpoint.TASK_DECIDED)
-            entry["payloads"] = " ".join(ref.sha256 for _, ref in message.published)
-        self._outbox.append(entry)
-        self._schedule()
-
-    def hold(self, delivery: Delivery) -> None:
-        """Acknowledge this delivery once its effect is durable."""
-        self._held.append(delivery)
-        self._schedule()
-
-    def before_sending(self, callback: Callable[[], None]) -> None:
-        """Do this once the step is durable, before its messages are sent."""
-        self._before_sending.append(callback)
-        self._schedule()
-
-    def afterwards(self, callback: Callable[[], None]) -> None:
-        """Do this once the step is durable."""
-        self._afterwards.append(callback)
-        self._schedule()
-
-    def _schedule(self) -> None:
+    def add(self, step: Step) -> None:
+        """Add a decision to the pending step; it is committed soon, with those that arrive meanwhile."""
+        pending = self._pending
+        pending.state = step.state
+        pending.deliveries += step.deliveries
+        pending.events += step.events
+        pending.effects |= step.effects
+        pending.outbox += step.outbox
+        pending.before_sending += step.before_sending
+        pending.after_commit += step.after_commit
         if not self._scheduled:
             self._scheduled = True
             self._loop.post(self._run)
@@ -112,39 +105,38 @@ class UnitOfWork:
     def commit(self) -> None:
         """Make the step; raises Fenced, Conflict or StoreUnavailable, and then nothing was acknowledged."""
         self._scheduled = False
-        events, outbox, relayed = self._events, self._outbox, self._relayed
-        self._events, self._outbox, self._relayed = [], [], []
-        change = self._change(events, outbox, relayed)
+        step, self._pending = self._pending, Step(self.state)
+        relayed, self._relayed = self._relayed, []
+        change = self._change(step, relayed)
         committed = None
         if change is not None:
-            committed = self._store.commit(self.state.job, change)
+            committed = self._store.commit(step.state.job, change)
             if change.effects:
                 failpoints.hit(failpoints.Failpoint.RESULT_COUNTED)
             if change.outbox:
                 failpoints.hit(failpoints.Failpoint.STEP_COMMITTED)
-            self._version, self._committed = committed.version, self.state
+            self._version, self._committed = committed.version, step.state
             self._header = change.header or self._header
-            self._effects = {}
-        for callback in _taken(self._before_sending):
+        for callback in step.before_sending:
             callback()
         if committed is not None:
-            for step in committed.outbox_ids:
-                self._outbox_publisher.take(step, outbox)
-        for delivery in _taken(self._held):
+            for id_ in committed.outbox_ids:
+                self._outbox_publisher.take(id_, step.outbox)
+        for delivery in step.deliveries:
             self._broker.ack(delivery)
-        if events:
-            self.on_events(events)
-        for callback in _taken(self._afterwards):
+        if step.events:
+            self.on_events(step.events)
+        for callback in step.after_commit:
             callback()
 
-    def _change(self, events: list[AnyEvent], outbox: list[Entry], relayed: list[str]) -> StateChange | None:
+    def _change(self, step: Step, relayed: list[str]) -> StateChange | None:
         """Describe what differs from the last commit; None when nothing does."""
-        before, now = self._committed.tasks, self.state.tasks
+        before, now = self._committed.tasks, step.state.tasks
         changed = {id_: task for id_, task in now.items() if before.get(id_) is not task}
-        header = dump_header(self.state)
+        header = dump_header(step.state)
         tasks: dict[str, str | None] = {id_: dump_task(task) for id_, task in changed.items()}
         tasks.update({id_: None for id_ in before if id_ not in now})
-        if header == self._header and not (tasks or events or outbox or relayed):
+        if header == self._header and not (tasks or step.events or step.outbox or relayed):
             return None
         return StateChange(
             uuid.uuid4().hex,
@@ -152,14 +144,14 @@ class UnitOfWork:
             self._version,
             header=header if header != self._header else None,
             tasks=tasks,
-            effects=self._effects,
-            events=[event.model_dump_json() for event in events],
-            outbox=[json.dumps(outbox)] if outbox else [],
+            effects=step.effects,
+            events=[event.model_dump_json() for event in step.events],
+            outbox=[json.dumps(step.outbox)] if step.outbox else [],
             relayed=relayed,
         )
 
     # ---- relay ----
-    def relay_all(self) -> None:
+    def resend_all(self) -> None:
         """Send what an earlier server left in the outbox."""
         for step, text in self._store.outbox(self.state.job):
             self._outbox_publisher.take(step, json.loads(text))
@@ -176,7 +168,7 @@ class UnitOfWork:
         if self._relayed and not self._closed:
             self.commit()
 
-    def when_relayed(self, callback: Callable[[], None]) -> None:
+    def when_delivered(self, callback: Callable[[], None]) -> None:
         """Call once the broker has every message, and none is left in the outbox."""
         self._on_relayed = callback
         if self._outbox_publisher.is_idle:
@@ -193,10 +185,3 @@ class UnitOfWork:
         """Take no further step."""
         self._closed = True
         self._outbox_publisher.close()
-
-
-def _taken(gathered: list[_Item]) -> list[_Item]:
-    """Empty a list; returns what was in it."""
-    taken = gathered.copy()
-    gathered.clear()
-    return taken

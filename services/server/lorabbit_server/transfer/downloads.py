@@ -21,7 +21,7 @@ class Downloads:
 
         `on_failed` hears what could not be published, ever, and why.
         """
-        self._context, self._needs, self._on_failed = context, needs, on_failed
+        self._context, self._is_needed, self._on_failed = context, needs, on_failed
         self._announced: set[str] = set()
         self._published: set[str] = set()
         self._left: set[str] = set()
@@ -31,7 +31,7 @@ class Downloads:
         """Take over what a stopped server may have published and not withdrawn, needed or not."""
         self._left |= set(hashes)
         self._announced |= self._left
-        self.sweep(frozenset())
+        self.delete_unneeded(frozenset())
 
     def announce(self, refs: Iterable[tuple[str, PayloadRef]]) -> list[tuple[str, PayloadRef]]:
         """Return those, with their roles, that were not announced before: what gets a stream is in the log first."""
@@ -52,9 +52,9 @@ class Downloads:
         if error is not None and sha256 in self._published:
             self._on_failed(f"publishing payload {sha256[:12]}", error)
 
-    def sweep(self, gone: frozenset[str]) -> None:
+    def delete_unneeded(self, gone: frozenset[str]) -> None:
         """Withdraw and delete payloads that nothing needs any more, behind the work that may still read them."""
-        stale = frozenset(sha256 for sha256 in self._published | self._left if not self._needs(sha256))
+        stale = frozenset(sha256 for sha256 in self._published | self._left if not self._is_needed(sha256))
         self._published -= stale
         self._announced -= stale
         self._left -= stale
@@ -63,19 +63,19 @@ class Downloads:
 
         def delete() -> None:
             for sha256 in gone | stale:
-                if not self._needs(sha256):
+                if not self._is_needed(sha256):
                     self._context.fence()
                     self._context.payloads.delete(sha256)
 
         self._context.loop.work(delete, _done, _done)
 
-    def tidy(self) -> None:
+    def delete_leftovers(self) -> None:
         """Delete every file that nothing needs: what a killed server left, uploads that broke off among it."""
 
         def delete() -> None:
             for path in self._context.payloads.folder.iterdir():
                 sha256 = path.name.partition(".")[0]
-                if not self._needs(sha256):
+                if not self._is_needed(sha256):
                     self._context.fence()
                     self._context.payloads.delete(sha256)
                     path.unlink(missing_ok=True)

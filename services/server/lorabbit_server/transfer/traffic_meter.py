@@ -56,6 +56,12 @@ class TrafficMeter:
             self._files.inherit(path.parent)
             self._load(path)
 
+    def received(self, task: str, delivery: Delivery, *, is_chunk: bool = False) -> None:
+        """Count a message from a client: the body of a chunk is payload, everything else is overhead."""
+        body = len(delivery.body)
+        overhead = header_bytes(delivery) + (0 if is_chunk else body)
+        self.up(task, payload=body if is_chunk else 0, overhead=overhead, message=delivery.message_id)
+
     def up(self, task: str, *, payload: int = 0, overhead: int = 0, message: str = "") -> None:
         """Count bytes from a client; `message` is the id under which they were sent, empty for none."""
         is_known = task in self._tasks or (len(self._tasks) < MAX_TASKS and len(task) <= MAX_NAME)
@@ -111,7 +117,7 @@ class TrafficMeter:
                 self._add(*json.loads(line))
                 self._lines += 1
             except (ValueError, TypeError):
-                log.warning("traffic-line-damaged", path=str(path))
+                log.warning("traffic-record-damaged", path=str(path))
 
     def _write_anew(self) -> None:
         """One line per task; no file without any."""

@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
 
@@ -43,10 +44,10 @@ from lorabbit.protocol.messages import Grant, PayloadRef
 from lorabbit.runtime import failpoints
 from lorabbit.transfer.chunking import index_of, is_damaged
 from lorabbit.types import ClientId
-from lorabbit_server.aggregation.update_validation import ExpectedUpdate, check_update
+from lorabbit_server.aggregation.update_validation import ExpectedUpdate, check_payload
 from lorabbit_server.context import ServerContext
 from lorabbit_server.engine.state import TaskState
-from lorabbit_server.transfer.traffic_meter import TrafficMeter, header_bytes
+from lorabbit_server.transfer.traffic_meter import TrafficMeter
 
 AT_ONCE = 3
 """So often is one chunk asked for at once."""
@@ -156,7 +157,7 @@ OnChecked = Callable[[TaskState, CompressionSpec | Exception], None]
 
 @dataclass(slots=True)
 class Upload:
-    """One payload on its way, or being checked once nothing of it is missing."""
+    """One payload of which chunks are missing."""
 
     ref: PayloadRef
     missing: set[int]
@@ -204,17 +205,18 @@ class Uploads:
         upload = self._open.get(ref.sha256)
         if upload is None:
             missing = set(self._context.payloads.missing(ref))
+            if not missing:
+                self._check(ref, task, expected)
+                return
             upload = self._open[ref.sha256] = Upload(ref, missing, self._context.now_ms())
         upload.waiting[task.id] = (task, expected)
         upload.moved_ms = self._context.now_ms()
-        if not upload.missing:
-            self._check(upload, task, expected)
-        elif upload.moved_ms < self._inherited_until_ms or (upload.granted and self._is_busy(INHERITED_MS)):
+        if upload.moved_ms < self._inherited_until_ms or (upload.granted and self._is_busy(INHERITED_MS)):
             upload.is_under_way = True
         elif self._window.enter(ref.sha256, ref.size_bytes, upload.moved_ms):
             self._grant(task, upload)
 
-    def may_repeat(self, task: TaskState, error: Exception) -> bool:
+    def allows_repeat(self, task: TaskState, error: Exception) -> bool:
         """Tell whether a payload that has another hash than was announced may come once more, and count it."""
         if not isinstance(error, CorruptPayload) or task.id in self._repeated:
             return False
@@ -234,14 +236,14 @@ class Uploads:
         return frozenset(dropped)
 
     def _close(self, upload: Upload) -> None:
-        """Forget an upload that is here, or that nobody is to bring."""
+        """Forget an upload that is complete, or that nobody is to bring."""
         del self._open[upload.ref.sha256]
         self._window.leave(upload.ref.sha256)
 
-    def again(self, absent: frozenset[str]) -> None:
+    def regrant_stalled(self, absent: frozenset[str]) -> None:
         """Grant what has its turn, and again what has stalled, to the clients that are not absent."""
         if self._context.broker.health() is not None:
-            self._wait_anew()
+            self._reset_timers()
             return
         self._advance()
         now = self._context.now_ms()
@@ -252,7 +254,7 @@ class Uploads:
             if stalled and (upload.granted or self._window.enter(upload.ref.sha256, upload.ref.size_bytes, now)):
                 self._grant_to_all(upload, absent)
 
-    def _wait_anew(self) -> None:
+    def _reset_timers(self) -> None:
         """Take no upload for stalled for a while."""
         for upload in self._open.values():
             upload.moved_ms = self._context.now_ms()
@@ -277,8 +279,7 @@ class Uploads:
         headers = delivery.headers
         self._arrived_ms = self._context.now_ms()
         task = str(headers.get("task", ""))
-        size, overhead = len(delivery.body), header_bytes(delivery)
-        self._meter.up(task, payload=size, overhead=overhead, message=delivery.message_id)
+        self._meter.received(task, delivery, is_chunk=True)
         upload = self._open.get(str(headers.get("sha256", "")))
         sender = self._context.registry.at(topology.address_of(delivery.routing_key))
         if upload is not None and any(each.client == sender for each, _ in upload.waiting.values()):
@@ -292,9 +293,9 @@ class Uploads:
             last = upload.missing == {index}
             upload.missing.discard(index)
             if last:
-                for each, expected in list(upload.waiting.values()):
-                    self._check(upload, each, expected)
-                self._window.leave(upload.ref.sha256)
+                self._close(upload)
+                for each, expected in upload.waiting.values():
+                    self._check(upload.ref, each, expected)
                 self._advance()
         self._context.broker.ack(delivery)
 
@@ -363,24 +364,14 @@ class Uploads:
     def _asked(self, error: LoRAbbitError | None) -> None:
         """Hear whether the broker took a grant."""
         if isinstance(error, BrokerUnavailable):
-            self._wait_anew()
+            self._reset_timers()
         elif error is not None:
-            log.warning("grant-not-taken", why=str(error))
+            log.warning("grant-not-sent", why=str(error))
 
-    def _check(self, upload: Upload, task: TaskState, expected: ExpectedUpdate) -> None:
-        """Check a whole payload beside the loop, for one task that waits for it."""
-        payloads = self._context.payloads
-
-        def work() -> CompressionSpec:
-            return check_update(payloads.finish(upload.ref), expected)
-
-        def done(found: CompressionSpec | Exception) -> None:
-            if self._open.get(upload.ref.sha256) is upload:
-                self._close(upload)  # who offers it now finds it on the disk, or brings it once more
-            failpoints.hit(failpoints.Failpoint.UPLOAD_CHECKED)
-            self._on_checked(task, found)
-
-        self._context.loop.work(work, done, done)
+    def _check(self, ref: PayloadRef, task: TaskState, expected: ExpectedUpdate) -> None:
+        """Validate a complete payload on the worker thread, for one task that offers it."""
+        done = partial(self._on_checked, task)
+        self._context.loop.work(partial(check_payload, self._context.payloads, ref, expected), done, done)
 
 
 def refusal(error: Exception) -> Refused | None:

@@ -181,7 +181,7 @@ class RabbitBroker(Broker):
 
     def _send_on(self, answer: Future[None]) -> None:
         if isinstance(answer.exception(), NotDeclared):
-            log.warning("broker-emptied", connection=self._publishing.name)
+            log.warning("broker-reset", connection=self._publishing.name)
             self._loop.post(self._on_emptied)
         self._publisher.up()
 
