@@ -1,16 +1,13 @@
-"""Reference: the pages of docs/reference, made from the code.
+"""Generate the pages of docs/reference from the code.
 
 `python tools/reference_pages.py docs/reference` writes them; a test fails when one is stale. The
 same code gives the same bytes: nothing here depends on the machine, the terminal or the clock.
 
-Reference of the command line, walked from the commands themselves.
-
-Reference of schedules: which method and which aggregation bears which schedule, asked of the code that refuses.
+The page of schedules asks the code that refuses a job which method and which aggregation work under which schedule.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Mapping
@@ -19,6 +16,7 @@ from typing import Any, get_args
 
 import typer
 from pydantic import BaseModel
+from typer.cli import get_docs_for_click
 
 from lorabbit import errors
 from lorabbit.aggregation.rules import RULES
@@ -31,44 +29,18 @@ from lorabbit.job.glossary import CHOICES
 from lorabbit.job.spec import Aggregation, JobSpec
 from lorabbit.methods.registry import METHODS, build
 from lorabbit.protocol import messages
+from lorabbit_cli.__main__ import app
 from lorabbit_cli.schema_text import IDENTIFIER, doc, field_rows, table
 from lorabbit_client.tasks.registry import TASKS
 
 
 def cli_page(exit_codes: dict[int, str]) -> str:
     """Describe every command with its arguments and options, and the exit codes."""
-    from lorabbit_cli.__main__ import app  # noqa: PLC0415 - the entry point imports what it needs of this package
-
     root: Any = typer.main.get_command(app)
-    codes = table(("code", "meaning"), [(str(code), meaning) for code, meaning in exit_codes.items()])
     context = root.make_context("lorabbit", [], resilient_parsing=True)
-    names = [name for name in root.list_commands(context) if not root.get_command(context, name).hidden]
-    lines = [_help(root), "", "## Exit codes", "", codes, ""]
-    for name in names:
-        lines += _command(root.get_command(context, name), f"lorabbit {name}")
-    return "\n".join(lines)
-
-
-def _command(command: Any, path: str) -> list[str]:  # noqa: ANN401 - typer does not export its command class
-    """One command: what it does, how it is called, what it takes."""
-    context = command.make_context(path, [], resilient_parsing=True)
-    usage = " ".join([path, *command.collect_usage_pieces(context)])
-    lines = [f"## `{path}`", "", _help(command), "", "```console", f"$ {usage}", "```", ""]
-    for kind, title in (("argument", "argument"), ("option", "option")):
-        records = [
-            record
-            for param in command.get_params(context)
-            if param.param_type_name == kind and "--help" not in param.opts
-            if (record := param.get_help_record(context)) is not None
-        ]
-        if records:
-            lines += [table((title, "meaning"), [(f"`{name}`", " ".join(text.split())) for name, text in records]), ""]
-    return lines
-
-
-def _help(command: Any) -> str:  # noqa: ANN401 - as above
-    """A command's help as one flowing text, paragraphs kept."""
-    return inspect.cleandoc(command.help or "")
+    commands = get_docs_for_click(obj=root, ctx=context, name="lorabbit").partition("\n")[2]
+    codes = table(("code", "meaning"), [(str(code), meaning) for code, meaning in exit_codes.items()])
+    return f"{commands.strip()}\n\n## Exit codes\n\n{codes}\n"
 
 
 ABOUT = (

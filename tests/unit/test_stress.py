@@ -12,7 +12,7 @@ from lorabbit.errors import BadInput
 from lorabbit.events import job_events as ev
 from lorabbit.protocol.messages import Metrics
 from lorabbit_bench.stress import process_deployment
-from lorabbit_bench.stress.measurement import EventStats, MeasuredJob, Measurement, percentile, row_of
+from lorabbit_bench.stress.measurement import EventStats, MeasuredJob, Measurement, row_of
 from lorabbit_bench.stress.plan import StressPlan, read_clients, read_payloads, read_plan
 from lorabbit_bench.stress.report import render, scaling_cost
 from lorabbit_bench.stress.resource_limits import LimitReached, ResourceDemand, check
@@ -226,12 +226,6 @@ def test_a_size_of_which_no_round_was_closed_has_no_figures(tmp_path: Path) -> N
     tally.take(ev.RoundStarted(at_ms=0, round=1, cohort=("client-0",)))
 
     assert row(tmp_path, tally, stopped="time") is None
-
-
-def test_a_percentile_lies_between_the_values_around_it() -> None:
-    assert percentile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
-    assert percentile([1.0, 2.0], 0.99) == pytest.approx(1.99)
-    assert percentile([7.0], 0.99) == 7.0
 
 
 def test_growth_compares_the_ends_of_each_payload(tmp_path: Path) -> None:

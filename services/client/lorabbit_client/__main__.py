@@ -13,9 +13,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import structlog
+from filelock import FileLock, Timeout
 
 from lorabbit import __version__
 from lorabbit.broker.base import Broker
@@ -26,7 +28,6 @@ from lorabbit.errors import BadInput, LoRAbbitError, NotAllowed
 from lorabbit.runtime import failpoints
 from lorabbit_client.agent.agent import Agent
 from lorabbit_client.agent.credentials import FILE, settled
-from lorabbit_client.agent.folder_lock import FolderLock
 from lorabbit_client.agent.registration import capabilities_of, device
 from lorabbit_client.capabilities import TrainingLimits
 from lorabbit_client.execution.data_sandbox import SandboxedExecutor
@@ -55,7 +56,7 @@ def main(settings: ClientSettings | None = None) -> int:
         return error.exit_code
     try:
         end_with_a_thread()
-        with FolderLock(settings.folder):
+        with _locked(settings.folder):
             return _work(settled(settings))
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -114,6 +115,25 @@ def _work(settings: ClientSettings) -> int:
     log.info("client-stopped")
     is_left_over = told and settings.idle_seconds is not None and not finished
     return SIGNALLED + told[0] if is_left_over else 0
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a client's folder: two processes would execute and offer the same journal. Raises BadInput."""
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise BadInput(
+            f"another client works in {folder}; give each client a folder of its own with LORABBIT_FOLDER"
+        ) from None
+    except OSError as error:
+        raise BadInput(f"the client's folder {folder} cannot be used: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _limits(settings: ClientSettings) -> TrainingLimits:

@@ -5,7 +5,6 @@ Progress of a comparison: a line for each run that begins or ends; on a terminal
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -215,14 +215,15 @@ def _measures(
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
     """Hold a comparison's folder; raises BadInput when another process does, or when it cannot be written."""
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        opened = (folder / ".lock").open("w")
+        lock.acquire()
+    except Timeout:
+        raise BadInput(f"{folder} is being written by another lorabbit compare; name another --out") from None
     except OSError as error:
         raise BadInput(f"{folder} cannot be written: {error.strerror}; name another folder with --out") from error
-    with opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"{folder} is being written by another lorabbit compare; name another --out") from None
+    try:
         yield
+    finally:
+        lock.release()

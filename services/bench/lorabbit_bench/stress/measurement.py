@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from lorabbit.events import job_events as ev
 from lorabbit.job.spec import JobSpec
@@ -117,15 +119,6 @@ class Measurement:
     """The limit that ended the job early."""
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """Value below which a share of the values lies, with straight lines between them."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
 def await_clients(federation: Deployment, clients: int, progress: Progress) -> float:
     """Wait until the server knows every client; returns the seconds it took. Raises LimitReached."""
     began = moved = time.monotonic()
@@ -221,8 +214,8 @@ def row_of(
         spread=spread,
         joining_seconds=joining_seconds,
         rounds=len(closed),
-        round_p50=percentile(seconds, 0.5),
-        round_p99=percentile(seconds, 0.99),
+        round_p50=float(np.quantile(seconds, 0.5)),
+        round_p99=float(np.quantile(seconds, 0.99)),
         updates_per_second=accepted / total,
         mb_per_second=tally.bytes_moved / 1e6 / total * accepted / updates,
         first_update=statistics.median(times[0] for times in heard),

@@ -73,14 +73,6 @@ class DockerScaler(Scaler):
             container.remove(force=True)
         return True
 
-    def remove_volumes(self, pool: str) -> int:
-        """Forget the clients of a pool that has none left: journals, identities, private state. Returns how many."""
-        with answers():
-            volumes = self._engine.client.volumes.list(filters={"label": f"{POOL}={pool}"})
-            for volume in volumes:
-                volume.remove()
-        return len(volumes)
-
     def close(self) -> None:
         """Close the connection to the engine."""
         self._engine.close()

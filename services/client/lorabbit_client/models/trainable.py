@@ -232,11 +232,3 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def check_names(model: TrainableModel) -> None:
-    """Raise when a tensor on the wire is not one of the model's: its gradient would be lost."""
-    present = {id(value) for value in _values(model.model)}
-    lost = [name for name, value in model.tensors.items() if id(value) not in present]
-    if lost:
-        raise LoRAbbitError(f"internal: {lost[0]} is not a tensor of the model")

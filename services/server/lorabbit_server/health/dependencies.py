@@ -34,8 +34,6 @@ class HealthSnapshot:
     troubles: tuple[WaitReason, ...]
     leader: str | None
     """Who holds the lease, where the store tells."""
-    lease_ends_ms: int | None = None
-    """When the lease ends unless it is renewed."""
 
     def of(self, owner: str) -> WaitReason | None:
         """The trouble with one dependency."""
@@ -73,16 +71,15 @@ class DependencyHealth:
         """Look now."""
         with self._lock:
             said: dict[str, str | None] = {BROKER: self._broker.health(), STORE: None, LEASE: None}
-            leader, ends_ms = None, None
+            leader = None
             try:
                 leader = self._probe.lease_holder()
-                ends_ms = self._now() + round(1000 * self._probe.lease_seconds_left())
             except StoreUnavailable as error:
                 said[STORE] = f"the store is unreachable: {error}"
             else:
                 said[LEASE] = "no server leads: nobody holds the lease" if leader is None else None
             troubles = [self._noted(name, what) for name, what in said.items() if self._keeps(name, what)]
-            return HealthSnapshot(tuple(troubles), leader, ends_ms)
+            return HealthSnapshot(tuple(troubles), leader)
 
     def _keeps(self, name: str, what: str | None) -> bool:
         """Note when a trouble began, or that it is over."""
