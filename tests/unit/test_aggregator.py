@@ -44,9 +44,11 @@ def test_an_update_from_an_older_version_brings_its_change_discounted_to_the_new
         return {name: np.full(SHAPE, value, np.float32) for name in ("a", "b", "c")}
 
     fresh, stale = task(payloads, 0, 12.0, examples=1), task(payloads, 1, 5.0, examples=3)
-    carries = {stale.id: StalenessCorrection(whole(1.0), whole(10.0), 0.5)}
+    corrections = {stale.id: StalenessCorrection(whole(1.0), whole(10.0), 0.5)}
 
-    state = aggregate(FedAvg(), ServerState({}), [fresh, stale], payloads=payloads, background=UpdateContext(carries))
+    state = aggregate(
+        FedAvg(), ServerState({}), [fresh, stale], payloads=payloads, background=UpdateContext(corrections)
+    )
 
     # FedBuff: w + mean over n_k of s(tau_k) (w_k - w^(t - tau_k)) = 10 + (1 * 2 + 3 * 0.5 * 4) / 4
     assert np.array_equal(state.tensors["b"], np.full(SHAPE, 12.0, np.float32))

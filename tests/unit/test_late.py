@@ -35,43 +35,43 @@ def job(rule="factors", **what):
     return JobSpec(aggregation=rule, model={"lora": {"rank": RANK, "alpha": RANK}}, **what)
 
 
-def folded(rule, head, update, carry, state=None):
+def folded(rule, head, update, correction, state=None):
     """What a method over a rule makes of one late update."""
     method = build(job(rule, schedule={"kind": "buffered", "buffer": 1}))
     state = state or method.start(head)
     facts = {"rank": RANK, "scaling": 1.0}
-    carried = method.carried(update, carry)
-    return method.aggregate(state, [ClientUpdate(ClientId("client-1"), 0, carried, 10, 0.5, facts)])
+    corrected = method.corrected(update, correction)
+    return method.aggregate(state, [ClientUpdate(ClientId("client-1"), 0, corrected, 10, 0.5, facts)])
 
 
 @pytest.mark.parametrize("worth", [1.0, 0.5, 0.1])
 def test_products_carry_the_discounted_change_of_the_product_over_to_the_newest_version(worth):
     start, head, update = factors(1), factors(2), factors(3)
 
-    carried = CorrectedProducts(update, StalenessCorrection(start, head, worth))
+    corrected = CorrectedProducts(update, StalenessCorrection(start, head, worth))
 
     expected = product(head) + worth * (product(update) - product(start))
-    assert np.allclose(product(carried), expected, atol=1e-5)
-    assert carried[A].shape == (3 * RANK, INS)
+    assert np.allclose(product(corrected), expected, atol=1e-5)
+    assert corrected[A].shape == (3 * RANK, INS)
     by_value = CorrectedUpdate(update, StalenessCorrection(start, head, worth))
-    assert np.array_equal(carried["classifier.weight"], by_value["classifier.weight"])
+    assert np.array_equal(corrected["classifier.weight"], by_value["classifier.weight"])
 
 
 def test_clients_of_a_lower_rank_are_carried_from_the_prefix_that_they_had():
     start, head, update = factors(1, 1), factors(2, 1), factors(3, 1)
 
-    carried = CorrectedProducts(update, StalenessCorrection(start, head, 0.5))
+    corrected = CorrectedProducts(update, StalenessCorrection(start, head, 0.5))
 
-    assert np.allclose(product(carried), product(head) + 0.5 * (product(update) - product(start)), atol=1e-5)
+    assert np.allclose(product(corrected), product(head) + 0.5 * (product(update) - product(start)), atol=1e-5)
 
 
 def test_factors_that_start_afresh_leave_the_discounted_product_of_the_update_alone():
     start, head, update = factors(1, zero=True), factors(2, zero=True), factors(3)
 
-    carried = CorrectedProducts(update, StalenessCorrection(start, head, 0.5))
+    corrected = CorrectedProducts(update, StalenessCorrection(start, head, 0.5))
 
-    assert np.array_equal(carried[A], update[A])
-    assert np.allclose(carried[B], 0.5 * update[B])
+    assert np.array_equal(corrected[A], update[A])
+    assert np.allclose(corrected[B], 0.5 * update[B])
 
 
 def test_a_carry_worth_nothing_leaves_the_newest_version():
@@ -124,7 +124,7 @@ def test_every_rule_says_what_becomes_of_late_updates(rule):
 
     assert not (refused and products)
     assert isinstance(
-        aggregator.of(job(rule)).carried({}, StalenessCorrection({}, {}, 1.0)),
+        aggregator.of(job(rule)).corrected({}, StalenessCorrection({}, {}, 1.0)),
         CorrectedProducts if products else CorrectedUpdate,
     )
 
@@ -133,8 +133,8 @@ def test_every_rule_says_what_becomes_of_late_updates(rule):
 def test_a_method_that_folds_late_updates_carries_them_by_its_own_rule(name):
     method = build(JobSpec(method={"name": name}, schedule={"kind": "buffered", "buffer": 1}))
 
-    carried = method.carried(factors(3), StalenessCorrection(factors(1), factors(2), 0.5))
+    corrected = method.corrected(factors(3), StalenessCorrection(factors(1), factors(2), 0.5))
 
-    assert isinstance(carried, CorrectedUpdate)
-    assert np.allclose(carried[B], factors(2)[B] + 0.5 * (factors(3)[B] - factors(1)[B]), atol=1e-6)
+    assert isinstance(corrected, CorrectedUpdate)
+    assert np.allclose(corrected[B], factors(2)[B] + 0.5 * (factors(3)[B] - factors(1)[B]), atol=1e-6)
     assert isinstance(method.start(factors(1)), ServerState)

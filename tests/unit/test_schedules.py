@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabbit import job_loader
+from lorabbit.aggregation.staleness import staleness_weight
 from lorabbit.errors import BadInput
 from lorabbit.job import schedules as sc
 from lorabbit.job.spec import JobSpec
@@ -159,8 +160,8 @@ def test_an_aggregation_whose_coordinates_or_base_change_folds_no_late_updates(r
 
 @pytest.mark.parametrize(("tau", "a", "worth"), [(0, 0.5, 1.0), (3, 0.5, 0.5), (1, 1.0, 0.5), (8, 0.0, 1.0)])
 def test_an_update_is_worth_one_over_one_plus_its_staleness_to_the_a(tau, a, worth):
-    assert sc.staleness_weight(sc.Buffered(staleness_exponent=a), tau) == worth
-    assert sc.staleness_weight(sc.Quorum(staleness_exponent=a), tau) == worth
+    assert staleness_weight(sc.Buffered(staleness_exponent=a), tau) == worth
+    assert staleness_weight(sc.Quorum(staleness_exponent=a), tau) == worth
 
 
 @pytest.mark.parametrize(

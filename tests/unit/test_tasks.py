@@ -14,7 +14,7 @@ from lorabbit.job.spec import DataSpec
 from lorabbit_client.data.features import IGNORED, Features
 from lorabbit_client.data.table import Source, Table
 from lorabbit_client.models import tiny
-from lorabbit_client.tasks.causal_lm import cut
+from lorabbit_client.tasks.causal_lm import truncate
 from lorabbit_client.tasks.image_classification import ImageFormat
 from lorabbit_client.tasks.registry import TASKS
 from lorabbit_client.tasks.token_classification import align
@@ -196,14 +196,14 @@ def test_turns_without_an_assistant_are_named():
 def test_a_long_prompt_gives_way_to_the_completion():
     opening, prompt, said = [1], list(range(10, 30)), list(range(50, 60))
 
-    tokens, learnt = cut([(opening, False), (prompt, False), (said, True)], 12)
+    tokens, learnt = truncate([(opening, False), (prompt, False), (said, True)], 12)
 
     assert tokens == [24, 25, 26, 27, 28, 29, *range(50, 56)]
     assert learnt == [0] * 6 + [1] * 6
 
 
 def test_a_long_completion_is_cut_at_its_end():
-    tokens, learnt = cut([([1, 2], False), (range(50, 80), True)], 10)
+    tokens, learnt = truncate([([1, 2], False), (range(50, 80), True)], 10)
 
     assert tokens == [1, 2, *range(50, 58)]
     assert learnt == [0, 0] + [1] * 8

@@ -283,12 +283,12 @@ def test_a_chunk_that_arrives_damaged_every_time_ends_the_read(server_store, cli
 def test_a_payload_whose_stream_is_damaged_gets_another_one_once(broker, server_store, client_store, ref):
     publisher, answers = StreamPublisher(broker, server_store), []
     publisher.publish(ref)
-    publisher.renew(ref)
+    publisher.republish(ref)
     assert publisher.number(ref.sha256) == 0, "a stream that is being filled is not renewed"
     broker.run_until_idle()
 
     for _ in range(2):
-        publisher.renew(ref)
+        publisher.republish(ref)
         broker.run_until_idle()
     told = ref.model_copy(update={"stream": publisher.number(ref.sha256)})
     StreamReader(broker, client_store, told, answers.append)
@@ -306,7 +306,7 @@ def test_a_payload_is_not_published_again_for_ever(broker, server_store, ref):
     broker.run_until_idle()
 
     for number in range(20):
-        publisher.renew(ref.model_copy(update={"stream": number}))
+        publisher.republish(ref.model_copy(update={"stream": number}))
         broker.run_until_idle()
 
     assert publisher.number(ref.sha256) == MAX_STREAMS

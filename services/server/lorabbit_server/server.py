@@ -222,7 +222,7 @@ class Server:
         now = self._now()
         if now - self._renewed_ms >= self.settings.lease_seconds * 1000 // 3:
             self.store.renew_lease(self.owner, self._epoch, self.settings.lease_seconds)
-            self._registry.renew()
+            self._registry.renew_leases()
             self._renewed_ms = now
             self._next_job()
         self._loop.post(partial(self._expire, now, round(self._pace * 1000)))  # behind what has arrived by now

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from lorabbit import job_loader
 from lorabbit.aggregation import partial_work
-from lorabbit.aggregation.staleness import StalenessCorrection
+from lorabbit.aggregation.staleness import StalenessCorrection, staleness_weight
 from lorabbit.compression import compressed_file, compressor
 from lorabbit.errors import BadInput
 from lorabbit.events import job_events as ev
-from lorabbit.job.schedules import staleness_weight
 from lorabbit.job.spec import CompressionSpec, JobSpec
 from lorabbit.methods.api.method import Method
 from lorabbit.methods.registry import build
@@ -123,7 +122,7 @@ def _background(
     job = method.job
     accepted = [event for event, _ in made_of]
     scales = partial_work.factors(job, [e.metrics.num_examples for e in accepted], [e.share for e in accepted])
-    carries, origins = {}, {}
+    corrections, origins = {}, {}
     for (event, task), scale in zip(made_of, scales, strict=True):
         profile = ClientProfile(task.client, task.index)
         adapter = method.plan(states[event.started], profile).payloads.get(ADAPTER)
@@ -131,8 +130,10 @@ def _background(
             origins[task.id] = _origin(adapter, job.transport.downloads)
         if event.staleness or scale != 1.0:
             old, new = method.uploads(states[event.started], profile), method.uploads(states[newest], profile)
-            carries[task.id] = StalenessCorrection(old, new, scale * staleness_weight(job.schedule, event.staleness))
-    return UpdateContext(carries, origins)
+            corrections[task.id] = StalenessCorrection(
+                old, new, scale * staleness_weight(job.schedule, event.staleness)
+            )
+    return UpdateContext(corrections, origins)
 
 
 def _origin(adapter: Tensors, downloads: CompressionSpec) -> compressed_file.DeltaBase:

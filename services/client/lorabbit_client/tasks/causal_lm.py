@@ -61,20 +61,24 @@ class CausalLanguageModeling(LearningTask):
         """Tokenise segment by segment, so that a completion's tokens never depend on where the prompt ended."""
         if spec.chat_template and not processor.chat_template:
             raise BadInput("data.chat_template: the model's tokenizer has no chat template; set it to false")
-        write = _templated if spec.chat_template else _plain
+        write = _templated_segments if spec.chat_template else _plain_segments
         segments = [write(messages, processor) for messages in records.columns["messages"]]
         flat = [text for row in segments for text, _ in row]
         ids = iter(processor(flat, add_special_tokens=False, verbose=False)["input_ids"] if flat else [])
-        opening, closing = ([], []) if spec.chat_template else _marks(processor)
+        opening, closing = ([], []) if spec.chat_template else _special_tokens(processor)
         rows = [
-            cut([(opening, False), *((next(ids), said) for _, said in row), (closing, True)], longest(processor, spec))
+            truncate(
+                [(opening, False), *((next(ids), is_target) for _, is_target in row), (closing, True)],
+                longest(processor, spec),
+            )
             for row in segments
         ]
-        for number, (_, said) in enumerate(rows, start=1):
-            if not any(said[1:]):
+        for number, (_, is_target) in enumerate(rows, start=1):
+            if not any(is_target[1:]):
                 raise BadInput(f"data.max_length: nothing is left to learn of example {number}; raise it")
-        return Continuations(
-            TokenRows({"input_ids": [row for row, _ in rows]}, pad_id(processor)), RaggedRows(said for _, said in rows)
+        return MaskedTokenRows(
+            TokenRows({"input_ids": [row for row, _ in rows]}, pad_id(processor)),
+            RaggedRows(is_target for _, is_target in rows),
         )
 
 
@@ -93,7 +97,7 @@ def _messages(table: Table, column: str, row: int) -> Messages:
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
-def _plain(messages: Messages, tokenizer: Any) -> Segments:  # noqa: ANN401, ARG001 - as _templated
+def _plain_segments(messages: Messages, tokenizer: Any) -> Segments:  # noqa: ANN401, ARG001 - as _templated
     """Write a prompt, a line end, the completion; longer talks with the role before each turn."""
     if len(messages) == 1:
         return [(messages[0]["content"], True)]
@@ -101,25 +105,25 @@ def _plain(messages: Messages, tokenizer: Any) -> Segments:  # noqa: ANN401, ARG
         return [(messages[0]["content"] + "\n", False), (messages[1]["content"], True)]
     segments: Segments = []
     for turn in messages:
-        said = turn["role"] == ASSISTANT
-        segments += [(f"{turn['role']}: ", False), (turn["content"] + "\n", said)]
+        is_target = turn["role"] == ASSISTANT
+        segments += [(f"{turn['role']}: ", False), (turn["content"] + "\n", is_target)]
     return segments
 
 
-def _templated(messages: Messages, tokenizer: Any) -> Segments:  # noqa: ANN401 - any tokenizer
+def _templated_segments(messages: Messages, tokenizer: Any) -> Segments:  # noqa: ANN401 - any tokenizer
     """Write a talk by the tokenizer's template: what it adds for an assistant's turn is what the model says."""
     segments: Segments = []
     written = ""
     for turn, message in enumerate(messages):
-        said = message["role"] == ASSISTANT
+        is_target = message["role"] == ASSISTANT
         after = _render(messages[: turn + 1], tokenizer)
-        asked = _render(messages[:turn], tokenizer, add_generation_prompt=True) if said and turn else written
+        asked = _render(messages[:turn], tokenizer, add_generation_prompt=True) if is_target and turn else written
         start = asked if after.startswith(asked) and asked.startswith(written) else written
         if not after.startswith(start):
             raise BadInput("data.chat_template: the model's chat template rewrites earlier turns; set it to false")
-        segments += [(start[len(written) :], False), (after[len(start) :], said)]
+        segments += [(start[len(written) :], False), (after[len(start) :], is_target)]
         written = after
-    return [(text, said) for text, said in segments if text]
+    return [(text, is_target) for text, is_target in segments if text]
 
 
 def _render(messages: Messages, tokenizer: Any, **settings: bool) -> str:  # noqa: ANN401 - any tokenizer
@@ -133,7 +137,7 @@ def _render(messages: Messages, tokenizer: Any, **settings: bool) -> str:  # noq
         raise BadInput(f"data.chat_template: the model's template refuses turns of {roles}: {error}") from error
 
 
-def _marks(tokenizer: Any) -> tuple[list[int], list[int]]:  # noqa: ANN401 - any tokenizer
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:  # noqa: ANN401 - any tokenizer
     """Return what the tokenizer puts before a text, and the token that ends it."""
     opening = list(tokenizer("")["input_ids"])
     end = tokenizer.eos_token_id
@@ -141,56 +145,56 @@ def _marks(tokenizer: Any) -> tuple[list[int], list[int]]:  # noqa: ANN401 - any
     return opening, [] if end is None else [end]
 
 
-def cut(segments: Sequence[tuple[Sequence[int], bool]], longest_tokens: int) -> tuple[list[int], list[int]]:
-    """Join segments to (tokens, 1 where the model says it), at most `longest_tokens` of them.
+def truncate(segments: Sequence[tuple[Sequence[int], bool]], longest_tokens: int) -> tuple[list[int], list[int]]:
+    """Join segments to (tokens, loss mask), at most `longest_tokens` of them.
 
-    What is too long loses the beginning of its prompt first, down to half of the length, then the
-    end of what is said.
+    A row that is too long loses the beginning of its prompt first, down to half of the length, then the end of the
+    completion.
     """
     tokens = [token for ids, _ in segments for token in ids]
-    said = [int(flag) for ids, flag in segments for _ in ids]
+    is_target = [int(flag) for ids, flag in segments for _ in ids]
     excess = len(tokens) - longest_tokens
     if excess > 0:
-        prompt = said.index(1) if 1 in said else len(said)
+        prompt = is_target.index(1) if 1 in is_target else len(is_target)
         drop = min(excess, max(prompt - longest_tokens // 2, 0))
-        tokens, said = tokens[drop:], said[drop:]
-    return tokens[:longest_tokens], said[:longest_tokens]
+        tokens, is_target = tokens[drop:], is_target[drop:]
+    return tokens[:longest_tokens], is_target[:longest_tokens]
 
 
-class Continuations(Features):
-    """Token rows of which some tokens are to be said by the model."""
+class MaskedTokenRows(Features):
+    """Token rows with a loss mask: only the assistant's tokens have labels."""
 
-    def __init__(self, tokens: TokenRows, said: RaggedRows) -> None:
+    def __init__(self, tokens: TokenRows, loss_mask: RaggedRows) -> None:
         """Keep the rows."""
-        self._tokens, self._said = tokens, said
+        self._tokens, self._loss_mask = tokens, loss_mask
 
     def __len__(self) -> int:
         """Count the rows."""
-        return len(self._said)
+        return len(self._loss_mask)
 
     @property
     def lengths(self) -> Codes:
         """Tokens of each row."""
-        return self._said.lengths
+        return self._loss_mask.lengths
 
     def batch(self, rows: Codes) -> Batch:
-        """Return tokens and `labels`: the token itself where the model says it, else IGNORED."""
+        """Return tokens and `labels`: the token itself where the loss mask is 1, IGNORED elsewhere."""
         import torch  # noqa: PLC0415 - only where a model runs
 
         batch = self._tokens.batch(rows)
-        said = torch.from_numpy(self._said.padded(rows, 0))
-        return {**batch, "labels": torch.where(said == 1, batch["input_ids"], IGNORED)}
+        loss_mask = torch.from_numpy(self._loss_mask.padded(rows, 0))
+        return {**batch, "labels": torch.where(loss_mask == 1, batch["input_ids"], IGNORED)}
 
     def units(self, batch: Batch) -> int:
-        """Count the tokens that the model is to say; nothing says the first one."""
+        """Count the tokens that have a label; the first token of a row has none."""
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def scorer(self) -> Scorer:
         """Return perplexity and token accuracy."""
-        return ContinuationScorer()
+        return NextTokenScorer()
 
 
-class ContinuationScorer:
+class NextTokenScorer:
     """Perplexity and next-token accuracy over what the model is to say."""
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ from lorabbit_server.engine.transitions import Aggregate, MethodStarted, RoundAg
 class UpdateContext:
     """What beside an update's own file says what it means; by task."""
 
-    carries: Mapping[str, StalenessCorrection] = field(default_factory=dict)
+    corrections: Mapping[str, StalenessCorrection] = field(default_factory=dict)
     """Where an update started from an older version."""
     origins: Mapping[str, compressed_file.DeltaBase] = field(default_factory=dict)
     """To what an update tells the difference, if it does."""
@@ -58,8 +58,8 @@ class AcceptedUpdates(Iterable[ClientUpdate]):
             if payload is not None:
                 path = self.payloads.path(payload.sha256)
                 tensors = compressed_file.open_tensors(path, self.background.origins.get(task.id))
-            if task.id in self.background.carries:
-                tensors = self.method.carried(tensors, self.background.carries[task.id])
+            if task.id in self.background.corrections:
+                tensors = self.method.corrected(tensors, self.background.corrections[task.id])
             yield ClientUpdate(
                 task.client,
                 task.index,

@@ -62,7 +62,7 @@ class ClientRegistry:
             if recent:
                 self._heard.add(client)
         self._by_address = {c.address: c.client for c in self._clients.values()}
-        self.renew()
+        self.renew_leases()
 
     def hello(self, message: Hello, now_ms: int) -> ClientId:
         """Give a client its identity; it is present from now on."""
@@ -134,7 +134,7 @@ class ClientRegistry:
             self._heard.discard(entry.client)
         return [entry.client for entry in gone]
 
-    def renew(self) -> None:
+    def renew_leases(self) -> None:
         """Bring the leases renewed since the last call to the store, in one command."""
         heard, self._heard = self._heard, set()
         self._store.touch_clients({client: self._clients[client].expires_ms for client in heard})

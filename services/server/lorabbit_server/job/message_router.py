@@ -234,7 +234,7 @@ class MessageRouter:
                 run.on_offer(message, delivery, client)
             case TaskFailed():
                 if message.damaged is not None:
-                    self._context.publisher.renew(message.damaged)
+                    self._context.publisher.republish(message.damaged)
                 run.on_task_failed(message, delivery, client)
             case TaskProgress():
                 self._on_progress(run, message)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import structlog
 
 from lorabbit.aggregation import partial_work
-from lorabbit.aggregation.staleness import StalenessCorrection
+from lorabbit.aggregation.staleness import StalenessCorrection, staleness_weight
 from lorabbit.compression import compressed_file
 from lorabbit.errors import RunFailed
-from lorabbit.job.schedules import staleness_weight
 from lorabbit.job.spec import CompressionSpec
 from lorabbit.methods.api.method import Method
 from lorabbit.protocol.messages import EncodedDownload, PayloadRef, Task
@@ -125,23 +124,23 @@ class TaskBuilder:
                     path = self._versions.payloads.path(ref.sha256)
                     known.setdefault(ref.sha256, compressed_file.DeltaBase.of(ref.sha256, path))
                     origins[task.id] = known[ref.sha256]
-        return UpdateContext(self._carries(state, tasks), origins)
+        return UpdateContext(self._corrections(state, tasks), origins)
 
-    def _carries(self, state: JobState, tasks: Sequence[TaskState]) -> dict[str, StalenessCorrection]:
+    def _corrections(self, state: JobState, tasks: Sequence[TaskState]) -> dict[str, StalenessCorrection]:
         """How updates from older versions, or of unlike shares of work, come to the newest version, by task."""
         examples = [0 if task.offered is None else task.offered.metrics.num_examples for task in tasks]
         scales = partial_work.factors(state.spec, examples, [task.share for task in tasks])
-        carries: dict[str, StalenessCorrection] = {}
+        corrections: dict[str, StalenessCorrection] = {}
         for task, scale in zip(tasks, scales, strict=True):
             start, head, staleness = state.version_for(task), state.head, scheduling.staleness(state, task)
             if (staleness > 0 or scale != 1.0) and start is not None and head is not None:
                 profile = self._profile(task)
                 old = self._method.uploads(self._versions.load(start), profile)
                 new = self._method.uploads(self._versions.load(head), profile)
-                carries[task.id] = StalenessCorrection(
+                corrections[task.id] = StalenessCorrection(
                     old, new, scale * staleness_weight(state.spec.schedule, staleness)
                 )
-        return carries
+        return corrections
 
     def _asked(self, state: JobState, task: TaskState) -> TaskRequest:
         if task.phase == EVALUATE:

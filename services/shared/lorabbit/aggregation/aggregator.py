@@ -234,9 +234,11 @@ class Aggregation:
         shared = {**state.shared, SHIFT: moved} if moved else state.shared
         return ServerState({name: tensors[name] for name in received.names}, facts, shared)
 
-    def carried(self, update: Tensors, carry: StalenessCorrection) -> Tensors:
+    def corrected(self, update: Tensors, correction: StalenessCorrection) -> Tensors:
         """A late update as it comes to the newest version, by its values or by its products."""
-        return CorrectedProducts(update, carry) if self.rule.late_by_products else CorrectedUpdate(update, carry)
+        return (
+            CorrectedProducts(update, correction) if self.rule.late_by_products else CorrectedUpdate(update, correction)
+        )
 
     def at_rank(self, rank: int) -> Aggregation:
         """The same for another rank of the server."""

@@ -17,9 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from lorabbit.aggregation.client_side import is_a
+from lorabbit.job.schedules import Schedule
 from lorabbit.tensors import lora_math
 from lorabbit.tensors.arithmetic import is_floating
 from lorabbit.types import Array, Tensors
+
+
+def staleness_weight(schedule: Schedule, staleness: int) -> float:
+    """Return (1 + tau)^-a: the share of an update's change that counts, tau versions after the one it started from."""
+    if isinstance(schedule, str) or staleness <= 0:
+        return 1.0
+    return float((1.0 + staleness) ** -schedule.staleness_exponent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +38,25 @@ class StalenessCorrection:
     """What the client started from."""
     head: Tensors
     """The same tensors of the newest version."""
-    worth: float
+    weight: float
     """Share of the change that counts."""
 
 
 class CorrectedUpdate(Mapping[str, Array]):
     """head + worth (update - start), tensor by tensor, in float64; what has no real numbers stays as it came."""
 
-    def __init__(self, update: Tensors, carry: StalenessCorrection) -> None:
+    def __init__(self, update: Tensors, correction: StalenessCorrection) -> None:
         """Compute nothing yet."""
-        self._update, self._carry = update, carry
+        self._update, self._correction = update, correction
 
     def __getitem__(self, name: str) -> Array:
         """Compute one tensor, of the type in which it came."""
         value = self._update[name]
         if not is_floating(value):
             return value
-        carry = self._carry
-        change = value.astype(np.float64) - carry.start[name].astype(np.float64)
-        return (carry.head[name].astype(np.float64) + carry.worth * change).astype(value.dtype)
+        correction = self._correction
+        change = value.astype(np.float64) - correction.start[name].astype(np.float64)
+        return (correction.head[name].astype(np.float64) + correction.weight * change).astype(value.dtype)
 
     def __iter__(self) -> Iterator[str]:
         """Names of the update."""
@@ -75,8 +83,8 @@ class CorrectedProducts(CorrectedUpdate):
         return np.concatenate(columns, axis=1)
 
     def _scaled(self) -> tuple[tuple[Tensors, float], ...]:
-        carry = self._carry
-        return ((carry.head, 1.0), (self._update, carry.worth), (carry.start, -carry.worth))
+        correction = self._correction
+        return ((correction.head, 1.0), (self._update, correction.weight), (correction.start, -correction.weight))
 
 
 def _pair(name: str) -> tuple[str, str]:

@@ -98,10 +98,3 @@ def kind_of(schedule: Schedule) -> str:
 def takes_late(schedule: Schedule) -> bool:
     """Tell whether an update may be folded that started from an older version than the newest."""
     return isinstance(schedule, Buffered) or (isinstance(schedule, Quorum) and schedule.late == "keep")
-
-
-def staleness_weight(schedule: Schedule, staleness: int) -> float:
-    """(1 + tau)^-a: the share of an update's change that counts, tau versions after the one it started from."""
-    if isinstance(schedule, str) or staleness <= 0:
-        return 1.0
-    return float((1.0 + staleness) ** -schedule.staleness_exponent)

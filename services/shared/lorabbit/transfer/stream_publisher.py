@@ -66,10 +66,10 @@ class StreamPublisher:
         stream = self._streams.get(sha256)
         return 0 if stream is None else stream.names.number
 
-    def renew(self, ref: PayloadRef) -> None:
-        """Publish a payload again, in another stream: that which `ref` names holds something else, or not the whole.
+    def republish(self, ref: PayloadRef) -> None:
+        """Publish a payload again, in another stream, because the one that `ref` names is damaged or incomplete.
 
-        Nothing is done where that was done already, or so often that the payload itself must be damaged.
+        Does nothing when another stream was published already, or after `MAX_STREAMS` of them.
         """
         stream = self._streams.get(ref.sha256)
         if stream is None or not stream.is_done or stream.names.number != ref.stream or ref.stream >= MAX_STREAMS:

@@ -69,9 +69,9 @@ class Averaging(Method):
         """The mean weighted by n_k, of LoRA factors as the aggregation says."""
         return self.aggregation.fold(state, updates)
 
-    def carried(self, update: Tensors, carry: StalenessCorrection) -> Tensors:
+    def corrected(self, update: Tensors, correction: StalenessCorrection) -> Tensors:
         """As the aggregation carries: by values, or by products where factors of two versions do not compare."""
-        return self.aggregation.carried(update, carry)
+        return self.aggregation.corrected(update, correction)
 
     def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - one plan for all
         """The server's whole model, whatever part of it a client trains."""

@@ -139,9 +139,9 @@ class Method(BaseModel):
         `updates` may be walked more than once; the tensors of each are read from disk when asked for.
         """
 
-    def carried(self, update: Tensors, carry: StalenessCorrection) -> Tensors:
+    def corrected(self, update: Tensors, correction: StalenessCorrection) -> Tensors:
         """A late update as it comes to the newest version: its change, discounted, on top of that, value by value."""
-        return CorrectedUpdate(update, carry)
+        return CorrectedUpdate(update, correction)
 
     def scoring(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - the same for all
         """Say what one client needs to score a server state; `restore` takes it."""
