@@ -25,13 +25,14 @@ target "common" {
 
 target "server" {
   inherits   = ["common"]
-  dockerfile = "services/server/Dockerfile"
+  dockerfile = "services/Dockerfile"
+  target     = "server"
   tags       = ["${REGISTRY}lorabbit-server:${VERSION}"]
 }
 
 target "client-cpu" {
   inherits   = ["common"]
-  dockerfile = "services/client/Dockerfile"
+  dockerfile = "services/Dockerfile"
   target     = "cpu"
   args       = { TORCH_INDEX = TORCH_CPU_INDEX }
   tags       = ["${REGISTRY}lorabbit-client:${VERSION}"]
@@ -49,7 +50,7 @@ target "client-cpu-all" {
 
 target "client-cuda" {
   inherits   = ["common"]
-  dockerfile = "services/client/Dockerfile"
+  dockerfile = "services/Dockerfile"
   target     = "cuda"
   platforms  = ["linux/amd64", "linux/arm64"]
   tags       = ["${REGISTRY}lorabbit-client:${VERSION}-cuda"]

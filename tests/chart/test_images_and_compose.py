@@ -17,7 +17,7 @@ from charts import CHART, Doc, containers, objects, render
 from tree import ROOT
 
 BIN = Path(sys.executable).parent
-DOCKERFILES = sorted((ROOT / "services").glob("*/Dockerfile*"))
+DOCKERFILES = sorted((ROOT / "services").rglob("Dockerfile*"))
 PROFILES = {
     "gpu": {"client-gpu"},
     "jetson": {"client-jetson"},
