@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from lorabbit.errors import Refused
 from lorabbit.job.spec import LocalSpec
 from lorabbit.tensors import lora_math
 from lorabbit.tensors.serialization import tensors_sha256
-from lorabbit.training_session import Difficulty, Direction, GradientTerm, LocalResult, Part, Sensitivity
+from lorabbit.training_session import Difficulty, Direction, LocalResult, Part, Sensitivity, TrainOptions
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
 
 
@@ -138,22 +138,15 @@ class QuadraticSession:
         return {name: value + moved[name] if name in moved else value.copy() for name, value in self.base.items()}
 
     # ---- training ----
-    def train(  # noqa: PLR0913 - as `Session` has it
-        self,
-        *,
-        gradient_term: GradientTerm | None = None,
-        frozen: Callable[[str], bool] | None = None,
-        mask: Tensors | None = None,
-        batches: Sequence[Sequence[int]] | None = None,
-        local: LocalSpec | None = None,
-        stream: str = "",
-    ) -> LocalResult:
+    def train(self, **options: Unpack[TrainOptions]) -> LocalResult:
+        gradient_term, frozen, mask = options.get("gradient_term"), options.get("frozen"), options.get("mask")
+        batches, local = options.get("batches"), options.get("local")
         used = local or self.local
         eta = self.eta if local is None and self.job_local is None else used.learning_rate
         start, w, b = self.tensors(), self._w, self._targets[self.part]
         held = frozenset(name for name in w if frozen is not None and frozen(name))
         cut = None if batches is None else [list(batch) for batch in batches]
-        self.trainings.append(Training(self.part, stream, used, cut, held, mask))
+        self.trainings.append(Training(self.part, options.get("stream", ""), used, cut, held, mask))
         steps = _steps(used, self.steps, cut)
         for _ in range(steps):
             for name in w.keys() - held:

@@ -150,6 +150,15 @@ class Rig:
             self.beat()
         raise AssertionError(f"job {job} does not end: {self.store.jobs()[job]}")
 
+    def run_to_end_over_death(self, job: str) -> None:
+        """Go on until a job has ended; a server that dies on the way is replaced by another one."""
+        try:
+            self.run_to_end(job)
+        except Died:
+            self.kill()
+            self.serve()
+            self.run_to_end(job)
+
     def run(self, spec: JobSpec) -> Report:
         """Submit a job, run it to its end, and return its report."""
         if self.service is None:

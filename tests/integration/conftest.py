@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from server_rig import Rig
 
 from lorabbit.broker.rabbitmq.broker import RabbitBroker
 from lorabbit_cli.certificates import make
@@ -32,3 +33,12 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("certificates")
     make(folder)
     return folder
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    """A server and two scripted clients on one loop; closed at the end."""
+    made = Rig(tmp_path)
+    yield made
+    if made.service is not None:
+        made.service.close()

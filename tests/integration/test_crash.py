@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from server_rig import Died, Fuse, Rig
+from server_rig import Fuse, Rig
 
 from lorabbit.job.spec import JobSpec
 
@@ -21,12 +21,7 @@ def play(rig, fuse):
     rig.serve(fuse)
     rig.start_clients()
     job = rig.service.submit(SPEC)
-    try:
-        rig.run_to_end(job)
-    except Died:
-        rig.kill()
-        rig.serve()
-        rig.run_to_end(job)
+    rig.run_to_end_over_death(job)
     return fuse.count
 
 

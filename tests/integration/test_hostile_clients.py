@@ -31,14 +31,6 @@ HEADERS = st.dictionaries(
 FACTORS = {"m.lora_A.weight": np.ones((2, 3), np.float32), "m.lora_B.weight": np.ones((4, 2), np.float32)}
 
 
-@pytest.fixture
-def rig(tmp_path):
-    made = Rig(tmp_path)
-    yield made
-    if made.service is not None:
-        made.service.close()
-
-
 def spec(**what):
     return JobSpec(**{"name": "job", "clients": 2, "rounds": 2, "seed": 7, **what})
 

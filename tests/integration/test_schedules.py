@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from server_rig import Died, Fuse, Rig
+from server_rig import Fuse, Rig
 from typer.testing import CliRunner
 
 from lorabbit import job_loader
@@ -182,12 +182,7 @@ def test_a_job_whose_server_is_killed_ends_with_every_file_swept_and_every_updat
     rig.serve(Fuse(fuse.count * share // 10, after=after))
     rig.start_clients()
     job = rig.service.submit(spec(schedule, output={"keep_updates": True}))
-    try:
-        rig.run_to_end(job)
-    except Died:
-        rig.kill()
-        rig.serve()
-        rig.run_to_end(job)
+    rig.run_to_end_over_death(job)
 
     report = rig.report(job)
     events = [e.event for e in rig.store.events(job, progress=False)]

@@ -27,14 +27,6 @@ def spec(**what):
     return JobSpec(**{"name": "job", "clients": 2, "rounds": 2, "seed": 7, **what})
 
 
-@pytest.fixture
-def rig(tmp_path):
-    made = Rig(tmp_path)
-    yield made
-    if made.service is not None:
-        made.service.close()
-
-
 def started(rig, job=None):
     rig.serve()
     rig.start_clients()

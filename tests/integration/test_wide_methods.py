@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from scripted_client import EXPORT, SHAPES, ScriptedClient
-from server_rig import Died, Fuse, Rig
+from server_rig import Fuse, Rig
 from wide_methods import register
 
 from lorabbit.job.spec import JobSpec
@@ -217,12 +217,7 @@ def play(folder, fuse, job=None):
     rig.serve(fuse)
     rig.start_clients()
     job = rig.service.submit(job or spec())
-    try:
-        rig.run_to_end(job)
-    except Died:
-        rig.kill()
-        rig.serve()
-        rig.run_to_end(job)
+    rig.run_to_end_over_death(job)
     result = outcome(rig)
     rig.service.close()
     return fuse.count, result

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, Unpack
 
 from lorabbit.job.spec import LocalSpec
 from lorabbit.types import Array, ClientProfile, Facts, Json, Tensors
@@ -37,6 +37,24 @@ class LocalResult:
     steps: int
     facts: Facts | None = None
     """Measured by the session: seconds, and examples whose frozen prefix was not computed again."""
+
+
+class TrainOptions(TypedDict, total=False):
+    """What a method may decide about one call of `Session.train`."""
+
+    gradient_term: GradientTerm | None
+    """Added to the gradient of each tensor."""
+    frozen: Callable[[str], bool] | None
+    """Tensors, by name, that get no gradient and do not change."""
+    mask: Tensors | None
+    """By tensor name, booleans that broadcast to its shape; where False the value keeps its bits."""
+    batches: Sequence[Sequence[int]] | None
+    """Positions of training examples, batch by batch, for one epoch, in this order in every epoch; the session's own
+    batches when absent."""
+    local: LocalSpec | None
+    """Replaces the job's `local`."""
+    stream: str
+    """Distinguishes the random numbers of several trainings of one task."""
 
 
 class ClientSession(Protocol):
@@ -111,24 +129,10 @@ class Session(ClientSession, Protocol):
         """
 
     # ---- training ----
-    def train(  # noqa: PLR0913 - what a method may decide of one training
-        self,
-        *,
-        gradient_term: GradientTerm | None = None,
-        frozen: Callable[[str], bool] | None = None,
-        mask: Tensors | None = None,
-        batches: Sequence[Sequence[int]] | None = None,
-        local: LocalSpec | None = None,
-        stream: str = "",
-    ) -> LocalResult:
-        """Tune the selected tensors on local data from their present values, with a fresh optimiser.
+    def train(self, **options: Unpack[TrainOptions]) -> LocalResult:
+        """Tune the selected tensors on local data from their present values, with a fresh optimizer.
 
-        `frozen`: tensors that get no gradient and do not move. `mask`: by tensor name, booleans that
-        broadcast to its shape; where False the value does not move, to the bit, whatever the
-        optimiser. `batches`: positions of training examples, batch by batch, for one epoch, in this
-        order in every epoch; the session cuts its own when None. `local` replaces the job's.
-        Everything random comes from the task's seed and `stream`, which tells two trainings of one
-        task apart.
+        Everything random comes from the task's seed and the option `stream`.
         """
 
     # ---- looking at data and model (nothing moves, no generator advances) ----

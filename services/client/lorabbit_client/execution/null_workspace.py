@@ -11,16 +11,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 
 from lorabbit.aggregation.partial_work import shortened
 from lorabbit.errors import BadInput, Refused
-from lorabbit.job.spec import JobSpec, LocalSpec
+from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, Task
 from lorabbit.runtime.seeds import derive_seed
-from lorabbit.training_session import Difficulty, GradientTerm, LocalResult, Part
+from lorabbit.training_session import Difficulty, LocalResult, Part, TrainOptions
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
 from lorabbit_client.execution.interface import InitialAdapter, OnProgress, OperationCount
 from lorabbit_client.execution.private_state import PrivateState
@@ -166,18 +166,9 @@ class NullSession:
         """Refuse: there is no loss."""
         raise _without(f"curvature ({rule})")
 
-    def train(  # noqa: PLR0913 - as `Session` has it
-        self,
-        *,
-        gradient_term: GradientTerm | None = None,
-        frozen: Callable[[str], bool] | None = None,
-        mask: Tensors | None = None,
-        batches: Sequence[Sequence[int]] | None = None,
-        local: LocalSpec | None = None,
-        stream: str = "",
-    ) -> LocalResult:
+    def train(self, **options: Unpack[TrainOptions]) -> LocalResult:
         """Add the constant to everything that is not frozen; nothing else makes a difference."""
-        del gradient_term, mask, batches, local, stream
+        frozen = options.get("frozen")
         below, constant = self._tensors, self._constant
 
         def compute(name: str) -> Array:

@@ -19,7 +19,7 @@ from lorabbit.types import Tensors
 from lorabbit_client.models.arrays import to_numpy, to_torch
 
 REPLACED = "replaced"
-"""What `Base.settle` says of a base that was loaded or trained whole."""
+"""What `BaseWeights.apply` says of a base that was loaded or trained whole."""
 
 
 class LoraWeight:
@@ -90,7 +90,7 @@ class BaseWeights:
             self._restore()
         self._wanted, self._replaced, self._whole, self._shift = PRISTINE, False, {}, {}
 
-    def settle(self) -> str | None:
+    def apply(self) -> str | None:
         """Make the base what this task asked for; returns what tells it from another one, None when pristine."""
         if self._wanted != self._installed:
             self._restore()
@@ -103,7 +103,7 @@ class BaseWeights:
     def replace(self) -> None:
         """Say that the task is about to overwrite tensors of the base."""
         self._wanted = PRISTINE
-        self.settle()
+        self.apply()
         self._keep(name for name in self.tensors if name not in self._own)
         self._changed.update(self._copies)
         self._replaced = True
@@ -126,7 +126,7 @@ class BaseWeights:
             for path, weight in self.under_lora.items()
         }
 
-    def shift(self, factors: Tensors) -> None:
+    def set_delta(self, factors: Tensors) -> None:
         """Ask for W + s B A over what the task stands on; raises Refused for factors that do not fit a module."""
         if self._replaced:
             raise LoRAbbitError("internal: a base that was loaded whole cannot be shifted too")

@@ -8,8 +8,8 @@ holds changes behind its back.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, MutableMapping, Sequence
-from typing import Literal
+from collections.abc import MutableMapping, Sequence
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from lorabbit.job.spec import LocalSpec
 from lorabbit.protocol.messages import Task
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit.tensors.serialization import tensors_sha256
-from lorabbit.training_session import Difficulty, Direction, GradientTerm, LocalResult, Part, Sensitivity
+from lorabbit.training_session import Difficulty, Direction, LocalResult, Part, Sensitivity, TrainOptions
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
 from lorabbit_client.capabilities import UNLIMITED, TrainingLimits
 from lorabbit_client.dataset import ClientData
@@ -119,19 +119,10 @@ class TorchSession:
         """Make the base W = W_below + s B A for this task; it replaces an earlier shift."""
         if factors:
             _ = self._lora
-        self._base.shift(factors)
+        self._base.set_delta(factors)
 
     # ---- training ----
-    def train(  # noqa: PLR0913 - as `Session` has it
-        self,
-        *,
-        gradient_term: GradientTerm | None = None,
-        frozen: Callable[[str], bool] | None = None,
-        mask: Tensors | None = None,
-        batches: Sequence[Sequence[int]] | None = None,
-        local: LocalSpec | None = None,
-        stream: str = "",
-    ) -> LocalResult:
+    def train(self, **options: Unpack[TrainOptions]) -> LocalResult:
         """Tune on local data as `local` or the job says, from the present tensors, with a fresh optimiser."""
         if self._selected is not self._adapter:
             self._base.replace()
@@ -140,9 +131,16 @@ class TorchSession:
             return LocalResult(self.tensors(), 0, float("nan"), 0)
         start = time.perf_counter()
         clock = TrainingSchedule(self._task.round, self._task.spec.rounds)
+        stream = options.get("stream")
         seed = derive_seed(self.seed, "stream", stream) if stream else self.seed
-        trainer = self._trainer(model, local or self.local, clock, seed)
-        trained = trainer.run(self._trained, gradient_term=gradient_term, frozen=frozen, mask=mask, batches=batches)
+        trainer = self._trainer(model, options.get("local") or self.local, clock, seed)
+        trained = trainer.run(
+            self._trained,
+            gradient_term=options.get("gradient_term"),
+            frozen=options.get("frozen"),
+            mask=options.get("mask"),
+            batches=options.get("batches"),
+        )
         self.steps += trained.steps
         facts: Facts = {"seconds": time.perf_counter() - start, "prefixes_kept": trained.skipped}
         return LocalResult(self.tensors(), self.num_examples, trained.loss, trained.steps, facts)
@@ -173,7 +171,7 @@ class TorchSession:
 
     def _find_prefix(self, moving: Sequence[torch.Tensor], rows: int) -> FrozenPrefix | None:
         """Look for frozen blocks whose activations this process may keep; a base that is trained has none."""
-        base = None if self._adapter.base is None else self._adapter.base.settle()
+        base = None if self._adapter.base is None else self._adapter.base.apply()
         if self._prefixes is None or self._selected is not self._adapter or base == REPLACED:
             return None
         spec = self._task.spec
@@ -236,7 +234,7 @@ class TorchSession:
     def settled(self) -> TrainableModel:
         """Return the selected model on the base that this task asked for."""
         if self._adapter.base is not None:
-            self._adapter.base.settle()
+            self._adapter.base.apply()
         return self._selected
 
     @property
