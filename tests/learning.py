@@ -125,3 +125,25 @@ def fingerprint(folder: Path) -> str:
     )
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (start, end)]
     return json.dumps([digests, first.base_sha256, first.metrics.facts, then.metrics.loss])
+
+
+def workspace(spec: JobSpec) -> Any:
+    """Open the workspace of a job on one CPU thread."""
+    import torch  # noqa: PLC0415 - only tests that train need it
+
+    from lorabbit_client.training.workspace import LearningWorkspace  # noqa: PLC0415 - as above
+
+    torch.set_num_threads(1)
+    return LearningWorkspace(spec, data_root=Path(), device=torch.device("cpu"))
+
+
+def session(space: Any, spec: JobSpec, index: int = 0) -> Any:
+    """Open the session of one client."""
+    return space.session(task_of(spec, index), PrivateState(), silent)
+
+
+def same(a: Tensors, b: Tensors) -> bool:
+    """Whether two mappings hold the same tensors, to the bit."""
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes() for n in a
+    )

@@ -241,3 +241,16 @@ def run_embedded(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     assert len(found) == 1, f"expected one report.json under {folder}: {found}\n{run.stderr}"
     report: dict[str, Any] = json.loads(found[0].read_text(encoding="utf-8"))
     return report
+
+
+def idle_job(rounds: int) -> dict[str, Any]:
+    """Return a job of three clients that train nothing, and that is scored and saved only at its end."""
+    return {
+        "name": "walk",
+        "model": {"name": "null:40KB"},
+        "rounds": rounds,
+        "clients": 3,
+        "evaluation": {"every": rounds},
+        "output": {"checkpoint_every": rounds},
+        "seed": 7,
+    }

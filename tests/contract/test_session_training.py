@@ -8,26 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learning import data_of, job, silent, task_of, write_reviews
+from learning import data_of, job, same, session, silent, task_of, workspace, write_reviews
 
 from lorabbit.errors import Refused
 from lorabbit.job.spec import JobSpec, LocalSpec
 from lorabbit.types import Tensors
 from lorabbit_client.execution.private_state import PrivateState
-from lorabbit_client.training.workspace import LearningWorkspace
-
-
-def workspace(spec: JobSpec) -> LearningWorkspace:
-    torch.set_num_threads(1)
-    return LearningWorkspace(spec, data_root=Path(), device=torch.device("cpu"))
-
-
-def session(space: LearningWorkspace, spec: JobSpec, index: int = 0) -> Any:
-    return space.session(task_of(spec, index), PrivateState(), silent)
-
-
-def same(a: Tensors, b: Tensors) -> bool:
-    return a.keys() == b.keys() and all(a[n].tobytes() == b[n].tobytes() and a[n].shape == b[n].shape for n in a)
 
 
 def spec_of(folder: Path, **parts: Any) -> JobSpec:

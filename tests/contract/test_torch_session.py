@@ -9,32 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learning import first, job, score, silent, task_of, write_normed, write_reviews
+from learning import first, job, same, score, session, silent, workspace, write_normed, write_reviews
 
 from lorabbit.errors import BadInput, Refused
 from lorabbit.job.spec import JobSpec
-from lorabbit.types import Tensors
-from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.training.evaluation import evaluate
 from lorabbit_client.training.workspace import LearningWorkspace
 
 TEXT_MODELS = ("tiny:bert", "tiny:roberta", "tiny:distilbert", "tiny:gpt2", "tiny:llama")
 KINDS = ("lora", "full", "bitfit", "adapter", "head")
-
-
-def workspace(spec: JobSpec) -> LearningWorkspace:
-    torch.set_num_threads(1)
-    return LearningWorkspace(spec, data_root=Path(), device=torch.device("cpu"))
-
-
-def session(space: LearningWorkspace, spec: JobSpec, index: int = 0) -> Any:
-    return space.session(task_of(spec, index), PrivateState(), silent)
-
-
-def same(a: Tensors, b: Tensors) -> bool:
-    return a.keys() == b.keys() and all(
-        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes() for n in a
-    )
 
 
 def score_on_training_rows(space: LearningWorkspace, spec: JobSpec) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from processes import idle_job
 from services import free_port
 from tree import ROOT
 
@@ -25,15 +26,7 @@ JOB_SECONDS = 600
 MANY = 12
 # Nobody trains: the machine is free to start containers. It goes on until it is cancelled.
 ROUNDS = 1_000_000
-WALK: dict[str, Any] = {
-    "name": "walk",
-    "model": {"name": "null:40KB"},
-    "rounds": ROUNDS,
-    "clients": 3,
-    "evaluation": {"every": ROUNDS},
-    "output": {"checkpoint_every": ROUNDS},
-    "seed": 7,
-}
+WALK = idle_job(ROUNDS)
 pytestmark = [pytest.mark.containers, pytest.mark.slow, pytest.mark.timeout(BUILD_SECONDS + JOB_SECONDS)]
 
 

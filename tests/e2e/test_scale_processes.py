@@ -15,19 +15,11 @@ from typing import Any
 import httpx
 import pytest
 import services
-from processes import Event, Federation, run_embedded
+from processes import Event, Federation, idle_job, run_embedded
 
 # Nobody trains, so that the machine is free to start processes; the rounds outlast what is done to them.
 ROUNDS = 60
-JOB: dict[str, Any] = {
-    "name": "walk",
-    "model": {"name": "null:40KB"},
-    "rounds": ROUNDS,
-    "clients": 3,
-    "evaluation": {"every": ROUNDS},
-    "output": {"checkpoint_every": ROUNDS},
-    "seed": 7,
-}
+JOB = idle_job(ROUNDS)
 SECONDS = 120.0
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 Scale = Callable[..., dict[str, Any]]

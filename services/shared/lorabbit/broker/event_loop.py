@@ -106,3 +106,25 @@ class BrokerLoop:
 
 def _nothing() -> None:
     """Wake the loop."""
+
+
+class RunsOnLoop:
+    """The part of a broker that runs callbacks on its loop thread."""
+
+    _loop: BrokerLoop
+
+    def post(self, callback: Callable[[], None]) -> None:
+        """Run a function on the loop thread soon; callable from any thread."""
+        self._loop.post(callback)
+
+    def after(self, seconds: float, callback: Callable[[], None]) -> Cancellable:
+        """Run a function on the loop thread once, later."""
+        return self._loop.after(seconds, callback)
+
+    def run(self) -> None:
+        """Run callbacks until `stop`."""
+        self._loop.run()
+
+    def stop(self) -> None:
+        """Make `run` return after the current callback; callable from any thread and from signal handlers."""
+        self._loop.stop()

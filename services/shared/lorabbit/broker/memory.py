@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from lorabbit.broker.base import Broker, Cancellable, Delivery, First, OnDelivery, OnDone, Outgoing, Queue, beginning
-from lorabbit.broker.event_loop import BrokerLoop, Clock
+from lorabbit.broker.event_loop import BrokerLoop, Clock, RunsOnLoop
 from lorabbit.errors import BrokerBusy, LoRAbbitError, NotDeclared
 
 STREAM = "stream"
@@ -143,7 +143,7 @@ def topic_matches(pattern: list[str], key: list[str]) -> bool:
     return bool(key) and pattern[0] in {"*", key[0]} and topic_matches(pattern[1:], key[1:])
 
 
-class MemoryBroker(Broker):
+class MemoryBroker(RunsOnLoop, Broker):
     """See the module's docstring. `user` is what deliveries name as their sender."""
 
     def __init__(self, *, clock: Clock = time.monotonic, user: str = "embedded") -> None:
@@ -245,25 +245,9 @@ class MemoryBroker(Broker):
         self._exchanges.clear()
         self._loop.post(self._on_emptied)
 
-    def post(self, callback: Callable[[], None]) -> None:
-        """Run a function on the loop thread soon; callable from any thread."""
-        self._loop.post(callback)
-
-    def after(self, seconds: float, callback: Callable[[], None]) -> Cancellable:
-        """Run a function on the loop thread once, later."""
-        return self._loop.after(seconds, callback)
-
-    def run(self) -> None:
-        """Run callbacks until `stop`."""
-        self._loop.run()
-
     def run_until_idle(self) -> None:
         """Run what is due now and return; for tests that own the clock."""
         self._loop.run_until_idle()
-
-    def stop(self) -> None:
-        """Make `run` return after the current callback."""
-        self._loop.stop()
 
     def health(self) -> str | None:
         """Nothing can be wrong with memory."""

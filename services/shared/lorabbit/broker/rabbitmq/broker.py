@@ -20,7 +20,7 @@ from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker
 
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker, Cancellable, Delivery, First, OnDelivery, OnDone, Outgoing, Queue, beginning
-from lorabbit.broker.event_loop import BrokerLoop
+from lorabbit.broker.event_loop import BrokerLoop, RunsOnLoop
 from lorabbit.broker.rabbitmq.connection import NOT_FOUND, Connection
 from lorabbit.broker.rabbitmq.consumer import ChannelToken, Consumer
 from lorabbit.broker.rabbitmq.publisher import Publisher
@@ -41,7 +41,7 @@ Step = Callable[[Channel, Callable[[object], None]], object]
 """One request on a channel; calls back with the broker's answer."""
 
 
-class RabbitBroker(Broker):
+class RabbitBroker(RunsOnLoop, Broker):
     """See the module's docstring; `name` is what the broker's connection list shows."""
 
     def __init__(  # noqa: PLR0913 - whom to speak to, as whom, how patiently, and for how safe a keeping
@@ -126,22 +126,6 @@ class RabbitBroker(Broker):
     def reject(self, delivery: Delivery) -> None:
         """Move a delivery to the dead letters."""
         self._settle(delivery, reject=True)
-
-    def post(self, callback: Callable[[], None]) -> None:
-        """Run a function on the loop thread soon; callable from any thread."""
-        self._loop.post(callback)
-
-    def after(self, seconds: float, callback: Callable[[], None]) -> Cancellable:
-        """Run a function on the loop thread once, later."""
-        return self._loop.after(seconds, callback)
-
-    def run(self) -> None:
-        """Run callbacks until `stop`."""
-        self._loop.run()
-
-    def stop(self) -> None:
-        """Make `run` return after the current callback; callable from any thread and from signal handlers."""
-        self._loop.stop()
 
     def health(self) -> str | None:
         """What keeps RabbitMQ from working right now, as a sentence."""
