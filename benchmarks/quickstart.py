@@ -4,7 +4,7 @@
 
 A seed decides the held-out rows, the partition and everything drawn. The probe is a logistic regression
 on the frozen model's mean-pooled embeddings with all clients' rows in one place; its penalty is the best
-of three on the very rows that it is scored on, which favours it. The quickstart's own settings were chosen
+of three on the very rows that it is scored on, which favors it. The quickstart's own settings were chosen
 on seed 0, so seed 0 is left out unless asked for.
 """
 

@@ -10,7 +10,7 @@ from lorabbit.events import job_events as ev
 from lorabbit.events.report import AdapterFacts, BaseFacts, Best, ClientRound, Final, Report, Round
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics
-from lorabbit.types import EVALUATE, INITIALISE, TRAIN
+from lorabbit.types import EVALUATE, INITIALIZE, TRAIN
 
 SHA = "ab" * 32
 START_MS = 1_700_000_000_000
@@ -52,8 +52,8 @@ def opening(*, clients: int = 3) -> list[ev.AnyEvent]:
         ev.JobSubmitted(at_ms=START_MS),
         *joined,
         ev.JobStarted(at_ms=START_MS, clients=tuple(name(k) for k in range(clients))),
-        ev.TaskSent(at_ms=START_MS, round=0, client=name(0), phase=INITIALISE, attempt=1),
-        ev.AdapterInitialised(
+        ev.TaskSent(at_ms=START_MS, round=0, client=name(0), phase=INITIALIZE, attempt=1),
+        ev.AdapterInitialized(
             at_ms=START_MS,
             client=name(0),
             sha256=SHA,
@@ -62,13 +62,13 @@ def opening(*, clients: int = 3) -> list[ev.AnyEvent]:
             base_sha256=None,
             facts={"main_metric": "accuracy", "base_parameters": 5000, "rank": 8},
         ),
-        _accepted(0, 0, INITIALISE, START_MS),
+        _accepted(0, 0, INITIALIZE, START_MS),
     ]
 
 
 def _accepted(t: int, k: int, phase: str, at_ms: int) -> ev.UpdateAccepted:
     metrics = {
-        INITIALISE: Metrics(num_examples=0),
+        INITIALIZE: Metrics(num_examples=0),
         TRAIN: Metrics(num_examples=examples(k), loss=loss(t, k), steps=5, seconds=1.0),
         EVALUATE: Metrics(num_examples=10, loss=loss(t, k), values={"accuracy": accuracy(t, k)}),
     }[phase]

@@ -10,7 +10,7 @@ from typing import Any
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Task
 from lorabbit.runtime.seeds import derive_seed
-from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, TRAIN, Tensors
+from lorabbit.types import ADAPTER, EVALUATE, INITIALIZE, TRAIN, Tensors
 from lorabbit_client.execution.interface import TaskInput
 from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.executor import Executor
@@ -100,7 +100,7 @@ def silent(fraction: float, loss: float | None) -> None:
 
 def first(space: Any, spec: JobSpec, index: int = 0) -> Any:
     """Make the first adapter of a job as a method without one of its own does."""
-    task = task_of(spec, index, INITIALISE)
+    task = task_of(spec, index, INITIALIZE)
     return space.initialize(task, space.session(task, PrivateState(), silent).tensors())
 
 
@@ -118,7 +118,7 @@ def fingerprint(folder: Path) -> str:
     spec, executor = job(folder, model=model), Executor()
     start, end = folder / "start.safetensors", folder / "end.safetensors"
     first = executor.execute(
-        TaskInput(task_of(spec, phase=INITIALISE), {}, start, folder / "private", folder / "privacy.json"), silent
+        TaskInput(task_of(spec, phase=INITIALIZE), {}, start, folder / "private", folder / "privacy.json"), silent
     )
     then = executor.execute(
         TaskInput(task_of(spec), {ADAPTER: start}, end, folder / "private", folder / "privacy.json"), silent

@@ -14,7 +14,7 @@ from lorabbit.broker.base import Broker
 from lorabbit.methods.registry import build
 from lorabbit.protocol.messages import Metrics, Offer, Task
 from lorabbit.tensors import serialization
-from lorabbit.types import EVALUATE, INITIALISE, ClientId, ClientProfile, Facts, Plan, Tensors
+from lorabbit.types import EVALUATE, INITIALIZE, ClientId, ClientProfile, Facts, Plan, Tensors
 
 RANK, INS, OUTS = 2, 3, 4
 
@@ -61,7 +61,7 @@ class MethodClient(ScriptedClient):
         if task.phase == EVALUATE:
             self.tell(task, accuracy=0.5)
             return
-        if task.phase == INITIALISE:
+        if task.phase == INITIALIZE:
             facts: Facts = {"main_metric": "accuracy", "rank": RANK, "export": EXPORT}
             self.answer(task, method.initialize(session), Metrics(num_examples=10, facts=dict(facts)))
             return

@@ -35,7 +35,7 @@ from lorabbit.protocol.messages import (
 from lorabbit.tensors import serialization
 from lorabbit.transfer.chunked_transfer import ChunkSender, StreamReader
 from lorabbit.transfer.payload_store import PayloadStore
-from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, Tensors
+from lorabbit.types import ADAPTER, EVALUATE, INITIALIZE, Tensors
 
 SHAPES = {"a": (4, 3), "b": (3,)}
 BASE = "ba5e" * 16
@@ -168,14 +168,14 @@ class ScriptedClient:
         return {name: np.full(shape, value, np.float32) for name, shape in SHAPES.items()}
 
     def tensors(self, task: Task) -> Tensors:
-        if task.phase == INITIALISE:
+        if task.phase == INITIALIZE:
             return self.tensors_like(0.0)
         received = serialization.read_tensors(self.store.path(task.payloads[ADAPTER].sha256))
         return {name: received[name] + np.float32(task.index + 1) for name in received}
 
     def offer(self, task: Task, tensors: Tensors) -> None:
         ref = self.store.add_tensors(tensors, chunk_bytes=1024)
-        facts = {} if task.phase != INITIALISE else {"main_metric": "accuracy", "rank": 2, "export": EXPORT}
+        facts = {} if task.phase != INITIALIZE else {"main_metric": "accuracy", "rank": 2, "export": EXPORT}
         metrics = Metrics(num_examples=self.examples, loss=0.5, steps=1, facts=facts)
         read = {ADAPTER: ref.size_bytes}
         about = {**self.about(task), "bytes_down": ref.size_bytes, "bytes_by_role": read}

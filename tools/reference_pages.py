@@ -120,7 +120,7 @@ ABOUT_MESSAGES = (
 ABOUT_EVENTS = (
     "Every transition of a job appends one of these to its log. The live view and the report are folds of this log. "
     "Beside the fields below each has `kind`, its heading, and `at_ms`, the server's clock in milliseconds since 1970. "
-    "`round` is 1-based; 0 is the initialisation."
+    "`round` is 1-based; 0 is the initialization."
 )
 ABOUT_TASKS = (
     "What `model.task` can be, the metric that picks `best/` unless `evaluation.metric` names another, and for every "

@@ -30,7 +30,7 @@ RESULTS, PLOTS = HERE / "RESULTS.md", HERE / "results"
 PAGES = HERE.parents[1] / "docs/methods"
 DRAWN = ("rounds", "bytes", "modelled seconds")
 """What scores are drawn against, of all that `lorabbit compare` draws."""
-COLOURS = 48
+COLORS = 48
 """Of a plot's file: enough for lines and bands, a third of the bytes."""
 Column = tuple[str, Callable[[RunRow], str]]
 
@@ -169,7 +169,7 @@ def _plots(comparison: Comparison, case: CaseResult) -> str:
     for name, png in pictures(case).items():
         if name in DRAWN:
             file = f"{comparison.name}-{case.name}-{name.replace(' ', '-')}.png"
-            Image.open(io.BytesIO(png)).quantize(COLOURS).save(PLOTS / file, optimize=True)
+            Image.open(io.BytesIO(png)).quantize(COLORS).save(PLOTS / file, optimize=True)
             shown.append(f"![{case.metric} against {name}](results/{file})")
     return "\n".join(shown)
 

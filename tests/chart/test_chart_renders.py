@@ -13,7 +13,7 @@ from jsonschema import Draft7Validator
 
 KUBERNETES = ["1.29", "1.32", "1.37"]
 """The oldest that the chart allows, one that is widely run, and a new one."""
-ENROLMENT: Doc = {"enrolment": {"enabled": True}}
+ENROLLMENT: Doc = {"enrolment": {"enabled": True}}
 AUTOSCALED: Doc = {"name": "a", "autoscaling": {"enabled": True}}
 case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 
@@ -174,14 +174,14 @@ def test_a_value_that_cannot_be_is_refused_by_its_path(values: Doc, said: str):
         ),
         ({"clientPools": [AUTOSCALED]}, "autoscaling needs networkPolicy.httpFrom: say where KEDA runs"),
         (
-            {"clientPools": [{"name": "a", "kind": "IndexedJob"}], **ENROLMENT},
+            {"clientPools": [{"name": "a", "kind": "IndexedJob"}], **ENROLLMENT},
             "with enrolment.enabled a client's password",
         ),
         (
-            {"clientDefaults": {"persistence": {"enabled": False}}, **ENROLMENT},
+            {"clientDefaults": {"persistence": {"enabled": False}}, **ENROLLMENT},
             "with enrolment.enabled a client's password",
         ),
-        ({"clientDefaults": {"persistence": {"whenScaled": "Delete"}}, **ENROLMENT}, "persistence.whenScaled: Retain"),
+        ({"clientDefaults": {"persistence": {"whenScaled": "Delete"}}, **ENROLLMENT}, "persistence.whenScaled: Retain"),
         ({"server": {"replicas": 2}}, "accessMode to ReadWriteMany from the first installation on"),
         ({"server": {"heartbeatSeconds": 30}}, "server.clientLeaseSeconds: at least twice .* which is 30"),
         ({"redis": {"maxMemory": "4gb"}}, "redis.maxMemory: 4gb is not below redis.resources.limits.memory, 512Mi"),
@@ -213,7 +213,7 @@ def test_values_that_do_not_go_together_are_refused_in_a_sentence(values: Doc, s
         {"rabbitmq": {"memoryHighWatermark": "1280MB"}},
         {"rabbitmq": {"memoryHighWatermark": "1200MiB"}},
         {"server": {"heartbeatSeconds": 7.5, "resources": {"requests": {"cpu": 0.5, "memory": "1k"}}}},
-        {"clientPools": [{"name": "sim", "kind": "Deployment", "persistence": {"enabled": False}}], **ENROLMENT},
+        {"clientPools": [{"name": "sim", "kind": "Deployment", "persistence": {"enabled": False}}], **ENROLLMENT},
         {"clientPools": [AUTOSCALED], "networkPolicy": {"enabled": False}},
     ],
 )
@@ -246,7 +246,7 @@ def test_a_pool_overrides_with_empty_values_too():
     assert "volumeClaimTemplates" not in pool["spec"]
 
 
-def test_the_chart_names_its_images_and_its_licence():
+def test_the_chart_names_its_images_and_its_license():
     metadata = Chart.load(CHART).metadata
     shown = {entry["image"] for entry in yaml.safe_load(metadata["annotations"]["artifacthub.io/images"])}
 

@@ -14,7 +14,7 @@ from learning import data_of, job, silent, task_of, write_normed, write_reviews
 from lorabbit.errors import LoRAbbitError
 from lorabbit.job.spec import JobSpec
 from lorabbit.privacy.accountant import epsilon_of_steps
-from lorabbit.types import ADAPTER, EVALUATE, INITIALISE
+from lorabbit.types import ADAPTER, EVALUATE, INITIALIZE
 from lorabbit_cli.local.embedded_run import ComputeOptions, run_local
 from lorabbit_client.analysis.per_example_gradients import ExampleGradients, separate_owners
 from lorabbit_client.capabilities import TrainingLimits
@@ -232,7 +232,7 @@ def train(
     kept = (folder / "private", folder / "privacy.json")
     adapter = folder / "adapter.safetensors"
     if not adapter.exists():
-        Executor(data_root=folder).execute(TaskInput(task_of(spec, 0, INITIALISE), {}, adapter, *kept), silent)
+        Executor(data_root=folder).execute(TaskInput(task_of(spec, 0, INITIALIZE), {}, adapter, *kept), silent)
     task = task_of(spec, 0).model_copy(update={"round": round_number, "task": f"r{round_number}", **order})
     return executor.execute(TaskInput(task, {ADAPTER: adapter}, folder / task.task, *kept), on_progress)
 

@@ -91,7 +91,7 @@ def test_a_server_killed_in_mid_round_changes_nothing(federation: Federation, em
     assert [entry["accepted"] for entry in report["rounds"]] == [CLIENTS] * 2
 
 
-def test_clients_with_quantised_bases_run_a_job_to_its_end_and_learn_as_much(
+def test_clients_with_quantized_bases_run_a_job_to_its_end_and_learn_as_much(
     federation: Federation, embedded: dict[str, Any]
 ) -> None:
     for address, process in list(federation.clients.items()):

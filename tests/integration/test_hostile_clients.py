@@ -15,7 +15,7 @@ from lorabbit.broker.base import Outgoing
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol import codec
 from lorabbit.protocol.messages import FROM_CLIENT, Hello, Metrics, Offer, PayloadRef, TaskFailed
-from lorabbit.types import EVALUATE, INITIALISE, TRAIN
+from lorabbit.types import EVALUATE, INITIALIZE, TRAIN
 from lorabbit_server.transfer.traffic_meter import MAX_TASKS, TrafficMeter
 
 HEADERS = st.dictionaries(
@@ -216,7 +216,7 @@ def test_one_client_of_three_with_facts_that_do_not_fit_is_set_aside_and_its_upd
         return True
 
     def with_factors(client, task):
-        if task.phase == INITIALISE:
+        if task.phase == INITIALIZE:
             client.offer(task, FACTORS)
         elif task.phase == EVALUATE:
             client.tell(task, accuracy=0.5)

@@ -22,7 +22,7 @@ from lorabbit.methods.api.method import Method
 from lorabbit.methods.shared_model.sa_fedlora import SaFedLora
 from lorabbit.tensors import serialization
 from lorabbit.tensors.arithmetic import size_bytes
-from lorabbit.types import BASE, INITIALISE, ServerState
+from lorabbit.types import BASE, INITIALIZE, ServerState
 from lorabbit_cli.local.dry_run import dry_run
 from lorabbit_cli.local.embedded_run import ComputeOptions, run_local
 from lorabbit_client.execution.private_state import PrivateState
@@ -115,7 +115,7 @@ def exported(folder: Path, space: LearningWorkspace, spec: JobSpec, method: Meth
     """Load with peft and transformers alone what a server writes of an export."""
     export, folder = method.export(state), folder / "adapter"
     one = session(space, spec)
-    facts: Any = space.initialize(task_of(spec, phase=INITIALISE), one.tensors()).facts
+    facts: Any = space.initialize(task_of(spec, phase=INITIALIZE), one.tensors()).facts
     folder.mkdir()
     config = {**facts["export"]["files"]["adapter_config.json"], **export.config}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -202,7 +202,7 @@ def test_U6_the_scaling_in_peft_stays_whatever_the_rank(rank: int, tmp_path: Pat
     assert {layer.scaling["default"] for layer in layers} == {2.0}
 
 
-def test_U9_components_of_zeros_stay_zero_whatever_the_optimiser_does(tmp_path: Path) -> None:
+def test_U9_components_of_zeros_stay_zero_whatever_the_optimizer_does(tmp_path: Path) -> None:
     space, spec = opened(tmp_path, model=PLAIN, local={"steps": 20, "weight_decay": 0.1})
     one = session(space, spec)
     first = dict(one.tensors())

@@ -15,7 +15,7 @@ from lorabbit.job.schedules import Buffered, Quorum
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, Offer
 from lorabbit.tensors import serialization
-from lorabbit.types import INITIALISE, TRAIN
+from lorabbit.types import INITIALIZE, TRAIN
 from lorabbit_cli.__main__ import app
 from lorabbit_cli.local.embedded_run import Callbacks, ComputeOptions, run_local
 from lorabbit_cli.local.replay import replay
@@ -249,7 +249,7 @@ def one_from_another_start(rig):
             told = Metrics(num_examples=10, loss=0.5, facts={"init": start})
             client.offers[task.task] = Offer(**client.about(task), payload=ref, metrics=told)
             client.send(client.offers[task.task])
-        elif task.phase == INITIALISE:
+        elif task.phase == INITIALIZE:
             client.offer(task, FACTORS)
         else:
             client.tell(task, accuracy=0.5)

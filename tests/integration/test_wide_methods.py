@@ -13,7 +13,7 @@ from wide_methods import register
 
 from lorabbit.job.spec import JobSpec
 from lorabbit.tensors import serialization
-from lorabbit.types import ADAPTER, BASE, EVALUATE, INITIALISE, TRAIN
+from lorabbit.types import ADAPTER, BASE, EVALUATE, INITIALIZE, TRAIN
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def asked(client):
 def test_a_preparation_asks_the_whole_population_and_is_neither_scored_nor_kept(rig):
     report = rig.run(spec(cohort=1))
 
-    assert asked(rig.clients[0])[:2] == [(INITIALISE, 0), (TRAIN, 0)]
+    assert asked(rig.clients[0])[:2] == [(INITIALIZE, 0), (TRAIN, 0)]
     assert asked(rig.clients[1])[0] == (TRAIN, 0)
     assert [row.round for row in report.rounds] == [1, 2]
     assert (report.preparation.round, report.preparation.accepted, report.preparation.metrics) == (0, 2, {})
@@ -179,7 +179,7 @@ def test_clients_with_models_of_their_own_score_a_round_before_they_train_the_ne
 
 def test_clients_with_models_of_their_own_may_begin_without_an_adapter_and_none_is_exported(rig):
     def nothing(client, task):
-        if task.phase == INITIALISE:
+        if task.phase == INITIALIZE:
             client.tell(task)
             return True
         return without_tensors(client, task)

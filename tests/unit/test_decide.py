@@ -13,7 +13,7 @@ from wide_methods import register
 from lorabbit.events import job_events as ev
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, PayloadRef
-from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId
+from lorabbit.types import EVALUATE, INITIALIZE, TRAIN, ClientId
 from lorabbit_server.engine import transitions
 from lorabbit_server.engine.client_selection import ClientSampler, population
 from lorabbit_server.engine.reducer import decide, resume
@@ -118,7 +118,7 @@ def test_a_complete_population_is_ordered_naturally_and_its_first_client_builds_
 
     assert state.clients == (A, B, C)
     assert told(commands) == ["job-started", "task-sent"]
-    assert [(t.phase, t.round, t.client, t.index) for t in sent(commands)] == [(INITIALISE, 0, A, 0)]
+    assert [(t.phase, t.round, t.client, t.index) for t in sent(commands)] == [(INITIALIZE, 0, A, 0)]
 
 
 def test_more_clients_than_the_job_asks_for_stay_idle():
@@ -260,9 +260,9 @@ def test_more_than_half_of_the_clients_must_stay_unless_the_job_says_otherwise()
 
 def test_a_first_client_that_cannot_build_the_model_leaves_it_to_the_next():
     state, _ = opened()
-    state, commands = fail(state, 0, phase=INITIALISE)
+    state, commands = fail(state, 0, phase=INITIALIZE)
 
-    assert [(task.client, task.phase) for task in sent(commands)][-1] == (B, INITIALISE)
+    assert [(task.client, task.phase) for task in sent(commands)][-1] == (B, INITIALIZE)
     state, _ = answered(state, sent(commands)[-1])
     state, commands = decide(state, transitions.MethodStarted(version("0"), 7, {"rank": 2}))
     assert {task.client for task in sent(commands)} == {B, C}
@@ -276,8 +276,8 @@ def test_a_first_adapter_that_is_none_is_left_out_and_the_next_client_makes_one(
     )
 
     assert told(commands) == ["update-rejected", "client-set-aside", "task-sent"]
-    assert [(task.client, task.phase) for task in sent(commands)] == [(B, INITIALISE)]
-    assert state.stage == "initialising"
+    assert [(task.client, task.phase) for task in sent(commands)] == [(B, INITIALIZE)]
+    assert state.stage == "initializing"
 
 
 def test_a_result_that_cannot_be_folded_is_left_out_with_its_client_and_the_others_are_folded():

@@ -16,7 +16,7 @@ from learning import fingerprint, job, silent, task_of, write_reviews
 
 from lorabbit.job.spec import JobSpec
 from lorabbit.tensors import serialization
-from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, TRAIN
+from lorabbit.types import ADAPTER, EVALUATE, INITIALIZE, TRAIN
 from lorabbit_client.execution.interface import Cancelled, TaskInput, TaskResult
 from lorabbit_client.executor import Executor
 
@@ -27,7 +27,7 @@ def work(folder: Path, spec: JobSpec, phase: str = TRAIN, index: int = 0, **extr
     """One task, with the adapter of `folder` as its payload where there is one."""
     task = task_of(spec, index, phase, **extra)
     adapter = folder / "adapter.safetensors"
-    inputs = {ADAPTER: adapter} if phase != INITIALISE and adapter.exists() else {}
+    inputs = {ADAPTER: adapter} if phase != INITIALIZE and adapter.exists() else {}
     return TaskInput(
         task, inputs, folder / f"{task.task}.safetensors", folder / f"private-{index}", folder / f"privacy-{index}.json"
     )
@@ -35,7 +35,7 @@ def work(folder: Path, spec: JobSpec, phase: str = TRAIN, index: int = 0, **extr
 
 def initialize(executor: Executor, folder: Path, spec: JobSpec) -> TaskResult:
     """Do the first task of a job and lay its tensors where later tasks find them."""
-    first = work(folder, spec, INITIALISE)
+    first = work(folder, spec, INITIALIZE)
     outcome = executor.execute(first, silent)
     if outcome.error is None:
         first.output.rename(folder / "adapter.safetensors")

@@ -13,7 +13,7 @@ from lorabbit.job.spec import JobSpec
 from lorabbit.methods.registry import METHODS
 from lorabbit.methods.shared_model.fedavg import FedAvg
 from lorabbit.tensors import lora_math, serialization
-from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, SHIFT, TRAIN
+from lorabbit.types import ADAPTER, EVALUATE, INITIALIZE, SHIFT, TRAIN
 from lorabbit_client.execution.interface import TaskInput
 from lorabbit_client.executor import Executor
 
@@ -62,11 +62,11 @@ def do(  # noqa: PLR0913, PLR0917
 
 def adapter_of(executor: Executor, spec: JobSpec, folder: Path) -> dict[str, Any]:
     plain = spec.model_copy(update={"method": type(spec.method)(name="fedavg")})
-    return dict(do(executor, plain, folder, INITIALISE, "first", {}))
+    return dict(do(executor, plain, folder, INITIALIZE, "first", {}))
 
 
 def test_a_method_makes_the_first_adapter(spec: JobSpec, tmp_path: Path):
-    first = do(Executor(), spec, tmp_path, INITIALISE, "first", {})
+    first = do(Executor(), spec, tmp_path, INITIALIZE, "first", {})
 
     assert {value.shape[0] for name, value in first.items() if ".lora_A." in name} == {2}
 

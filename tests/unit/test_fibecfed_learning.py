@@ -21,7 +21,7 @@ from lorabbit.methods.shared_model.fibecfed import FISHER, FibecFed
 from lorabbit.protocol.messages import Metrics
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit.tensors import serialization
-from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId, ClientProfile, ClientUpdate, Plan, ServerState
+from lorabbit.types import EVALUATE, INITIALIZE, TRAIN, ClientId, ClientProfile, ClientUpdate, Plan, ServerState
 from lorabbit_cli.local.dry_run import dry_run
 from lorabbit_cli.local.embedded_run import ComputeOptions
 from lorabbit_client.execution.interface import TaskInput
@@ -72,11 +72,11 @@ class Federation:
     def __post_init__(self) -> None:
         self.method = build(self.spec)
         self.files: list[Path] = []
-        """Everything that travelled, in either direction."""
+        """Everything that traveled, in either direction."""
         self.told: list[Metrics] = []
         first = self.folder / "first.safetensors"
         self.run(
-            TaskInput(task_of(self.spec, phase=INITIALISE), {}, first, self.private(0), self.folder / "privacy.json")
+            TaskInput(task_of(self.spec, phase=INITIALIZE), {}, first, self.private(0), self.folder / "privacy.json")
         )
         self.state: ServerState = self.method.start(serialization.read_tensors(first))
 

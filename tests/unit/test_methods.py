@@ -52,7 +52,7 @@ def test_fedavg_of_two_unlike_quadratics_rests_at_their_weighted_mean():
 
 
 def test_fedprox_local_training_rests_between_target_and_global_tensors():
-    # the minimiser of 1/2 a (w-b)^2 + mu/2 (w-w0)^2 is (a b + mu w0) / (a + mu)
+    # the minimizer of 1/2 a (w-b)^2 + mu/2 (w-w0)^2 is (a b + mu w0) / (a + mu)
     session = QuadraticSession({"w": np.array([2.0])}, a=1.0, steps=2000)
     method = FedProx(mu=3.0)
 

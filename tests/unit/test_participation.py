@@ -131,7 +131,7 @@ def test_a_client_below_the_one_rank_of_an_aggregation_is_left_out_with_the_reas
     assert state.clients == (NAMES[1], NAMES[2])
 
 
-def test_a_client_with_a_quantised_base_is_left_out_of_a_job_that_needs_the_base_whole():
+def test_a_client_with_a_quantized_base_is_left_out_of_a_job_that_needs_the_base_whole():
     spec, less = job(clients=2, aggregation="stack"), ClientCapabilities(quantisation="int4")
     state, _ = decide(JobState("job", spec), transitions.JobOpened(NAMES[:2], 1, {NAMES[0]: less, NAMES[1]: GPU}))
     (wait,) = wait_reasons(state)
@@ -145,7 +145,7 @@ def test_a_client_with_a_quantised_base_is_left_out_of_a_job_that_needs_the_base
     assert state.clients == (NAMES[1], NAMES[2])
 
 
-def test_a_client_with_a_quantised_base_does_not_join_a_running_job_that_needs_it_whole():
+def test_a_client_with_a_quantized_base_does_not_join_a_running_job_that_needs_it_whole():
     spec = job(clients=1, data={"partition": {"kind": "own"}}, model={"trainable": "head"})
     state, _ = training(spec)
 
@@ -157,7 +157,7 @@ def test_a_client_with_a_quantised_base_does_not_join_a_running_job_that_needs_i
     assert (left_out.clients, taken_in.clients) == (NAMES[:1], NAMES[:2])
 
 
-def test_quantised_clients_are_taken_in_where_lora_leaves_the_base_alone():
+def test_quantized_clients_are_taken_in_where_lora_leaves_the_base_alone():
     declared = {NAMES[0]: ClientCapabilities(quantisation="int4"), NAMES[1]: ClientCapabilities(quantisation="int8")}
 
     state, _ = decide(JobState("job", job(clients=2)), transitions.JobOpened(NAMES[:2], 1, declared))
@@ -318,7 +318,7 @@ def test_changes_count_per_step_done_so_that_the_fixed_point_is_that_of_the_exam
     assert mean == pytest.approx(effective * (30 * 3.0 + 10 * -5.0) / 40)
 
 
-@pytest.mark.parametrize("weighting", ["normalised", "examples"])
+@pytest.mark.parametrize("weighting", ["normalized", "examples"])
 def test_equal_shares_leave_every_update_as_it_came(weighting):
     spec = job(work={"within_seconds": 1, "weighting": weighting})
 

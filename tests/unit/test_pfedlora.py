@@ -179,7 +179,7 @@ def test_J10_the_first_training_under_a_sum_is_that_of_standalone():
     assert all(same(added.own(k), standalone.own(k)) for k in range(3))
 
 
-def test_J13_each_client_s_optimiser_is_fresh_so_that_their_order_does_not_matter():
+def test_J13_each_client_s_optimizer_is_fresh_so_that_their_order_does_not_matter():
     results = []
     for order in itertools.permutations(range(3)):
         federation = Federation(job())

@@ -17,7 +17,7 @@ from lorabbit_server.artifacts.fenced_files import FencedFileWriter
 
 
 def encoder(rows: int = 3, width: int = 5) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Random travelling tensors, and the prompt that torch makes of them."""
+    """Random traveling tensors, and the prompt that torch makes of them."""
     torch.manual_seed(4)
     embedding = nn.Embedding(rows, width)
     mlp = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(width, width), nn.ReLU())))[:-1]

@@ -55,7 +55,7 @@ def evaluated(number, accuracy, loss=0.5):
 START = [
     ev.JobSubmitted(at_ms=1_000),
     ev.JobStarted(at_ms=1_000, clients=("client-1", "client-2")),
-    ev.AdapterInitialised(
+    ev.AdapterInitialized(
         at_ms=1_500,
         client="client-1",
         sha256="0" * 64,

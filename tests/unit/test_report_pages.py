@@ -70,7 +70,7 @@ def test_the_page_is_well_formed_and_needs_nothing_from_outside(tmp_path: Path):
     assert {a.removeprefix("#") for a in parser.addresses} <= set(parser.ids)
 
 
-def test_the_figures_take_their_colours_from_the_page():
+def test_the_figures_take_their_colors_from_the_page():
     page = html(sample_report())
 
     assert "currentColor" in page

@@ -242,7 +242,7 @@ def test_an_attack_spoils_the_plain_mean(attack):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_a_defence_holds_against_an_attack(attack, kind):
+def test_a_defense_holds_against_an_attack(attack, kind):
     accuracy, _ = run(job(robust={"kind": kind}), attack)
 
     assert accuracy > 0.8
@@ -270,14 +270,14 @@ AVERAGING = sorted(name for name, method in METHODS.items() if not method.person
 
 
 @pytest.mark.parametrize("name", AVERAGING)
-def test_an_averaging_method_takes_a_defence(name):
+def test_an_averaging_method_takes_a_defense(name):
     method = build(job(aggregation="factors", method={"name": name}, robust={"kind": "median"}))
 
     assert (method.name, method.job.robust.kind) == (name, "median")
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(AVERAGING)))
-def test_another_method_refuses_a_defence_with_the_reason(name):
+def test_another_method_refuses_a_defense_with_the_reason(name):
     spec = job(aggregation="factors", method={"name": name})
     spec = spec.model_copy(update={"robust": RobustSpec()})
 
@@ -303,13 +303,13 @@ def test_another_method_refuses_a_defence_with_the_reason(name):
         ({"robust": {}, "aggregation": "exact"}, r"choose 'svd' or 'stack'"),
     ],
 )
-def test_a_defence_that_would_mean_nothing_is_refused(more, sentence):
+def test_a_defense_that_would_mean_nothing_is_refused(more, sentence):
     with pytest.raises(BadInput, match=sentence):
         build(job(**more))
 
 
 # ---- in a run ----
-def test_a_run_reports_what_its_defence_did_to_whom(tmp_path: Path):
+def test_a_run_reports_what_its_defense_did_to_whom(tmp_path: Path):
     text = "model: {name: 'null:40KB'}\nrounds: 3\nclients: 4\nrobust: {kind: clip, norm: 0.0001}\n"
 
     report = run_local(job_loader.parse(text), tmp_path, compute=ComputeOptions()).report

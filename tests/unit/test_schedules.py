@@ -188,7 +188,7 @@ def test_a_round_closes_at_its_quorum_and_calls_the_rest_off():
     assert {c.task for c in of(commands, transitions.SendCancelTask)} == {tasks[0].id, tasks[2].id}
 
 
-def test_privacy_waits_for_everybody_and_a_defence_needs_the_clients_of_one_round():
+def test_privacy_waits_for_everybody_and_a_defense_needs_the_clients_of_one_round():
     private = job({"kind": "quorum"}, privacy={"noise": 1.0})
     guarded = job({"kind": "buffered", "buffer": 2}, robust={"kind": "median"})
 
@@ -360,7 +360,7 @@ def test_a_result_that_is_too_stale_is_refused_by_name_counted_and_its_client_st
     assert events(commands, "round-closed")[0].pace["too_stale"] == 1
 
 
-def test_a_result_that_grew_too_stale_while_it_travelled_is_refused_as_well():
+def test_a_result_that_grew_too_stale_while_it_traveled_is_refused_as_well():
     state, tasks, _ = training(job(sc.Buffered(buffer=1, max_staleness=0), rounds=9))
     state, _ = offered(state, tasks[2])
     state, _ = answered(state, tasks[0])

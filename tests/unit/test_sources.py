@@ -88,7 +88,7 @@ def test_images_come_from_npz_with_their_own_test_split(tmp_path: Path):
     assert len(source.test) == 2
 
 
-def test_digits_come_as_grey_bytes():
+def test_digits_come_as_gray_bytes():
     source = read_source(DataSpec(source="digits"), Path())
 
     images = source.train.columns["image"]
@@ -173,7 +173,7 @@ def test_a_missing_file_says_where_relative_paths_start(tmp_path: Path):
         read_source(DataSpec(source="films.csv"), tmp_path)
 
 
-def test_a_misspelt_built_in_is_recognised(tmp_path: Path):
+def test_a_misspelt_built_in_is_recognized(tmp_path: Path):
     with pytest.raises(BadInput, match="did you mean 'stdlib-docs'"):
         read_source(DataSpec(source="stdlib_docs"), tmp_path)
 

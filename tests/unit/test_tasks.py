@@ -1,4 +1,4 @@
-"""Learning tasks: how rows become tensors, and scores, with tokenisers made from code."""
+"""Learning tasks: how rows become tensors, and scores, with tokenizers made from code."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_perplexity_and_token_accuracy_count_target_tokens():
     assert scores.values["token_accuracy"] == 1.0
 
 
-def test_grey_images_become_normalised_colour_of_the_models_size():
+def test_gray_images_become_normalized_color_of_the_models_size():
     images = np.full((2, 4, 4), 255, dtype=np.uint8)
 
     features = encode("image-classification", {"image": images, "label": [0, 1]}, ImageFormat(8, 6))
@@ -235,7 +235,7 @@ def test_grey_images_become_normalised_colour_of_the_models_size():
     assert torch.allclose(batch["pixel_values"], torch.ones(()))  # (1 - 0.5) / 0.5
 
 
-def test_colour_becomes_grey_where_the_model_wants_one_channel():
+def test_color_becomes_gray_where_the_model_wants_one_channel():
     images = np.zeros((1, 4, 4, 3), dtype=np.uint8)
     images[..., 0] = 255
     form = ImageFormat(4, 4, mean=(0.0,), std=(1.0,))

@@ -1,7 +1,7 @@
 """What a client can hold while it trains, by its own settings; found without torch.
 
 A larger batch is learnt in pieces, whose gradients add up to the whole batch's. A narrower dtype is what the
-model computes with; the weights and the optimiser stay in theirs. Quantised are only frozen linear weights, under LoRA.
+model computes with; the weights and the optimizer stay in theirs. Quantized are only frozen linear weights, under LoRA.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TrainingLimits(ClientCapabilities):
             )
 
     def check_job(self, spec: JobSpec) -> None:
-        """Raise BadInput where a job needs weights that this client keeps quantised, or lacks privacy it demands."""
+        """Raise BadInput where a job needs weights that this client keeps quantized, or lacks privacy it demands."""
         why = registry.build(spec).needs_whole_base() if self.quantisation != "none" else ""
         if why:
             raise BadInput(

@@ -21,7 +21,7 @@ from lorabbit.methods import registry
 from lorabbit.methods.personal_model import requirements
 from lorabbit.protocol.messages import Metrics
 from lorabbit.tensors import serialization
-from lorabbit.types import ADAPTER, EVALUATE, INITIALISE, ClientUpdate, Json, Plan, Tensors
+from lorabbit.types import ADAPTER, EVALUATE, INITIALIZE, ClientUpdate, Json, Plan, Tensors
 from lorabbit_client.capabilities import UNLIMITED, TrainingLimits
 from lorabbit_client.execution.failures import failed
 from lorabbit_client.execution.interface import Cancelled, OnProgress, TaskInput, TaskResult, TaskSession, Workspace
@@ -77,7 +77,7 @@ class Executor:
         private = read_private(work.private, task.task)
         private.ledger = PrivacyLedger.read(work.ledger)
         session = workspace.session(task, private, on_progress)
-        if task.phase == INITIALISE:
+        if task.phase == INITIALIZE:
             initial = workspace.initialize(task, method.initialize(session))
             requirements.check_outgoing(initial.tensors)
             serialization.write_tensors(work.output, initial.tensors)

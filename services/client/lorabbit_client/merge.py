@@ -19,7 +19,7 @@ from lorabbit.job.spec import JobSpec
 from lorabbit.tensors import serialization
 from lorabbit.types import Tensors
 from lorabbit_client.dataset import load_labels
-from lorabbit_client.models.loading import LABELLED, load_model, load_processor
+from lorabbit_client.models.loading import LABELED, load_model, load_processor
 from lorabbit_client.models.soft_prompts import KINDS
 from lorabbit_client.models.source import resolve
 from lorabbit_client.models.trainable import make_trainable
@@ -29,7 +29,7 @@ OUTPUT_LAYERS = ("classifier.weight", "score.weight", "classifier.out_proj.weigh
 
 
 def merge(spec: JobSpec, tensors_file: Path, out: Path) -> None:
-    """Write the merged model and its tokeniser to the folder `out`; raises BadInput where that cannot be."""
+    """Write the merged model and its tokenizer to the folder `out`; raises BadInput where that cannot be."""
     if spec.model.trainable == "adapter":
         raise BadInput("bottleneck adapters are modules of their own and cannot be merged; export without --merged")
     if spec.model.trainable in KINDS:
@@ -50,7 +50,7 @@ def merge(spec: JobSpec, tensors_file: Path, out: Path) -> None:
 
 def _labels(spec: JobSpec, adapter: Tensors) -> Sequence[str]:
     """Name the labels as the data does; where the data is not at hand, number them."""
-    if spec.model.task not in LABELLED:
+    if spec.model.task not in LABELED:
         return ()
     try:
         return load_labels(spec, Path())

@@ -220,7 +220,7 @@ class Forward(Protocol):
 
 
 Objective: TypeAlias = Callable[[Forward], Any]
-"""One batch -> the scalar to minimise."""
+"""One batch -> the scalar to minimize."""
 
 
 class PersonalSession(ClientSession, Protocol):
@@ -269,7 +269,7 @@ class PersonalSession(ClientSession, Protocol):
         gradient_term: GradientTerm | None = None,
         stream: str = "",
     ) -> LocalResult:
-        """Minimise the objective over the tensors whose names satisfy `moving`; all others are frozen.
+        """Minimize the objective over the tensors whose names satisfy `moving`; all others are frozen.
 
         The tensors of the result are empty: ask `tensors` for those that travel. `stream` tells two trainings
         of one task apart.

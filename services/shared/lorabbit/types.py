@@ -30,7 +30,7 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 
 TRAIN = "train"
 """The ordinary phase: tune the adapter on local data. A method may name phases of its own."""
-INITIALISE = "initialise"
+INITIALIZE = "initialise"
 """One client builds the model and sends the first adapter: the server holds no base model."""
 EVALUATE = "evaluate"
 """Score an adapter on the client's held-out data; nothing is trained, no tensor returns."""

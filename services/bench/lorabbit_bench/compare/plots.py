@@ -1,7 +1,7 @@
 """Plots of a comparison: score against rounds, payload and time, one line for each run.
 
-The same drawing goes into the page (as SVG whose colours the page decides) and into PNG files (in fixed
-colours on white). A line is the mean over the seeds, the band around it one standard deviation.
+The same drawing goes into the page (as SVG whose colors the page decides) and into PNG files (in fixed
+colors on white). A line is the mean over the seeds, the band around it one standard deviation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LIGHT = (
     "#2f6fde", "#e07b25", "#1f9d73", "#c2408f", "#8a63d2", "#b38a00", "#1797b5", "#d4504c", "#6c8f2b", "#7a6a5d",
     "#4f5fa8", "#9aa3b2",
 )  # fmt: skip
-"""The page's colours on white."""
+"""The page's colors on white."""
 DASHES = ("-", "--", ":", "-.")
 PNG_STYLE: dict[Any, Any] = {
     name: {INK: "#1d2330", GRID: "#d9dde5"}.get(value, value) if isinstance(value, str) else value
@@ -76,25 +76,25 @@ def _png(paint: Callable[[Axes], None]) -> bytes:
     return out.getvalue()
 
 
-def _paint(case: CaseResult, name: str, across: Across, colours: tuple[str, ...], axes: Axes) -> None:
+def _paint(case: CaseResult, name: str, across: Across, colors: tuple[str, ...], axes: Axes) -> None:
     """A line for each run, with its band."""
     values: list[float] = []
     for number, row in enumerate(case.rows):
         known = [(x, mark) for mark in row.curve if (x := across(mark)) is not None]
         if not known:
             continue
-        colour, dash = colours[number % len(colours)], DASHES[number // len(colours) % len(DASHES)]
+        color, dash = colors[number % len(colors)], DASHES[number // len(colors) % len(DASHES)]
         places, means = [x for x, _ in known], [mark.score.mean for _, mark in known]
         values += places
         marker = "o" if len(known) <= MOST_MARKERS else ""
-        axes.plot(places, means, color=colour, linestyle=dash, marker=marker, markersize=2.5, label=row.label)
+        axes.plot(places, means, color=color, linestyle=dash, marker=marker, markersize=2.5, label=row.label)
         spreads = [mark.score.sd or 0.0 for _, mark in known]
         if any(spreads):
             low = [mean - sd for mean, sd in zip(means, spreads, strict=True)]
             high = [mean + sd for mean, sd in zip(means, spreads, strict=True)]
-            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
     if case.target is not None:
-        axes.axhline(case.target, color=INK if colours is SERIES else "#5c6577", linewidth=0.8, linestyle=":")
+        axes.axhline(case.target, color=INK if colors is SERIES else "#5c6577", linewidth=0.8, linestyle=":")
     axes.set_ylabel(case.metric)
     _across_axis(axes, name, values)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -30,7 +30,7 @@ from lorabbit.broker.base import Broker, Cancellable
 from lorabbit.broker.rabbitmq.broker import RabbitBroker
 from lorabbit.config.logging import configure
 from lorabbit.config.settings import ClientSettings
-from lorabbit.types import EVALUATE, INITIALISE
+from lorabbit.types import EVALUATE, INITIALIZE
 from lorabbit_bench.stress.traces import ClientTraces, read_slowness
 from lorabbit_client.agent.agent import Agent
 from lorabbit_client.execution.interface import OnProgress, Runner, TaskInput, TaskResult
@@ -53,7 +53,7 @@ class PacedRunner:
     def submit(self, work: TaskInput, on_progress: OnProgress, on_done: Callable[[TaskResult], None]) -> None:
         """Hand work on at the trace's pace; scoring and the first model take no longer than they take."""
         task = work.task
-        if task.phase in {EVALUATE, INITIALISE}:
+        if task.phase in {EVALUATE, INITIALIZE}:
             self._runner.submit(work, on_progress, on_done)
             return
         step = self._trace.step(self._client, task.round)

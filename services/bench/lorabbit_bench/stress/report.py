@@ -124,9 +124,9 @@ def _memory_of(tier: str) -> Value:
     return value
 
 
-def _line(axes: Axes, rows: Sequence[Measurement], value: Value, label: str, colour: str) -> None:
+def _line(axes: Axes, rows: Sequence[Measurement], value: Value, label: str, color: str) -> None:
     known = [(row.clients, found) for row in rows if (found := value(row)) is not None]
-    axes.plot([x for x, _ in known], [y for _, y in known], color=colour, marker="o", label=label)
+    axes.plot([x for x, _ in known], [y for _, y in known], color=color, marker="o", label=label)
 
 
 def _axes(axes: Axes, label: str, *, log: bool) -> None:

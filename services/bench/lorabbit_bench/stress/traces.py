@@ -72,7 +72,7 @@ class TraceStep:
 
 @dataclass(frozen=True, slots=True)
 class ClientTraces:
-    """All clients' behaviour, from the seed."""
+    """All clients' behavior, from the seed."""
 
     seed: int
     churn: float

@@ -16,11 +16,11 @@ from typing import Literal, TypeAlias
 from lorabbit.events import job_events as ev
 from lorabbit.job.schedules import takes_late
 from lorabbit.job.spec import JobSpec
-from lorabbit.types import EVALUATE, INITIALISE, TRAIN
+from lorabbit.types import EVALUATE, INITIALIZE, TRAIN
 from lorabbit_cli.formatting import bytes_text, count_text, duration_text, fact_text, score_text
 
 Level: TypeAlias = Literal["info", "warning", "error"]
-STATES = {TRAIN: "training", EVALUATE: "evaluating", INITIALISE: "initialising"}
+STATES = {TRAIN: "training", EVALUATE: "evaluating", INITIALIZE: "initializing"}
 
 
 @dataclass(slots=True)
@@ -48,13 +48,13 @@ class ClientRow:
 
     @property
     def state(self) -> str:
-        """idle, waiting, training, evaluating, initialising, lost, or the name of a method's own phase."""
+        """idle, waiting, training, evaluating, initializing, lost, or the name of a method's own phase."""
         if self.lost:
             return "lost"
         current = self.current
         if current is None:
             return "idle"
-        if self.tasks[current] is None and current[0] != INITIALISE:
+        if self.tasks[current] is None and current[0] != INITIALIZE:
             return "waiting"
         return STATES.get(current[0], current[0])
 
@@ -216,8 +216,8 @@ class JobProgress:
                 for client in event.clients:
                     self._client(client)
                 lines = [(f"job started with {count_text(len(event.clients), 'client')}", "info")]
-            case ev.AdapterInitialised():
-                lines = [(self._initialised(event), "info")]
+            case ev.AdapterInitialized():
+                lines = [(self._initialized(event), "info")]
             case ev.ClientJoined():
                 lines = self._joined(event)
             case ev.ClientLost():
@@ -258,7 +258,7 @@ class JobProgress:
         done = [key for key in row.tasks if key[0] == event.phase and (key[1] == event.round or key[0] != EVALUATE)]
         for key in done:
             del row.tasks[key]
-        if event.phase == INITIALISE:
+        if event.phase == INITIALIZE:
             # Bytes are those of rounds, here as in the report.
             return
         row.bytes_up += event.bytes_up
@@ -333,7 +333,7 @@ class JobProgress:
         parts.append(f"down {bytes_text(row.bytes_down)}")
         return ", ".join(parts)
 
-    def _initialised(self, event: ev.AdapterInitialised) -> str:
+    def _initialized(self, event: ev.AdapterInitialized) -> str:
         metric = event.facts.get("main_metric")
         if self.main_metric is None and isinstance(metric, str):
             self.main_metric = metric

@@ -1,6 +1,6 @@
 """Picture: one frame of the live view, drawn from a `Progress` and nothing else.
 
-A population that does not fit the terminal is summarised: how many clients do what, and the ones
+A population that does not fit the terminal is summarized: how many clients do what, and the ones
 at work. The frame never grows beyond the window, so that it redraws in place.
 
 View: a job while it runs, on a terminal as a live picture, elsewhere as plain lines.
@@ -34,7 +34,7 @@ from lorabbit_cli.formatting import bytes_text, duration_text, score_text, spark
 from lorabbit_cli.live_view.state import ClientRow, JobProgress, Level, Note
 
 MOST_ROWS = 20
-"""More clients than this are summarised."""
+"""More clients than this are summarized."""
 OTHER_LINES = 14
 """Lines of a frame that are not clients."""
 NOTES = 4
@@ -44,7 +44,7 @@ STATE_STYLES = {
     "waiting": "dim",
     "training": "green",
     "evaluating": "cyan",
-    "initialising": "magenta",
+    "initializing": "magenta",
     "lost": "bold red",
 }
 STATUS_STYLES = {"running": "green", "done": "bold green", "failed": "bold red", "cancelled": "yellow"}
@@ -54,9 +54,9 @@ def render(progress: JobProgress, *, now_ms: int, size: ConsoleDimensions, encod
     """Draw one frame that fits `size`."""
     rows = list(progress.clients.values())
     room = max(4, min(MOST_ROWS, size.height - OTHER_LINES))
-    summarised = len(rows) > room
+    summarized = len(rows) > room
     body: list[RenderableType] = [_head(progress, now_ms)]
-    if summarised:
+    if summarized:
         body.append(_client_counts(progress))
         rows = _notable_clients(rows, room - 2)
     body += [_clients(rows, progress.main_metric), _totals(progress, encoding), *_notes(progress)]
@@ -137,7 +137,7 @@ def _clients(rows: Iterable[ClientRow], main_metric: str | None) -> RenderableTy
 
 
 def _totals(progress: JobProgress, encoding: str) -> RenderableType:
-    """The main metric over the rounds, and what travelled."""
+    """The main metric over the rounds, and what traveled."""
     line = Text(no_wrap=True, overflow="ellipsis")
     scores = progress.scores
     if scores:

@@ -27,7 +27,7 @@ from lorabbit.methods.registry import build
 from lorabbit.protocol.messages import Task
 from lorabbit.tensors import serialization
 from lorabbit.tensors.arithmetic import count, is_floating
-from lorabbit.types import ADAPTER, INITIALISE, Array, ClientId, ClientProfile, ClientUpdate, Plan, Tensors
+from lorabbit.types import ADAPTER, INITIALIZE, Array, ClientId, ClientProfile, ClientUpdate, Plan, Tensors
 from lorabbit_cli.formatting import bytes_text, count_text
 from lorabbit_cli.local.embedded_run import ComputeOptions
 from lorabbit_client.execution.interface import TaskInput, TaskResult
@@ -141,7 +141,7 @@ def dry_run(spec: JobSpec, compute: ComputeOptions) -> DryRun:
     method = build(spec)
     labels, shares = _shares(spec, compute)
     with tempfile.TemporaryDirectory() as scratch:
-        outcome, path = _initialise(spec, compute, Path(scratch))
+        outcome, path = _initialize(spec, compute, Path(scratch))
         adapter = serialization.read_tensors(path)
         payload = _payload(method, adapter, Path(scratch), spec)
         up, down, total = _totals(spec, payload, path.stat().st_size)
@@ -225,13 +225,13 @@ def _own_models(spec: JobSpec, compute: ComputeOptions, scratch: Path) -> dict[s
     """Build each architecture as a client that has it would, and count its parameters."""
     names = (spec.model.variants or (spec.model.name,))[: spec.clients]
     sizes = (
-        _number(_initialise(spec, compute, scratch, index=k)[0].metrics.facts, "own_parameters")
+        _number(_initialize(spec, compute, scratch, index=k)[0].metrics.facts, "own_parameters")
         for k in range(len(names))
     )
     return {name: size for name, size in zip(names, sizes, strict=True) if size is not None}
 
 
-def _initialise(spec: JobSpec, compute: ComputeOptions, scratch: Path, *, index: int = 0) -> tuple[TaskResult, Path]:
+def _initialize(spec: JobSpec, compute: ComputeOptions, scratch: Path, *, index: int = 0) -> tuple[TaskResult, Path]:
     """Make the first adapter as the first client of a run would, or another one in its place."""
     task = Task(
         job=spec.name,
@@ -242,7 +242,7 @@ def _initialise(spec: JobSpec, compute: ComputeOptions, scratch: Path, *, index:
         round=0,
         attempt=1,
         epoch=0,
-        phase=INITIALISE,
+        phase=INITIALIZE,
         seed=spec.seed,
         payloads={},
         settings={},

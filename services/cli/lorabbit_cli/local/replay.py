@@ -75,7 +75,7 @@ def _versions(spec: JobSpec, log: list[ev.AnyEvent], payloads: PayloadStore) -> 
             waiting.append(event)
         elif isinstance(event, ev.UpdateRejected):
             waiting = _without(waiting, event)
-        elif isinstance(event, ev.AdapterInitialised):
+        elif isinstance(event, ev.AdapterInitialized):
             first = waiting.pop().sha256
             states[0] = method.start({} if first is None else serialization.read_tensors(_path(payloads, first)))
         elif isinstance(event, ev.RoundClosed):

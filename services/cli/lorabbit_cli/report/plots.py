@@ -1,6 +1,6 @@
-"""Plots: figures of a report as inline SVG whose colours the page decides.
+"""Plots: figures of a report as inline SVG whose colors the page decides.
 
-matplotlib draws with placeholder colours that are replaced by CSS variables, so that one picture
+matplotlib draws with placeholder colors that are replaced by CSS variables, so that one picture
 reads well on a light and on a dark page. Text stays text: it can be selected and read aloud. The
 same report gives the same bytes. Nothing goes through pyplot, which would keep global state.
 """
@@ -23,7 +23,7 @@ from lorabbit.events.report import ClientRound, Report, Round
 
 INK, GRID = "#010203", "#040506"
 SERIES = tuple(f"#0a0b{i:02x}" for i in range(12))
-CSS = {INK: "currentColor", GRID: "var(--grid)"} | {colour: f"var(--c{i})" for i, colour in enumerate(SERIES)}
+CSS = {INK: "currentColor", GRID: "var(--grid)"} | {color: f"var(--c{i})" for i, color in enumerate(SERIES)}
 MOST_LINES = 12
 """With more clients than this, a figure shows their spread instead of a line each."""
 MOST_MARKERS = 60
@@ -83,7 +83,7 @@ def figures(report: Report) -> dict[str, str]:
 
 
 def svg_of(prefix: str, paint: Callable[[Axes], None], title: str, size: tuple[float, float]) -> str:
-    """Draw one figure and turn its placeholder colours into CSS."""
+    """Draw one figure and turn its placeholder colors into CSS."""
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
@@ -112,12 +112,12 @@ def _round_axis(axes: Axes, rounds: Sequence[Round]) -> None:
     axes.set_xlim(numbers[0] - 0.5, numbers[-1] + 0.5)
 
 
-def _line(axes: Axes, points: Sequence[tuple[int, float | None]], colour: str, label: str) -> None:
+def _line(axes: Axes, points: Sequence[tuple[int, float | None]], color: str, label: str) -> None:
     """A line through the points that have a value."""
     known = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
     if known:
         marker = "o" if len(known) <= MOST_MARKERS else ""
-        axes.plot([x for x, _ in known], [y for _, y in known], marker=marker, color=colour, label=label)
+        axes.plot([x for x, _ in known], [y for _, y in known], marker=marker, color=color, label=label)
 
 
 def _scores(axes: Axes, rounds: Sequence[Round], metric: str) -> None:

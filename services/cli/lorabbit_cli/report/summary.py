@@ -39,7 +39,7 @@ class ClientTotal:
     bytes_down: int = 0
     labels: int = 0
     notes: list[str] = field(default_factory=list)
-    """What its privacy has cost so far, what a defence did to it, why it was set aside."""
+    """What its privacy has cost so far, what a defense did to it, why it was set aside."""
 
 
 @dataclass(frozen=True, slots=True)

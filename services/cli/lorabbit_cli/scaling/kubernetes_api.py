@@ -18,7 +18,7 @@ from lorabbit.errors import BadInput
 from lorabbit_cli.scaling.base import OverQuota
 
 NAMESPACE_OF_POD = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-UNAUTHORISED, FORBIDDEN, SERVER_ERRORS, TOO_MANY = 401, 403, 500, 429
+UNAUTHORIZED, FORBIDDEN, SERVER_ERRORS, TOO_MANY = 401, 403, 500, 429
 QUOTA = "exceeded quota"
 SUCCESS = range(200, 300)
 Json = dict[str, Any]
@@ -98,7 +98,7 @@ def refusal(error: ApiException, what: str) -> BadInput:
     said = _sentence(error)
     if error.status == FORBIDDEN and QUOTA in said:
         return OverQuota(f"the namespace's quota does not let this command {what}: {said}")
-    if error.status in {UNAUTHORISED, FORBIDDEN}:
+    if error.status in {UNAUTHORIZED, FORBIDDEN}:
         return BadInput(f"no permission to {what}: {said}; see scaler.create in the chart's values")
     if error.status >= SERVER_ERRORS or error.status == TOO_MANY:
         return ApiUnavailable(f"the cluster's API could not {what}: {said}")

@@ -42,7 +42,7 @@ class SpectralDensity:
 
 
 def lanczos(product: Product, size: int, *, steps: int = STEPS, seed: int = 0) -> SpectralDensity:
-    """Return the quadrature of a symmetric operator's spectrum from one Rademacher probe, fully reorthogonalised."""
+    """Return the quadrature of a symmetric operator's spectrum from one Rademacher probe, fully reorthogonalized."""
     probe = np.random.default_rng(seed).integers(0, 2, size) * 2.0 - 1.0
     basis = [probe / np.linalg.norm(probe)]
     diagonal: list[float] = []

@@ -101,7 +101,7 @@ class Features(ABC):
         """Return a scorer for batches of these rows."""
 
     def units(self, batch: Batch) -> int:
-        """Count what the model's mean loss of a batch is a mean over: its rows, or labelled tokens."""
+        """Count what the model's mean loss of a batch is a mean over: its rows, or labeled tokens."""
         return len(next(iter(batch.values())))
 
     def rows_of(self, examples: Codes) -> Codes:

@@ -174,7 +174,7 @@ def _fill_up(owners: Codes, clients: int, least: int, *, rng: np.random.Generato
 
 
 def _pathological(split: _PartitionRequest) -> tuple[Codes, Codes]:
-    """Each client holds exactly k classes; a class's holders share it by U(0.4, 0.6), normalised.
+    """Each client holds exactly k classes; a class's holders share it by U(0.4, 0.6), normalized.
 
     As in pFedHN, but places are spread so that every class has a holder and every client k classes
     also when k N is no multiple of the number of classes, and rows left by rounding are dealt too.

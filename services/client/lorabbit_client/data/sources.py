@@ -151,7 +151,7 @@ def _stdlib_docs() -> Source:
 
 
 def _digits() -> Source:
-    """Return scikit-learn's 1,797 handwritten digits of 8 x 8 grey pixels."""
+    """Return scikit-learn's 1,797 handwritten digits of 8 x 8 gray pixels."""
     from sklearn.datasets import load_digits  # noqa: PLC0415 - heavy
 
     digits = load_digits()

@@ -102,7 +102,7 @@ class TaskSession(ClientSession, Protocol):
 
     @property
     def steps(self) -> int:
-        """Optimiser steps taken so far."""
+        """Optimizer steps taken so far."""
 
     @property
     def label_counts(self) -> Facts:

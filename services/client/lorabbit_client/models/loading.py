@@ -35,7 +35,7 @@ AUTO_CLASSES: dict[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
     "image-classification": "AutoModelForImageClassification",
 }
-LABELLED = frozenset(AUTO_CLASSES) - {"question-answering", "causal-lm"}
+LABELED = frozenset(AUTO_CLASSES) - {"question-answering", "causal-lm"}
 """Tasks whose head has one output per label."""
 IMAGE: Task = "image-classification"
 
@@ -75,7 +75,7 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-def load_processor(spec: JobSpec, source: ModelSource) -> Any:  # noqa: ANN401 - a tokeniser or an image processor
+def load_processor(spec: JobSpec, source: ModelSource) -> Any:  # noqa: ANN401 - a tokenizer or an image processor
     """Load what turns raw text or images into the model's inputs; raises BadInput when there is none."""
     image = spec.model.task == IMAGE
     with quiet():
@@ -96,7 +96,7 @@ def load_processor(spec: JobSpec, source: ModelSource) -> Any:  # noqa: ANN401 -
     return tokenizer
 
 
-def _built_in_processor(name: str, *, image: bool) -> Any:  # noqa: ANN401 - a tokeniser or an image processor
+def _built_in_processor(name: str, *, image: bool) -> Any:  # noqa: ANN401 - a tokenizer or an image processor
     """Make the processor of a model built from code."""
     family, _, which = name.partition(":")
     if family == "cnn" or which == "vit":
@@ -133,7 +133,7 @@ def _load(spec: JobSpec, source: ModelSource, labels: Sequence[str], dtype: torc
     """
     family, _, which = spec.model.name.partition(":")
     named: dict[str, Any] = {}
-    if spec.model.task in LABELLED:
+    if spec.model.task in LABELED:
         named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if source.folder is None and family == "cnn":
         return LoadedModel(cnn.Cnn(which, len(labels)).to(dtype), source)

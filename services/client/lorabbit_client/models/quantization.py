@@ -87,11 +87,11 @@ class _Product(torch.autograd.Function):
 
 
 def quantize(trainable: TrainableModel, codec: str) -> None:
-    """Quantise in place every frozen linear weight of a model under LoRA, and let go of the wide ones."""
+    """Quantize in place every frozen linear weight of a model under LoRA, and let go of the wide ones."""
     if trainable.base is None or trainable.lora is None:
-        raise LoRAbbitError("internal: only a model under LoRA is quantised")
+        raise LoRAbbitError("internal: only a model under LoRA is quantized")
     model, base = trainable.model, trainable.base
-    travelling = {id(value) for value in trainable.tensors.values()}
+    traveling = {id(value) for value in trainable.tensors.values()}
     uses = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
     names = {id(value): name for name, value in base.tensors.items()}
     gone: list[str] = []
@@ -99,7 +99,7 @@ def quantize(trainable: TrainableModel, codec: str) -> None:
         if not isinstance(layer, nn.Linear | Conv1D):
             continue
         key = id(layer.weight)
-        if key not in names or key in travelling or uses[key] > 1:
+        if key not in names or key in traveling or uses[key] > 1:
             continue
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, QuantizedLinear(layer, codec))

@@ -1,8 +1,8 @@
-"""Tiny random models and their tokenisers, built from code alone: no file, no network, no download.
+"""Tiny random models and their tokenizers, built from code alone: no file, no network, no download.
 
 For tests and first steps. Weights are drawn with a standard deviation of 0.25 instead of the usual
 0.02, because two narrow layers drawn at 0.02 pass almost no signal and would not learn in seconds.
-Tokenisers know single characters and pairs of letters, so every ASCII text has short token sequences.
+Tokenizers know single characters and pairs of letters, so every ASCII text has short token sequences.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ LIKE_BERT: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 
 
 def tiny_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Make the tokeniser of a tiny text model: byte-level BPE for gpt2 and llama, else WordPiece."""
+    """Make the tokenizer of a tiny text model: byte-level BPE for gpt2 and llama, else WordPiece."""
     if name in {"gpt2", "llama"}:
         return _byte_pairs()
     pairs = ["token_type_ids"] if name in {"albert", "bert", "deberta-v2"} else []
@@ -106,7 +106,7 @@ def _pairs() -> list[str]:
 
 
 def _word_pieces(inputs: list[str]) -> PreTrainedTokenizerFast:
-    """Make a WordPiece tokeniser of characters and pairs of letters."""
+    """Make a WordPiece tokenizer of characters and pairs of letters."""
     special = list(WORD_PIECES.values())
     visible = [c for c in string.printable if not c.isspace() and not c.isupper()]
     pieces = [*visible, *_pairs()]
@@ -124,7 +124,7 @@ def _word_pieces(inputs: list[str]) -> PreTrainedTokenizerFast:
 
 
 def _byte_pairs() -> PreTrainedTokenizerFast:
-    """Make a byte-level BPE tokeniser whose merges are the pairs of letters; any text survives it."""
+    """Make a byte-level BPE tokenizer whose merges are the pairs of letters; any text survives it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*BYTE_PAIRS.values(), *alphabet, *_pairs()]
     merges = [(pair[0], pair[1]) for pair in _pairs()]

@@ -57,7 +57,7 @@ class TrainableModel:
     """What stands beside the tensors of a whole model, where a method's adapters have a base of their own."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return what an optimiser may move: the tensors that are parameters."""
+        """Return what an optimizer may move: the tensors that are parameters."""
         return {name: value for name, value in self.tensors.items() if isinstance(value, nn.Parameter)}
 
     def reset(self) -> None:
@@ -114,9 +114,9 @@ def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> 
     tensors = {name: named[name] for name in sorted(named)}
     if spec.model.trainable == "lora":
         layers = LoraLayers(model, tensors)
-    travelling = {id(value) for value in tensors.values()}
+    traveling = {id(value) for value in tensors.values()}
     frozen = {
-        name: value for value in _values(model) if (name := base_names.get(id(value))) and id(value) not in travelling
+        name: value for value in _values(model) if (name := base_names.get(id(value))) and id(value) not in traveling
     }
     return TrainableModel(
         model=model,

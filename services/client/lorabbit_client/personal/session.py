@@ -139,7 +139,7 @@ class TorchPersonalSession:
         gradient_term: GradientTerm | None = None,
         stream: str = "",
     ) -> LocalResult:
-        """Minimise the objective over what moves, with a fresh optimiser; own tensors that moved are kept."""
+        """Minimize the objective over what moves, with a fresh optimizer; own tensors that moved are kept."""
         chosen = frozenset(name for name in self.ensemble.tensors() if moving(name))
         if not len(self._data.train):
             return LocalResult({}, 0, float("nan"), 0)

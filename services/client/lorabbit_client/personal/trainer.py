@@ -1,6 +1,6 @@
 """Training of a client's models by a method's objective, under the rules of the one local loop.
 
-Optimiser, schedule, clipping, float32 copies, order of batches and dropout are those of `Trainer`. A
+Optimizer, schedule, clipping, float32 copies, order of batches and dropout are those of `Trainer`. A
 model of which nothing moves stands in eval mode: neither dropout nor a statistic of it stirs.
 
 Forward over torch: what an objective may ask of one batch.

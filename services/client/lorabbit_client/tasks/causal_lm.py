@@ -58,7 +58,7 @@ class CausalLanguageModeling(LearningTask):
         return Records({"messages": rows}, np.zeros(len(table), dtype=np.int64))
 
     def encode(self, records: Records, processor: Any, labels: tuple[str, ...], *, spec: DataSpec) -> Features:  # noqa: ANN401, ARG002
-        """Tokenise segment by segment, so that a completion's tokens never depend on where the prompt ended."""
+        """Tokenize segment by segment, so that a completion's tokens never depend on where the prompt ended."""
         if spec.chat_template and not processor.chat_template:
             raise BadInput("data.chat_template: the model's tokenizer has no chat template; set it to false")
         write = _templated_segments if spec.chat_template else _plain_segments

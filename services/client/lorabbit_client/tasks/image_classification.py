@@ -1,7 +1,7 @@
-"""Image classification: grey or colour images of any size, brought to the model's size and range.
+"""Image classification: gray or color images of any size, brought to the model's size and range.
 
 Images stay as they came, one byte a value; a batch is resized (bilinear, antialiased) and
-normalised when it is made, which costs little and keeps a large data set small in memory.
+normalized when it is made, which costs little and keeps a large data set small in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorabbit_client.data.table import Codes, Column, LabelTable, Table
 from lorabbit_client.tasks.base import LearningTask, Records
 from lorabbit_client.tasks.text_classification import ClassScorer
 
-GREY, COLOUR = 1, 3
+GRAY, COLOR = 1, 3
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ class Images(Features):
 
         form = self._form
         pixels = torch.from_numpy(self._pixels[rows]).to(torch.float32) / 255.0
-        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.movedim(-1, 1)  # noqa: PLR2004 - grey
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.movedim(-1, 1)  # noqa: PLR2004 - gray
         if pixels.shape[1] != len(form.mean):
-            pixels = pixels[:, :COLOUR].mean(dim=1, keepdim=True)
+            pixels = pixels[:, :COLOR].mean(dim=1, keepdim=True)
             pixels = pixels.expand(-1, len(form.mean), -1, -1)
         if pixels.shape[2:] != (form.height, form.width):
             pixels = interpolate(pixels, (form.height, form.width), mode="bilinear", antialias=True)
@@ -127,7 +127,7 @@ class Images(Features):
 
 
 def _resized(image: NDArray[np.uint8], form: ImageFormat) -> NDArray[np.uint8]:
-    """Bring one image to the format's size, in colour."""
+    """Bring one image to the format's size, in color."""
     from PIL import Image  # noqa: PLC0415 - only for images of unlike sizes
 
     picture = Image.fromarray(image).convert("RGB")

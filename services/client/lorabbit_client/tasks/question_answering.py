@@ -173,7 +173,7 @@ class SpanScorer:
         return Scores(len(pairs), self._loss.value, values)
 
 
-def normalised(text: str) -> list[str]:
+def normalized(text: str) -> list[str]:
     """Return an answer's words without case, punctuation and articles."""
     bare = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
@@ -181,12 +181,12 @@ def normalised(text: str) -> list[str]:
 
 def exact(text: str, reference: str) -> float:
     """Return 1.0 for equal answers, else 0.0."""
-    return float(normalised(text) == normalised(reference))
+    return float(normalized(text) == normalized(reference))
 
 
 def f1(text: str, reference: str) -> float:
     """Return the F1 of the words that two answers share."""
-    words, wanted = normalised(text), normalised(reference)
+    words, wanted = normalized(text), normalized(reference)
     if not words or not wanted:
         return float(words == wanted)
     shared = (Counter(words) & Counter(wanted)).total()

@@ -32,7 +32,7 @@ class TextClassification(LearningTask):
         return Records(columns, LabelTable(labels).codes(table, self.column(table, "label", spec)))
 
     def encode(self, records: Records, processor: Any, labels: tuple[str, ...], *, spec: DataSpec) -> Features:  # noqa: ANN401
-        """Tokenise each text, or both texts together."""
+        """Tokenize each text, or both texts together."""
         length = longest(processor, spec)
         texts = [first_words(records.columns[role], length) for role in self.texts]
         encoded = processor(*texts, truncation=True, max_length=length) if len(records) else {}

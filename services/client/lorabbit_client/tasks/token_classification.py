@@ -53,7 +53,7 @@ class TokenClassification(LearningTask):
         return Records(columns, np.zeros(len(table), dtype=np.int64))
 
     def encode(self, records: Records, processor: Any, labels: tuple[str, ...], *, spec: DataSpec) -> Features:  # noqa: ANN401
-        """Tokenise word by word and put each tag on its word's first piece."""
+        """Tokenize word by word and put each tag on its word's first piece."""
         if not len(records):
             return TaggedTokens(TokenRows({}, 0), RaggedRows([]), labels)
         encoded = _word_tokenizer(processor)(

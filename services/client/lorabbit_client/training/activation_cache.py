@@ -218,11 +218,11 @@ def find_prefix(  # noqa: PLR0913
         return None
     below = {id(value) for block in frozen for value in block.parameters()}
     below |= {id(value) for name, value in model.model.named_parameters() if "embeddings" in name}
-    travelling = {name: value for name, value in model.tensors.items() if id(value) in below}
+    traveling = {name: value for name, value in model.tensors.items() if id(value) in below}
     prefix = FrozenPrefix(model, frozen, examples, cache=cache, owner=owner, group=group)
     if prefix.moves():
         return None
-    cache.use((base, len(frozen), hash_tensors(travelling)))
+    cache.use((base, len(frozen), hash_tensors(traveling)))
     return prefix
 
 

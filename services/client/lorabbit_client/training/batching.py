@@ -22,12 +22,12 @@ WINDOW_BATCHES = 64
 
 
 def steps_of(local: LocalSpec, rows: int) -> int:
-    """Return the optimiser steps of one round; a fraction of an epoch is rounded up."""
+    """Return the optimizer steps of one round; a fraction of an epoch is rounded up."""
     return steps_over(local, -(-rows // local.batch_size))
 
 
 def steps_over(local: LocalSpec, per_epoch: int) -> int:
-    """Return the optimiser steps of one round whose epochs have so many batches."""
+    """Return the optimizer steps of one round whose epochs have so many batches."""
     if local.steps is not None:
         return local.steps
     return max(1, math.ceil(per_epoch * (local.epochs or 1.0) - 1e-9))

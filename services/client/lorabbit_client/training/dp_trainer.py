@@ -1,4 +1,4 @@
-"""Training with example-level differential privacy: DP-SGD's gradient in front of the job's own optimiser.
+"""Training with example-level differential privacy: DP-SGD's gradient in front of the job's own optimizer.
 
 Abadi et al., Deep Learning with Differential Privacy, 2016, arXiv 1607.00133. In each step every example is drawn by
 itself with probability q = batch_size / n, from the operating system's random bytes, and

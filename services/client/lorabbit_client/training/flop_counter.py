@@ -1,8 +1,8 @@
 """Operations: how many floating-point operations a task's products of matrices take.
 
 A multiplication and an addition are two operations. Counted are linear layers, products of matrices,
-convolutions and attention, as torch is asked for them; everything else (normalisation, activation,
-optimiser) is linear in what these touch and is left out. The backward pass is not watched but follows:
+convolutions and attention, as torch is asked for them; everything else (normalization, activation,
+optimizer) is linear in what these touch and is left out. The backward pass is not watched but follows:
 each operand that needs a gradient costs one more product of the size of the forward one. So a frozen
 layer costs 2/3 of a trained one, a layer below everything that moves 1/3, one that is skipped nothing.
 
@@ -57,7 +57,7 @@ def _linear(result: torch.Tensor, value: torch.Tensor, weight: torch.Tensor, *_:
     return MULTIPLY_ADD * result.numel() * value.shape[-1] * _passes(value, weight)
 
 
-def _quantised(result: torch.Tensor, value: torch.Tensor, _layer: QuantizedLinear) -> int:
+def _quantized(result: torch.Tensor, value: torch.Tensor, _layer: QuantizedLinear) -> int:
     """Y (..., out) = x (..., in) W^T with a frozen weight that is widened for it."""
     return MULTIPLY_ADD * result.numel() * value.shape[-1] * _passes(value)
 
@@ -94,7 +94,7 @@ def _attention(
 
 COUNTS: Mapping[Any, Callable[..., int]] = {
     functional.linear: _linear,
-    product: _quantised,
+    product: _quantized,
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), _matmul),
     **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm), _matmul),
     **dict.fromkeys((torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm), _added),

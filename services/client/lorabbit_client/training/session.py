@@ -123,7 +123,7 @@ class TorchSession:
 
     # ---- training ----
     def train(self, **options: Unpack[TrainOptions]) -> LocalResult:
-        """Tune on local data as `local` or the job says, from the present tensors, with a fresh optimiser."""
+        """Tune on local data as `local` or the job says, from the present tensors, with a fresh optimizer."""
         if self._selected is not self._adapter:
             self._base.replace()
         model = self.settled()

@@ -1,12 +1,12 @@
-"""The local training loop: the job's optimiser over one client's rows, from the task's seed alone.
+"""The local training loop: the job's optimizer over one client's rows, from the task's seed alone.
 
-The optimiser moves float32 copies of half-precision parameters. What a mask holds is put back after
+The optimizer moves float32 copies of half-precision parameters. What a mask holds is put back after
 every step, so momentum and decay move it neither. A loss that is not finite ends the task with a
 sentence instead of poisoning the aggregate.
 
-Values that a training must not move, whatever its optimiser does.
+Values that a training must not move, whatever its optimizer does.
 
-Float32 copies of half-precision parameters: what an optimiser moves in their place.
+Float32 copies of half-precision parameters: what an optimizer moves in their place.
 
 A batch learnt in pieces, and the dtype that a training computes with.
 
@@ -80,7 +80,7 @@ class FrozenEntries:
                 gradient.mul_(mask)
 
     def put_back(self) -> None:
-        """Undo what momentum, decay or an optimiser's own terms did outside the masks, to the bit."""
+        """Undo what momentum, decay or an optimizer's own terms did outside the masks, to the bit."""
         with torch.no_grad():
             for name, mask in self._masks.items():
                 value = self._masters[name]
@@ -91,7 +91,7 @@ HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 def fp32_master_params(moving: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return what the optimiser moves: float32 copies of half-precision parameters, others themselves.
+    """Return what the optimizer moves: float32 copies of half-precision parameters, others themselves.
 
     In float16 Adam's epsilon is zero and its first step is 0 / 0; in bfloat16 a step below a 256th
     of a weight is rounded away.
@@ -187,7 +187,7 @@ def lr_multiplier(local: LocalSpec, share: float) -> float:
 
 
 def make_optimizer(local: LocalSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Make the job's optimiser, fused where the tensors allow it."""
+    """Make the job's optimizer, fused where the tensors allow it."""
     fused = all(p.dtype == torch.float32 for p in parameters)
     rate, decay = local.learning_rate, local.weight_decay
     if local.optimizer == "sgd":
@@ -232,7 +232,7 @@ class Trainer:
         mask: Tensors | None = None,
         batches: Sequence[Sequence[int]] | None = None,
     ) -> TrainingResult:
-        """Train from the model's present tensors with a fresh optimiser; raises LoRAbbitError if it diverges."""
+        """Train from the model's present tensors with a fresh optimizer; raises LoRAbbitError if it diverges."""
         masks = make_masks(self._model, mask or {})
         still = {name for name, moves in masks.items() if not moves.any()}
         held = {n: v for n, v in self._model.tensors.items() if n in still or (frozen is not None and frozen(n))}
@@ -272,10 +272,10 @@ class Trainer:
     def _train_mode(self) -> None:
         """Switch dropout on, and statistics only where they travel: a frozen BatchNorm must not drift."""
         self._model.model.train()
-        travelling = {id(value) for value in self._model.tensors.values()}
+        traveling = {id(value) for value in self._model.tensors.values()}
         for module in self._model.model.modules():
             statistics = getattr(module, "running_mean", None)
-            if isinstance(statistics, torch.Tensor) and id(statistics) not in travelling:
+            if isinstance(statistics, torch.Tensor) and id(statistics) not in traveling:
                 module.eval()
 
     def _steps(

@@ -78,7 +78,7 @@ def aggregate(
     payloads: PayloadStore,
     background: UpdateContext | None = None,
 ) -> ServerState:
-    """Let the method fold the round's updates behind the job's defence.
+    """Let the method fold the round's updates behind the job's defense.
 
     They come in ascending client index, then in the order they were asked for.
     """

@@ -8,7 +8,7 @@ from typing import get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from lorabbit.events import job_events as ev
-from lorabbit.types import EVALUATE, INITIALISE, TRAIN
+from lorabbit.types import EVALUATE, INITIALIZE, TRAIN
 
 SECONDS = (0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
 
@@ -58,7 +58,7 @@ class ServerMetrics:
         """Export what is known to come: Prometheus sees no increase in a series that appears with its first value."""
         for status in get_args(ev.JobEnded.model_fields["status"].annotation):
             self._jobs.labels(status)
-        for phase in (INITIALISE, TRAIN, EVALUATE):
+        for phase in (INITIALIZE, TRAIN, EVALUATE):
             self._tasks.labels(phase)
             self._updates.labels(phase, "accepted")
         for direction in ("up", "down"):

@@ -1,7 +1,7 @@
 """Exports: adapter folders that PEFT or transformers loads as they are, one for each place in a run folder.
 
 How the folder of a version looks follows from committed events: the files that the first client
-described (`AdapterInitialised`), and what a version overrides of them (`RoundClosed`).
+described (`AdapterInitialized`), and what a version overrides of them (`RoundClosed`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class AdapterExporter:
     def on_events(self, event: ev.AnyEvent) -> None:
         """Take in a committed event."""
         match event:
-            case ev.AdapterInitialised():
+            case ev.AdapterInitialized():
                 described = _object(event.facts.get("export"))
                 self._format, self._described = str(described.get("format")), _object(described.get("files"))
                 self._beside_base = _object(_object(event.facts.get("export_base")).get("files"))

@@ -63,7 +63,7 @@ class RunDirectory:
         for event in events:
             self._fold(event)
             match event:
-                case ev.JobStarted() | ev.AdapterInitialised():
+                case ev.JobStarted() | ev.AdapterInitialized():
                     works.append(self._write_job())
                 case ev.RoundClosed(round=number):
                     works.append(self._version(number))

@@ -68,4 +68,4 @@ def _matters(event: ev.AnyEvent) -> bool:
         return event.started is not None
     if isinstance(event, ev.ClientJoined):
         return event.index is not None
-    return isinstance(event, ev.JobStarted | ev.AdapterInitialised | ev.RoundClosed)
+    return isinstance(event, ev.JobStarted | ev.AdapterInitialized | ev.RoundClosed)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from lorabbit.job.spec import JobSpec
 from lorabbit.state.base import ClientEntry, StateStore
-from lorabbit.types import EVALUATE, INITIALISE, ClientCapabilities
+from lorabbit.types import EVALUATE, INITIALIZE, ClientCapabilities
 from lorabbit_server.engine.client_selection import natural
 from lorabbit_server.engine.state import TaskState, load_state
 
@@ -67,7 +67,7 @@ def _doing(tasks: Iterable[TaskState]) -> dict[str, str]:
 def _words(task: TaskState) -> str:
     if task.status == "offered":
         return f"uploads, round {task.round}"
-    if task.phase == INITIALISE:
+    if task.phase == INITIALIZE:
         return "builds the model"
     return f"{'scores' if task.phase == EVALUATE else 'trains'}, round {task.round}"
 

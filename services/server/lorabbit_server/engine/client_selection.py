@@ -37,7 +37,7 @@ class ClientRequirements:
     rank: int | None = None
     """The rank that all must train; None where ranks may differ, or there is none."""
     whole_base: str = ""
-    """Why all must hold the base model's weights unquantised; empty where they need not."""
+    """Why all must hold the base model's weights unquantized; empty where they need not."""
 
     def unmet(self, declared: ClientCapabilities) -> ClientRequirements:
         """The part of it that a client cannot give."""

@@ -16,7 +16,7 @@ from typing import Any
 from lorabbit.events import job_events as ev
 from lorabbit.methods import compatibility
 from lorabbit.methods.registry import METHODS
-from lorabbit.types import DEFAULT_CAPABILITIES, INITIALISE, ClientId
+from lorabbit.types import DEFAULT_CAPABILITIES, INITIALIZE, ClientId
 from lorabbit_server.engine import client_selection, results, rounds, scheduling
 from lorabbit_server.engine.rounds import exclude_client, scores_without_lost
 from lorabbit_server.engine.state import JobState
@@ -135,10 +135,10 @@ def _gather(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> D
         return state, joined
     clients = client_selection.population(suited, state.spec.clients)
     state = replace(
-        state, stage="initialising", clients=clients, since_ms=event.at_ms, declared={}, present=0, unsuited=0
+        state, stage="initializing", clients=clients, since_ms=event.at_ms, declared={}, present=0, unsuited=0
     )
     started = AppendEvent(ev.JobStarted(at_ms=event.at_ms, clients=clients))
-    state, commands = dispatch_tasks(state, INITIALISE, [0], round_number=0, at_ms=event.at_ms)
+    state, commands = dispatch_tasks(state, INITIALIZE, [0], round_number=0, at_ms=event.at_ms)
     return state, (*joined, started, *commands)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from lorabbit.aggregation.partial_work import ClientSpeed
 from lorabbit.events import job_events as ev
 from lorabbit.job.schedules import Quorum
-from lorabbit.types import EVALUATE, INITIALISE, TRAIN
+from lorabbit.types import EVALUATE, INITIALIZE, TRAIN
 from lorabbit_server.engine import scheduling
 from lorabbit_server.engine.rounds import continue_aggregation, dispatch_more, exclude_client, on_counted, scored
 from lorabbit_server.engine.state import JobState, TaskState, UploadOffer
@@ -85,7 +85,7 @@ def on_update(state: JobState, event: UpdateReceived) -> Decision:
     done = _accepted(state, task, task.offered, event)
     task = replace(task, status="accepted")
     state = replace(state, tasks={**state.tasks, task.id: task})
-    if task.phase == INITIALISE:
+    if task.phase == INITIALIZE:
         state = replace(state, stage="starting", since_ms=event.at_ms)
         return state, (*done, StartMethod(task))
     if task.phase == EVALUATE:
@@ -177,7 +177,7 @@ def on_unusable_updates(state: JobState, event: UpdatesUnusable) -> Decision:
     commands: tuple[Command, ...] = ()
     found = [task for task in in_order(state.tasks) if task.id in event.reasons]
     if state.stage == "starting":
-        state = replace(state, stage="initialising")
+        state = replace(state, stage="initializing")
     tasks = {id_: task for id_, task in state.tasks.items() if id_ not in event.reasons}
     state = replace(state, tasks=tasks, batch=tuple(id_ for id_ in state.batch if id_ in tasks))
     for task in found:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from lorabbit.events import job_events as ev
 from lorabbit.job.schedules import Buffered, Quorum, takes_late
 from lorabbit.methods.registry import build
-from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId
+from lorabbit.types import EVALUATE, INITIALIZE, TRAIN, ClientId
 from lorabbit_server.engine import scheduling
 from lorabbit_server.engine.state import Ending, JobState, ModelVersion, TaskState
 from lorabbit_server.engine.tasks import dispatch_tasks, in_order
@@ -44,7 +44,7 @@ def method_started(state: JobState, event: MethodStarted) -> Decision:
     task = next(iter(state.tasks.values()))
     base = task.offered.base_sha256 if task.offered else None
     told = AppendEvent(
-        ev.AdapterInitialised(
+        ev.AdapterInitialized(
             at_ms=event.at_ms,
             client=task.client,
             sha256=event.version.adapter.sha256,
@@ -285,7 +285,7 @@ def pool(tasks: Iterable[TaskState]) -> dict[str, float]:
 
 
 def over_clients(tasks: Iterable[TaskState]) -> dict[str, float]:
-    """Average clients' metrics, each client counting once: what personalised methods report."""
+    """Average clients' metrics, each client counting once: what personalized methods report."""
     values: dict[str, list[float]] = {}
     for task in tasks:
         if task.offered is not None and task.offered.metrics.num_examples:
@@ -342,8 +342,8 @@ def scores_without_lost(state: JobState, at_ms: int) -> Decision:
 
 def _replace_lost_work(state: JobState, scores: set[int], at_ms: int) -> Decision:
     """Do what the client that is gone kept from happening; `scores` are the versions that it was scoring."""
-    if state.stage == "initialising":
-        return dispatch_tasks(state, INITIALISE, _first(state), round_number=0, at_ms=at_ms)
+    if state.stage == "initializing":
+        return dispatch_tasks(state, INITIALIZE, _first(state), round_number=0, at_ms=at_ms)
     commands: tuple[Command, ...] = ()
     for number in sorted(scores):
         state, more = _score_on(state, number, at_ms)

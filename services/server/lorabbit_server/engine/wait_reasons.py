@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel, ConfigDict
 
 from lorabbit.job.schedules import Buffered, Quorum
-from lorabbit.types import EVALUATE, INITIALISE, TRAIN
+from lorabbit.types import EVALUATE, INITIALIZE, TRAIN
 from lorabbit_server.engine import client_selection
 from lorabbit_server.engine.results import MAX_TRIES
 from lorabbit_server.engine.state import JobState, TaskState
@@ -136,7 +136,7 @@ def _clients(state: JobState, tasks: Iterable[TaskState], observations: ClientOb
 
 def _waiting(state: JobState, task: TaskState) -> str:
     """Who waits for a client."""
-    if task.phase == INITIALISE:
+    if task.phase == INITIALIZE:
         return f"job {state.job} waits for {task.client}:"
     if task.phase == EVALUATE:
         return f"the score of round {task.round} waits for {task.client}:"
@@ -154,15 +154,15 @@ def _doing(task: TaskState, observations: ClientObservations, *, lost: bool) -> 
         return f"lost; start it again, or another client in its place{tries}"
     if task.status == "offered":
         return f"uploading its result{tries}"
-    if observations.fraction(task) is None and task.phase != INITIALISE:
+    if observations.fraction(task) is None and task.phase != INITIALIZE:
         return f"asked, but it has told of no progress yet{tries}"
-    names = {INITIALISE: "building the model and the first adapter", EVALUATE: "scoring"}
+    names = {INITIALIZE: "building the model and the first adapter", EVALUATE: "scoring"}
     return names.get(task.phase, "training" if task.round else "preparing") + tries
 
 
 def _end_of(state: JobState, task: TaskState, observations: ClientObservations) -> tuple[int | None, str]:
     """When and how a client's task ends without it."""
-    trains = task.phase not in {INITIALISE, EVALUATE}
+    trains = task.phase not in {INITIALIZE, EVALUATE}
     if trains and state.deadline_ms is not None:
         return state.deadline_ms, "then the round closes with what there is"
     if task.client in state.lost:

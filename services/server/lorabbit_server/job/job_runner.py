@@ -24,7 +24,7 @@ from lorabbit.methods.registry import build
 from lorabbit.protocol.messages import CancelTask, Deny, ForTask, Offer, Task, TaskFailed, Verdict
 from lorabbit.runtime import failpoints
 from lorabbit.state.base import JobEntry, JobRecord
-from lorabbit.types import INITIALISE, ClientId
+from lorabbit.types import INITIALIZE, ClientId
 from lorabbit_server.aggregation import aggregator
 from lorabbit_server.aggregation.model_versions import ModelVersionStore
 from lorabbit_server.artifacts.fenced_files import FencedFileWriter
@@ -286,7 +286,7 @@ class JobRunner:
     def _start_method(self, task: TaskState) -> None:
         """Make the first server state from the initial adapter."""
         offered = task.offered
-        if task.phase != INITIALISE or offered is None:
+        if task.phase != INITIALIZE or offered is None:
             return
 
         facts = self._context.with_versions(offered.metrics.facts)

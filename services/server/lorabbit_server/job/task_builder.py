@@ -19,7 +19,7 @@ from lorabbit.job.spec import CompressionSpec
 from lorabbit.methods.api.method import Method
 from lorabbit.protocol.messages import EncodedDownload, PayloadRef, Task
 from lorabbit.runtime.seeds import derive_seed
-from lorabbit.types import ADAPTER, DEFAULT_CAPABILITIES, EVALUATE, INITIALISE, TRAIN, ClientProfile, Facts, Tensors
+from lorabbit.types import ADAPTER, DEFAULT_CAPABILITIES, EVALUATE, INITIALIZE, TRAIN, ClientProfile, Facts, Tensors
 from lorabbit_server.aggregation.aggregator import UpdateContext
 from lorabbit_server.aggregation.model_versions import ModelVersionStore
 from lorabbit_server.aggregation.update_validation import ExpectedUpdate, UpdateTemplate, check_offer
@@ -97,7 +97,7 @@ class TaskBuilder:
         """What admission holds a task's result to."""
         template = self.template(state, task)
         if template is None:
-            return ExpectedUpdate(may_be_empty=task.phase == INITIALISE and self._method.personal)
+            return ExpectedUpdate(may_be_empty=task.phase == INITIALIZE and self._method.personal)
         origin = self._asked(state, task).payloads.get(ADAPTER)
         held = None if origin is None else (origin.sha256, self._versions.payloads.path(origin.sha256))
         return ExpectedUpdate(template, state.spec.transport.uploads, held)
@@ -109,7 +109,7 @@ class TaskBuilder:
         template = self.template(state, task)
         if payload is not None:
             check_offer(payload, template, max_bytes=max_bytes)
-        if task.phase == INITIALISE and self._method.personal:
+        if task.phase == INITIALIZE and self._method.personal:
             return None
         return template is None or not template.is_empty
 

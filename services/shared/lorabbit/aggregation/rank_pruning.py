@@ -2,7 +2,7 @@
 
 With r the rank of a client, g = max(1, floor(keep r)), and B_g A_g the product of the components from g on:
 
-    (1)  F_k + (weight / 2) (||A_g||^2 + ||B_g||^2)   is what the client minimises
+    (1)  F_k + (weight / 2) (||A_g||^2 + ||B_g||^2)   is what the client minimizes
     (2)  when ||B_g A_g|| over all modules is smaller than it was in what the client received, these components are
          zero in its upload, and its rank is g from then on
 

@@ -1,4 +1,4 @@
-"""Enrolment: how a client asks for a RabbitMQ user of its own, and what is never sent or kept.
+"""Enrollment: how a client asks for a RabbitMQ user of its own, and what is never sent or kept.
 
 The client makes its password itself and sends only the salted hash that RabbitMQ stores, so neither the
 wire nor the server ever holds it, and the same request may be made again after a crash. Of a join token the

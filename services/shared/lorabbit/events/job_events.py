@@ -34,7 +34,7 @@ class JobStarted(Event):
     clients: tuple[str, ...]
 
 
-class AdapterInitialised(Event):
+class AdapterInitialized(Event):
     """One client built the model; facts about base and adapter are known from here on."""
 
     kind: Literal["adapter-initialised"] = "adapter-initialised"
@@ -197,7 +197,7 @@ class JobEnded(Event):
 AnyEvent = Annotated[
     JobSubmitted
     | JobStarted
-    | AdapterInitialised
+    | AdapterInitialized
     | RoundStarted
     | TaskSent
     | PayloadPublished

@@ -4,7 +4,7 @@ The server writes it after every round, so a report exists however a job ends.
 
 Which of two versions scored better.
 
-Counting, over a run, what a defence did to each client.
+Counting, over a run, what a defense did to each client.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Report(ReportPart):
     label_counts: dict[str, dict[str, int]] = Field(default_factory=dict)
     """client -> label -> training examples, where the task has labels."""
     guarded: dict[str, dict[str, int]] = Field(default_factory=dict)
-    """client -> `clipped` or `left_out` -> rounds in which the job's defence did that to its update."""
+    """client -> `clipped` or `left_out` -> rounds in which the job's defense did that to its update."""
     set_aside: dict[str, str] = Field(default_factory=dict)
     """client -> why it was asked no more."""
     seconds: float = 0.0
@@ -196,7 +196,7 @@ def _clients(report: Report, event: ev.JobStarted | ev.ClientJoined) -> None:
     report.clients += event.clients if isinstance(event, ev.JobStarted) else later
 
 
-def _adapter_initialised(report: Report, event: ev.AdapterInitialised) -> None:
+def _adapter_initialized(report: Report, event: ev.AdapterInitialized) -> None:
     """Take over what the first client found out about model and adapter."""
     facts = event.facts
     parameters, rank = facts.get("adapter_parameters", event.parameters), facts.get("rank")
@@ -311,7 +311,7 @@ def _job_ended(report: Report, event: ev.JobEnded) -> None:
 _STEPS: dict[type[ev.Event], Callable[[Report, Any], None]] = {
     ev.JobStarted: _clients,
     ev.ClientJoined: _clients,
-    ev.AdapterInitialised: _adapter_initialised,
+    ev.AdapterInitialized: _adapter_initialized,
     ev.RoundStarted: _round_started,
     ev.UpdateAccepted: _update_accepted,
     ev.UpdateRejected: _update_rejected,

@@ -91,9 +91,9 @@ class WorkSpec(_FrozenSpec):
         description="a slow client does fewer steps to answer in this time; deadline: that of the schedule",
     )
     least_share: float = Field(default=0.1, gt=0, le=1, description="of the job's steps, that even the slowest does")
-    weighting: Literal["normalised", "examples"] = Field(
-        default="normalised",
-        description="normalised: a change counts per step done, as in FedNova; examples: by examples alone",
+    weighting: Literal["normalized", "examples"] = Field(
+        default="normalized",
+        description="normalized: a change counts per step done, as in FedNova; examples: by examples alone",
     )
 
 
@@ -276,7 +276,7 @@ class LocalSpec(StrictSpec):
     epochs: float | None = Field(
         default=None, gt=0, description="passes over the client's data; 1 when neither is given"
     )
-    steps: int | None = Field(default=None, ge=1, description="optimiser steps")
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps")
     batch_size: int = Field(default=16, ge=1, description="examples of one step")
     optimizer: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="starts afresh in every round")
     learning_rate: float = Field(default=1e-3, gt=0, description="highest of the schedule")

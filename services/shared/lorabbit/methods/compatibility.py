@@ -8,7 +8,7 @@ than the rank or model that the job gives out by index.
 
 Which jobs may promise privacy, decided when a job is read.
 
-Which jobs may ask for a defence, decided when a job is read.
+Which jobs may ask for a defense, decided when a job is read.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _check_feedback(job: JobSpec, up: CompressionSpec, *, keeps_coordinates: boo
         raise BadInput(f"{where} aggregation {job.aggregation!r} gives the factors new coordinates or another size; "
                        "choose int8 or int4 without feedback")  # fmt: skip
     if job.robust is not None:
-        raise BadInput(f"{where} a client that a defence leaves out would have its change told twice as loud later; "
+        raise BadInput(f"{where} a client that a defense leaves out would have its change told twice as loud later; "
                        "choose int8 or int4 without feedback, or leave robust out")  # fmt: skip
 
 

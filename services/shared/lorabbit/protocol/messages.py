@@ -199,7 +199,7 @@ class Task(Message):
     kind: ClassVar[str] = "task"
     job: Identifier
     task: Identifier
-    """Same id, same work: a redelivered task is recognised by it."""
+    """Same id, same work: a redelivered task is recognized by it."""
     client: Identifier
     index: int = Field(ge=0)
     population: int = Field(ge=1)

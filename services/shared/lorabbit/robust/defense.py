@@ -1,4 +1,4 @@
-"""The defence of a round: between admission and `method.aggregate`, whatever the method.
+"""The defense of a round: between admission and `method.aggregate`, whatever the method.
 
 The updates are weighed in the space of `robust.geometry`, one robust update is made of them, and every client's
 tensors are replaced by it, so that a method may average them as it likes. Factors of the result are the
@@ -32,7 +32,7 @@ from lorabbit.types import Array, ClientUpdate, Facts, Json, ServerState
 
 
 def defend(job: JobSpec, state: ServerState, updates: Iterable[ClientUpdate]) -> tuple[Iterable[ClientUpdate], Facts]:
-    """Return what the method may fold, and what was done, for the report; the same updates where there is no defence.
+    """Return what the method may fold, and what was done, for the report; the same updates where there is no defense.
 
     Clients without examples, and rounds without tensors, have nothing to weigh. Raises RunFailed where too few
     clients brought an update.

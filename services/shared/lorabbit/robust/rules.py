@@ -46,7 +46,7 @@ def needed(spec: RobustSpec) -> int:
 
 
 def check_size(spec: RobustSpec, clients: int) -> None:
-    """Raise BadInput where a round of so many clients is too small for the job's defence."""
+    """Raise BadInput where a round of so many clients is too small for the job's defense."""
     if clients < needed(spec):
         why = {
             "krum": f"krum needs 2 * attackers + 3 = {needed(spec)} clients to tell {spec.attackers} from the others",

@@ -227,18 +227,18 @@ def write_tensors(path: Path, tensors: Tensors, facts: Facts | None = None, *, d
             while data:
                 data = memoryview(data)[file.write(data) :]
 
-        _serialise(tensors, facts or {}, put)
+        _serialize(tensors, facts or {}, put)
     return digest.hexdigest()
 
 
 def tensors_sha256(tensors: Tensors, facts: Facts | None = None) -> str:
     """Hash of the file that `write_tensors` would write, without writing it."""
     digest = hashlib.sha256()
-    _serialise(tensors, facts or {}, digest.update)
+    _serialize(tensors, facts or {}, digest.update)
     return digest.hexdigest()
 
 
-def _serialise(tensors: Tensors, facts: Facts, put: Callable[[bytes | memoryview], object]) -> None:
+def _serialize(tensors: Tensors, facts: Facts, put: Callable[[bytes | memoryview], object]) -> None:
     """Hand the bytes of a safetensors file over, part by part.
 
     The widest types come first, then names in order: every tensor is aligned to its element size, as readers that

@@ -19,7 +19,7 @@ _LAYERS = (0, 2, 4)
 
 
 def has_encoder(tensors: Tensors) -> bool:
-    """Tell whether these are p-tuning's travelling tensors."""
+    """Tell whether these are p-tuning's traveling tensors."""
     return f"{ENCODER}.embedding.weight" in tensors
 
 

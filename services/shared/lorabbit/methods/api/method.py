@@ -91,11 +91,11 @@ class Method(BaseModel):
         return False
 
     def needs_whole_base(self) -> str:
-        """Why clients must hold the base model's weights as they are, not quantised; empty where they need not."""
+        """Why clients must hold the base model's weights as they are, not quantized; empty where they need not."""
         if self.personal:
             return f"clients of {self.name} keep models of their own"
         if self.job.model.trainable != "lora":
-            return f"the job trains {self.job.model.trainable!r}, and only LoRA is trained over quantised weights"
+            return f"the job trains {self.job.model.trainable!r}, and only LoRA is trained over quantized weights"
         if self.works_on_base:
             return f"{self.name} works on the weights of the base model"
         if RULES[self.job.aggregation].shifts_base:
@@ -118,7 +118,7 @@ class Method(BaseModel):
 
     # ---- server ----
     def start(self, adapter: Tensors) -> ServerState:
-        """Make the first server state from the adapter that one client initialised."""
+        """Make the first server state from the adapter that one client initialized."""
         return ServerState(dict(adapter))
 
     def plan(self, state: ServerState, client: ClientProfile) -> Plan:  # noqa: ARG002 - same plan for all by default

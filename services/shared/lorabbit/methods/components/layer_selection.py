@@ -48,7 +48,7 @@ def importance(answers: Iterable[tuple[int, Json]], blocks: Sequence[int]) -> ND
 
     None is no answer; without any, all blocks are alike.
 
-    Each client's values are normalised first: one with large activations must not decide alone. Raises
+    Each client's values are normalized first: one with large activations must not decide alone. Raises
     Refused when a client's values do not fit the blocks or are no sensitivities.
     """
     alike = np.full(len(blocks), 1.0 / max(1, len(blocks)))

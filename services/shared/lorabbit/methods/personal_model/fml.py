@@ -7,7 +7,7 @@ With p the softmax of a model's logits, for the own model o and the shared model
     (2)  L_s = beta  CE(p_s, y) + (1 - beta)  KL(p_o || p_s)
     (3)  s   = sum_k (n_k / n) s_k,   n = sum of n_k over the cohort
 
-D1  One optimiser minimises L_o + L_s, each teacher without gradient: the two models share no tensor, so
+D1  One optimizer minimizes L_o + L_s, each teacher without gradient: the two models share no tensor, so
     the gradients are those of (1) and (2); only `local.max_grad_norm` clips both together.
 """
 

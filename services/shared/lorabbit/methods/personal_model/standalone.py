@@ -1,8 +1,8 @@
 """Standalone: every client trains a model of its own, alone; the control of all personal methods.
 
-    (1)  w_k <- local steps of the job's optimiser on F_k, from the client's own w_k
+    (1)  w_k <- local steps of the job's optimizer on F_k, from the client's own w_k
 
-No tensor travels. A round is a set of local epochs with a fresh optimiser, so that it compares round by
+No tensor travels. A round is a set of local epochs with a fresh optimizer, so that it compares round by
 round with the methods that share something.
 """
 

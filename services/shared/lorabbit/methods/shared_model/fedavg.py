@@ -4,7 +4,7 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
 AISTATS 2017 (arXiv 1602.05629), Algorithm 1. With LoRA it is FedIT (Zhang et al., 2023, arXiv
 2305.05644): the factors A and B are averaged separately.
 
-    (1)  w_k     = local steps of the job's optimiser on F_k, from w^t
+    (1)  w_k     = local steps of the job's optimizer on F_k, from w^t
     (2)  w^{t+1} = sum_k (n_k / n) w_k,   n = sum of n_k over the cohort
 
 The job's `aggregation` replaces (2) for LoRA factors: see `lorabbit.aggregation`.

@@ -61,7 +61,7 @@ def test_an_absolute_path_below_the_data_root_is_allowed(tmp_path):
     check_source(str(tmp_path / "reviews.csv"), tmp_path)
 
 
-def test_a_neighbour_of_the_data_root_with_its_name_as_a_beginning_is_outside(tmp_path):
+def test_a_neighbor_of_the_data_root_with_its_name_as_a_beginning_is_outside(tmp_path):
     with pytest.raises(BadInput, match="outside"):
         check_source(f"{tmp_path / 'data'}-of-others/x.csv", tmp_path / "data")
 

@@ -14,7 +14,7 @@ from lorabbit.errors import Fenced
 from lorabbit.job import schedules as sc
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, PayloadRef
-from lorabbit.types import EVALUATE, INITIALISE, TRAIN, ClientId
+from lorabbit.types import EVALUATE, INITIALIZE, TRAIN, ClientId
 from lorabbit_cli.commands.jobs import lines, sentence, span_text
 from lorabbit_server.engine import transitions
 from lorabbit_server.engine.reducer import decide
@@ -120,7 +120,7 @@ def test_in_every_state_of_the_engine_something_is_waited_for_and_said():
             check(state, SIGHT)
             seen.add(state.stage)
 
-    phases = {INITIALISE, TRAIN, EVALUATE}
+    phases = {INITIALIZE, TRAIN, EVALUATE}
     assert set(get_args(Stage)) <= seen
     scores_bring_no_tensors = {(EVALUATE, "offered")}
     assert {(phase, status) for phase in phases for status in get_args(TaskStatus)} - scores_bring_no_tensors <= seen

@@ -19,7 +19,7 @@ def keys(classes: list[int], groups: list[str] | None = None) -> PartitionKeys:
 
 
 @st.composite
-def labelled(draw: st.DrawFn, least: int = 20, most: int = 200) -> PartitionKeys:
+def labeled(draw: st.DrawFn, least: int = 20, most: int = 200) -> PartitionKeys:
     classes = draw(st.lists(st.integers(0, 4), min_size=least, max_size=most))
     groups = draw(st.lists(st.sampled_from("abcdefgh"), min_size=len(classes), max_size=len(classes)))
     return keys(classes, groups)
@@ -39,7 +39,7 @@ def classes_of(share: ClientSplit, train: PartitionKeys) -> set[int]:
 
 
 @settings(deadline=None, max_examples=150)
-@given(SPLITS, labelled(), labelled(least=0, most=60), st.integers(1, 8), st.integers(0, 2**62))
+@given(SPLITS, labeled(), labeled(least=0, most=60), st.integers(1, 8), st.integers(0, 2**62))
 def test_every_row_belongs_to_exactly_one_client(
     kind: str, train: PartitionKeys, test: PartitionKeys, clients: int, seed: int
 ):
@@ -53,7 +53,7 @@ def test_every_row_belongs_to_exactly_one_client(
 
 
 @settings(deadline=None, max_examples=60)
-@given(SPLITS, labelled(), labelled(least=1), st.integers(1, 6), st.integers(0, 2**62))
+@given(SPLITS, labeled(), labeled(least=1), st.integers(1, 6), st.integers(0, 2**62))
 def test_the_same_seed_gives_the_same_split(
     kind: str, train: PartitionKeys, test: PartitionKeys, clients: int, seed: int
 ):
@@ -68,7 +68,7 @@ def test_the_same_seed_gives_the_same_split(
 
 
 @settings(deadline=None, max_examples=100)
-@given(labelled(least=40), st.integers(2, 8), st.integers(1, 5), st.sampled_from([0.01, 0.1, 1.0]), st.integers(0, 99))
+@given(labeled(least=40), st.integers(2, 8), st.integers(1, 5), st.sampled_from([0.01, 0.1, 1.0]), st.integers(0, 99))
 def test_dirichlet_and_quantity_leave_nobody_below_the_minimum(
     train: PartitionKeys, clients: int, least: int, alpha: float, seed: int
 ):
@@ -81,7 +81,7 @@ def test_dirichlet_and_quantity_leave_nobody_below_the_minimum(
 
 
 @settings(deadline=None, max_examples=100)
-@given(labelled(least=60), labelled(least=0), st.integers(2, 10), st.integers(1, 4), st.integers(0, 99))
+@given(labeled(least=60), labeled(least=0), st.integers(2, 10), st.integers(1, 4), st.integers(0, 99))
 def test_a_pathological_client_holds_exactly_k_classes_and_is_tested_on_them_alone(
     train: PartitionKeys, test: PartitionKeys, clients: int, k: int, seed: int
 ):
@@ -112,7 +112,7 @@ def test_J11_two_of_ten_classes_a_client_and_one_table_of_shares_for_training_an
 
 
 @settings(deadline=None, max_examples=100)
-@given(labelled(), labelled(least=0), st.integers(1, 6))
+@given(labeled(), labeled(least=0), st.integers(1, 6))
 def test_a_natural_group_is_never_torn_apart(train: PartitionKeys, test: PartitionKeys, clients: int):
     shares = try_partition(PartitionSpec(kind="natural"), clients, 0, train, test)
 
@@ -176,7 +176,7 @@ def test_pathological_holders_share_a_class_between_two_fifths_and_three_fifths_
 
 
 @settings(deadline=None, max_examples=50)
-@given(labelled(least=50), st.integers(2, 5), st.integers(0, 99))
+@given(labeled(least=50), st.integers(2, 5), st.integers(0, 99))
 def test_test_rows_follow_the_class_shares_of_training_rows(train: PartitionKeys, clients: int, seed: int):
     assume(len(set(train.classes.tolist())) > 1)
     shares = partition(PartitionSpec(kind="dirichlet", alpha=0.3), clients, seed, train=train, test=train)
@@ -226,7 +226,7 @@ def test_apportioning_gives_everyone_its_exact_part_rounded_up_or_down(weights: 
 
 
 @settings(deadline=None)
-@given(labelled(least=10), st.sampled_from([0.1, 0.25, 0.5]), st.integers(0, 99))
+@given(labeled(least=10), st.sampled_from([0.1, 0.25, 0.5]), st.integers(0, 99))
 def test_holding_out_takes_the_share_asked_for_and_leaves_every_class_to_train_on(
     rows: PartitionKeys, share: float, seed: int
 ):

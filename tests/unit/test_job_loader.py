@@ -98,7 +98,7 @@ def test_a_wrong_override_is_named_as_it_was_written(tmp_path: Path, override: s
     assert expected in str(caught.value)
 
 
-def test_a_missing_file_is_named_with_its_neighbour(tmp_path: Path) -> None:
+def test_a_missing_file_is_named_with_its_neighbor(tmp_path: Path) -> None:
     (tmp_path / "quickstart.yaml").write_text("", encoding="utf-8")
 
     with pytest.raises(BadInput, match=r"there is no job file .*quickstar\.yaml; did you mean .*quickstart\.yaml\?"):

@@ -18,7 +18,7 @@ from lorabbit_server.engine.state import JobState, dump_header, load_state
 
 
 class CountingStore(PayloadStore):
-    """Notes what was serialised."""
+    """Notes what was serialized."""
 
     def __init__(self, folder):
         super().__init__(folder, durable=False)
@@ -49,7 +49,7 @@ def test_every_shared_group_is_a_file_of_its_own(payloads):
     assert serialization.read_tensors(payloads.path(saved.shared[BASE].sha256))["w"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_group_that_is_handed_on_is_not_serialised_again(payloads):
+def test_a_group_that_is_handed_on_is_not_serialized_again(payloads):
     versions = ModelVersionStore(FedAvg(), payloads, 1024)
     first = versions.save(state())
     loaded = versions.load(first)

@@ -81,7 +81,7 @@ def test_the_last_frame_stays_on_the_terminal():
 
 
 @pytest.mark.parametrize("height", [24, 40, 100])
-def test_a_big_population_is_summarised_and_fits_the_window(height: int):
+def test_a_big_population_is_summarized_and_fits_the_window(height: int):
     progress = JobProgress(sample_spec(clients=1000))
     for event in [*opening(clients=1000), *one_round(1, clients=1000)[:1]]:
         progress.apply(event)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lorabbit.job.spec import JobSpec
-from lorabbit.types import ADAPTER, INITIALISE
+from lorabbit.types import ADAPTER, INITIALIZE
 from lorabbit_client.capabilities import UNLIMITED, TrainingLimits
 from lorabbit_client.execution.interface import TaskInput
 from lorabbit_client.execution.private_state import PrivateState
@@ -78,12 +78,12 @@ def test_a_weight_is_off_by_half_a_level_of_its_block_at_most(codec: str, rows: 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_a_layer_answers_and_hands_gradients_back_as_one_with_the_rounded_weight(codec: str, kind: str):
     whole = layer(24, 40, kind)
-    quantised = QuantizedLinear(whole, codec)
+    quantized = QuantizedLinear(whole, codec)
     with torch.no_grad():
-        whole.weight.copy_(quantised.weight)
+        whole.weight.copy_(quantized.weight)
     value = torch.linspace(-1, 1, 3 * 40).reshape(3, 40).requires_grad_()
 
-    answers = [each(value) for each in (whole, quantised)]
+    answers = [each(value) for each in (whole, quantized)]
     gradients = [torch.autograd.grad(answer.square().sum(), value, create_graph=True)[0] for answer in answers]
     twice = [torch.autograd.grad(gradient.square().sum(), value)[0] for gradient in gradients]
 
@@ -93,11 +93,11 @@ def test_a_layer_answers_and_hands_gradients_back_as_one_with_the_rounded_weight
 
 def test_the_backward_pass_keeps_no_wide_weight():
     kept: list[int] = []
-    quantised = QuantizedLinear(layer(64, 64), "int4")
+    quantized = QuantizedLinear(layer(64, 64), "int4")
     value = torch.ones(2, 64, requires_grad=True)
 
     with torch.autograd.graph.saved_tensors_hooks(lambda seen: kept.append(seen.numel()) or seen, lambda seen: seen):
-        quantised(value).sum().backward()
+        quantized(value).sum().backward()
 
     assert value.grad is not None
     assert max(kept, default=0) < 64 * 64
@@ -143,7 +143,7 @@ def test_a_models_answers_stay_close(codec: str, most: float, name: str, task: s
 @pytest.mark.parametrize("codec", LEVELS)
 @pytest.mark.parametrize("limits", [{}, {"dtype": "bfloat16"}, {"max_batch": 3}])
 @pytest.mark.parametrize(("name", "task"), MODELS)
-def test_every_factor_learns_over_quantised_weights(
+def test_every_factor_learns_over_quantized_weights(
     codec: str, limits: dict[str, Any], name: str, task: str, tmp_path: Path
 ):
     spec = spec_of(tmp_path, name, task, local={"steps": 3})
@@ -155,7 +155,7 @@ def test_every_factor_learns_over_quantised_weights(
     assert all(not np.array_equal(before[key], after[key]) for key in before if ".lora_" in key)
 
 
-def test_rank_curvature_importance_and_sensitivity_work_over_quantised_weights(tmp_path: Path):
+def test_rank_curvature_importance_and_sensitivity_work_over_quantized_weights(tmp_path: Path):
     spec = spec_of(tmp_path)
     session = session_of(workspace(spec, tmp_path, "int4"), spec)
 
@@ -170,7 +170,7 @@ def test_rank_curvature_importance_and_sensitivity_work_over_quantised_weights(t
     assert {value.shape[0] for key, value in session.tensors().items() if ".lora_A" in key} == {2}
 
 
-def test_private_examples_are_learnt_over_quantised_weights(tmp_path: Path):
+def test_private_examples_are_learnt_over_quantized_weights(tmp_path: Path):
     privacy = {"level": "example", "noise": 1.0, "clip": 0.1, "seeded": True}
     spec = spec_of(tmp_path, privacy=privacy, local={"steps": 2, "optimizer": "sgd", "max_grad_norm": None})
     session = session_of(workspace(spec, tmp_path, "int8"), spec)
@@ -215,7 +215,7 @@ def sha256_of(spec: JobSpec, folder: Path, limits: TrainingLimits) -> str:
     executor = Executor(data_root=folder, device="cpu", limits=limits)
     start, end = folder / "start.safetensors", folder / "end.safetensors"
     executor.execute(
-        TaskInput(task_of(spec, phase=INITIALISE), {}, start, folder / "private", folder / "privacy.json"), silent
+        TaskInput(task_of(spec, phase=INITIALIZE), {}, start, folder / "private", folder / "privacy.json"), silent
     )
     executor.execute(
         TaskInput(task_of(spec), {ADAPTER: start}, end, folder / "private", folder / "privacy.json"), silent
@@ -250,13 +250,13 @@ def test_the_same_seed_gives_the_same_adapter_twice(codec: str, tmp_path: Path):
         ({"method": {"name": "standalone"}}, "models of their own"),
     ],
 )
-def test_a_job_that_needs_the_whole_base_is_refused_by_a_quantised_client(
+def test_a_job_that_needs_the_whole_base_is_refused_by_a_quantized_client(
     parts: dict[str, Any], why: str, tmp_path: Path
 ):
     write_reviews(tmp_path)
     executor = Executor(data_root=tmp_path, device="cpu", limits=TrainingLimits(quantisation="int4"))
     work = TaskInput(
-        task_of(job(tmp_path, **parts), phase=INITIALISE),
+        task_of(job(tmp_path, **parts), phase=INITIALIZE),
         {},
         tmp_path / "out",
         tmp_path / "private",
@@ -272,7 +272,7 @@ def test_a_job_that_needs_the_whole_base_is_refused_by_a_quantised_client(
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedprox", "ffa-lora", "fedsa-lora", "adalora"])
-def test_methods_that_leave_the_base_alone_run_on_a_quantised_client(name: str, tmp_path: Path):
+def test_methods_that_leave_the_base_alone_run_on_a_quantized_client(name: str, tmp_path: Path):
     spec = spec_of(tmp_path, method={"name": name}, local={"steps": 2})
 
     TrainingLimits(quantisation="int8").check_job(spec)
