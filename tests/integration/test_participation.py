@@ -49,7 +49,7 @@ def timed(rig, index, *, seconds_a_step, change):
     client.finish = finish
 
 
-@pytest.mark.parametrize(("weighting", "second"), [("normalized", 0.0), ("examples", 3.0)])
+@pytest.mark.parametrize(("weighting", "second"), [("normalised", 0.0), ("examples", 3.0)])
 def test_a_slow_client_does_fewer_steps_in_time_and_its_change_counts_as_the_job_says(rig, weighting, second):
     timed(rig, 0, seconds_a_step=0.5, change=1)
     timed(rig, 1, seconds_a_step=2.0, change=-1)

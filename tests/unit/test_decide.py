@@ -277,7 +277,7 @@ def test_a_first_adapter_that_is_none_is_left_out_and_the_next_client_makes_one(
 
     assert told(commands) == ["update-rejected", "client-set-aside", "task-sent"]
     assert [(task.client, task.phase) for task in sent(commands)] == [(B, INITIALIZE)]
-    assert state.stage == "initializing"
+    assert state.stage == "initialising"
 
 
 def test_a_result_that_cannot_be_folded_is_left_out_with_its_client_and_the_others_are_folded():

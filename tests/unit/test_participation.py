@@ -318,7 +318,7 @@ def test_changes_count_per_step_done_so_that_the_fixed_point_is_that_of_the_exam
     assert mean == pytest.approx(effective * (30 * 3.0 + 10 * -5.0) / 40)
 
 
-@pytest.mark.parametrize("weighting", ["normalized", "examples"])
+@pytest.mark.parametrize("weighting", ["normalised", "examples"])
 def test_equal_shares_leave_every_update_as_it_came(weighting):
     spec = job(work={"within_seconds": 1, "weighting": weighting})
 

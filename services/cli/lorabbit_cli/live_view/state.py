@@ -20,7 +20,7 @@ from lorabbit.types import EVALUATE, INITIALIZE, TRAIN
 from lorabbit_cli.formatting import bytes_text, count_text, duration_text, fact_text, score_text
 
 Level: TypeAlias = Literal["info", "warning", "error"]
-STATES = {TRAIN: "training", EVALUATE: "evaluating", INITIALIZE: "initializing"}
+STATES = {TRAIN: "training", EVALUATE: "evaluating", INITIALIZE: "initialising"}
 
 
 @dataclass(slots=True)

@@ -44,7 +44,7 @@ STATE_STYLES = {
     "waiting": "dim",
     "training": "green",
     "evaluating": "cyan",
-    "initializing": "magenta",
+    "initialising": "magenta",
     "lost": "bold red",
 }
 STATUS_STYLES = {"running": "green", "done": "bold green", "failed": "bold red", "cancelled": "yellow"}

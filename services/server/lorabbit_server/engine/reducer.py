@@ -135,7 +135,7 @@ def _gather(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> D
         return state, joined
     clients = client_selection.population(suited, state.spec.clients)
     state = replace(
-        state, stage="initializing", clients=clients, since_ms=event.at_ms, declared={}, present=0, unsuited=0
+        state, stage="initialising", clients=clients, since_ms=event.at_ms, declared={}, present=0, unsuited=0
     )
     started = AppendEvent(ev.JobStarted(at_ms=event.at_ms, clients=clients))
     state, commands = dispatch_tasks(state, INITIALIZE, [0], round_number=0, at_ms=event.at_ms)

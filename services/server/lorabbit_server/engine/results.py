@@ -177,7 +177,7 @@ def on_unusable_updates(state: JobState, event: UpdatesUnusable) -> Decision:
     commands: tuple[Command, ...] = ()
     found = [task for task in in_order(state.tasks) if task.id in event.reasons]
     if state.stage == "starting":
-        state = replace(state, stage="initializing")
+        state = replace(state, stage="initialising")
     tasks = {id_: task for id_, task in state.tasks.items() if id_ not in event.reasons}
     state = replace(state, tasks=tasks, batch=tuple(id_ for id_ in state.batch if id_ in tasks))
     for task in found:

@@ -342,7 +342,7 @@ def scores_without_lost(state: JobState, at_ms: int) -> Decision:
 
 def _replace_lost_work(state: JobState, scores: set[int], at_ms: int) -> Decision:
     """Do what the client that is gone kept from happening; `scores` are the versions that it was scoring."""
-    if state.stage == "initializing":
+    if state.stage == "initialising":
         return dispatch_tasks(state, INITIALIZE, _first(state), round_number=0, at_ms=at_ms)
     commands: tuple[Command, ...] = ()
     for number in sorted(scores):

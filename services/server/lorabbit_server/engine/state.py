@@ -17,7 +17,7 @@ from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, Offer, PayloadRef
 from lorabbit.types import ClientCapabilities, ClientId
 
-Stage = Literal["gathering", "initializing", "starting", "training", "aggregating", "scoring", "ended"]
+Stage = Literal["gathering", "initialising", "starting", "training", "aggregating", "scoring", "ended"]
 Ending = Literal["done", "failed", "cancelled"]
 TaskStatus = Literal["open", "offered", "accepted"]
 

@@ -91,9 +91,9 @@ class WorkSpec(_FrozenSpec):
         description="a slow client does fewer steps to answer in this time; deadline: that of the schedule",
     )
     least_share: float = Field(default=0.1, gt=0, le=1, description="of the job's steps, that even the slowest does")
-    weighting: Literal["normalized", "examples"] = Field(
-        default="normalized",
-        description="normalized: a change counts per step done, as in FedNova; examples: by examples alone",
+    weighting: Literal["normalised", "examples"] = Field(
+        default="normalised",
+        description="normalised: a change counts per step done, as in FedNova; examples: by examples alone",
     )
 
 
