@@ -203,7 +203,7 @@ def test_an_adapter_learnt_over_four_bits_is_as_good_on_the_whole_model(name: st
         space = workspace(spec, tmp_path, codec)
         session = session_of(space, spec)
         session.load(learnt)
-        found.append(evaluate(session.settled(), space._data(0, spec.clients).train, 64, on_progress=silent))
+        found.append(evaluate(session.prepared_model(), space._data(0, spec.clients).train, 64, on_progress=silent))
 
     assert min(each.values["accuracy"] for each in found) >= 0.9
 

@@ -57,7 +57,7 @@ def filled(tensors: Tensors) -> dict[str, Any]:
 def answers(one: Any) -> torch.Tensor:
     batch = one._data.train.batch(np.arange(4))
     with torch.no_grad():
-        logits: torch.Tensor = one.settled().model.eval()(**batch).logits
+        logits: torch.Tensor = one.prepared_model().model.eval()(**batch).logits
     return logits
 
 

@@ -136,7 +136,7 @@ def test_an_export_loads_with_peft_alone_and_answers_as_the_model_that_was_score
     space, spec = opened(tmp_path, **JOBS[name])
     method, state = federated(space, spec)
 
-    scored = answers(restored(space, spec, method, state).settled().model, batch(space, spec))
+    scored = answers(restored(space, spec, method, state).prepared_model().model, batch(space, spec))
     theirs = answers(exported(tmp_path, space, spec, method, state), batch(space, spec))
 
     assert scored.abs().max() > 0.01
@@ -146,19 +146,19 @@ def test_an_export_loads_with_peft_alone_and_answers_as_the_model_that_was_score
 @pytest.mark.parametrize("name", JOBS)
 def test_a_client_sees_the_same_base_after_every_task(name: str, tmp_path: Path) -> None:
     space, spec = opened(tmp_path, **JOBS[name])
-    before = answers(session(space, spec).settled().model, batch(space, spec))
+    before = answers(session(space, spec).prepared_model().model, batch(space, spec))
 
     federated(space, spec, 2)
 
-    assert torch.equal(answers(session(space, spec).settled().model, batch(space, spec)), before)
+    assert torch.equal(answers(session(space, spec).prepared_model().model, batch(space, spec)), before)
 
 
 def test_I1_federa_starts_as_the_pre_trained_model(tmp_path: Path) -> None:
     space, spec = opened(tmp_path, **JOBS["federa"])
-    plain = answers(session(space, spec).settled().model, batch(space, spec))
+    plain = answers(session(space, spec).prepared_model().model, batch(space, spec))
     method, state = begin(space, spec)
 
-    ours = answers(restored(space, spec, method, state).settled().model, batch(space, spec))
+    ours = answers(restored(space, spec, method, state).prepared_model().model, batch(space, spec))
 
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 
@@ -183,9 +183,9 @@ def test_U5_attaching_the_factors_changes_no_answer(tmp_path: Path) -> None:
     whole = session(space, spec)
     whole.select("whole")
     whole.load(state.shared[BASE])
-    before = answers(whole.settled().model, batch(space, spec))
+    before = answers(whole.prepared_model().model, batch(space, spec))
 
-    after = answers(restored(space, spec, method, state).settled().model, batch(space, spec))
+    after = answers(restored(space, spec, method, state).prepared_model().model, batch(space, spec))
 
     assert torch.equal(after, before)
 

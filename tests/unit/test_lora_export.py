@@ -150,7 +150,7 @@ def test_an_adapter_on_a_base_of_its_own_loads_with_both_and_answers_alike(tmp_p
     theirs = PeftModel.from_pretrained(transformers.AutoModelForSequenceClassification.from_pretrained(base), folder)
 
     batch = inputs(space, spec)
-    assert torch.equal(answers(theirs, batch), answers(one.settled().model, batch))
+    assert torch.equal(answers(theirs, batch), answers(one.prepared_model().model, batch))
 
 
 def test_a_trained_adapter_scores_the_same_when_peft_loads_it(tmp_path: Path):

@@ -194,7 +194,7 @@ MOST_STAMPS = 8
 """As many as there are datasets whose keys are kept."""
 
 
-def forget_what_changed() -> bool:
+def drop_stale_data() -> bool:
     """Forget everything where a file is no longer as it was read, or much was read; tell whether that was so.
 
     To be called where a job begins, so that one job is of one state of its files.

@@ -127,9 +127,9 @@ class Executor:
 
 def _has_changed() -> bool:
     """Forget data that is no longer as it was read."""
-    from lorabbit_client.dataset import forget_what_changed  # noqa: PLC0415 - heavy, and not for the null model
+    from lorabbit_client.dataset import drop_stale_data  # noqa: PLC0415 - heavy, and not for the null model
 
-    return forget_what_changed()
+    return drop_stale_data()
 
 
 def _shared() -> Callable[..., Workspace]:

@@ -80,13 +80,13 @@ class Agent:
         self._context.accounting.tidy()
         self._journal.tidy()
         for offer in self._journal.results():
-            task_run = self._assign(offer)
+            task_run = self._start_run(offer)
             task_run.resume(offer)
         for task in self._journal.tasks():
             log.info("task-resumed", job=task.job, task=task.task)
-            self._assign(task).begin(task)
+            self._start_run(task).begin(task)
         self._inbox = self._broker.subscribe(topology.inbox(self._address).name, self._on_delivery)
-        self._registration.say_hello()
+        self._registration.register()
 
     def close(self) -> None:
         """Say goodbye and stop; what is unfinished stays in the journal."""
@@ -130,7 +130,7 @@ class Agent:
 
         Work for an identity that is another client's now would be refused: it is dropped.
         """
-        self._registration.welcomed(welcome)
+        self._registration.on_welcome(welcome)
         self._epochs.clear()
         self._finished.clear()
         for task_run in list(self._task_runs.values()):
@@ -141,7 +141,7 @@ class Agent:
     def _on_delivery(self, delivery: Delivery) -> None:
         """Take in one message; the next process is not to break on it as well."""
         try:
-            self._take_in(delivery)
+            self._receive_task(delivery)
         except (OSError, MemoryError):
             raise  # no fault of the message
         except Exception:
@@ -149,7 +149,7 @@ class Agent:
             self._broker.reject(delivery)
             raise
 
-    def _take_in(self, delivery: Delivery) -> None:
+    def _receive_task(self, delivery: Delivery) -> None:
         """Do what a message says; the acknowledgement follows whatever it changed on the disk."""
         try:
             message = codec.decode(delivery.type, delivery.body)
@@ -160,11 +160,11 @@ class Agent:
         if isinstance(message, Welcome):
             self._welcome(message)
         elif isinstance(message, AddressTaken):
-            self._registration.taken(message)
+            self._registration.on_address_taken(message)
         elif isinstance(message, Task):
             self._accept(message)
         elif isinstance(message, ForTask):
-            self._pass_on(message)
+            self._forward(message)
         self._broker.ack(delivery)
 
     def _accept(self, task: Task) -> None:
@@ -186,9 +186,9 @@ class Agent:
         self._journal.accept(task)
         failpoints.hit(failpoints.Failpoint.TASK_JOURNALED)
         self._registration.has_work()
-        self._assign(task).begin(task)
+        self._start_run(task).begin(task)
 
-    def _pass_on(self, message: ForTask) -> None:
+    def _forward(self, message: ForTask) -> None:
         """Give an answer to the task that it belongs to; nobody waits for an answer to a forgotten task."""
         task_run = self._task_runs.get(message.task)
         if task_run is None:
@@ -197,13 +197,13 @@ class Agent:
             task_run.granted(message)
         elif isinstance(message, Verdict):
             failpoints.hit(failpoints.Failpoint.VERDICT_RECEIVED)
-            task_run.settled(accepted=message.accepted, reason=message.reason)
+            task_run.on_verdict(accepted=message.accepted, reason=message.reason)
         elif isinstance(message, Deny):
-            task_run.settled(accepted=False, reason=message.reason)
+            task_run.on_verdict(accepted=False, reason=message.reason)
         elif isinstance(message, CancelTask):
-            self._call_off(task_run)
+            self._cancel_task(task_run)
 
-    def _call_off(self, task_run: TaskRun) -> None:
+    def _cancel_task(self, task_run: TaskRun) -> None:
         """Drop a task that is not wanted; where it is wanted after all, the server gives the same order again."""
         task_run.cancel()
         if task_run.order is not None:
@@ -216,7 +216,7 @@ class Agent:
         self._broker.send_with_retry(outgoing, on_done)
 
     # ---- bookkeeping ----
-    def _assign(self, about: ForTask | Task) -> TaskRun:
+    def _start_run(self, about: ForTask | Task) -> TaskRun:
         task_run = TaskRun(self._context, job=about.job, task=about.task, client=about.client)
         self._task_runs[about.task] = task_run
         return task_run

@@ -112,7 +112,7 @@ class PayloadCache:
         elif self._keep is not None:
             self._recent[sha256] = None
             self._recent.move_to_end(sha256)
-            self._make_room(self._keep)
+            self._evict_unused(self._keep)
 
     def evict(self, sha256: str) -> None:
         """Delete a payload as soon as no task uses it; a shared shelf decides that itself."""
@@ -130,7 +130,7 @@ class PayloadCache:
             for sha256 in set(self._store.stored()) - set(wanted):
                 self._store.delete(sha256)
 
-    def _make_room(self, keep: int) -> None:
+    def _evict_unused(self, keep: int) -> None:
         """Delete the payloads that were used longest ago."""
         for sha256 in list(self._recent):
             if len(self._recent) <= keep:

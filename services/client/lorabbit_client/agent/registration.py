@@ -102,13 +102,13 @@ class Registration:
         self._was_in_trouble = False
         self._timer: Cancellable | None = None
 
-    def say_hello(self) -> None:
+    def register(self) -> None:
         """Introduce this client, again and again until it is welcomed; one unconfirmed hello at a time."""
         if not self._hello_is_out:
             self._hello_is_out = True
             self._send(self._hello(), self._hello_was_sent)
         if not self._welcomed:
-            self._timer = self._broker.after(self._hello_seconds, self.say_hello)
+            self._timer = self._broker.after(self._hello_seconds, self.register)
             self._hello_seconds = min(LONGEST_HELLO_SECONDS, 2 * self._hello_seconds)
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class Registration:
         if self._welcomed and self.client is not None:
             self._send(Goodbye(address=self._settings.address, client=self.client, process=self._process), None)
 
-    def welcomed(self, welcome: Welcome) -> None:
+    def on_welcome(self, welcome: Welcome) -> None:
         """Take the identity, and keep it; one that was set and is another's now is not made up for by a third."""
         if self._settings.client not in {None, welcome.client} and self.on_taken is not None:
             self.on_taken(f"another client took the name {self._settings.client!r}; {ITS_OWN} LORABBIT_CLIENT")
@@ -133,12 +133,14 @@ class Registration:
         if self._timer is not None:
             self._timer.cancel()
         if self._beats:
-            self._timer = self._broker.after(welcome.heartbeat_seconds, partial(self._beat, welcome.heartbeat_seconds))
+            self._timer = self._broker.after(
+                welcome.heartbeat_seconds, partial(self._send_heartbeat, welcome.heartbeat_seconds)
+            )
 
-    def taken(self, message: AddressTaken) -> None:
+    def on_address_taken(self, message: AddressTaken) -> None:
         """Stop where it is this process that came second; else say what is done here, since the other took tasks."""
         if message.process != self._process:
-            self.say_hello()
+            self.register()
         elif self.on_taken is not None:
             self.on_taken(f"another client is at the address {self._settings.address!r}; {ITS_OWN} LORABBIT_ADDRESS")
 
@@ -161,9 +163,9 @@ class Registration:
             log.info("server-unreachable", address=self._settings.address, why=str(error))
             self._was_in_trouble = True
 
-    def _beat(self, seconds: float) -> None:
+    def _send_heartbeat(self, seconds: float) -> None:
         """Renew the lease; after a break of the broker, or idle for long, say who we are instead."""
-        self._timer = self._broker.after(seconds, partial(self._beat, seconds))
+        self._timer = self._broker.after(seconds, partial(self._send_heartbeat, seconds))
         is_idle = self._outbox() is None
         self._count_idle(seconds, is_idle=is_idle)
         if self._broker.health() is not None:
@@ -172,7 +174,7 @@ class Registration:
         self._heartbeats += 1
         if self._was_in_trouble or (is_idle and self._heartbeats % HEARTBEATS_PER_HELLO == 0):
             self._was_in_trouble = False
-            self.say_hello()
+            self.register()
         elif self.client is not None:
             self._send(Alive(address=self._settings.address, client=self.client, process=self._process), None)
 

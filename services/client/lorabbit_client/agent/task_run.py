@@ -307,7 +307,7 @@ class TaskRun:
         self._context.send(Commit(**self._ids, sha256=sha256), None)
         self._timer = self._context.broker.after(ASK_AGAIN_SECONDS, self._ask)
 
-    def settled(self, *, accepted: bool, reason: str) -> None:
+    def on_verdict(self, *, accepted: bool, reason: str) -> None:
         """Forget the task: the server has its result durably, or never wants it."""
         if not accepted:
             self._log.info("update-rejected", reason=reason)
@@ -317,7 +317,7 @@ class TaskRun:
 
     def cancel(self) -> None:
         """Stop whatever is going on: the task is no longer wanted."""
-        self.settled(accepted=False, reason="cancelled")
+        self.on_verdict(accepted=False, reason="cancelled")
 
     def stop(self) -> None:
         """Stop without forgetting: the process ends, and the journal has the task."""

@@ -34,7 +34,7 @@ from lorabbit.errors import BadInput, LoRAbbitError, RunFailed
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics
 from lorabbit_client.execution.interface import Cancelled, OnProgress, TaskInput, TaskResult
-from lorabbit_client.execution.runners import TaskExecutor, execute_and_seal
+from lorabbit_client.execution.runners import TaskExecutor, execute_and_hash
 
 PROGRESS_SECONDS = 0.1
 """How often a worker looks at its pipe and reports while it works."""
@@ -119,12 +119,12 @@ class ForkServer:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._end)
         try:
-            self._warm_and_watch(spec, population, indices)
+            self._preload_and_watch(spec, population, indices)
         except OSError:
             self._end()  # the parent is gone, or no process can be forked
         os._exit(0)
 
-    def _warm_and_watch(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
+    def _preload_and_watch(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
         try:
             self._executor.warm(spec, population, indices)
         except LoRAbbitError as error:
@@ -138,11 +138,11 @@ class ForkServer:
         gc.freeze()  # a collection in a worker must not touch, and so copy, the shared pages
         self._control.send(PreloadDone())
         for slot in range(self._workers):
-            self._bear(slot)
+            self._start_worker(slot)
         while self._children:
             self._reap()
 
-    def _bear(self, slot: int) -> None:
+    def _start_worker(self, slot: int) -> None:
         """Fork a worker and hand its pipe to the parent."""
         ours, theirs = Pipe()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -152,7 +152,7 @@ class ForkServer:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             ours.close()
             self._control.close()
-            work_until_hung_up(theirs, self._executor)
+            serve_until_closed(theirs, self._executor)
         self._children[child] = slot
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         theirs.close()
@@ -168,7 +168,7 @@ class ForkServer:
         if exit_code == 0:
             return
         self._control.send(WorkerExited(slot, exit_code))
-        self._bear(slot)
+        self._start_worker(slot)
 
     def _end(self, *_: object) -> NoReturn:
         """Take every worker along."""
@@ -179,7 +179,7 @@ class ForkServer:
         os._exit(0)
 
 
-def work_until_hung_up(pipe: Connection[Any, Any], executor: TaskExecutor) -> NoReturn:
+def serve_until_closed(pipe: Connection[Any, Any], executor: TaskExecutor) -> NoReturn:
     """Be a worker: execute what comes over the pipe, until its other end is closed."""
     exit_code = 0
     try:
@@ -211,7 +211,7 @@ def _execute(pipe: Connection[Any, Any], executor: TaskExecutor, work: TaskInput
         pipe.send(WorkProgressed(fraction, loss))
 
     try:
-        return execute_and_seal(executor, work, report, durable=False)
+        return execute_and_hash(executor, work, report, durable=False)
     except Cancelled:
         return WorkCancelled()
 
@@ -288,7 +288,7 @@ class ForkRunner:
             gone = self._gone
             if gone is None:
                 self._queue.append(queued)
-                self._hand_out()
+                self._dispatch()
         if gone is not None:
             on_done(failure(gone))
 
@@ -318,7 +318,7 @@ class ForkRunner:
         for pipe in (*self._pipes.values(), *([self._control] if self._control else [])):
             pipe.close()
 
-    def _hand_out(self) -> None:
+    def _dispatch(self) -> None:
         """Give queued work to idle workers; the lock is held."""
         idle = [slot for slot in self._pipes if slot not in self._running]
         busy = {queued.client for queued in self._running.values()}
@@ -355,9 +355,9 @@ class ForkRunner:
                     self._receive(slot, pipe)
             if control in ready:
                 try:
-                    self._hear_of_worker(control, control.recv())
+                    self._on_worker_event(control, control.recv())
                 except (EOFError, OSError):
-                    self._lose_everything()
+                    self._fail_all()
                     return
 
     def _receive(self, slot: int, pipe: Connection[Any, Any]) -> None:
@@ -367,21 +367,21 @@ class ForkRunner:
         except (EOFError, OSError):
             self._forget(slot)
         else:
-            self._hear_from(slot, message)
+            self._on_worker_message(slot, message)
 
-    def _hear_of_worker(self, control: Connection[Any, Any], message: WorkerStarted | WorkerExited) -> None:
+    def _on_worker_event(self, control: Connection[Any, Any], message: WorkerStarted | WorkerExited) -> None:
         """Take a new worker in, or fail what a dead one was doing."""
         if isinstance(message, WorkerStarted):
             pipe: Connection[Any, Any] = Connection(reduction.recv_handle(control))
             with self._lock:
                 self._pipes[message.slot] = pipe
-                self._hand_out()
+                self._dispatch()
             return
         self._forget(message.slot)
         with self._lock:
             queued = self._running.pop(message.slot, None)
         if queued is not None:
-            queued.on_done(failure(cause_of_death(message.exit_code)))
+            queued.on_done(failure(exit_reason(message.exit_code)))
 
     def _forget(self, slot: int) -> None:
         """Close the pipe of a worker that hung up."""
@@ -390,7 +390,7 @@ class ForkRunner:
         if pipe is not None:
             pipe.close()
 
-    def _hear_from(self, slot: int, message: WorkProgressed | WorkCancelled | TaskResult) -> None:
+    def _on_worker_message(self, slot: int, message: WorkProgressed | WorkCancelled | TaskResult) -> None:
         """Pass a worker's message on; a finished worker gets its next work first."""
         with self._lock:
             queued = self._running.get(slot)
@@ -398,7 +398,7 @@ class ForkRunner:
                 self._running.pop(slot, None)
                 if queued is not None and queued.cancelled:
                     queued.work.output.unlink(missing_ok=True)  # before the next work may write there
-                self._hand_out()
+                self._dispatch()
         if queued is None or queued.cancelled:
             return
         if isinstance(message, WorkProgressed):
@@ -406,7 +406,7 @@ class ForkRunner:
         elif isinstance(message, TaskResult):
             queued.on_done(message)
 
-    def _lose_everything(self) -> None:
+    def _fail_all(self) -> None:
         """Fail all work: the nursery is gone, and no worker will ever be replaced."""
         with self._lock:
             self._gone = self._gone or "the process that keeps the workers was killed (out of memory?)"
@@ -422,7 +422,7 @@ def failure(sentence: str) -> TaskResult:
     return TaskResult(Metrics(num_examples=0), has_tensors=False, error=sentence)
 
 
-def cause_of_death(exit_code: int) -> str:
+def exit_reason(exit_code: int) -> str:
     """Say what ended a worker, for an operator."""
     if exit_code == -signal.SIGKILL:
         return (

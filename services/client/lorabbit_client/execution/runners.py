@@ -31,17 +31,17 @@ class TaskExecutor(Protocol):
         """Do one task; raises nothing but Cancelled."""
 
 
-def execute_and_seal(executor: TaskExecutor, work: TaskInput, on_progress: OnProgress, *, durable: bool) -> TaskResult:
+def execute_and_hash(executor: TaskExecutor, work: TaskInput, on_progress: OnProgress, *, durable: bool) -> TaskResult:
     """Execute work and take its result's sha256; whatever fails fails the task. Raises Cancelled and nothing else."""
     try:
-        return _sealed(executor.execute(work, on_progress), work, durable=durable)
+        return _with_sha256(executor.execute(work, on_progress), work, durable=durable)
     except Cancelled:
         raise
     except Exception as error:  # noqa: BLE001 - a full disk or memory must fail the task, not the thread
         return failed(work, error)
 
 
-def _sealed(outcome: TaskResult, work: TaskInput, *, durable: bool) -> TaskResult:
+def _with_sha256(outcome: TaskResult, work: TaskInput, *, durable: bool) -> TaskResult:
     """Force a result to disk and take its sha256; raises OSError."""
     if outcome.error is not None or not outcome.has_tensors:
         return outcome
@@ -63,7 +63,7 @@ class InlineRunner:
 
     def submit(self, work: TaskInput, on_progress: OnProgress, on_done: Callable[[TaskResult], None]) -> None:
         """Execute now; `on_done` is called before this returns."""
-        on_done(execute_and_seal(self._executor, work, on_progress, durable=False))
+        on_done(execute_and_hash(self._executor, work, on_progress, durable=False))
 
     def cancel(self, task: str) -> None:
         """Do nothing: whatever was submitted is done."""
@@ -150,7 +150,7 @@ class ThreadRunner:
         if queued.cancelled.is_set():
             return
         try:
-            outcome = execute_and_seal(self._executor, queued.work, report, durable=self._durable)
+            outcome = execute_and_hash(self._executor, queued.work, report, durable=self._durable)
         except Cancelled:
             return
         if queued.cancelled.is_set():

@@ -127,7 +127,7 @@ class TorchPersonalSession:
                 if name in present:
                     present[name].copy_(to_torch(value))
                 else:
-                    self.ensemble.beside[name] = extra_parameters(value, device)
+                    self.ensemble.extra_parameters[name] = extra_parameters(value, device)
 
     # ---- training ----
     def train(
@@ -154,7 +154,7 @@ class TorchPersonalSession:
             moving=chosen,
         )
         trained = trainer.run(self._on_progress, gradient_term=gradient_term, frozen=lambda name: name not in chosen)
-        self.ensemble.still = frozenset(self.ensemble.splits)
+        self.ensemble.frozen = frozenset(self.ensemble.splits)
         self.steps += trained.steps
         if any(name.startswith(PREFIX) for name in chosen):
             self.private_tensors[OWN] = self.tensors(PREFIX)

@@ -34,12 +34,12 @@ class TorchForward:
         self,
         batch: Batch,
         models: Mapping[str, SplitModel],
-        beside: Mapping[str, torch.Tensor],
+        extra_parameters: Mapping[str, torch.Tensor],
         *,
-        still: frozenset[str],
+        frozen: frozenset[str],
     ) -> None:
         """Take a batch on its device, the models by role, and the tensors beside them; `still` models are frozen."""
-        self._batch, self._models, self._beside, self._still = batch, models, beside, still
+        self._batch, self._models, self._beside, self._still = batch, models, extra_parameters, frozen
         self._views: dict[str, ForwardView] = {}
         self._values: dict[tuple[str, str], torch.Tensor] = {}
 
@@ -131,8 +131,8 @@ class Ensemble(nn.Module):
         super().__init__()
         self.splits: dict[str, SplitModel] = {OWN: own}
         self.members = nn.ModuleDict({OWN: own.model})
-        self.beside: dict[str, nn.Parameter] = {}
-        self.still: frozenset[str] = frozenset()
+        self.extra_parameters: dict[str, nn.Parameter] = {}
+        self.frozen: frozenset[str] = frozenset()
         """Roles of the models that are frozen now."""
         self.answer: Objective | None = None
         """Probabilities to be scored by; None: the own model's."""
@@ -144,7 +144,7 @@ class Ensemble(nn.Module):
 
     def look(self, batch: Batch) -> TorchForward:
         """Look at a batch on its device."""
-        return TorchForward(batch, self.splits, self.beside, still=self.still)
+        return TorchForward(batch, self.splits, self.extra_parameters, frozen=self.frozen)
 
     def forward(self, **batch: torch.Tensor) -> SequenceClassifierOutput:
         """Classify, by the own model or as the method says; the loss is the mean of -log p of the label."""
@@ -158,7 +158,7 @@ class Ensemble(nn.Module):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything by name: parameters and kept buffers of models, and what is beside them."""
-        found: dict[str, torch.Tensor] = dict(self.beside)
+        found: dict[str, torch.Tensor] = dict(self.extra_parameters)
         for role, split in self.splits.items():
             found |= {f"{role}.{name}": value for name, value in state(split.model).items()}
         return found
@@ -211,13 +211,13 @@ class PersonalTrainer(Trainer):
 
     def _train_mode(self) -> None:
         """Switch dropout and statistics on in models that move, and in no other."""
-        still = set()
+        frozen = set()
         for role, split in self._ensemble.splits.items():
             moves = any(f"{role}.{name}" in self._moving for name in state(split.model))
             split.model.train(moves)
             if not moves:
-                still.add(role)
-        self._ensemble.still = frozenset(still)
+                frozen.add(role)
+        self._ensemble.frozen = frozenset(frozen)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Return the objective of one batch."""

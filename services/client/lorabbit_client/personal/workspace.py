@@ -128,7 +128,7 @@ class PersonalWorkspace:
 
     def second(self, name: str, index: int) -> SplitModel:
         """A model that every client builds alike; raises BadInput when it reads other data than the own one."""
-        if not _reads_alike(self._reader(name), self._reader(self._name(index))):
+        if not _same_processor(self._reader(name), self._reader(self._name(index))):
             raise BadInput(
                 f"method.shared_model: {name!r} reads its input otherwise than {self._name(index)!r}, the own model of"
                 f" the client at index {index}; take one with the same tokenizer or image size"
@@ -187,7 +187,7 @@ class PersonalWorkspace:
         return evaluate(model, examples, self._spec.evaluation.batch_size, on_progress=on_progress)
 
 
-def _reads_alike(left: Any, right: Any) -> bool:  # noqa: ANN401 - tokenizers or image processors
+def _same_processor(left: Any, right: Any) -> bool:  # noqa: ANN401 - tokenizers or image processors
     """Tell whether two models can read one batch."""
     if hasattr(left, "get_vocab") and hasattr(right, "get_vocab"):
         return bool(left.get_vocab() == right.get_vocab())

@@ -141,7 +141,7 @@ class FrozenPrefix:
         try:
             lowest.forward = self._answer
             for block in others:
-                block.forward = _pass_on
+                block.forward = _forward
             yield
         finally:
             for block in self._blocks:
@@ -183,7 +183,7 @@ class FrozenPrefix:
         return found[0]
 
 
-def _pass_on(hidden: torch.Tensor, *_args: Any, **_named: Any) -> torch.Tensor:  # noqa: ANN401
+def _forward(hidden: torch.Tensor, *_args: Any, **_named: Any) -> torch.Tensor:  # noqa: ANN401
     return hidden
 
 
@@ -214,7 +214,11 @@ def find_prefix(  # noqa: PLR0913
     blocks = _blocks(model.model)
     moved = {id(value) for value in moving}
     frozen = _frozen_blocks(blocks, moved)
-    if not frozen or _is_random(model.model, frozen) or not _pays(config, examples, usage, cache.budget_bytes):
+    if (
+        not frozen
+        or _is_random(model.model, frozen)
+        or not _is_worth_caching(config, examples, usage, cache.budget_bytes)
+    ):
         return None
     below = {id(value) for block in frozen for value in block.parameters()}
     below |= {id(value) for name, value in model.model.named_parameters() if "embeddings" in name}
@@ -252,7 +256,7 @@ def _is_random(model: nn.Module, frozen: Sequence[nn.Module]) -> bool:
     return any(isinstance(m, nn.Dropout) and m.p > 0.0 for block in frozen for m in block.modules())
 
 
-def _pays(config: Any, examples: Examples, usage: ExampleUsage, budget_bytes: int) -> bool:  # noqa: ANN401
+def _is_worth_caching(config: Any, examples: Examples, usage: ExampleUsage, budget_bytes: int) -> bool:  # noqa: ANN401
     """Tell from the job and the data alone whether examples are used often enough while they are kept."""
     rows = len(examples)
     width = int(getattr(config, "hidden_size", 0))

@@ -85,7 +85,7 @@ class TorchSession:
 
     def tensors(self) -> Tensors:
         """Return the selected tensors as they are now; a copy, in the job's dtype."""
-        return read_tensors(self.settled())
+        return read_tensors(self.prepared_model())
 
     def load(self, tensors: Tensors) -> None:
         """Overwrite selected tensors by name; raises Refused for an unknown name, wrong shape or dtype."""
@@ -126,7 +126,7 @@ class TorchSession:
         """Tune on local data as `local` or the job says, from the present tensors, with a fresh optimizer."""
         if self._selected is not self._adapter:
             self._base.replace()
-        model = self.settled()
+        model = self.prepared_model()
         if not len(self._data.train):
             return LocalResult(self.tensors(), 0, float("nan"), 0)
         start = time.perf_counter()
@@ -135,7 +135,7 @@ class TorchSession:
         seed = derive_seed(self.seed, "stream", stream) if stream else self.seed
         trainer = self._trainer(model, options.get("local") or self.local, clock, seed)
         trained = trainer.run(
-            self._trained,
+            self._on_step,
             gradient_term=options.get("gradient_term"),
             frozen=options.get("frozen"),
             mask=options.get("mask"),
@@ -145,12 +145,12 @@ class TorchSession:
         facts: Facts = {"seconds": time.perf_counter() - start, "prefixes_kept": trained.skipped}
         return LocalResult(self.tensors(), self.num_examples, trained.loss, trained.steps, facts)
 
-    def _trained(self, fraction: float, loss: float | None) -> None:
+    def _on_step(self, fraction: float, loss: float | None) -> None:
         """Report how far a training is."""
         self._fraction = fraction
         self._tell(fraction, loss)
 
-    def _looked(self) -> None:
+    def _on_measured(self) -> None:
         """Report that something is measured, as far as training has come; a task that is called off ends here."""
         self._tell(self._fraction, None)
 
@@ -193,21 +193,21 @@ class TorchSession:
         """How hard each training example is, float64 (num_examples,), at the present tensors."""
         from lorabbit_client.analysis.difficulty import difficulties  # noqa: PLC0415 - only methods with a curriculum need it
 
-        return difficulties(self.settled(), self._data.train, kind, on_chunk=self._looked)
+        return difficulties(self.prepared_model(), self._data.train, kind, on_chunk=self._on_measured)
 
     def fisher(self, examples: Sequence[int]) -> Tensors:
         """Mean over these examples of the squared per-example gradient, float32, of every LoRA factor."""
         from lorabbit_client.analysis.fisher import mean_squares  # noqa: PLC0415
 
         positions = rows_of(self._data.train, examples).tolist()
-        return mean_squares(self.settled(), self._data.train, positions, on_chunk=self._looked)
+        return mean_squares(self.prepared_model(), self._data.train, positions, on_chunk=self._on_measured)
 
     def importance(self) -> dict[str, torch.Tensor]:
         """Return each number's share of Fisher information, in [0, 1], float32, of every selected tensor that moves."""
         from lorabbit_client.analysis.fisher import shares  # noqa: PLC0415
 
         positions = self._sample("importance", IMPORTANCE_ROWS)
-        return shares(self.settled(), self._data.train, positions, on_chunk=self._looked)
+        return shares(self.prepared_model(), self._data.train, positions, on_chunk=self._on_measured)
 
     def _sample(self, purpose: str, rows: int) -> list[int]:
         """Draw some of the client's rows, the same in every run of this task."""
@@ -221,17 +221,17 @@ class TorchSession:
         from lorabbit_client.analysis.sensitivity import ProbeSettings, sensitivities  # noqa: PLC0415
 
         probe = ProbeSettings(noise, draws, probes, variant, self.seed, direction)
-        return sensitivities(self.settled(), self._data.train, probe, on_chunk=self._looked)
+        return sensitivities(self.prepared_model(), self._data.train, probe, on_chunk=self._on_measured)
 
     def lossless_share(self, rule: Literal["slq", "eigengap"]) -> float:
         """Share of curvature directions that must not be lost, in (0, 1], from this client's data."""
         from lorabbit_client.analysis.curvature import lossless_share  # noqa: PLC0415
 
         positions = self._sample("curvature", CURVATURE_ROWS)
-        return lossless_share(self.settled(), self._data.train, positions, rule=rule, seed=self.seed)
+        return lossless_share(self.prepared_model(), self._data.train, positions, rule=rule, seed=self.seed)
 
     # ---- for the workspace ----
-    def settled(self) -> TrainableModel:
+    def prepared_model(self) -> TrainableModel:
         """Return the selected model on the base that this task asked for."""
         if self._adapter.base is not None:
             self._adapter.base.apply()

@@ -79,7 +79,7 @@ class FrozenEntries:
             if gradient is not None:
                 gradient.mul_(mask)
 
-    def put_back(self) -> None:
+    def restore_values(self) -> None:
         """Undo what momentum, decay or an optimizer's own terms did outside the masks, to the bit."""
         with torch.no_grad():
             for name, mask in self._masks.items():
@@ -101,7 +101,7 @@ def fp32_master_params(moving: dict[str, nn.Parameter]) -> dict[str, nn.Paramete
     }
 
 
-def hand_gradients(moving: dict[str, nn.Parameter], masters: dict[str, nn.Parameter]) -> None:
+def copy_gradients(moving: dict[str, nn.Parameter], masters: dict[str, nn.Parameter]) -> None:
     """Move the gradients of half-precision parameters to their float32 copies."""
     for name, value in moving.items():
         if masters[name] is not value and value.grad is not None:
@@ -109,7 +109,7 @@ def hand_gradients(moving: dict[str, nn.Parameter], masters: dict[str, nn.Parame
             value.grad = None
 
 
-def hand_values(masters: dict[str, nn.Parameter], moving: dict[str, nn.Parameter]) -> None:
+def copy_values(masters: dict[str, nn.Parameter], moving: dict[str, nn.Parameter]) -> None:
     """Round the float32 copies back into the model."""
     with torch.no_grad():
         for name, value in moving.items():
@@ -136,7 +136,7 @@ def split_micro_batches(features: Features, batch: Batch, most: int) -> Iterator
             yield place, piece, count / total if total else 1 / len(pieces)
 
 
-def computing(limits: TrainingLimits, device: torch.device) -> AbstractContextManager[object]:
+def autocast_context(limits: TrainingLimits, device: torch.device) -> AbstractContextManager[object]:
     """Let torch compute in a client's dtype where it is not float32."""
     if limits.dtype == "float32":
         return nullcontext()
@@ -252,7 +252,7 @@ class Trainer:
         if self._prefix is None:
             yield
             return
-        with computing(self._limits, self._device):
+        with autocast_context(self._limits, self._device):
             self._prefix.prepare(rows)
         with self._prefix.skipped():
             yield
@@ -300,7 +300,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = self._learn(positions, moving, step)
-            hand_gradients(moving, masters)
+            copy_gradients(moving, masters)
             self._scaler.unscale_(optimizer)
             if gradient_term is not None:
                 _add_gradient(masters, start, gradient_term)
@@ -310,8 +310,8 @@ class Trainer:
             self._scaler.step(optimizer)
             self._scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            held.put_back()
-            hand_values(masters, moving)
+            held.restore_values()
+            copy_values(masters, moving)
             total += loss.detach()
             if time.monotonic() >= due:
                 on_progress((step + 1) / steps, self._finite(total, step + 1))
@@ -334,7 +334,7 @@ class Trainer:
 
     def _backward(self, batch: Batch, share: float = 1.0) -> torch.Tensor:
         """Add the gradient of a share of the loss to what is in `grad`; returns that share."""
-        with computing(self._limits, self._device):
+        with autocast_context(self._limits, self._device):
             loss = self._loss(batch)
         loss = loss if share == 1.0 else loss * share
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

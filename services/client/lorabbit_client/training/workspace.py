@@ -145,4 +145,4 @@ class LearningWorkspace:
             examples = load_test(self._spec, processor=self._processor, data_root=self._data_root)
         else:
             examples = self._data(task.index, task.population).test
-        return evaluate(session.settled(), examples, self._spec.evaluation.batch_size, on_progress=on_progress)
+        return evaluate(session.prepared_model(), examples, self._spec.evaluation.batch_size, on_progress=on_progress)
