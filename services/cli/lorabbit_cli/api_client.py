@@ -1,4 +1,4 @@
-"""Remote: a server's HTTP interface, as calls that raise errors of ours.
+"""Client of the server's HTTP API.
 
 No answer is ServerUnavailable, a refusal is BadInput with the server's own sentence. A watcher's
 poll waits on the server, so events arrive at once and nobody polls in vain.

@@ -1,4 +1,4 @@
-"""Service: the server's shell. It holds the lease, knows the clients and runs jobs one after the other.
+"""The server: holds the lease, knows the clients and runs jobs one after the other.
 
 Without the lease it stands by and changes nothing. With it, it continues whatever the store and
 the files say is under way; a server that was killed at any instruction is thereby replaced by the

@@ -1,4 +1,4 @@
-"""The nouns: values that cross module boundaries.
+"""Values that cross module boundaries.
 
 Everything here is frozen and free of I/O. Tensors are NumPy arrays (bfloat16 through
 `ml_dtypes`), so that a server and an idle client never import torch.

@@ -1,4 +1,4 @@
-"""Measures: what a comparison reads off one finished run.
+"""Metrics of one finished run, as a comparison uses them.
 
 All of it is in the run's report, but the modelled time, which puts a link and a device of the sweep
 file in place of this machine: a round then lasts as long as its slowest client takes to receive, to

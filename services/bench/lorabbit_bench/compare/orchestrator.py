@@ -1,4 +1,4 @@
-"""Work: everything that `lorabbit compare` does between its options and its exit code.
+"""Everything that `lorabbit compare` does between its options and its exit code.
 
 Progress of a comparison: a line for each run that begins or ends; on a terminal, bars of those at work.
 """

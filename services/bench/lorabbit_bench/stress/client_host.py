@@ -1,4 +1,4 @@
-"""Light clients: real agents over real connections, whose pace and absences a trace decides.
+"""Simulated clients: real agents over real connections, whose pace and absences a trace decides.
 
 Each has two connections, an inbox, a folder and a lease of its own, and speaks the whole protocol. What
 makes it light is that it imports no learning framework, forces nothing to the disk, and shares one

@@ -1,4 +1,4 @@
-"""The command that finds out how many clients a machine bears."""
+"""The command that finds out how many clients a machine supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Federation: what a stress test needs of a server and its clients, wherever they run."""
+"""What a stress test needs from a server and its clients, wherever they run."""
 
 from __future__ import annotations
 

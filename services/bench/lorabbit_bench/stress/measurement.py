@@ -1,4 +1,4 @@
-"""Measure: one job over a federation, from its events to its figures."""
+"""Measurement: one job over a deployment, from its events to its figures."""
 
 from __future__ import annotations
 

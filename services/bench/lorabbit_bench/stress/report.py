@@ -1,6 +1,6 @@
 """Results of a stress test: JSON, Markdown tables and a picture, whole after every measurement.
 
-Growth: how cost and memory change from the smallest to the largest number of clients.
+Scaling cost: how cost and memory change from the smallest to the largest number of clients.
 
 Cost that grows linearly is a cost for one client that stays; memory that does not depend on the number
 of clients stays too. Both ends are compared for each payload.

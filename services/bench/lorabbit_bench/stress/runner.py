@@ -1,4 +1,4 @@
-"""Work: every size of a plan in turn, until all are measured or the machine gives no more."""
+"""Every size of a plan in turn, until all are measured or the machine gives no more."""
 
 from __future__ import annotations
 

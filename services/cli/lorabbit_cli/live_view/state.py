@@ -1,4 +1,4 @@
-"""Progress: the fold of a job's event log that the live view shows.
+"""State of the live view, computed from a job's event log.
 
 It is cheap on purpose (an embedded run feeds thousands of events) and knows no clock and no
 terminal: the same events give the same state, whoever renders it. Evaluation of round t overlaps

@@ -1,9 +1,9 @@
-"""Picture: one frame of the live view, drawn from a `Progress` and nothing else.
+"""The live view: one frame is drawn from a `JobProgress` and nothing else.
 
 A population that does not fit the terminal is summarized: how many clients do what, and the ones
 at work. The frame never grows beyond the window, so that it redraws in place.
 
-View: a job while it runs, on a terminal as a live picture, elsewhere as plain lines.
+`LiveView`: a job while it runs, on a terminal as a live picture, elsewhere as plain lines.
 
 `feed` only folds the event into a `Progress`; the picture is drawn by rich's own thread a few
 times a second, so that thousands of events cost no more than their fold. A lock keeps the two

@@ -1,4 +1,4 @@
-"""Forecast: what a job would run and move, found out before anything starts.
+"""Dry run: what a job would run and transfer, computed before anything starts.
 
 The model is built and the first adapter made exactly as a run's first client would, the data is
 split exactly as clients would split it, and the method itself says which payloads travel, in the

@@ -1,4 +1,4 @@
-"""Local: a whole federation in one process, over the drivers in memory.
+"""Embedded run: a whole federation in one process, over the drivers in memory.
 
 The server and every client are the ones that a deployment runs; only broker and store are in
 memory, no client sends heartbeats, and nothing is forced to the disk: a run that dies is started

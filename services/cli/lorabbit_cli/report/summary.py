@@ -1,4 +1,4 @@
-"""Facts: what the summary and the pages say of a finished report, worked out once.
+"""Summary of a report: what the terminal and the pages show of a finished run.
 
 Everything comes from the report itself; nothing is measured again.
 

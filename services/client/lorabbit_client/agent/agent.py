@@ -1,9 +1,8 @@
-"""Agent: the protocol half of a client, driven by callbacks on the broker's loop thread.
+"""The protocol side of a client, driven by callbacks on the broker's loop thread.
 
-It leaves being there to its `Presence`, journals and acknowledges tasks at once, and
-leaves each task's life to an `Assignment`. It holds no delivery while training, imports no torch,
-and waits for nothing: whatever comes twice, late or out of order changes nothing. A process may
-hold many agents on one broker; they share runner and shelf, and nothing else.
+`Registration` keeps the client registered. The agent journals and acknowledges tasks at once, and a `TaskRun` executes
+each of them. It holds no delivery while training and imports no torch. Messages that come twice, late or out of order
+change nothing. A process may hold many agents on one broker, which share the runner and the payload cache.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Holdings: which payloads a client holds, and what a task makes it read.
+"""Payloads on a client's disk: which ones it holds, and which ones a task makes it download.
 
 A client holds what its last tasks named. It reads a payload whole, or by the shorter way that the task names where
-it holds what that tells the difference to. Clients that share a shelf each keep their own list, so the bytes counted
+it holds what that tells the difference to. Clients that share a cache each keep their own list, so the bytes counted
 are those of separate machines. What is held and what was counted is written in one step, so a client that is killed
 within a task counts what it read before, once.
 
-Shelf: payloads on this machine's disk, read from their streams when a task needs them.
+`PayloadCache` keeps payloads on this machine's disk and reads them from their streams when a task needs them.
 
 A payload is read once, however many tasks wait for it, and stays for the next task that names it.
 A service client puts away what no task will name again. In an embedded run hundreds of clients
-share one shelf, which keeps the most recently used; each client still counts its own bytes, as if
+share one cache, which keeps the most recently used; each client still counts its own bytes, as if
 it had a disk of its own.
 """
 
@@ -45,7 +45,7 @@ class PayloadCache:
     """See the module's docstring; for the loop thread."""
 
     def __init__(self, broker: Broker, store: PayloadStore, *, keep: int | None = None) -> None:
-        """Share the shelf and `keep` so many unused payloads; with None, clients say what to put away."""
+        """Share the cache and `keep` so many unused payloads; with None, clients say what to put away."""
         self._broker = broker
         self._store = store
         self._keep = keep
@@ -115,7 +115,7 @@ class PayloadCache:
             self._evict_unused(self._keep)
 
     def evict(self, sha256: str) -> None:
-        """Delete a payload as soon as no task uses it; a shared shelf decides that itself."""
+        """Delete a payload as soon as no task uses it; a shared cache decides that itself."""
         if self.is_shared:
             return
         if self._users[sha256] > 0:
@@ -125,7 +125,7 @@ class PayloadCache:
         self._store.delete(sha256)
 
     def tidy(self, wanted: Iterable[str]) -> None:
-        """Delete what an earlier process left here and nobody wants; a shared shelf starts empty."""
+        """Delete what an earlier process left here and nobody wants; a shared cache starts empty."""
         if not self.is_shared:
             for sha256 in set(self._store.stored()) - set(wanted):
                 self._store.delete(sha256)
@@ -156,9 +156,9 @@ class DownloadPlan:
     counted: Mapping[str, int]
     """Bytes that are not here yet, by role."""
     files: tuple[PayloadRef, ...]
-    """To be taken from the shelf, whole or coded."""
+    """To be taken from the cache, whole or coded."""
     kept: tuple[str, ...]
-    """To be given back to the shelf as well: what the task makes, and what it makes that of."""
+    """To be given back to the cache as well: what the task makes, and what it makes that of."""
     recipes: tuple[DecodeStep, ...]
     """How the task makes the payloads that are coded."""
 
@@ -175,7 +175,7 @@ class PayloadAccounting:
         """Payloads that a task is to make, by sha256."""
 
     def tidy(self) -> None:
-        """Delete what an earlier process left on the shelf and nobody holds."""
+        """Delete what an earlier process left on the cache and nobody holds."""
         self._cache.tidy(self._held.values())
 
     def read(self, task: Task) -> DownloadPlan:
@@ -243,7 +243,7 @@ class PayloadAccounting:
         return way.origin is None or self._cache.is_here(way.origin)
 
     def _is_short(self, way: EncodedDownload, known: Collection[str]) -> bool:
-        """Tell whether this client reads the coded file, or would where the shelf is shared."""
+        """Tell whether this client reads the coded file, or would where the cache is shared."""
         return way.origin is None or (way.origin in known and (self._cache.is_shared or self._is_open(way)))
 
     def _reads(self, task: Task, counted: Mapping[str, int], ways: Mapping[str, EncodedDownload]) -> DownloadPlan:

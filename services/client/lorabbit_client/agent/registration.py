@@ -1,4 +1,4 @@
-"""Presence: says hello until it is welcomed, renews the client's lease, says goodbye, and leaves an address to another.
+"""Registration of a client: sends `Hello` until the server answers, renews the lease, and says `Goodbye` at the end.
 
 Everything that a client says of itself carries a name drawn by its process. Two processes at one address read each
 other's messages; the server hears both, and tells the one that came later to stop.

@@ -1,4 +1,4 @@
-"""Assignment: the life of one task on a client, from the journal to the verdict.
+"""One task on a client, from the journal to the verdict.
 
     fetching -> ready -> running -> offered -> sending -> committed -> (gone)
 
@@ -6,7 +6,7 @@ Every step may be repeated: an offer or a commit that stays unanswered is sent a
 delay, a second grant is served, and whatever was done is found again in the journal after a crash.
 An assignment ends with a verdict, a denial, a cancellation, or a failure that the broker has taken.
 
-Desk: what the assignments of one client share.
+`AgentContext` holds what the task runs of one client share.
 
 Progress of one task on its way to the server, of which only the newest is worth anything.
 

@@ -1,4 +1,4 @@
-"""Confined: a client that serves others' jobs reads data below its own data root, and nowhere else.
+"""A client that serves others' jobs reads data below its own data root, and nowhere else.
 
 Who submits a job to a server names its data source, and the client's machine is somebody else's.
 Links below the root are its operator's own and are followed. `lorabbit run` is not confined: there

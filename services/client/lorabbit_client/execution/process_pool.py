@@ -5,7 +5,7 @@ data once and forks the workers, which share those pages copy-on-write: a hundre
 model. A worker that dies (the kernel's out-of-memory killer, a crash in native code) fails its task
 with the signal's name and is replaced. Ctrl-C reaches the parent only.
 
-Nursery: the process that loads model and data once and forks the workers that share them.
+The fork server: the process that loads model and data once and forks the workers that share them.
 
 It has one thread and does nothing but fork and reap, so a fresh worker can be forked at any time
 without the hazards of forking a process that has threads. Every worker has a pipe of its own; the
@@ -49,12 +49,12 @@ class Preloadable(TaskExecutor, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PreloadDone:
-    """Nursery -> parent: everything is loaded."""
+    """Fork server -> parent: everything is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreloadFailed:
-    """Nursery -> parent: loading failed; nothing follows."""
+    """Fork server -> parent: loading failed; nothing follows."""
 
     sentence: str
     bad_input: bool
@@ -63,14 +63,14 @@ class PreloadFailed:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStarted:
-    """Nursery -> parent: a worker is there; the handle of its pipe follows."""
+    """Fork server -> parent: a worker is there; the handle of its pipe follows."""
 
     slot: int
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerExited:
-    """Nursery -> parent: a worker ended on its own, by `-exit_code` as a signal when negative."""
+    """Fork server -> parent: a worker ended on its own, by `-exit_code` as a signal when negative."""
 
     slot: int
     exit_code: int

@@ -1,4 +1,4 @@
-"""Operations: how many floating-point operations a task's products of matrices take.
+"""How many floating-point operations a task's products of matrices take.
 
 A multiplication and an addition are two operations. Counted are linear layers, products of matrices,
 convolutions and attention, as torch is asked for them; everything else (normalization, activation,

@@ -1,4 +1,4 @@
-"""Admission: what an update must be before it may count.
+"""Validation of updates: what an offer and its tensors must be before the update may count.
 
 Every refusal has a short name that is counted in the report. The order of the checks is that of
 their price: the offer's numbers first, then the file's header, then every value.

@@ -1,9 +1,9 @@
-"""The HTTP interface's door: the operator's token, and how clients join and are sent away.
+"""Authentication of HTTP requests: the operator's token, and how clients join and are revoked.
 
 A client shows its join token, once; everything else needs the operator's, where the server has one. Health and
 numbers (`/healthz`, `/readyz`, `/metrics`) are open: probes and Prometheus hold no secret.
 
-Bodies: what an HTTP request may bring, in bytes and in seconds, before anything reads it.
+`RequestBodyLimit` bounds the bytes and the seconds of a request's body before anything reads it.
 
 A join needs no secret to be asked for, so whoever reaches the server can send one. A body is read to its end here, in
 bounded memory and time; the application sees it whole.

@@ -47,7 +47,7 @@ class ServerMetrics:
         )
         self._requests = Counter(
             "lorabbit_requests_refused",
-            "HTTP requests that were refused at the door",
+            "HTTP requests that were refused before they were handled",
             ["reason"],
             registry=self.registry,
         )

@@ -1,4 +1,4 @@
-"""Exports: adapter folders that PEFT or transformers loads as they are, one for each place in a run folder.
+"""Adapter folders that PEFT or transformers loads as they are, one for each place in a run folder.
 
 How the folder of a version looks follows from committed events: the files that the first client
 described (`AdapterInitialized`), and what a version overrides of them (`RoundClosed`).

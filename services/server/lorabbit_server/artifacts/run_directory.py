@@ -1,4 +1,4 @@
-"""RunFolder: what a run leaves behind for its user, kept current after every round.
+"""The directory of a run: what it leaves to its user, updated after every round.
 
 Everything here is made from committed events and from payload files, so a restarted server makes
 what is missing again. How a file gets there: see `wholefiles`. `told` belongs to the loop; the work

@@ -1,4 +1,4 @@
-"""Evidence: what `lorabbit replay` needs, kept in a run's folder where the job asks for it (`output.keep_updates`).
+"""Archive of updates: what `lorabbit replay` needs, kept where the job asks for it (`output.keep_updates`).
 
 `updates/log.jsonl` has the events that say which updates made which version, `updates/` the tensors by sha256.
 A file is copied behind the commit that counts it and before the step that folds it, so a restarted server finds
@@ -21,7 +21,7 @@ _Work = Callable[[], None]
 
 
 class UpdateArchive:
-    """The evidence of one run."""
+    """The archived updates of one run."""
 
     def __init__(self, folder: Path, payloads: PayloadStore, files: FencedFileWriter, *, wanted: bool) -> None:
         """Keep it below the run's folder; do nothing where it is not wanted."""

@@ -1,10 +1,10 @@
-"""Occupancy: who speaks at each address, and who came second where two processes took the same one.
+"""Addresses of clients: detects two processes that use one address, and which of them came second.
 
 A restarted client draws a new name, and its former process is never heard of again. So whoever speaks after a younger
 process did is alive beside it: both read one inbox, and each gets half of what is meant for the other. The younger one
 has to go; a supervisor that starts it again only makes it the younger one again.
 
-Inboxes: the queues in which the broker keeps what each client is sent, declared by the server that leads.
+`ClientQueues` declares the queue in which the broker keeps the messages for each client.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DuplicateClientDetector:
 
 
 class ClientQueues:
-    """Knows which inboxes are there, so that each is declared once; for the loop thread."""
+    """Knows which queues exist, so that each is declared once; for the loop thread."""
 
     def __init__(self, broker: Broker) -> None:
         """Know of none yet: the broker may have lost what an earlier server declared."""

@@ -1,4 +1,4 @@
-"""Access: who may speak to this server as whom.
+"""Enrollment: which clients may speak to this server, and under which identity.
 
 Without a management interface clients share a user of the broker, and a message has to carry the name that
 the broker checked, whatever it is. With one, every client joins with a token, gets a user of its own, and a message
@@ -118,7 +118,7 @@ class ClientAccess:
         self.on_revoked()
 
     def restore(self) -> None:
-        """Bring the broker's users to what the roster says: one that lost them, or a server that died half-way."""
+        """Bring the broker's users to what the store says: one that lost them, or a server that died half-way."""
         if self._admin is None:
             return
         users = self._admin.users()

@@ -1,4 +1,4 @@
-"""Attendance: every client that was ever here, as an operator sees it, from the store that any server may read."""
+"""Listing of clients: every client that the store knows, as an operator sees it."""
 
 from __future__ import annotations
 

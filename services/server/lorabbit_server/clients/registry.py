@@ -1,4 +1,4 @@
-"""Who is there: identities, inboxes and leases of clients.
+"""The registry of clients: identities, addresses and leases.
 
 Identities are kept in the store; who is *present* is this server's own observation, so a server
 that starts sees nobody until they speak. Clients that were alive when the last server stopped get

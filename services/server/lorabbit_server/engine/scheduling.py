@@ -1,4 +1,4 @@
-"""Pace: the questions in which the schedules differ, answered from the state alone.
+"""Scheduling: the questions in which the schedules differ, answered from the state alone.
 
 Whom to ask next, whether there is enough to close a round, how old a result is and when to stop waiting.
 A round's number is that of the version it makes; a training task of round r started from version r - 1.

@@ -1,4 +1,4 @@
-"""Waits: whom a job waits for at this moment, since when, until when, and what ends the wait.
+"""Wait reasons: whom a job waits for at this moment, since when, until when, and what ends the wait.
 
 Pure: it reads the engine's state and what a server has seen of the clients. A job that has not ended always
 waits for somebody, so the answer is never empty.

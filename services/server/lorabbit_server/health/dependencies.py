@@ -1,4 +1,4 @@
-"""Surroundings: what a server depends on and does not control, with the time at which each trouble began.
+"""Health of the dependencies: broker, store and lease, with the time at which each problem began.
 
 Asked by the HTTP interface, so it answers within a few seconds whatever hangs: the store is probed over a
 connection of its own that does not try again. RabbitMQ tells of an alarm only to a connection that publishes, so a
@@ -54,7 +54,7 @@ class DependencyHealth:
 
     def start(self) -> None:
         """Look again and again, so that the begin of a trouble is known before anybody asks."""
-        self._thread = threading.Thread(target=self._watch, name="surroundings", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="dependency-health", daemon=True)
         self._thread.start()
 
     def _ask_broker(self) -> None:

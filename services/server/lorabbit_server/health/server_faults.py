@@ -1,6 +1,6 @@
-"""Setbacks: what keeps this server from going on: no room on its disk, a store without writes, a job without files.
+"""Faults of this server that delay its job: no room on its disk, a store without writes, a job without files.
 
-Broker, store and lease are looked at from outside, see `surroundings`; these are only found by trying.
+Broker, store and lease are looked at from outside, see `dependencies`; these are only found by trying.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NO_FILES = "no deadline; start the server on the volume that has them, or cance
 
 
 class ServerFaults:
-    """The newest setback, for as long as it comes again. Safe to call from any thread."""
+    """The newest fault, for as long as it recurs. Safe to call from any thread."""
 
     def __init__(self, lease_ms: int) -> None:
         """One that does not come again for two leases is over."""

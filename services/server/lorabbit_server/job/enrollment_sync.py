@@ -1,4 +1,4 @@
-"""Door: keeps a server that leads in step with the store on who has joined and who was sent away.
+"""Revocation: a server that leads removes clients that were revoked, and restores users that the broker lost.
 
 Any server may be told to revoke a client; the one that leads looks at once where it was told itself, and now and
 then in any case.

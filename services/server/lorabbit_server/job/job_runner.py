@@ -1,10 +1,10 @@
-"""JobRun: the shell of one job. It feeds events to `decide` and performs the commands.
+"""Execution of one job: feeds events to `decide` and performs the commands.
 
-Everything that a decision changes goes through the ledger, so it is durable before anybody hears
+Everything that a decision changes goes through the unit of work, so it is durable before anybody hears
 of it; heavy work (hashing, admission, aggregation, exports) runs beside the loop and comes back as
 an event. After a crash the same commands are given again from the state in the store.
 
-Deadline: the one timer of a job, which the engine sets and the store remembers.
+`RoundTimer` is the one timer of a job, which the engine sets and the store remembers.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class JobRunner:
         )
         self._task_builder = TaskBuilder(self._method, self._versions, context.registry, epoch=context.epoch)
         self.uploads = Uploads(context, job, self._meter, self._on_checked)
-        """Takes chunks and commits straight from reception."""
+        """Takes chunks and commits straight from the message router."""
         self._downloads = Downloads(context, self._is_needed, self._fail_job)
         self._deadline = RoundTimer(context, self.apply)
         folder = context.settings.folder / "runs" / job

@@ -1,4 +1,4 @@
-"""Reception: every message from a client, checked and brought to whom it concerns.
+"""The message router: checks every message from a client and passes it to the registry or to the running job.
 
 One server answers in one epoch. Answers that need no memory (a welcome, a word about a job that is
 over) are sent straight away, and the question is acknowledged once the broker has the answer;
@@ -101,7 +101,7 @@ class MessageRouter:
                 self._broker.ack(delivery)
 
     def remove_clients(self, clients: Iterable[str]) -> None:
-        """Let go of clients that were revoked: their inboxes, their leases, their part in the job."""
+        """Remove clients that were revoked: their queues, their leases, their part in the job."""
         for address in clients:
             self._client_queues.delete(address)
             self._duplicates.forget(address)
@@ -128,7 +128,7 @@ class MessageRouter:
         self._apply(transitions.ClientDismissed(client, self._registry.present, reason, self._now()))
 
     def _refuse(self, delivery: Delivery, address: str, why: Refused) -> None:
-        """Count a message that no honest client sends, and put it aside."""
+        """Count a message that no honest client sends, and reject it."""
         log.warning("message-refused", address=address, type=delivery.type, reason=why.reason, detail=why.detail)
         self._context.refused[why.reason] += 1
         self._broker.reject(delivery)

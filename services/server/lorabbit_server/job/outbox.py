@@ -1,4 +1,4 @@
-"""Relay: the outbox on its way to the broker, in order for each client.
+"""The outbox publisher: sends committed messages to the broker, in order for each client.
 
 A message that names payloads waits until their streams hold a first chunk, because RabbitMQ 3.10
 refuses, and now and then breaks over, a reader that comes while a stream is being made. Whatever

@@ -150,7 +150,7 @@ class UnitOfWork:
             relayed=relayed,
         )
 
-    # ---- relay ----
+    # ---- outbox ----
     def resend_all(self) -> None:
         """Send what an earlier server left in the outbox."""
         for step, text in self._store.outbox(self.state.job):

@@ -1,4 +1,4 @@
-"""Meter: bytes on the wire per task, payload and overhead apart.
+"""The traffic meter: bytes on the wire per task, payload and overhead separately.
 
 Payload is the bytes of tensors in chunks. Overhead is everything else that our messages hold:
 bodies of control messages, and the routing keys, types and headers of all of them. What AMQP and

@@ -1,4 +1,4 @@
-"""Uploads: from an offer that is wanted to a payload that passed admission.
+"""Uploads: from an accepted offer to a validated payload.
 
 A payload is known by its content, so two tasks that bring the same bytes share one upload, and
 bytes that are here already move no second time. Chunks are acknowledged once written; one that is
@@ -12,13 +12,13 @@ takes over first takes what the broker holds for its predecessor, and then asks 
 uploads a window of them is granted at a time. A task has one: what it offered before, or was too late with, is awaited
 no longer.
 
-Repairs: chunks of an upload that were refused, asked for again as soon as their client has sent the others.
+`ChunkRetransmits`: chunks of an upload that were refused, asked for again as soon as their client has sent the others.
 
 A client at work takes no second grant, so the asking waits for its commit; chunks and commits come through
 two queues, either first. A commit is answered once, and one chunk is asked for a few times this way: whoever
 sends damaged chunks for ever gets no more answers than that, and is asked again when the upload has stalled.
 
-Window: how many payloads may be on their way up at one time.
+`UploadWindow`: how many payloads may be uploaded at one time.
 
 Without it a thousand clients would send at once, and what the server has not read yet would fill the
 broker's memory until it blocks everybody. Payloads enter in the order of their offers. One that is

@@ -1,4 +1,4 @@
-"""The defense of a round: between admission and `method.aggregate`, whatever the method.
+"""The defense of a round: between validation and `method.aggregate`, whatever the method.
 
 The updates are weighed in the space of `robust.geometry`, one robust update is made of them, and every client's
 tensors are replaced by it, so that a method may average them as it likes. Factors of the result are the

@@ -1,4 +1,4 @@
-"""Crash points: named places at which a process can be made to die, as if its power had been cut.
+"""Failpoints: named places at which a process can be made to die, as if its power had been cut.
 
 ``LORABBIT_CRASH_AT=<name>`` ends the process when it comes to that place, ``<name>:<n>`` when it comes there the
 n-th time: SIGKILL's exit code, nothing flushed, nobody told. Each point is a step of the protocol between two effects

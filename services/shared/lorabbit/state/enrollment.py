@@ -1,4 +1,4 @@
-"""Roster: who may join (tokens), who has joined (members) and who was sent away, in the store.
+"""Enrollment in the store: join tokens, enrolled clients and revoked ones.
 
 Tokens are kept as their sha256. A token is used up and a member written in one step, so a client that
 asks twice, or a server that dies between store and broker, changes nothing.

@@ -109,7 +109,7 @@ class RedisStateStore(StateStore):
 
     @property
     def enrollment(self) -> EnrollmentStore:
-        """See `StateStore.roster`."""
+        """See `StateStore.enrollment`."""
         return EnrollmentStore(self._run, lambda ask: self._call(lambda: ask(self._redis)), _SERVER)
 
     # ---- the server's lease ----
