@@ -44,7 +44,7 @@ class Agent:
         cache: PayloadCache | None = None,
         embedded: bool = False,
     ) -> None:
-        """Use a shelf that others use too, or one of its own.
+        """Use a payload cache that others use too, or its own.
 
         An embedded agent sends no heartbeats and keeps no journal: it dies with its server.
         """
@@ -221,7 +221,7 @@ class Agent:
         return task_run
 
     def _forget(self, task: str) -> None:
-        """Forget an assignment, but remember for a while that it was done, should its order come a second time."""
+        """Forget a task run, but remember for a while that it was done, should its order come a second time."""
         task_run = self._task_runs.pop(task)
         self._context.accounting.forget(task)
         if task_run.order is not None:

@@ -74,7 +74,7 @@ HEARTBEATS_PER_HELLO = 12
 class Registration:
     """See the module's docstring; for the loop thread."""
 
-    def __init__(  # noqa: PLR0913 - whose presence it is, through what it speaks, and what it has to tell
+    def __init__(  # noqa: PLR0913 - whose registration it is, through what it speaks, and what it has to tell
         self,
         broker: Broker,
         settings: ClientSettings,

@@ -4,7 +4,7 @@
 
 Every step may be repeated: an offer or a commit that stays unanswered is sent again with a growing
 delay, a second grant is served, and whatever was done is found again in the journal after a crash.
-An assignment ends with a verdict, a denial, a cancellation, or a failure that the broker has taken.
+A task run ends with a verdict, a denial, a cancellation, or a failure that the broker has taken.
 
 `AgentContext` holds what the task runs of one client share.
 
@@ -56,9 +56,9 @@ class AgentContext:
     address: str
     send: Callable[[Message, OnDone | None], None]
     done: Callable[[str], None]
-    """The task is over: forget the assignment."""
+    """The task is over: forget the task run."""
     advance: Callable[[], None]
-    """An assignment is ready, or no longer at work: `run` those whose turn it is."""
+    """A task run is ready, or no longer at work: `run` those whose turn it is."""
 
 
 class ProgressReporter:
@@ -157,7 +157,7 @@ class TaskRun:
             self._is_ready()
 
     def _is_ready(self) -> None:
-        """Everything is here; the desk says when to run."""
+        """Everything is here; the agent decides when to run."""
         self.stage = "ready"
         self._context.advance()
 

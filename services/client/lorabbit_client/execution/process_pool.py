@@ -1,6 +1,6 @@
 """ForkRunner: a pool of processes that share one base model and one copy of the data.
 
-The parent forks a `nursery` while it is still small and has no threads; the nursery loads model and
+The parent forks a fork server while it is still small and has no threads; the fork server loads model and
 data once and forks the workers, which share those pages copy-on-write: a hundred clients cost one
 model. A worker that dies (the kernel's out-of-memory killer, a crash in native code) fails its task
 with the signal's name and is replaced. Ctrl-C reaches the parent only.
@@ -104,7 +104,7 @@ def fork() -> int:
 
 
 class ForkServer:
-    """The life of the nursery process; `run` does not return."""
+    """The life of the fork server process; `run` does not return."""
 
     def __init__(self, control: Connection[Any, Any], executor: Preloadable, workers: int) -> None:
         """Report to the parent over `control`; keep `workers` alive."""
@@ -261,7 +261,7 @@ class ForkRunner:
         self._gone: str | None = None
 
     def warm(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
-        """Load a job in the nursery and fork the workers; raises BadInput or RunFailed."""
+        """Load a job in the fork server and fork the workers; raises BadInput or RunFailed."""
         ours, theirs = Pipe()
         child = fork()
         if child == 0:
@@ -302,7 +302,7 @@ class ForkRunner:
                     self._tell(slot, CancelWork(task))
 
     def close(self) -> None:
-        """Stop the workers and the nursery at once; whatever they do is lost."""
+        """Stop the workers and the fork server at once; whatever they do is lost."""
         with self._lock:
             self._queue.clear()
             self._gone = self._gone or "the workers were stopped"
@@ -342,7 +342,7 @@ class ForkRunner:
             return
 
     def _read(self, control: Connection[Any, Any]) -> None:
-        """Receive from the workers and the nursery until the nursery is gone.
+        """Receive from the workers and the fork server until the fork server is gone.
 
         Workers first: what a worker said before it died counts.
         """
@@ -407,7 +407,7 @@ class ForkRunner:
             queued.on_done(message)
 
     def _fail_all(self) -> None:
-        """Fail all work: the nursery is gone, and no worker will ever be replaced."""
+        """Fail all work: the fork server is gone, and no worker will ever be replaced."""
         with self._lock:
             self._gone = self._gone or "the process that keeps the workers was killed (out of memory?)"
             lost = [*self._running.values(), *self._queue]

@@ -45,7 +45,7 @@ STATUS: tuple[tuple[type[LoRAbbitError], int], ...] = ((NotFound, 404), (NotAllo
 
 
 def make_app(service: Server, measures: ServerMetrics, status_service: StatusService | None = None) -> FastAPI:
-    """Build the application of a server; `status_service` replaces the default, which waits as long as the store does."""
+    """Build the application of a server; `status_service` replaces the default, which waits for the store."""
     if status_service is None:
         status_service = StatusService(
             service, DependencyHealth(service.broker, service.store, service.now_ms), service.store
