@@ -173,3 +173,23 @@ def test_the_command_line_starts_without_what_only_its_commands_need(arguments: 
     )
 
     assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_a_command_without_the_package_that_it_needs_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("lorabbit_bench.compare.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+
+    result = lorabbit("compare", "examples/quickstart.yaml", "--no-run")
+
+    assert result.exit_code == 1
+    assert result.stderr == "error: this command needs the package scipy: pip install 'lorabbit[all]'\n"
+
+
+def test_other_packages_add_commands_through_entry_points() -> None:
+    from importlib.metadata import entry_points  # noqa: PLC0415 - what the command line does at its start
+
+    names = {entry.name for entry in entry_points(group="lorabbit.commands")}
+
+    assert names == {"compare", "stress"}
+    assert all(lorabbit(name, "--help").exit_code == 0 for name in names)

@@ -37,6 +37,11 @@ class ErrorReportingGroup(TyperGroup):
         except LoRAbbitError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from error
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("lorabbit"):
+                raise
+            typer.echo(f"error: this command needs the package {error.name}: pip install 'lorabbit[all]'", err=True)
+            raise typer.Exit(1) from error
         except BrokenPipeError:
             raise  # typer ends quietly when `| head` has had enough
         except OSError as error:
