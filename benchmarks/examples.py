@@ -21,7 +21,7 @@ from pathlib import Path
 from measure import Table, machine
 from transport import LORABBIT
 
-from lorabbit.events.report import LOWER_IS_BETTER
+from lorabbit.metrics import is_better
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LIMIT_SECONDS = 180
@@ -41,7 +41,7 @@ def measured(name: str) -> dict[str, object]:
     report = json.loads(done.stdout)
     metric = report["main_metric"]
     scored = [each["metrics"][metric] for each in report["rounds"] if metric in each["metrics"]]
-    better = scored[-1] < scored[0] if metric in LOWER_IS_BETTER else scored[-1] > scored[0]
+    better = is_better(metric, scored[-1], scored[0])
     return {
         "example": name,
         "method": report["method"]["name"],

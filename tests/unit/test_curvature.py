@@ -73,7 +73,7 @@ def test_the_product_is_that_of_the_hessian_by_finite_differences(tmp_path: Path
         direction = np.random.default_rng(0).standard_normal(surface.size)
         direction /= np.linalg.norm(direction)
         step = 1e-2
-        there, back = (surface._differentiate(surface._perturbed(sign * step * direction)) for sign in (1, -1))
+        there, back = (surface._differentiate(surface._moved(sign * step * direction)) for sign in (1, -1))
 
         expected = ((there - back) / (2 * step)).detach().numpy()
         found = surface.product(direction)

@@ -438,7 +438,7 @@ def test_a_stream_that_lost_its_end_is_found_out_although_its_beginning_is_read_
 
 
 def test_a_read_on_which_nothing_arrives_as_the_broker_is_away_says_so(broker, clock, client_store, ref):
-    broker.trouble = lambda: "no route to host"
+    broker.health = lambda: "no route to host"
 
     answer = silence(broker, clock, client_store, ref)
 
