@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,14 @@ def test_a_small_module_with_one_importer_is_part_of_that_importer() -> None:
     }
 
     assert {name: count for name, count in small.items() if count == 1} == {}
+
+
+def test_no_modules_import_each_other_in_a_cycle() -> None:
+    graph = {dotted(path): imports(path) - {dotted(path)} for path in modules()}
+
+    order = list(TopologicalSorter(graph).static_order())
+
+    assert set(order) == set(graph)
 
 
 def test_no_module_or_class_has_a_catch_all_name() -> None:

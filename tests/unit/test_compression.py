@@ -132,29 +132,29 @@ def test_what_top_k_leaves_out_is_smaller_by_the_share_at_least(values, share):
 )
 def test_what_was_sent_and_what_is_left_are_together_what_was_to_be_sent(changes, coding):
     start = {"w": np.zeros(40, np.float32)}
-    sent, unsent = np.zeros(40), {}
+    sent, residual = np.zeros(40), {}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "u"
         origin = held(Path(folder), start)
         for change in changes:
-            unsent = write_compressed(path, {"w": change}, coding, origin=origin, unsent=unsent)
+            residual = write_compressed(path, {"w": change}, coding, origin=origin, residual=residual)
             sent += open_tensors(path, origin)["w"]
 
     wanted = np.sum(np.asarray(changes, np.float64), axis=0)
-    assert np.abs(sent + unsent["w"] - wanted).max() <= len(changes) * 800 * 2**-23
+    assert np.abs(sent + residual["w"] - wanted).max() <= len(changes) * 800 * 2**-23
 
 
 def test_feedback_brings_every_value_across_in_the_end(tmp_path):
     coding = CompressionSpec(codec="top-k", delta=True, share=0.1, feedback=True)
     origin = held(tmp_path, {"w": np.zeros(20, np.float32)})
-    change, unsent, sent = np.arange(1, 21, dtype=np.float32), {}, np.zeros(20)
+    change, residual, sent = np.arange(1, 21, dtype=np.float32), {}, np.zeros(20)
     for number in range(40):
         wanted = change if number == 0 else np.zeros_like(change)
-        unsent = write_compressed(tmp_path / "u", {"w": wanted}, coding, origin=origin, unsent=unsent)
+        residual = write_compressed(tmp_path / "u", {"w": wanted}, coding, origin=origin, residual=residual)
         sent += open_tensors(tmp_path / "u", origin)["w"]
 
     assert np.array_equal(sent, change)
-    assert not unsent["w"].any()
+    assert not residual["w"].any()
 
 
 # ---- files ----

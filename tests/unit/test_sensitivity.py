@@ -14,7 +14,7 @@ from lorabbit.errors import BadInput
 from lorabbit_client.analysis.probe import batch_at, call, evaluation_mode, fp32_overrides, losses
 from lorabbit_client.analysis.sensitivity import ProbeSettings, _noise, _steepest, sensitivities
 from lorabbit_client.data.features import Batch, Features, Scorer
-from lorabbit_client.data.table import Codes
+from lorabbit_client.data.table import IntArray
 from lorabbit_client.dataset import Examples
 from lorabbit_client.training.workspace import LearningWorkspace
 
@@ -41,10 +41,10 @@ class Padded(Features):
         return len(self._inner)
 
     @property
-    def lengths(self) -> Codes:
+    def lengths(self) -> IntArray:
         return self._inner.lengths
 
-    def batch(self, rows: Codes) -> Batch:
+    def batch(self, rows: IntArray) -> Batch:
         batch = self._inner.batch(rows)
         for name in ("input_ids", "attention_mask"):
             batch[name] = torch.nn.functional.pad(batch[name], (0, self._extra))

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from lorabbit.errors import LoRAbbitError
 from lorabbit.job.spec import LocalSpec
 from lorabbit_client.data.features import Batch, Features, Scorer
-from lorabbit_client.data.table import Codes
+from lorabbit_client.data.table import IntArray
 from lorabbit_client.dataset import Examples
 from lorabbit_client.execution.interface import Cancelled
 from lorabbit_client.models.trainable import TrainableModel
@@ -48,10 +48,10 @@ class Ones(Features):
         return self._count
 
     @property
-    def lengths(self) -> Codes:
+    def lengths(self) -> IntArray:
         return np.ones(self._count, dtype=np.int64)
 
-    def batch(self, rows: Codes) -> Batch:
+    def batch(self, rows: IntArray) -> Batch:
         return {"batch": torch.full((len(rows),), self._value)}
 
     def scorer(self) -> Scorer:

@@ -23,7 +23,7 @@ from lorabbit.runtime.seeds import derive_seed
 from lorabbit_client.data.features import Batch, Features, ProcessorKey, Scorer
 from lorabbit_client.data.partitioners import ClientSplit, PartitionKeys, hold_out, partition
 from lorabbit_client.data.sources import Stamp, read_source, stamp
-from lorabbit_client.data.table import Codes, Source, Table
+from lorabbit_client.data.table import IntArray, Source, Table
 from lorabbit_client.tasks.base import LearningTask, Records
 from lorabbit_client.tasks.registry import TASKS
 
@@ -36,7 +36,7 @@ class Examples:
     """Some of the encoded rows of a split."""
 
     features: Features
-    rows: Codes
+    rows: IntArray
     num_examples: int
     """Examples; fewer than rows where long texts have several."""
 
@@ -45,11 +45,11 @@ class Examples:
         return len(self.rows)
 
     @property
-    def lengths(self) -> Codes:
+    def lengths(self) -> IntArray:
         """Size of each row (tokens)."""
         return self.features.lengths[self.rows]
 
-    def batch(self, positions: Codes) -> Batch:
+    def batch(self, positions: IntArray) -> Batch:
         """Return the model's keyword arguments for rows at these positions, labels among them."""
         return self.features.batch(self.rows[positions])
 
@@ -276,18 +276,18 @@ def _checked(
     )
 
 
-def _take(keys: PartitionKeys, rows: Codes) -> PartitionKeys:
+def _take(keys: PartitionKeys, rows: IntArray) -> PartitionKeys:
     groups = keys.groups
     return replace(
         keys, classes=keys.classes[rows], groups=None if groups is None else tuple(groups[row] for row in rows)
     )
 
 
-def _examples(features: Features, examples: Codes) -> Examples:
+def _examples(features: Features, examples: IntArray) -> Examples:
     return Examples(features, features.rows_of(examples), len(examples))
 
 
-def _label_counts(labels: tuple[str, ...], keys: PartitionKeys, rows: Codes) -> dict[str, int]:
+def _label_counts(labels: tuple[str, ...], keys: PartitionKeys, rows: IntArray) -> dict[str, int]:
     """Count a client's training examples by label; nothing where examples have no class."""
     if not keys.classed:
         return {}

@@ -158,9 +158,9 @@ def _write_update(work: TaskInput, tensors: Tensors, private: PrivateState) -> i
     held = work.task.payloads.get(ADAPTER)
     origin = None if held is None else compressed_file.DeltaBase.of(held.sha256, work.inputs[ADAPTER])
     before = private.tensors[UNSENT] if wanted.feedback and UNSENT in private.tensors else None
-    unsent = compressor.write_compressed(work.output, tensors, wanted, origin=origin, unsent=before)
+    residual = compressor.write_compressed(work.output, tensors, wanted, origin=origin, residual=before)
     if wanted.feedback:
-        private.tensors[UNSENT] = unsent
+        private.tensors[UNSENT] = residual
     return compressed_file.open_tensors(work.output, origin).scalars
 
 

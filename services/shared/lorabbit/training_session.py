@@ -20,7 +20,7 @@ Values are of the session's own kind (torch or NumPy): write it with operators o
 """
 Part: TypeAlias = Literal["adapter", "whole"]
 """Which tensors of a model a session speaks of: what the job's `model.trainable` names, or everything."""
-Place: TypeAlias = Literal["features", "representation"]
+Layer: TypeAlias = Literal["features", "representation"]
 """Where a classifier is looked into: what its trunk sees, or the input of its last layer."""
 Difficulty: TypeAlias = Literal["fisher", "loss", "length", "rarity", "rarity-mean"]
 Sensitivity: TypeAlias = Literal["relative", "abs", "gain"]
@@ -235,10 +235,10 @@ class PersonalSession(ClientSession, Protocol):
     def classes(self) -> int:
         """Number of labels of the task."""
 
-    def width(self, place: Place, model: str = "own") -> int:
+    def width(self, place: Layer, model: str = "own") -> int:
         """Width of one of this client's models there."""
 
-    def widest(self, place: Place) -> int:
+    def widest(self, place: Layer) -> int:
         """Largest width there over the own models of the job."""
 
     def slots(self, count: int) -> Mapping[str, tuple[int, int]]:

@@ -15,7 +15,7 @@ from lorabbit_cli.scaling.targets import ScaleTarget, TargetOptions
 
 if TYPE_CHECKING:
     from lorabbit_bench.stress.plan import StressPlan
-    from lorabbit_bench.stress.runner import Launch
+    from lorabbit_bench.stress.runner import DeploymentFactory
 
 _DEFAULT = TargetOptions()
 Clients = Annotated[str, typer.Option(metavar="N,N,...", help="Sizes, smallest first.")]
@@ -113,7 +113,7 @@ def stress(  # noqa: PLR0913, PLR0917 - options of the command line
         _measure(plan, on, launch, output)
 
 
-def _measure(plan: StressPlan, on: str, launch: Launch, output: Format) -> None:
+def _measure(plan: StressPlan, on: str, launch: DeploymentFactory, output: Format) -> None:
     """Do the work of a plan and print what came of it."""
     from rich.console import Console  # noqa: PLC0415 - as above
 

@@ -17,7 +17,7 @@ from lorabbit_bench.stress.plan import StressPlan
 from lorabbit_bench.stress.resource_limits import LimitReached, ResourceDemand
 from lorabbit_cli.formatting import duration_text
 
-Launch = Callable[[StressPlan, int], Deployment]
+DeploymentFactory = Callable[[StressPlan, int], Deployment]
 """Prepares a federation of so many clients."""
 
 
@@ -26,7 +26,7 @@ class StressRunner:
     """One stress test; `rows` and `reached` grow as it goes."""
 
     plan: StressPlan
-    launch: Launch
+    launch: DeploymentFactory
     console: Console
     on_row: Callable[[], None] = lambda: None
     """Called after each measurement, so that what is known can be kept."""

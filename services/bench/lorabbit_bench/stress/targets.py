@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorabbit.config.settings import OperatorSettings
 from lorabbit.errors import BadInput, BrokerUnavailable
 from lorabbit_bench.stress.plan import StressPlan
-from lorabbit_bench.stress.runner import Launch
+from lorabbit_bench.stress.runner import DeploymentFactory
 from lorabbit_cli.api_client import ApiClient
 from lorabbit_cli.options import read_settings
 from lorabbit_cli.scaling.targets import ScaleTarget, TargetOptions, open_scaler
@@ -34,7 +34,7 @@ def target_of(name: str) -> ScaleTarget:
 @contextmanager
 def deployment_factory(
     plan: StressPlan, on: ScaleTarget, options: TargetOptions, *, pool: str, configured: bool
-) -> Iterator[Launch]:
+) -> Iterator[DeploymentFactory]:
     """Say how a federation is made at a place; raises BadInput, or BrokerUnavailable where programs are missing."""
     if on is ScaleTarget.PROCESSES:
         yield _processes(configured=configured)
@@ -52,7 +52,7 @@ def deployment_factory(
         yield lambda _, clients: PoolDeployment(found, clients)
 
 
-def _processes(*, configured: bool) -> Launch:
+def _processes(*, configured: bool) -> DeploymentFactory:
     """Start everything here."""
     from lorabbit_bench.stress import process_deployment  # noqa: PLC0415 - as above
     from lorabbit_bench.stress.process_deployment import ProcessDeployment  # noqa: PLC0415

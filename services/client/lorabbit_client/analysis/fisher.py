@@ -30,7 +30,7 @@ from lorabbit_client.analysis.probe import (
     fp32_overrides,
     no_progress,
 )
-from lorabbit_client.data.table import Codes
+from lorabbit_client.data.table import IntArray
 from lorabbit_client.dataset import Examples
 from lorabbit_client.models.arrays import to_numpy
 from lorabbit_client.models.trainable import TrainableModel
@@ -44,7 +44,7 @@ def per_example_gradients(  # noqa: PLR0913 - what is looked at, and how
     loop: bool = False,
     chunk: int = CHUNK,
     on_chunk: OnChunk = no_progress,
-) -> Iterator[tuple[Codes, Gradients]]:
+) -> Iterator[tuple[IntArray, Gradients]]:
     """Yield places in `positions` and the gradients of -log p(y|x) of the examples there, chunk by chunk.
 
     By wire name: (examples, *shape of the factor), float32. `loop` takes each example by itself, whatever the layers

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from lorabbit.errors import LoRAbbitError
 from lorabbit_client.data.features import IGNORED, Batch
-from lorabbit_client.data.table import Codes
+from lorabbit_client.data.table import IntArray
 from lorabbit_client.dataset import Examples
 from lorabbit_client.models.loading import quiet
 from lorabbit_client.models.trainable import TrainableModel
@@ -94,7 +94,7 @@ def no_progress() -> None:
 
 def chunks(
     examples: Examples, positions: Sequence[int], size: int = CHUNK, *, on_chunk: OnChunk = no_progress
-) -> Iterator[Codes]:
+) -> Iterator[IntArray]:
     """Yield places in `positions`, rows of like length together."""
     order = np.argsort(examples.lengths[np.asarray(positions, dtype=np.int64)], kind="stable")
     for start in range(0, len(order), size):
@@ -102,7 +102,7 @@ def chunks(
         yield order[start : start + size]
 
 
-def batch_at(model: TrainableModel, examples: Examples, positions: Codes) -> Batch:
+def batch_at(model: TrainableModel, examples: Examples, positions: IntArray) -> Batch:
     """Return a batch on the model's device, real numbers in float32."""
     device = device_of(model)
     batch = {name: value.to(device) for name, value in examples.batch(positions).items()}

@@ -36,7 +36,7 @@ from lorabbit_client.analysis.probe import (
     no_progress,
 )
 from lorabbit_client.data.features import Batch
-from lorabbit_client.data.table import Codes
+from lorabbit_client.data.table import IntArray
 from lorabbit_client.dataset import Examples
 from lorabbit_client.models.trainable import TrainableModel
 
@@ -135,7 +135,7 @@ def _steepest(model: TrainableModel, stand_ins: dict[str, torch.Tensor], batch: 
 
 @contextmanager
 def _noise(  # noqa: PLR0913 - what is moved, and how
-    model: TrainableModel, batch: Batch, names: Codes, *, probe: ProbeSettings, draw: int, along: torch.Tensor | None
+    model: TrainableModel, batch: Batch, names: IntArray, *, probe: ProbeSettings, draw: int, along: torch.Tensor | None
 ) -> Iterator[None]:
     """Add noise to what the embedding layer answers, until the end of the block: `along` a direction, or at random."""
     mask = batch.get("attention_mask")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lorabbit_client.data.table import Codes
+from lorabbit_client.data.table import IntArray
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +47,11 @@ class RaggedRows:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
     @property
-    def lengths(self) -> Codes:
+    def lengths(self) -> IntArray:
         """Length of each row."""
         return np.diff(self.offsets)
 
-    def padded(self, rows: Codes, fill: int) -> Codes:
+    def padded(self, rows: IntArray, fill: int) -> IntArray:
         """Return rows as one array, padded on the right with `fill` to the longest of them."""
         parts = [self[int(row)] for row in rows]
         block = np.full((len(parts), max((len(part) for part in parts), default=0)), fill, dtype=np.int64)
@@ -73,7 +73,7 @@ class Scores:
 class Scorer(Protocol):
     """Gathers predictions batch by batch."""
 
-    def add(self, rows: Codes, batch: Batch, outputs: Mapping[str, Any]) -> None:
+    def add(self, rows: IntArray, batch: Batch, outputs: Mapping[str, Any]) -> None:
         """Take in a batch: its rows, its tensors, and the model's outputs (`loss`, `logits`, ...) on any device."""
 
     def result(self) -> Scores:
@@ -89,11 +89,11 @@ class Features(ABC):
 
     @property
     @abstractmethod
-    def lengths(self) -> Codes:
+    def lengths(self) -> IntArray:
         """Size of each row (tokens), for batches of rows of like length."""
 
     @abstractmethod
-    def batch(self, rows: Codes) -> Batch:
+    def batch(self, rows: IntArray) -> Batch:
         """Return rows as the model's keyword arguments, labels among them."""
 
     @abstractmethod
@@ -104,11 +104,11 @@ class Features(ABC):
         """Count what the model's mean loss of a batch is a mean over: its rows, or labeled tokens."""
         return len(next(iter(batch.values())))
 
-    def rows_of(self, examples: Codes) -> Codes:
+    def rows_of(self, examples: IntArray) -> IntArray:
         """Return the rows of some examples; the same numbers where every example has one row."""
         return examples
 
-    def examples_of(self, rows: Codes) -> Codes:
+    def examples_of(self, rows: IntArray) -> IntArray:
         """Return the example that each row belongs to; rows of one example stand together."""
         return rows
 
@@ -123,7 +123,7 @@ class TokenRows:
         self.types = RaggedRows(types) if types is not None and any(np.any(row) for row in types) else None
         self.pad = pad
 
-    def batch(self, rows: Codes) -> Batch:
+    def batch(self, rows: IntArray) -> Batch:
         """Return input_ids, attention_mask and, where they matter, token_type_ids."""
         import torch  # noqa: PLC0415 - only where a model runs
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import PartitionSpec
 from lorabbit.runtime.seeds import derive_seed
-from lorabbit_client.data.table import Codes
+from lorabbit_client.data.table import IntArray
 
 HOLDER_SHARE = (0.4, 0.6)
 """Range of a holder's share of a class before normalising: the pathological recipe of pFedHN and pFedLoRA."""
@@ -27,7 +27,7 @@ HOLDER_SHARE = (0.4, 0.6)
 class PartitionKeys:
     """What a partitioner may see of the rows of one split."""
 
-    classes: Codes
+    classes: IntArray
     """Class of each row; all zero where the task has no classes."""
     groups: tuple[str, ...] | None = None
     """Natural group of each row."""
@@ -43,8 +43,8 @@ class PartitionKeys:
 class ClientSplit:
     """The rows of one client, ascending."""
 
-    train: Codes
-    test: Codes
+    train: IntArray
+    test: IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def partition(
     return tuple(ClientSplit(np.flatnonzero(owners == k), np.flatnonzero(test_owners == k)) for k in range(clients))
 
 
-def hold_out(keys: PartitionKeys, share: float, seed: int) -> tuple[Codes, Codes]:
+def hold_out(keys: PartitionKeys, share: float, seed: int) -> tuple[IntArray, IntArray]:
     """Return (train, test) rows with `share` of every class and of every group in test, as near as whole rows allow.
 
     Rows are laid out by class, group and chance, and every 1/share-th is held out; a class keeps at
@@ -98,21 +98,21 @@ def hold_out(keys: PartitionKeys, share: float, seed: int) -> tuple[Codes, Codes
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def apportion(weights: NDArray[np.float64], total: int, rng: np.random.Generator) -> Codes:
+def apportion(weights: NDArray[np.float64], total: int, rng: np.random.Generator) -> IntArray:
     """Split a whole number in proportion to weights by largest remainders; ties fall at random."""
     exact = weights / weights.sum() * total
-    counts: Codes = np.floor(exact).astype(np.int64)
+    counts: IntArray = np.floor(exact).astype(np.int64)
     order = np.lexsort((rng.random(len(weights)), np.round(counts - exact, 9)))
     counts[order[: total - counts.sum()]] += 1
     return counts
 
 
-def _deal(rows: Codes, counts: Codes, owners: Codes, rng: np.random.Generator) -> None:
+def _deal(rows: IntArray, counts: IntArray, owners: IntArray, rng: np.random.Generator) -> None:
     """Give shuffled rows to clients by their counts."""
     owners[rng.permutation(rows)] = np.repeat(np.arange(len(counts)), counts)
 
 
-def _deal_test(split: _PartitionRequest, owners: Codes, *, by_class: bool) -> Codes:
+def _deal_test(split: _PartitionRequest, owners: IntArray, *, by_class: bool) -> IntArray:
     """Deal test rows in the proportions in which the training rows of their class (or all of them) were dealt."""
     train, test = split.train.classes, split.test.classes
     if not by_class:
@@ -126,7 +126,7 @@ def _deal_test(split: _PartitionRequest, owners: Codes, *, by_class: bool) -> Co
     return test_owners
 
 
-def _by_sizes(split: _PartitionRequest, weights: NDArray[np.float64]) -> tuple[Codes, Codes]:
+def _by_sizes(split: _PartitionRequest, weights: NDArray[np.float64]) -> tuple[IntArray, IntArray]:
     """Deal all rows at random by size alone, min_examples to each client first."""
     least, total = split.spec.min_examples, len(split.train)
     counts = least + apportion(weights, total - least * split.clients, split.rng)
@@ -135,17 +135,17 @@ def _by_sizes(split: _PartitionRequest, weights: NDArray[np.float64]) -> tuple[C
     return owners, _deal_test(split, owners, by_class=False)
 
 
-def _iid(split: _PartitionRequest) -> tuple[Codes, Codes]:
+def _iid(split: _PartitionRequest) -> tuple[IntArray, IntArray]:
     """Equal sizes, any row anywhere."""
     return _by_sizes(split, np.ones(split.clients))
 
 
-def _quantity(split: _PartitionRequest) -> tuple[Codes, Codes]:
+def _quantity(split: _PartitionRequest) -> tuple[IntArray, IntArray]:
     """Sizes from a Dirichlet(alpha) beyond min_examples, any row anywhere."""
     return _by_sizes(split, split.rng.dirichlet(np.full(split.clients, split.spec.alpha)))
 
 
-def _dirichlet(split: _PartitionRequest) -> tuple[Codes, Codes]:
+def _dirichlet(split: _PartitionRequest) -> tuple[IntArray, IntArray]:
     """For each class q ~ Dirichlet_N(alpha), the class split by q; then the poorest are filled up.
 
     A client below min_examples takes single rows from whoever has most, so that a small alpha over
@@ -162,7 +162,7 @@ def _dirichlet(split: _PartitionRequest) -> tuple[Codes, Codes]:
     return owners, _deal_test(split, owners, by_class=True)
 
 
-def _fill_up(owners: Codes, clients: int, least: int, *, rng: np.random.Generator) -> None:
+def _fill_up(owners: IntArray, clients: int, least: int, *, rng: np.random.Generator) -> None:
     """Move single rows from the largest clients to those with fewer than `least`."""
     sizes = np.bincount(owners, minlength=clients)
     for poor in np.flatnonzero(sizes < least):
@@ -173,7 +173,7 @@ def _fill_up(owners: Codes, clients: int, least: int, *, rng: np.random.Generato
             sizes[poor] += 1
 
 
-def _pathological(split: _PartitionRequest) -> tuple[Codes, Codes]:
+def _pathological(split: _PartitionRequest) -> tuple[IntArray, IntArray]:
     """Each client holds exactly k classes; a class's holders share it by U(0.4, 0.6), normalized.
 
     As in pFedHN, but places are spread so that every class has a holder and every client k classes
@@ -190,7 +190,7 @@ def _pathological(split: _PartitionRequest) -> tuple[Codes, Codes]:
     return owners, _deal_test(split, owners, by_class=True)
 
 
-def _holders(split: _PartitionRequest, labels: Codes, sizes: Codes) -> list[list[int]]:
+def _holders(split: _PartitionRequest, labels: IntArray, sizes: IntArray) -> list[list[int]]:
     """Return the clients that hold each class: every client takes the k classes with most free places."""
     k, clients, rng = split.spec.classes, split.clients, split.rng
     if k > len(labels):
@@ -215,7 +215,7 @@ def _holders(split: _PartitionRequest, labels: Codes, sizes: Codes) -> list[list
     return holders
 
 
-def _natural(split: _PartitionRequest) -> tuple[Codes, Codes]:
+def _natural(split: _PartitionRequest) -> tuple[IntArray, IntArray]:
     """Every group wholly on one client: the largest first, each to the client with fewest rows so far."""
     train, test, clients = split.train.groups, split.test.groups, split.clients
     if train is None or (test is None and len(split.test)):
@@ -248,7 +248,7 @@ def _need_classes(split: _PartitionRequest) -> None:
         )
 
 
-_PARTITIONERS: dict[str, Callable[[_PartitionRequest], tuple[Codes, Codes]]] = {
+_PARTITIONERS: dict[str, Callable[[_PartitionRequest], tuple[IntArray, IntArray]]] = {
     "iid": _iid,
     "quantity": _quantity,
     "dirichlet": _dirichlet,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lorabbit.errors import BadInput
 
 Column: TypeAlias = "Sequence[Any] | NDArray[Any]"
-Codes: TypeAlias = "NDArray[np.int64]"
+IntArray: TypeAlias = "NDArray[np.int64]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Table:
         """Say where a row stands."""
         return f"{self.name}, row {row + 1}" if self.lines is None else f"{self.name}, line {self.lines[row]}"
 
-    def take(self, rows: Codes) -> Table:
+    def take(self, rows: IntArray) -> Table:
         """Return the table of some rows, in their order."""
         columns = {
             name: column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows]
@@ -147,7 +147,7 @@ class LabelTable:
         shown = ", ".join(list(self._codes)[:12]) + (", ..." if len(self._codes) > 12 else "")  # noqa: PLR2004
         raise BadInput(f"{table.place(row)}: label {_shown(value)} is not in the label table ({shown})")
 
-    def codes(self, table: Table, column: str) -> Codes:
+    def codes(self, table: Table, column: str) -> IntArray:
         """Return the code of each row's label."""
         values = (self.code(table, row, table.value(column, row)) for row in range(len(table)))
         return np.fromiter(values, dtype=np.int64, count=len(table))

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from lorabbit.errors import BadInput
-from lorabbit.training_session import Place
+from lorabbit.training_session import Layer
 from lorabbit_client.data.features import Batch
 from lorabbit_client.models import tiny
 from lorabbit_client.models.cnn import SHAPES, Cnn
@@ -114,7 +114,7 @@ class SplitModel:
         children = dict(model.named_children())
         self._entry = children.get(BEFORE_LAST, children[root])
         self.reads_last = root == DECODER_HEAD
-        self.widths: Mapping[Place, int] = {
+        self.widths: Mapping[Layer, int] = {
             "features": model.fc1.in_features if isinstance(model, Cnn) else _width_into(self._entry),
             "representation": self._layer.in_features,
         }
@@ -226,7 +226,7 @@ def _width_into(entry: nn.Module) -> int:
     return next(module.in_features for module in entry.modules() if isinstance(module, nn.Linear))
 
 
-def widths_of(name: str, source: ModelSource) -> dict[Place, int]:
+def widths_of(name: str, source: ModelSource) -> dict[Layer, int]:
     """Widths of a model by its name, from its configuration alone; no weight is loaded."""
     family, _, which = name.partition(":")
     if source.folder is None and family == "cnn":

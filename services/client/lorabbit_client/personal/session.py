@@ -20,7 +20,7 @@ from lorabbit.errors import BadInput, LoRAbbitError, Refused
 from lorabbit.job.spec import LocalSpec
 from lorabbit.protocol.messages import Task
 from lorabbit.runtime.seeds import derive_seed
-from lorabbit.training_session import Forward, GradientTerm, LocalResult, Objective, Place
+from lorabbit.training_session import Forward, GradientTerm, Layer, LocalResult, Objective
 from lorabbit.types import Array, ClientId, ClientProfile, Facts, Json, Tensors
 from lorabbit_client.dataset import ClientData
 from lorabbit_client.execution.interface import OnProgress
@@ -42,7 +42,7 @@ class ModelProvider(Protocol):
     def second(self, name: str, index: int) -> SplitModel:
         """A model that every client builds alike, for the data of the client at an index."""
 
-    def widest(self, place: Place) -> int:
+    def widest(self, place: Layer) -> int:
         """Largest width over the job's own models."""
 
 
@@ -84,11 +84,11 @@ class TorchPersonalSession:
             )
 
     # ---- models ----
-    def width(self, place: Place, model: str = OWN) -> int:
+    def width(self, place: Layer, model: str = OWN) -> int:
         """Width of one of this client's models there."""
         return self.ensemble.splits[model].widths[place]
 
-    def widest(self, place: Place) -> int:
+    def widest(self, place: Layer) -> int:
         """Largest width there over the own models of the job."""
         return self._models.widest(place)
 

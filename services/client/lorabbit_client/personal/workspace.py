@@ -21,7 +21,7 @@ from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, Task
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit.tensors.arithmetic import count
-from lorabbit.training_session import Place
+from lorabbit.training_session import Layer
 from lorabbit.types import Json, Tensors
 from lorabbit_client.capabilities import TrainingLimits
 from lorabbit_client.dataset import ClientData, load_client, load_labels
@@ -143,7 +143,7 @@ class PersonalWorkspace:
                 value.copy_(first[key])
         return split
 
-    def _widest(self, place: Place) -> int:
+    def _widest(self, place: Layer) -> int:
         """Largest width over the job's own models, from their configurations."""
         return max(widths_of(name, self._source(name))[place] for name in self.variants)
 

@@ -17,7 +17,7 @@ import numpy as np
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import DataSpec
 from lorabbit_client.data.features import Features
-from lorabbit_client.data.table import Codes, Column, Source, Table, find_labels
+from lorabbit_client.data.table import Column, IntArray, Source, Table, find_labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +26,14 @@ class Records:
 
     columns: Mapping[str, Column]
     """Role (text, label, ...) to values."""
-    classes: Codes
+    classes: IntArray
     """Class of each example for partitioners and label counts; all zero where the task has none."""
 
     def __len__(self) -> int:
         """Count the examples."""
         return len(self.classes)
 
-    def take(self, rows: Codes) -> Records:
+    def take(self, rows: IntArray) -> Records:
         """Return some examples, in the order of `rows`."""
         columns = {
             role: values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]

@@ -15,7 +15,7 @@ import numpy as np
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import DataSpec
 from lorabbit_client.data.features import IGNORED, Batch, Features, MeanLoss, RaggedRows, Scorer, Scores, TokenRows
-from lorabbit_client.data.table import Codes, Source, Table
+from lorabbit_client.data.table import IntArray, Source, Table
 from lorabbit_client.tasks.base import LearningTask, Records, longest, pad_id
 
 Messages: TypeAlias = "list[dict[str, str]]"
@@ -173,11 +173,11 @@ class MaskedTokenRows(Features):
         return len(self._loss_mask)
 
     @property
-    def lengths(self) -> Codes:
+    def lengths(self) -> IntArray:
         """Tokens of each row."""
         return self._loss_mask.lengths
 
-    def batch(self, rows: Codes) -> Batch:
+    def batch(self, rows: IntArray) -> Batch:
         """Return tokens and `labels`: the token itself where the loss mask is 1, IGNORED elsewhere."""
         import torch  # noqa: PLC0415 - only where a model runs
 
@@ -202,7 +202,7 @@ class NextTokenScorer:
         self._loss = MeanLoss()
         self._right = 0
 
-    def add(self, rows: Codes, batch: Batch, outputs: Mapping[str, Any]) -> None:  # noqa: ARG002
+    def add(self, rows: IntArray, batch: Batch, outputs: Mapping[str, Any]) -> None:  # noqa: ARG002
         """Take in each token's most likely successor; only counts leave the device."""
         wanted = batch["labels"][:, 1:]
         counted = wanted != IGNORED

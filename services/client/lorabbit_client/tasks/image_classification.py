@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import DataSpec
 from lorabbit_client.data.features import Batch, Features, Scorer
-from lorabbit_client.data.table import Codes, Column, LabelTable, Table
+from lorabbit_client.data.table import Column, IntArray, LabelTable, Table
 from lorabbit_client.tasks.base import LearningTask, Records
 from lorabbit_client.tasks.text_classification import ClassScorer
 
@@ -90,7 +90,7 @@ def _pixels(table: Table, column: str, row: int) -> NDArray[np.uint8]:
 class Images(Features):
     """Images with one class each."""
 
-    def __init__(self, images: Column, classes: Codes, num_classes: int, *, form: ImageFormat) -> None:
+    def __init__(self, images: Column, classes: IntArray, num_classes: int, *, form: ImageFormat) -> None:
         """Keep the images; those of unlike sizes are brought to the format's size now."""
         self._classes, self._num_classes, self._form = classes, num_classes, form
         alike = isinstance(images, np.ndarray) or len({image.shape for image in images}) <= 1
@@ -101,11 +101,11 @@ class Images(Features):
         return len(self._classes)
 
     @property
-    def lengths(self) -> Codes:
+    def lengths(self) -> IntArray:
         """One each: all images cost the same."""
         return np.ones(len(self), dtype=np.int64)
 
-    def batch(self, rows: Codes) -> Batch:
+    def batch(self, rows: IntArray) -> Batch:
         """Return `pixel_values` float32 (rows, channels, height, width) and `labels`."""
         import torch  # noqa: PLC0415 - only where a model runs
         from torch.nn.functional import interpolate  # noqa: PLC0415

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import DataSpec
 from lorabbit_client.data.features import Batch, Features, MeanLoss, RaggedRows, Scorer, Scores, TokenRows
-from lorabbit_client.data.table import Codes, Source, Table
+from lorabbit_client.data.table import IntArray, Source, Table
 from lorabbit_client.tasks.base import LearningTask, Records, longest, pad_id
 
 LONGEST_ANSWER_TOKENS = 30
@@ -96,21 +96,21 @@ class Windows(Features):
         return len(self.example)
 
     @property
-    def lengths(self) -> Codes:
+    def lengths(self) -> IntArray:
         """Tokens of each window."""
         return self._tokens.ids.lengths
 
-    def rows_of(self, examples: Codes) -> Codes:
+    def rows_of(self, examples: IntArray) -> IntArray:
         """Return all windows of some examples."""
         parts = [np.arange(self._first[example], self._first[example + 1]) for example in examples]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
-    def examples_of(self, rows: Codes) -> Codes:
+    def examples_of(self, rows: IntArray) -> IntArray:
         """Return the example that each window was cut from."""
-        owners: Codes = self.example[rows]
+        owners: IntArray = self.example[rows]
         return owners
 
-    def batch(self, rows: Codes) -> Batch:
+    def batch(self, rows: IntArray) -> Batch:
         """Return tokens, `start_positions` and `end_positions`."""
         import torch  # noqa: PLC0415 - only where a model runs
 
@@ -132,7 +132,7 @@ class SpanScorer:
         self._best: dict[int, tuple[float, int, int]] = {}
         self._unanswered = any(not answers for answers in windows.answers)
 
-    def add(self, rows: Codes, batch: Batch, outputs: Mapping[str, Any]) -> None:  # noqa: ARG002 - rows say all
+    def add(self, rows: IntArray, batch: Batch, outputs: Mapping[str, Any]) -> None:  # noqa: ARG002 - rows say all
         """Take in the best span of each window."""
         self._loss.add(outputs, len(rows))
         starts, ends = (outputs[f"{end}_logits"].float().cpu().numpy() for end in ("start", "end"))

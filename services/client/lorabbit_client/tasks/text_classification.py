@@ -9,7 +9,7 @@ import numpy as np
 
 from lorabbit.job.spec import DataSpec
 from lorabbit_client.data.features import Batch, Features, MeanLoss, Scorer, Scores, TokenRows
-from lorabbit_client.data.table import Codes, LabelTable, Table
+from lorabbit_client.data.table import IntArray, LabelTable, Table
 from lorabbit_client.tasks.base import LearningTask, Records, first_words, longest, pad_id
 
 
@@ -57,7 +57,7 @@ class TextPairClassification(TextClassification):
 class ClassifiedTokens(Features):
     """Token rows with one class each."""
 
-    def __init__(self, tokens: TokenRows, classes: Codes, num_classes: int, *, positive: bool) -> None:
+    def __init__(self, tokens: TokenRows, classes: IntArray, num_classes: int, *, positive: bool) -> None:
         """Keep the rows; `positive` asks for F1 of the second of two classes."""
         self._tokens, self._classes = tokens, classes
         self._num_classes, self._positive = num_classes, positive
@@ -67,11 +67,11 @@ class ClassifiedTokens(Features):
         return len(self._classes)
 
     @property
-    def lengths(self) -> Codes:
+    def lengths(self) -> IntArray:
         """Tokens of each row."""
         return self._tokens.ids.lengths
 
-    def batch(self, rows: Codes) -> Batch:
+    def batch(self, rows: IntArray) -> Batch:
         """Return tokens and `labels`."""
         import torch  # noqa: PLC0415 - only where a model runs
 
@@ -89,10 +89,10 @@ class ClassScorer:
         """Say how many classes there are and whether the second of two is the one to find."""
         self._positive = positive and num_classes == 2  # noqa: PLR2004 - no and yes
         self._loss = MeanLoss()
-        self._expected: list[Codes] = []
-        self._predicted: list[Codes] = []
+        self._expected: list[IntArray] = []
+        self._predicted: list[IntArray] = []
 
-    def add(self, rows: Codes, batch: Batch, outputs: Mapping[str, Any]) -> None:
+    def add(self, rows: IntArray, batch: Batch, outputs: Mapping[str, Any]) -> None:
         """Take in the most likely class of each row."""
         self._loss.add(outputs, len(rows))
         self._expected.append(batch["labels"].cpu().numpy())

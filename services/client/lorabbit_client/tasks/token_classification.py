@@ -15,7 +15,7 @@ import numpy as np
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import DataSpec
 from lorabbit_client.data.features import IGNORED, Batch, Features, MeanLoss, RaggedRows, Scorer, Scores, TokenRows
-from lorabbit_client.data.table import Codes, LabelTable, Source, Table
+from lorabbit_client.data.table import IntArray, LabelTable, Source, Table
 from lorabbit_client.tasks.base import LearningTask, Records, longest, pad_id
 
 OUTSIDE = "O"
@@ -109,11 +109,11 @@ class TaggedTokens(Features):
         return len(self._tags)
 
     @property
-    def lengths(self) -> Codes:
+    def lengths(self) -> IntArray:
         """Tokens of each row."""
         return self._tags.lengths
 
-    def batch(self, rows: Codes) -> Batch:
+    def batch(self, rows: IntArray) -> Batch:
         """Return tokens and `labels`, one a token."""
         import torch  # noqa: PLC0415 - only where a model runs
 
@@ -138,7 +138,7 @@ class TagScorer:
         self._expected: list[list[str]] = []
         self._predicted: list[list[str]] = []
 
-    def add(self, rows: Codes, batch: Batch, outputs: Mapping[str, Any]) -> None:  # noqa: ARG002 - rows tell nothing more
+    def add(self, rows: IntArray, batch: Batch, outputs: Mapping[str, Any]) -> None:  # noqa: ARG002 - rows tell nothing more
         """Take in the most likely tag of each word."""
         expected, predicted = batch["labels"].cpu().numpy(), outputs["logits"].argmax(-1).cpu().numpy()
         counted = expected != IGNORED
@@ -146,7 +146,7 @@ class TagScorer:
         self._expected += list(self._named(expected, counted))
         self._predicted += list(self._named(predicted, counted))
 
-    def _named(self, codes: Codes, counted: Any) -> Iterator[list[str]]:  # noqa: ANN401 - a mask
+    def _named(self, codes: IntArray, counted: Any) -> Iterator[list[str]]:  # noqa: ANN401 - a mask
         return (self._labels[line[mask]].tolist() for line, mask in zip(codes, counted, strict=True))
 
     def result(self) -> Scores:

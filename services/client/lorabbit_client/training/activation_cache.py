@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorabbit_client.data.table import Codes
+from lorabbit_client.data.table import IntArray
 from lorabbit_client.dataset import Examples
 from lorabbit_client.models.trainable import TrainableModel, hash_tensors
 
@@ -113,7 +113,7 @@ class FrozenPrefix:
         """Examples, with repeats, that this training need not put through the prefix."""
         return max(0, self.taken - self.computed)
 
-    def prepare(self, order: Iterable[Codes]) -> None:
+    def prepare(self, order: Iterable[IntArray]) -> None:
         """Have the activations of these rows at hand; the model must be in eval mode."""
         needed = sorted({int(number) for positions in order for number in self._group_of[positions]})
         for number in needed:
@@ -124,7 +124,7 @@ class FrozenPrefix:
                 self.computed += len(value)
             self._at_hand[number] = value
 
-    def step(self, positions: Codes) -> None:
+    def step(self, positions: IntArray) -> None:
         """Hand the activations of a batch to the next forward pass, padded with zeros where attention is masked."""
         rows = [self._at_hand[int(self._group_of[p])][int(self._place_in[p])] for p in positions]
         self.taken += len(rows)
@@ -158,12 +158,12 @@ class FrozenPrefix:
         with torch.enable_grad():
             return self._reach(np.zeros(1, dtype=np.int64)).requires_grad
 
-    def _compute(self, group: Codes) -> torch.Tensor:
+    def _compute(self, group: IntArray) -> torch.Tensor:
         """Put one group through the prefix."""
         with torch.no_grad():
             return self._reach(group)
 
-    def _reach(self, group: Codes) -> torch.Tensor:
+    def _reach(self, group: IntArray) -> torch.Tensor:
         """Return what the highest of these blocks answers for some rows."""
         found: list[torch.Tensor] = []
 
@@ -187,9 +187,9 @@ def _forward(hidden: torch.Tensor, *_args: Any, **_named: Any) -> torch.Tensor: 
     return hidden
 
 
-def canonical_groups(lengths: Codes, size: int = GROUP) -> list[Codes]:
+def canonical_groups(lengths: IntArray, size: int = GROUP) -> list[IntArray]:
     """Cut rows into groups of one length each, in the order of the rows: the same for every batch and history."""
-    groups: list[Codes] = []
+    groups: list[IntArray] = []
     for length in np.unique(lengths):
         rows = np.flatnonzero(lengths == length)
         groups.extend(rows[i : i + size] for i in range(0, len(rows), size))

@@ -14,7 +14,7 @@ import numpy as np
 
 from lorabbit.job.spec import LocalSpec
 from lorabbit.runtime.seeds import derive_seed
-from lorabbit_client.data.table import Codes
+from lorabbit_client.data.table import IntArray
 from lorabbit_client.dataset import Examples
 
 WINDOW_BATCHES = 64
@@ -33,7 +33,7 @@ def steps_over(local: LocalSpec, per_epoch: int) -> int:
     return max(1, math.ceil(per_epoch * (local.epochs or 1.0) - 1e-9))
 
 
-def batches(lengths: Codes, batch_size: int, steps: int, *, seed: int) -> Iterator[Codes]:
+def batches(lengths: IntArray, batch_size: int, steps: int, *, seed: int) -> Iterator[IntArray]:
     """Yield the positions of each step's rows, epoch after epoch until `steps` are given."""
     given, epoch = 0, 0
     while given < steps:
@@ -42,12 +42,12 @@ def batches(lengths: Codes, batch_size: int, steps: int, *, seed: int) -> Iterat
         given, epoch = given + len(order), epoch + 1
 
 
-def epoch_order(lengths: Codes, batch_size: int, *, seed: int) -> list[Codes]:
+def epoch_order(lengths: IntArray, batch_size: int, *, seed: int) -> list[IntArray]:
     """Cut one epoch into batches of rows of like length, in random order; every row occurs once."""
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(lengths))
     window = WINDOW_BATCHES * batch_size
-    cut: list[Codes] = []
+    cut: list[IntArray] = []
     for start in range(0, len(shuffled), window):
         part = shuffled[start : start + window]
         part = part[np.argsort(lengths[part], kind="stable")]
@@ -55,13 +55,13 @@ def epoch_order(lengths: Codes, batch_size: int, *, seed: int) -> list[Codes]:
     return [cut[i] for i in generator.permutation(len(cut))]
 
 
-def repeated(cut: Sequence[Codes], steps: int) -> Iterator[Codes]:
+def repeated(cut: Sequence[IntArray], steps: int) -> Iterator[IntArray]:
     """Yield the same batches in the same order, epoch after epoch until `steps` are given."""
     for step in range(steps):
         yield cut[step % len(cut)]
 
 
-def rows_of(examples: Examples, batch: Sequence[int]) -> Codes:
+def rows_of(examples: Examples, batch: Sequence[int]) -> IntArray:
     """Return the positions of all rows of some of a client's examples; a long text may have several rows."""
     chosen = np.asarray(batch, dtype=np.int64)
     if len(examples) == examples.num_examples:

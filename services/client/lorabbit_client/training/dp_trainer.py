@@ -26,7 +26,7 @@ from lorabbit.runtime.seeds import derive_seed
 from lorabbit_client.analysis.per_example_gradients import ExampleGradients, separate_owners
 from lorabbit_client.analysis.probe import evaluation_mode
 from lorabbit_client.data.features import Batch
-from lorabbit_client.data.table import Codes
+from lorabbit_client.data.table import IntArray
 from lorabbit_client.training.batching import steps_of
 from lorabbit_client.training.trainer import Trainer, split_micro_batches
 
@@ -46,7 +46,7 @@ class DpTrainer(Trainer):
             if isinstance(getattr(module, "running_mean", None), torch.Tensor):
                 module.eval()
 
-    def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[Codes]]:
+    def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[IntArray]]:
         """Draw each step's examples independently; a step may have none."""
         if batches is not None:
             raise LoRAbbitError("privacy: a method that names its batches does not sample them")
@@ -65,7 +65,7 @@ class DpTrainer(Trainer):
             else:
                 yield (np.frombuffer(os.urandom(8 * rows), dtype="<u8") >> 11) * 2.0**-53
 
-    def _learn(self, positions: Codes, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:
+    def _learn(self, positions: IntArray, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:
         """Leave the noisy mean gradient in `grad`; returns zero, for a loss would tell of the examples."""
         sums = {name: torch.zeros_like(value) for name, value in moving.items()}
         if len(positions):

@@ -34,7 +34,7 @@ from lorabbit.training_session import GradientTerm
 from lorabbit.types import Tensors
 from lorabbit_client.capabilities import UNLIMITED, TrainingLimits
 from lorabbit_client.data.features import Batch, Features
-from lorabbit_client.data.table import Codes
+from lorabbit_client.data.table import IntArray
 from lorabbit_client.dataset import Examples
 from lorabbit_client.execution.interface import OnProgress
 from lorabbit_client.models.arrays import to_torch
@@ -245,7 +245,7 @@ class Trainer:
             return self._steps(moving, masks, (steps, iter(rows)), on_progress, gradient_term)
 
     @contextmanager
-    def _skipping(self, rows: Sequence[Codes]) -> Iterator[None]:
+    def _skipping(self, rows: Sequence[IntArray]) -> Iterator[None]:
         """Leave out the frozen part of the model that gives the same in every step, where that pays."""
         moving = [value for value in self._model.parameters().values() if value.requires_grad]
         self._prefix = self._find_prefix(moving, sum(map(len, rows)))
@@ -257,7 +257,7 @@ class Trainer:
         with self._prefix.skipped():
             yield
 
-    def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[Codes]]:
+    def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[IntArray]]:
         """Return how many steps there are, and the rows of each."""
         local = self.local
         if batches is not None:
@@ -282,7 +282,7 @@ class Trainer:
         self,
         moving: dict[str, nn.Parameter],
         masks: dict[str, torch.Tensor],
-        order: tuple[int, Iterator[Codes]],
+        order: tuple[int, Iterator[IntArray]],
         on_progress: OnProgress,
         gradient_term: GradientTerm | None,
     ) -> TrainingResult:
@@ -320,7 +320,7 @@ class Trainer:
         on_progress(1.0, mean)
         return TrainingResult(mean, steps, 0 if self._prefix is None else self._prefix.saved)
 
-    def _learn(self, positions: Codes, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:  # noqa: ARG002
+    def _learn(self, positions: IntArray, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:  # noqa: ARG002
         """Leave the gradient of one batch, which may come in pieces, in `grad`, and return its loss."""
         batch, most = self._batch(positions), self._limits.max_batch
         if most is None or len(positions) <= most:
@@ -340,7 +340,7 @@ class Trainer:
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _batch(self, positions: Codes) -> Batch:
+    def _batch(self, positions: IntArray) -> Batch:
         """Return the tensors of some rows where the model is."""
         batch = self.examples.batch(positions)
         if self._prefix is not None:

@@ -44,11 +44,11 @@ def write_compressed(
     coding: CompressionSpec,
     *,
     origin: DeltaBase | None = None,
-    unsent: Tensors | None = None,
+    residual: Tensors | None = None,
 ) -> dict[str, Array]:
     """Write tensors with a coding, atomically; returns by name what of each was not sent, where the coding feeds back.
 
-    `unsent` is what the last call returned. Raises BadInput for a type that cannot travel.
+    `residual` is what the last call returned. Raises BadInput for a type that cannot travel.
     """
     held = origin if coding.delta else None
     described = {name: serialization.describe(tensors, name) for name in sorted(tensors)}
@@ -64,7 +64,7 @@ def write_compressed(
         written = 0
         for name, (dtype, shape) in described.items():
             beside = None if held is None else held.beside(name, dtype, shape)
-            body, rest = _section(np.asarray(tensors[name], dtype), beside, (unsent or {}).get(name), coding)
+            body, rest = _section(np.asarray(tensors[name], dtype), beside, (residual or {}).get(name), coding)
             written += file.write(body)
             if rest is not None:
                 left[name] = rest.reshape(shape)
@@ -134,14 +134,14 @@ def _restore(recipe: DecodeStep) -> None:
 
 
 def _section(
-    value: Array, beside: Array | None, unsent: Array | None, coding: CompressionSpec
+    value: Array, beside: Array | None, residual: Array | None, coding: CompressionSpec
 ) -> tuple[bytes, Floats | None]:
     """A tensor's section, and what of the tensor it does not tell where the coding feeds back."""
     if is_lossless(coding, value.dtype):
         return compressed_file.pack([difference(value, beside)], compress=coding.zstd), None
     wanted = change_of(value, beside)
-    if coding.feedback and unsent is not None and unsent.shape == value.shape:
-        wanted = wanted + unsent.reshape(-1).astype(np.float32)
+    if coding.feedback and residual is not None and residual.shape == value.shape:
+        wanted = wanted + residual.reshape(-1).astype(np.float32)
     wanted = flushed(wanted)
     if not wanted.size:
         return compressed_file.pack([], compress=False), None

@@ -30,8 +30,6 @@ from lorabbit.methods.shared_model.fibecfed import FibecFed
 from lorabbit.methods.shared_model.sa_fedlora import SaFedLora
 from lorabbit.methods.shared_model.slora import SLora
 
-__all__ = ["METHODS", "Method", "build"]
-
 METHODS: dict[str, type[Method]] = {
     m.name: m
     for m in (

@@ -18,10 +18,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 from lorabbit.aggregation.rules import RULES
 from lorabbit.aggregation.staleness import CorrectedUpdate, StalenessCorrection
 from lorabbit.job.spec import JobSpec
-from lorabbit.training_session import GradientTerm, LocalResult, Session
 from lorabbit.types import ADAPTER, EVALUATE, ClientProfile, ClientUpdate, Facts, Plan, ServerState, Tensors
-
-__all__ = ["Export", "GradientTerm", "LocalResult", "Method", "Session"]
 
 
 @dataclass(frozen=True, slots=True)

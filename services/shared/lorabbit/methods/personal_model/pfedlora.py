@@ -25,7 +25,7 @@ from lorabbit.methods.api.method import Method
 from lorabbit.methods.personal_model import requirements
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit.tensors.arithmetic import weighted_mean
-from lorabbit.training_session import Forward, PersonalSession, Place
+from lorabbit.training_session import Forward, Layer, PersonalSession
 from lorabbit.types import ADAPTER, EVALUATE, Array, ClientProfile, ClientUpdate, Json, Plan, ServerState, Tensors
 
 A, B = "adapter.lora_A", "adapter.lora_B"
@@ -87,7 +87,7 @@ class PFedLora(Method):
             raise BadInput("method.align: factors in attention layers need models of one width; leave it 'pad'")
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Layer:
         """What the adapter reads."""
         return "features" if self.site == "fc_stack" else "representation"
 

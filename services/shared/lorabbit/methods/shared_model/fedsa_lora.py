@@ -76,8 +76,8 @@ class FedSaLora(Method):
     # ---- server ----
     def start(self, adapter: Tensors) -> ServerState:
         """What is averaged, and beside it the first value of what is not."""
-        unsent = {name: adapter[name] for name in adapter if not self.travels(name)}
-        return ServerState({name: adapter[name] for name in adapter if self.travels(name)}, shared={UNSENT: unsent})
+        residual = {name: adapter[name] for name in adapter if not self.travels(name)}
+        return ServerState({name: adapter[name] for name in adapter if self.travels(name)}, shared={UNSENT: residual})
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         """(2)."""

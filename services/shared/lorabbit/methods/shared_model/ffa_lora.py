@@ -16,13 +16,10 @@ from typing import ClassVar
 
 from lorabbit.aggregation import aggregator
 from lorabbit.aggregation.aggregator import Aggregation
-from lorabbit.aggregation.client_side import FROZEN, is_a
 from lorabbit.aggregation.rules import RULES
 from lorabbit.errors import BadInput
 from lorabbit.job.spec import JobSpec
 from lorabbit.methods.api.averaging import Averaging
-
-__all__ = ["FROZEN", "FfaLora", "is_a"]
 
 
 class FfaLora(Averaging):
