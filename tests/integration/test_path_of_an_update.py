@@ -46,8 +46,8 @@ CALLBACKS = {
     ("job/job_runner", "server", "_on_events"),
 }
 """Registered by the module that is called: the continuation of its own visit."""
-CONTINUATIONS = {(EVENT_LOOP, "_run"), (EVENT_LOOP, "take"), ("", "guarded")}
-"""Calls of the event loop that begin the next turn: the commit of the pending step, and the next message."""
+CONTINUATIONS = {(EVENT_LOOP, "_run"), (EVENT_LOOP, "done"), (EVENT_LOOP, "take"), ("", "guarded")}
+"""Calls of the event loop: the commit of the pending step, the end of a validation, and the next message."""
 
 
 def module_of(frame: FrameType | None) -> str:

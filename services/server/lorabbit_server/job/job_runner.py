@@ -22,7 +22,6 @@ from lorabbit.events.job_events import EVENTS, AnyEvent
 from lorabbit.job.spec import CompressionSpec, JobSpec
 from lorabbit.methods.registry import build
 from lorabbit.protocol.messages import CancelTask, Deny, ForTask, Offer, Task, TaskFailed, Verdict
-from lorabbit.runtime import failpoints
 from lorabbit.state.base import JobEntry, JobRecord
 from lorabbit.types import INITIALIZE, ClientId
 from lorabbit_server.aggregation import aggregator
@@ -263,7 +262,6 @@ class JobRunner:
 
     def _on_checked(self, task: TaskState, found: CompressionSpec | Exception) -> None:
         """Accept a payload that passed validation, unless its offer was replaced meanwhile."""
-        failpoints.hit(failpoints.Failpoint.UPLOAD_CHECKED)
         current = self.state.tasks.get(task.id)
         if current is None or current.status != "offered" or current.offered != task.offered:
             return

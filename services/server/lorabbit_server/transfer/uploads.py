@@ -157,7 +157,7 @@ OnChecked = Callable[[TaskState, CompressionSpec | Exception], None]
 
 @dataclass(slots=True)
 class Upload:
-    """One payload of which chunks are missing."""
+    """One payload on its way, or being validated once no chunk is missing."""
 
     ref: PayloadRef
     missing: set[int]
@@ -205,13 +205,12 @@ class Uploads:
         upload = self._open.get(ref.sha256)
         if upload is None:
             missing = set(self._context.payloads.missing(ref))
-            if not missing:
-                self._check(ref, task, expected)
-                return
             upload = self._open[ref.sha256] = Upload(ref, missing, self._context.now_ms())
         upload.waiting[task.id] = (task, expected)
         upload.moved_ms = self._context.now_ms()
-        if upload.moved_ms < self._inherited_until_ms or (upload.granted and self._is_busy(INHERITED_MS)):
+        if not upload.missing:
+            self._check(upload, task, expected)
+        elif upload.moved_ms < self._inherited_until_ms or (upload.granted and self._is_busy(INHERITED_MS)):
             upload.is_under_way = True
         elif self._window.enter(ref.sha256, ref.size_bytes, upload.moved_ms):
             self._grant(task, upload)
@@ -293,9 +292,9 @@ class Uploads:
             last = upload.missing == {index}
             upload.missing.discard(index)
             if last:
-                self._close(upload)
-                for each, expected in upload.waiting.values():
-                    self._check(upload.ref, each, expected)
+                for each, expected in list(upload.waiting.values()):
+                    self._check(upload, each, expected)
+                self._window.leave(upload.ref.sha256)
                 self._advance()
         self._context.broker.ack(delivery)
 
@@ -368,10 +367,17 @@ class Uploads:
         elif error is not None:
             log.warning("grant-not-sent", why=str(error))
 
-    def _check(self, ref: PayloadRef, task: TaskState, expected: ExpectedUpdate) -> None:
+    def _check(self, upload: Upload, task: TaskState, expected: ExpectedUpdate) -> None:
         """Validate a complete payload on the worker thread, for one task that offers it."""
-        done = partial(self._on_checked, task)
-        self._context.loop.work(partial(check_payload, self._context.payloads, ref, expected), done, done)
+
+        def done(found: CompressionSpec | Exception) -> None:
+            if self._open.get(upload.ref.sha256) is upload:
+                self._close(upload)  # who offers it now finds it on the disk, or brings it once more
+            failpoints.hit(failpoints.Failpoint.UPLOAD_CHECKED)
+            self._on_checked(task, found)
+
+        work = partial(check_payload, self._context.payloads, upload.ref, expected)
+        self._context.loop.work(work, done, done)
 
 
 def refusal(error: Exception) -> Refused | None:
