@@ -196,13 +196,13 @@ def test_operations_count_as_without_quantisation(codec: str, tmp_path: Path):
 @pytest.mark.parametrize("name", ["tiny:bert", "tiny:llama"])
 def test_an_adapter_learnt_over_four_bits_is_as_good_on_the_whole_model(name: str, tmp_path: Path):
     spec = spec_of(tmp_path, name, local={"steps": 40})
-    learnt = session_of(workspace(spec, tmp_path, "int4"), spec).train().tensors
+    learned = session_of(workspace(spec, tmp_path, "int4"), spec).train().tensors
 
     found = []
     for codec in ("none", "int4"):
         space = workspace(spec, tmp_path, codec)
         session = session_of(space, spec)
-        session.load(learnt)
+        session.load(learned)
         found.append(evaluate(session.prepared_model(), space._data(0, spec.clients).train, 64, on_progress=silent))
 
     assert min(each.values["accuracy"] for each in found) >= 0.9

@@ -196,17 +196,17 @@ def test_turns_without_an_assistant_are_named():
 def test_a_long_prompt_gives_way_to_the_completion():
     opening, prompt, said = [1], list(range(10, 30)), list(range(50, 60))
 
-    tokens, learnt = truncate([(opening, False), (prompt, False), (said, True)], 12)
+    tokens, learned = truncate([(opening, False), (prompt, False), (said, True)], 12)
 
     assert tokens == [24, 25, 26, 27, 28, 29, *range(50, 56)]
-    assert learnt == [0] * 6 + [1] * 6
+    assert learned == [0] * 6 + [1] * 6
 
 
 def test_a_long_completion_is_cut_at_its_end():
-    tokens, learnt = truncate([([1, 2], False), (range(50, 80), True)], 10)
+    tokens, learned = truncate([([1, 2], False), (range(50, 80), True)], 10)
 
     assert tokens == [1, 2, *range(50, 58)]
-    assert learnt == [0, 0] + [1] * 8
+    assert learned == [0, 0] + [1] * 8
 
 
 def test_perplexity_and_token_accuracy_count_target_tokens():

@@ -1,6 +1,6 @@
 """What a client can hold while it trains, by its own settings; found without torch.
 
-A larger batch is learnt in pieces, whose gradients add up to the whole batch's. A narrower dtype is what the
+A larger batch is learned in pieces, whose gradients add up to the whole batch's. A narrower dtype is what the
 model computes with; the weights and the optimizer stay in theirs. Quantized are only frozen linear weights, under LoRA.
 """
 

@@ -1,7 +1,7 @@
-"""Executor: one task in, one outcome out, with the job's workspace kept between tasks.
+"""Executor: one task in, one result out, with the job's workspace kept between tasks.
 
 It reads the payloads lazily, lets the method do its client half through a session, writes the
-result's tensors and the client's private state, and turns every failure into an `Outcome`. torch is
+result's tensors and the client's private state, and turns every failure into a `TaskResult`. torch is
 imported by the first task that needs it, never by the null model. Not thread-safe: one executor
 per training thread or process.
 """

@@ -39,7 +39,7 @@ class EventLoop:
     def __init__(
         self, broker: Broker, on_transient: Callable[[Exception], None], *, worker: Executor | None = None
     ) -> None:
-        """Call `on_setback` with the error of a callback that another server or a lost service caused."""
+        """Call `on_transient` with the error of a callback that another server or a lost service caused."""
         self._broker, self._on_transient = broker, on_transient
         self._worker = worker or ThreadPoolExecutor(max_workers=1, thread_name_prefix="heavy")
         self._closed = False

@@ -36,7 +36,7 @@ class DeployedPool:
 
 
 class PoolDeployment:
-    """One size of a deployed pool; `Federation` says what each method does."""
+    """One size of a deployed pool; `Deployment` says what each method does."""
 
     def __init__(self, deployed: DeployedPool, clients: int) -> None:
         """Prepare to scale the pool to so many clients."""

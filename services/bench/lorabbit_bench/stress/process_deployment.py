@@ -184,7 +184,7 @@ READY_SECONDS = 60.0
 
 
 class ProcessDeployment:
-    """See the module's docstring; `Federation` says what each method does."""
+    """See the module's docstring; `Deployment` says what each method does."""
 
     def __init__(self, plan: StressPlan, clients: int, *, configured: bool) -> None:
         """Prepare for so many clients; with `configured`, over the broker and store that the environment names."""

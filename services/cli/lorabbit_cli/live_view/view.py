@@ -5,7 +5,7 @@ at work. The frame never grows beyond the window, so that it redraws in place.
 
 `LiveView`: a job while it runs, on a terminal as a live picture, elsewhere as plain lines.
 
-`feed` only folds the event into a `Progress`; the picture is drawn by rich's own thread a few
+`feed` only folds the event into a `JobProgress`; the picture is drawn by rich's own thread a few
 times a second, so that thousands of events cost no more than their fold. A lock keeps the two
 apart. Start the view after worker processes are forked: a fork copies locks, not threads.
 """

@@ -20,7 +20,7 @@ from lorabbit.runtime.seeds import derive_seed
 from lorabbit_client.data.table import IntArray
 
 HOLDER_SHARE = (0.4, 0.6)
-"""Range of a holder's share of a class before normalising: the pathological recipe of pFedHN and pFedLoRA."""
+"""Range of a holder's share of a class before normalizing: the pathological recipe of pFedHN and pFedLoRA."""
 
 
 @dataclass(frozen=True, slots=True)

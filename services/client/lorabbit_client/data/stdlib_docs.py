@@ -1,6 +1,6 @@
 """The built-in dataset `stdlib-docs`: what Python's own standard library says about itself.
 
-One example a docstring's first paragraph, its label the area of the library (`stdlib_areas`) of
+One example a docstring's first paragraph, its label the area of the library of
 its module: real text that every machine with Python has, about 8,000 examples in ten classes.
 Sources are parsed, never imported, in the order of their names, and a paragraph that occurs twice
 counts once, so a Python version always gives the same rows. Fails with one sentence where an

@@ -1,9 +1,9 @@
 """Workspace: what a process keeps of one job between tasks, behind one small interface.
 
-The executor speaks to it and knows nothing of torch; `learning` implements it over real models and
-`null` over nothing at all. A workspace belongs to one process and runs one task at a time.
+The executor speaks to it and knows nothing of torch; `training.workspace` implements it over real models and
+`null_workspace` over nothing at all. A workspace belongs to one process and runs one task at a time.
 
-Execute one task: files in, a file and an outcome out.
+Execute one task: files in, a file and a result out.
 
 This is the seam between the protocol (`agent`, which never sees torch) and the learning (which
 never sees a broker). A task's payloads arrive as safetensors files and its result leaves as one, so
@@ -63,7 +63,7 @@ class TaskResult:
     """So long has a failed task better not be asked again."""
     details: Mapping[str, str] = field(default_factory=dict)
     sha256: str | None = None
-    """Of the file at `Work.output`; a runner fills it in, off the loop thread, where the executor did not."""
+    """Of the file at `TaskInput.output`; a runner fills it in, off the loop thread, where the executor did not."""
 
 
 class Runner(Protocol):

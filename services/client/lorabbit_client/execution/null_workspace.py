@@ -230,7 +230,7 @@ class NullWorkspace:
         return NullSession(task, private, on_progress)
 
     def counting(self) -> AbstractContextManager[OperationCount]:
-        """Count nothing: nothing is learnt."""
+        """Count nothing: nothing is learned."""
         return nullcontext(_NOTHING)
 
     def evaluate(self, task: Task, session: NullSession, on_progress: OnProgress) -> Metrics:

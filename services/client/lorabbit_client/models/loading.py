@@ -1,6 +1,6 @@
 """Base models and their processors, by the job's model name and task.
 
-Weights come from files (see `model_source`) or from code (`tiny:`, `cnn:`). Everything drawn at random
+Weights come from files (see `source`) or from code (`tiny:`, `cnn:`). Everything drawn at random
 (a head that the checkpoint lacks, a tiny model) hangs on the job's seed alone, so every client builds
 the same model; what was drawn is remembered, because it must be trained and travel: nobody who loads
 the adapter later could draw it again.

@@ -64,7 +64,7 @@ class QuantizedLinear(nn.Module):
 
 
 def product(value: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
-    """Y = x W^T; a function of torch's to whoever watches those, such as `operations`."""
+    """Y = x W^T; a function of torch's to whoever watches those, such as `flop_counter`."""
     if has_torch_function_unary(value):
         watched: torch.Tensor = handle_torch_function(product, (value,), value, layer)
         return watched

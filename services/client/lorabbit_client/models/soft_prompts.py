@@ -5,7 +5,7 @@ arXiv 2101.00190 (prefix). P-tuning trains an encoder that makes the prompt. The
 averages of what it makes could not be put back into it; the export holds what the averaged encoder makes.
 
 D1  A prompt starts at vectors of the vocabulary (Lester et al., section 3.2), drawn from the job's seed.
-D2  A prefix is trained directly, without the reparametrisation that its paper drops after training.
+D2  A prefix is trained directly, without the reparametrization that its paper drops after training.
 """
 
 from __future__ import annotations

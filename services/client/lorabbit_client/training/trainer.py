@@ -8,7 +8,7 @@ Values that a training must not move, whatever its optimizer does.
 
 Float32 copies of half-precision parameters: what an optimizer moves in their place.
 
-A batch learnt in pieces, and the dtype that a training computes with.
+A batch learned in pieces, and the dtype that a training computes with.
 
 The loss of a batch is a mean over its units: rows, or the tokens that have a label. A piece counts by its share of
 the units, so the pieces' gradients add up to the batch's own, up to rounding. Pieces keep the padding of the whole

@@ -1,7 +1,7 @@
 """The directory of a run: what it leaves to its user, updated after every round.
 
 Everything here is made from committed events and from payload files, so a restarted server makes
-what is missing again. How a file gets there: see `wholefiles`. `told` belongs to the loop; the work
+what is missing again. How a file gets there: see `fenced_files`. `told` belongs to the loop; the work
 it returns may run on any one thread, in order.
 """
 

@@ -1,6 +1,6 @@
 """The round engine: `decide(state, event) -> (state, commands)`, pure.
 
-A job gathers its population, lets one client build the model (`INITIALISE`), then runs rounds: ask
+A job gathers its population, lets one client build the model (`INITIALIZE`), then runs rounds: ask
 a cohort, wait for its results, aggregate, score. Whatever the order of arrival, the same results
 lead to the same state. An event that comes twice, late or from the wrong client changes nothing
 but a refusal count.

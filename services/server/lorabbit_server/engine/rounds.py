@@ -1,7 +1,7 @@
 """Rounds of the engine: begin, close, score, end.
 
 The evaluation of a version overlaps the next round's training. What the schedules differ in
-is asked of `pace`; under `sync` a round waits for everybody asked.
+is asked of `scheduling`; under `sync` a round waits for everybody asked.
 
 Clients that a job can do without: set aside for good, and the round goes on with the others.
 

@@ -89,7 +89,7 @@ class OfferReceived:
 
 @dataclass(frozen=True, slots=True)
 class UpdateReceived:
-    """An offered result's tensors are here and passed admission."""
+    """An offered result's tensors are here and passed validation."""
 
     task: str
     traffic: PayloadTraffic = PayloadTraffic()
@@ -100,7 +100,7 @@ class UpdateReceived:
 
 @dataclass(frozen=True, slots=True)
 class UpdateFailedValidation:
-    """A result did not pass admission."""
+    """A result did not pass validation."""
 
     task: str
     reason: str

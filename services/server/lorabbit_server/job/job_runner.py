@@ -1,7 +1,7 @@
 """Execution of one job: feeds events to `decide` and performs the commands.
 
 Everything that a decision changes goes through the unit of work, so it is durable before anybody hears
-of it; heavy work (hashing, admission, aggregation, exports) runs beside the loop and comes back as
+of it; heavy work (hashing, validation, aggregation, exports) runs beside the loop and comes back as
 an event. After a crash the same commands are given again from the state in the store.
 
 `RoundTimer` is the one timer of a job, which the engine sets and the store remembers.

@@ -94,7 +94,7 @@ class TaskBuilder:
         return known[1]
 
     def expected(self, state: JobState, task: TaskState) -> ExpectedUpdate:
-        """What admission holds a task's result to."""
+        """What validation expects of a task's update."""
         template = self.template(state, task)
         if template is None:
             return ExpectedUpdate(may_be_empty=task.phase == INITIALIZE and self._method.personal)

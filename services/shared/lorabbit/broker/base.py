@@ -9,7 +9,7 @@ Promises of every driver (the contract suite holds each of them to it):
 * `send` is at-least-once and in order per driver: the message stays with the driver, through any
   number of reconnects, until the broker has confirmed it; then `on_done(None)` is called.
   `on_done(error)` is called when the broker answered no: `BrokerBusy` (a queue that is full, or has just
-  lost its leader: try later, as `send_until_taken` does), `BrokerRefused` (not allowed, too large) or
+  lost its leader: try later, as `send_with_retry` does), `BrokerRefused` (not allowed, too large) or
   `LoRAbbitError` (nobody listens there: no queue is bound).
 * A delivery comes back (`redelivered`) until it is `ack`ed, or came back more often than its queue allows. An `ack`
   of a delivery from before a reconnect does nothing, because the broker will deliver it again.

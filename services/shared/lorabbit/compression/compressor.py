@@ -74,7 +74,7 @@ def write_compressed(
 
 
 def most_bytes(coding: CompressionSpec, tensors: Tensors, *, origin: DeltaBase | None = None) -> int:
-    """Size of the file that `write_coded` writes; with zstd, more than which it never has."""
+    """Size of the file that `write_compressed` writes; with zstd, more than which it never has."""
     held = origin if coding.delta else None
     described = {name: serialization.describe(tensors, name) for name in tensors}
     index = index_of({name: (NAMES[dtype.name], shape) for name, (dtype, shape) in described.items()})

@@ -211,7 +211,7 @@ class ModelSpec(StrictSpec):
     """The base model and which of its parameters are trained."""
 
     name: str = Field(default="sentence-transformers/all-MiniLM-L6-v2", description="folder, hub id, or tiny:NAME")
-    task: Task = Field(default="text-classification", description="what is learnt; decides head, fields and metrics")
+    task: Task = Field(default="text-classification", description="what is learned; decides head, fields and metrics")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="of the base model, and of the tensors on the wire"
     )

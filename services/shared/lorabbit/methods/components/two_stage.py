@@ -2,7 +2,7 @@
 
 A whole model travels under its own names, an adapter under PEFT's; the first payload of a job carries
 both, the whole one behind a prefix. PEFT names a head of the model by the model's own name behind
-"base_model.model.", which is how the second stage finds what the first one learnt of it.
+"base_model.model.", which is how the second stage finds what the first one learned of it.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def check(job: JobSpec, method: str) -> None:
     """Raise BadInput for a job in which clients cannot have models of their own."""
     if job.model.task not in CLASSIFICATION:
         raise BadInput(
-            f"model.task: {method} shares what a classifier of one label per example learnt, and {job.model.task} has"
+            f"model.task: {method} shares what a classifier of one label per example learned, and {job.model.task} has"
             f" none; use {', '.join(CLASSIFICATION)}"
         )
     if job.model.trainable not in {"full", "lora"}:

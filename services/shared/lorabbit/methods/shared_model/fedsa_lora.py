@@ -1,4 +1,4 @@
-"""FedSA-LoRA: A is learnt together, B is each client's own.
+"""FedSA-LoRA: A is learned together, B is each client's own.
 
 Guo, Zeng, Wang, Fan, Wang, Qu, "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025
 (arXiv 2410.01463).

@@ -1,4 +1,4 @@
-"""SLoRA: a sparse start, then LoRA from the principal components of what it learnt.
+"""SLoRA: a sparse start, then LoRA from the principal components of what it learned.
 
 Babakniya et al., "SLoRA: Federated Parameter Efficient Fine-Tuning of Language Models", 2023 (arXiv 2308.06522).
 
@@ -43,7 +43,7 @@ class SLora(Averaging):
 
     name: ClassVar[str] = "slora"
     summary: ClassVar[str] = (
-        "sparse fine-tuning of the weights under LoRA first, then LoRA from the SVD of what it learnt"
+        "sparse fine-tuning of the weights under LoRA first, then LoRA from the SVD of what it learned"
     )
     paper: ClassVar[str] = "Babakniya et al., SLoRA: Federated Parameter Efficient Fine-Tuning, 2023, arXiv 2308.06522"
     schedules: ClassVar[frozenset[str]] = frozenset({"sync", "quorum"})
