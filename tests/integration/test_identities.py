@@ -61,7 +61,7 @@ def test_a_client_whose_lease_was_ended_has_it_again_as_soon_as_it_speaks(rig):
 
     (entry,) = (each for each in rig.store.clients().values() if each.client == "client-1")
     assert entry.expires_ms > rig.now * 1000
-    assert '"device":"cuda"' in entry.record
+    assert '"device": "cuda"' in entry.record
     assert newcomer(rig).client == "client-3"
     finish(rig)
 

@@ -35,13 +35,13 @@ LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 def capabilities_of(settings: ClientSettings) -> ClientCapabilities:
     """Return what a client declares: its settings, and the device and memory of this machine or container."""
-    return ClientCapabilities(
-        device=device(settings.device),
-        memory_bytes=memory_bytes(),
-        version=lorabbit.__version__,
-        codings=KNOWN,
-        **settings.model_dump(include={"tags", "pool", "max_rank", "max_batch", "dtype", "quantisation"}),
-    )
+    found = {
+        "device": device(settings.device),
+        "memory_bytes": memory_bytes(),
+        "version": lorabbit.__version__,
+        "codings": KNOWN,
+    }
+    return ClientCapabilities.model_validate(dict(settings) | found)
 
 
 def device(setting: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from lorabbit.job.spec import JobSpec
 from lorabbit.state.base import ClientEntry, StateStore
@@ -14,13 +14,21 @@ from lorabbit_server.engine.client_selection import natural
 from lorabbit_server.engine.state import TaskState, load_state
 
 LEFT, LOST, IDLE = "left", "lost", "idle"
+UNDECLARED = {"device": "", "dtype": "", "quantisation": ""}
+"""Shown where a client's record has no such key, because an older server wrote it."""
 
 
-class ClientInfo(ClientCapabilities):
-    """One client: who it is, what it declared, and what it does."""
+class _ListedFirst(BaseModel):
+    """The first keys of a client in the API's answer."""
 
     client: str
     address: str
+    pool: str = ""
+
+
+class ClientInfo(ClientCapabilities, _ListedFirst):
+    """One client: who it is, what it declared, and what it does."""
+
     codings: tuple[str, ...] = Field(default=(), exclude=True)
     present: bool
     state: str
@@ -76,7 +84,8 @@ def _client_info(entry: ClientEntry, doing: str | None, now_ms: int, seen_ms: in
     present = entry.expires_ms > now_ms
     absent = LOST if entry.expires_ms else LEFT
     return ClientInfo.model_validate(
-        json.loads(entry.record)
+        UNDECLARED
+        | json.loads(entry.record)
         | {
             "client": entry.client,
             "address": entry.address,

@@ -7,6 +7,7 @@ one lease of grace, in which nobody else is given their identity.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from lorabbit.protocol.messages import Hello
@@ -67,8 +68,8 @@ class ClientRegistry:
     def hello(self, message: Hello, now_ms: int) -> ClientId:
         """Give a client its identity; it is present from now on."""
         expires = now_ms + self._lease_ms
-        name = self._lease(message, now_ms, expires)
-        client = ClientId(name)
+        declared = message.capabilities
+        client = ClientId(self._lease(message.address, message.client, declared, now_ms=now_ms, expires_ms=expires))
         self._introduced[message.address] = message
         before = self._by_address.get(message.address)
         if before is not None and before != client:
@@ -78,14 +79,16 @@ class ClientRegistry:
             self._by_address.pop(displaced.address, None)
         self._by_address[message.address] = client
         self._clients[client] = RegisteredClient(
-            client, message.address, _capabilities(message), expires_ms=expires, heard_ms=now_ms, present=True
+            client, message.address, declared, expires_ms=expires, heard_ms=now_ms, present=True
         )
         return client
 
-    def _lease(self, message: Hello, now_ms: int, expires_ms: int) -> str:
-        """Have the store lease an identity to whoever says hello."""
-        record = _capabilities(message).model_dump_json()
-        wanted = ClientEntry(message.client or "", message.address, record, expires_ms)
+    def _lease(
+        self, address: str, client: str | None, declared: ClientCapabilities, *, now_ms: int, expires_ms: int
+    ) -> str:
+        """Lease an identity to the client at an address, in the store."""
+        record = json.dumps(declared.model_dump(mode="json"))
+        wanted = ClientEntry(client or "", address, record, expires_ms)
         return self._store.lease_identity(wanted, now_ms=now_ms, epoch=self._epoch)
 
     def introduction(self, address: str, wanted: ClientId | None) -> Hello:
@@ -100,8 +103,7 @@ class ClientRegistry:
             return None, False
         entry, expires = self._clients[client], now_ms + self._lease_ms
         if not entry.expires_ms:
-            hello = Hello(address=address, client=client, **entry.capabilities.model_dump())
-            self._lease(hello, now_ms, expires)
+            self._lease(address, client, entry.capabilities, now_ms=now_ms, expires_ms=expires)
         back = not entry.present
         entry.present, entry.heard_ms, entry.expires_ms = True, now_ms, expires
         self._heard.add(client)
@@ -166,7 +168,3 @@ class ClientRegistry:
     def at(self, address: str) -> ClientId | None:
         """The identity of the client at an address."""
         return self._by_address.get(address)
-
-
-def _capabilities(message: Hello) -> ClientCapabilities:
-    return ClientCapabilities(**message.model_dump(include=set(ClientCapabilities.model_fields)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pydantic import JsonValue, TypeAdapter
+from pydantic.main import IncEx
 
 from lorabbit.aggregation.partial_work import ClientSpeed
 from lorabbit.job.spec import JobSpec
@@ -168,7 +169,9 @@ _TASK = TypeAdapter(TaskState)
 
 def dump_header(state: JobState) -> str:
     """The state without its spec and tasks, as JSON."""
-    return _STATE.dump_json(state, exclude={"spec", "tasks"}, exclude_defaults=True).decode()
+    unused: IncEx = {"max_batch", "dtype", "version", "codings"}  # no job selects clients by them
+    exclude: dict[str, IncEx | bool] = {"spec": True, "tasks": True, "declared": {"__all__": unused}}
+    return _STATE.dump_json(state, exclude=exclude, exclude_defaults=True).decode()
 
 
 def dump_task(task: TaskState) -> str:

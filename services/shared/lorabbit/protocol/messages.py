@@ -85,18 +85,31 @@ class Metrics(BaseModel):
     """Free facts for the method and the report (label counts, trained parameters, ...)."""
 
 
-class Hello(ClientCapabilities, Message):
-    """Client -> server: I am here. Repeated after every reconnect."""
+class _FromAddress(Message):
+    """The first keys of a hello, before those of its capabilities."""
 
-    kind: ClassVar[str] = "hello"
+    kind: ClassVar[str] = ""
     address: Identifier
     """Name of the client's inbox; unique per process, kept over restarts."""
     client: Identifier | None = None
     """The identity it owns; None asks the server for the lowest free ``client-<n>``."""
+
+
+class Hello(ClientCapabilities, _FromAddress):
+    """Client -> server: I am here. Repeated after every reconnect."""
+
+    kind: ClassVar[str] = "hello"
     outbox: Annotated[tuple[Identifier, ...], Field(max_length=10_000)] = ()
     """Tasks whose result waits for a verdict."""
     process: Word = ""
     """Drawn by the process when it starts: by it two that took the same address are told apart."""
+
+    @property
+    def capabilities(self) -> ClientCapabilities:
+        """What the client declares, without the rest of the message."""
+        return ClientCapabilities.model_validate(
+            {name: getattr(self, name) for name in ClientCapabilities.model_fields}
+        )
 
 
 class Alive(Message):
