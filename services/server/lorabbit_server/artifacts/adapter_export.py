@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,17 +50,18 @@ class AdapterExporter:
     _bases: dict[Path, str] = field(default_factory=dict)
     """The base model that each folder holds, as far as this server wrote it."""
 
-    def on_events(self, event: ev.AnyEvent) -> None:
-        """Take in a committed event."""
-        match event:
-            case ev.AdapterInitialized():
-                described = _object(event.facts.get("export"))
-                self._format, self._described = str(described.get("format")), _object(described.get("files"))
-                self._beside_base = _object(_object(event.facts.get("export_base")).get("files"))
-            case ev.RoundClosed():
-                self._versions[event.round] = _ExportedVersion(event.sha256, event.base_payload, event.config)
-            case _:
-                pass
+    def on_events(self, events: Iterable[ev.AnyEvent]) -> None:
+        """Note what committed events say about the export of each version."""
+        for event in events:
+            match event:
+                case ev.AdapterInitialized():
+                    described = _object(event.facts.get("export"))
+                    self._format, self._described = str(described.get("format")), _object(described.get("files"))
+                    self._beside_base = _object(_object(event.facts.get("export_base")).get("files"))
+                case ev.RoundClosed():
+                    self._versions[event.round] = _ExportedVersion(event.sha256, event.base_payload, event.config)
+                case _:
+                    pass
 
     def folder(self, number: int, folder: Path, then: Callable[[], None] = lambda: None) -> Callable[[], None]:
         """Return the work that writes the version of a round into a folder, where its files are still there."""

@@ -43,6 +43,7 @@ class RunDirectory:
     def recover(self, events: Iterable[ev.AnyEvent]) -> _Work:
         """Fold what was committed before this server started; returns the work that brings the folder up to date."""
         committed = list(events)
+        self._exporter.on_events(committed)
         for event in committed:
             self._fold(event)
         works = [self._inherit, *self._archive.recover(committed), self._write_job()]
@@ -60,6 +61,7 @@ class RunDirectory:
         """Fold committed events; returns the work that they cause, None when there is none."""
         works: list[_Work] = []
         kept = self._archive.on_events(events)
+        self._exporter.on_events(events)
         for event in events:
             self._fold(event)
             match event:
@@ -76,7 +78,6 @@ class RunDirectory:
 
     def _fold(self, event: ev.AnyEvent) -> None:
         fold(self.report, [event])
-        self._exporter.on_events(event)
         if isinstance(event, ev.PayloadPublished):
             self._published.append(event.sha256)
 

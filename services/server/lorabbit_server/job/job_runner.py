@@ -22,6 +22,7 @@ from lorabbit.events.job_events import EVENTS, AnyEvent
 from lorabbit.job.spec import CompressionSpec, JobSpec
 from lorabbit.methods.registry import build
 from lorabbit.protocol.messages import CancelTask, Deny, ForTask, Offer, Task, TaskFailed, Verdict
+from lorabbit.runtime import failpoints
 from lorabbit.state.base import JobEntry, JobRecord
 from lorabbit.types import INITIALIZE, ClientId
 from lorabbit_server.aggregation import aggregator
@@ -34,7 +35,7 @@ from lorabbit_server.engine.reducer import decide, resume
 from lorabbit_server.engine.state import JobState, TaskState, UploadOffer, load_state
 from lorabbit_server.engine.transitions import DeadlinePassed, Event, SetDeadline
 from lorabbit_server.job.task_builder import TaskBuilder
-from lorabbit_server.job.unit_of_work import Step, UnitOfWork
+from lorabbit_server.job.unit_of_work import PendingMessage, Step, UnitOfWork
 from lorabbit_server.transfer.downloads import Downloads
 from lorabbit_server.transfer.traffic_meter import TrafficMeter
 from lorabbit_server.transfer.uploads import Uploads, refusal
@@ -251,8 +252,11 @@ class JobRunner:
     def _post(self, step: Step, client: ClientId, message: ForTask | Task, message_id: str) -> None:
         """Put a message into the outbox; a client without an address gets its tasks when it says hello."""
         entry = self._context.registry.get(client)
-        if entry is not None:
-            step.post(entry.address, message, message_id=message_id)
+        if entry is None:
+            return
+        if isinstance(message, Task):
+            failpoints.hit(failpoints.Failpoint.TASK_DECIDED)
+        step.messages.append(PendingMessage(entry.address, message, message_id))
 
     # ---- uploads ----
     def _expect(self, task: TaskState) -> None:

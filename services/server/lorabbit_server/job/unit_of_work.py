@@ -28,6 +28,15 @@ FORGET_SECONDS = 2.0
 """How long confirmed outbox entries may wait for a commit that takes them along."""
 
 
+@dataclass(frozen=True, slots=True)
+class PendingMessage:
+    """A message to a client that is sent after the commit."""
+
+    address: str
+    message: ForTask | Task
+    message_id: str
+
+
 @dataclass(slots=True)
 class Step:
     """One decision: the state after it, and everything that it changes or causes."""
@@ -38,20 +47,10 @@ class Step:
     events: list[AnyEvent] = field(default_factory=list)
     effects: dict[str, str] = field(default_factory=dict)
     """Accepted tasks, with the sha256 of their payloads."""
-    outbox: list[Entry] = field(default_factory=list)
+    messages: list[PendingMessage] = field(default_factory=list)
     before_sending: list[Callable[[], None]] = field(default_factory=list)
     """Called after the commit, before the messages of the step are sent."""
     after_commit: list[Callable[[], None]] = field(default_factory=list)
-
-    def post(self, address: str, message: ForTask | Task, *, message_id: str) -> None:
-        """Put a message to a client into the outbox."""
-        body = codec.encode(message).decode()
-        entry = {"address": address, "type": message.type_name(), "body": body, "message_id": message_id}
-        entry["task"] = message.task
-        if isinstance(message, Task):
-            failpoints.hit(failpoints.Failpoint.TASK_DECIDED)
-            entry["payloads"] = " ".join(ref.sha256 for _, ref in message.published)
-        self.outbox.append(entry)
 
 
 class UnitOfWork:
@@ -90,7 +89,7 @@ class UnitOfWork:
         pending.deliveries += step.deliveries
         pending.events += step.events
         pending.effects |= step.effects
-        pending.outbox += step.outbox
+        pending.messages += step.messages
         pending.before_sending += step.before_sending
         pending.after_commit += step.after_commit
         if not self._scheduled:
@@ -107,7 +106,8 @@ class UnitOfWork:
         self._scheduled = False
         step, self._pending = self._pending, Step(self.state)
         relayed, self._relayed = self._relayed, []
-        change = self._change(step, relayed)
+        outbox = [_entry(each) for each in step.messages]
+        change = self._change(step, outbox, relayed)
         committed = None
         if change is not None:
             committed = self._store.commit(step.state.job, change)
@@ -121,7 +121,7 @@ class UnitOfWork:
             callback()
         if committed is not None:
             for id_ in committed.outbox_ids:
-                self._outbox_publisher.take(id_, step.outbox)
+                self._outbox_publisher.take(id_, outbox)
         for delivery in step.deliveries:
             self._broker.ack(delivery)
         if step.events:
@@ -129,14 +129,14 @@ class UnitOfWork:
         for callback in step.after_commit:
             callback()
 
-    def _change(self, step: Step, relayed: list[str]) -> StateChange | None:
+    def _change(self, step: Step, outbox: list[Entry], relayed: list[str]) -> StateChange | None:
         """Describe what differs from the last commit; None when nothing does."""
         before, now = self._committed.tasks, step.state.tasks
         changed = {id_: task for id_, task in now.items() if before.get(id_) is not task}
         header = dump_header(step.state)
         tasks: dict[str, str | None] = {id_: dump_task(task) for id_, task in changed.items()}
         tasks.update({id_: None for id_ in before if id_ not in now})
-        if header == self._header and not (tasks or step.events or step.outbox or relayed):
+        if header == self._header and not (tasks or step.events or outbox or relayed):
             return None
         return StateChange(
             uuid.uuid4().hex,
@@ -146,7 +146,7 @@ class UnitOfWork:
             tasks=tasks,
             effects=step.effects,
             events=[event.model_dump_json() for event in step.events],
-            outbox=[json.dumps(step.outbox)] if step.outbox else [],
+            outbox=[json.dumps(outbox)] if outbox else [],
             relayed=relayed,
         )
 
@@ -185,3 +185,18 @@ class UnitOfWork:
         """Take no further step."""
         self._closed = True
         self._outbox_publisher.close()
+
+
+def _entry(pending: PendingMessage) -> Entry:
+    """Encode a message for the outbox."""
+    message = pending.message
+    entry = {
+        "address": pending.address,
+        "type": message.type_name(),
+        "body": codec.encode(message).decode(),
+        "message_id": pending.message_id,
+        "task": message.task,
+    }
+    if isinstance(message, Task):
+        entry["payloads"] = " ".join(ref.sha256 for _, ref in message.published)
+    return entry
