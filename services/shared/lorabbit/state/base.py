@@ -131,10 +131,6 @@ class StateStore(ABC):
     def lease_holder(self) -> str | None:
         """Who holds the lease now."""
 
-    @abstractmethod
-    def lease_seconds_left(self) -> float:
-        """In how many seconds the lease ends unless it is renewed; 0 when nobody holds it."""
-
     # ---- clients ----
     @abstractmethod
     def lease_identity(self, wanted: ClientEntry, *, now_ms: int, epoch: int) -> str:

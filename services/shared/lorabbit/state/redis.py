@@ -136,10 +136,6 @@ class RedisStateStore(StateStore):
         holder = self._call(lambda: self._redis.get(_SERVER + "lease"))
         return None if holder is None else text_of(holder)
 
-    def lease_seconds_left(self) -> float:
-        """See `StateStore.lease_seconds_left`."""
-        return max(0, int(self._call(lambda: self._redis.pttl(_SERVER + "lease")))) / 1000
-
     # ---- clients ----
     def lease_identity(self, wanted: ClientEntry, *, now_ms: int, epoch: int) -> str:
         """See `StateStore.lease_identity`."""
