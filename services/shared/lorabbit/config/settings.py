@@ -209,7 +209,7 @@ class ClientSettings(Settings):
         default=None,
         ge=1,
         le=2**20,
-        description="rows trained at once, any when absent; larger batches are split, but not by methods with own models",
+        description="rows trained at once, any when absent; larger batches are split, not by methods with own models",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
