@@ -51,7 +51,7 @@ LOOKUPS = {
     ("engine/scheduling", "staleness"),
     ("engine/scheduling", "accepted_updates"),
     ("engine/scheduling", "required_updates"),
-    ("engine/tasks", "in_order"),
+    ("engine/tasks", "sorted_tasks"),
     ("engine/state", "dump_header"),
     ("engine/state", "dump_task"),
     ("engine/state", "hashes"),

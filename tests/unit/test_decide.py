@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,11 +15,11 @@ from lorabbit.events import job_events as ev
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol.messages import Metrics, PayloadRef
 from lorabbit.types import EVALUATE, INITIALIZE, TRAIN, ClientId
-from lorabbit_server.engine import transitions
+from lorabbit_server.engine import reducer, transitions
 from lorabbit_server.engine.client_selection import ClientSampler, population
 from lorabbit_server.engine.reducer import decide, resume
 from lorabbit_server.engine.results import MAX_TRIES
-from lorabbit_server.engine.rounds import over_clients, pool
+from lorabbit_server.engine.rounds import mean_over_clients, pool_metrics
 from lorabbit_server.engine.state import JobState, ModelVersion, UploadOffer, dump_header, dump_task, load_state
 
 A, B, C = ClientId("client-1"), ClientId("client-2"), ClientId("client-3")
@@ -96,6 +97,12 @@ def aggregating():
 # ---- gathering ----
 
 
+def test_the_handler_of_an_event_has_the_events_name():
+    handlers = {event.__name__: handler.__name__ for event, handler in reducer._HANDLERS.items()}
+
+    assert handlers == {name: "on" + re.sub(r"(?=[A-Z])", "_", name).lower() for name in handlers}
+
+
 def test_a_job_waits_until_its_population_is_complete():
     state, commands = decide(JobState("job", spec()), transitions.JobOpened((A,)))
     state, more = decide(state, transitions.HelloReceived(B, (A, B)))
@@ -156,7 +163,7 @@ def test_an_offer_for_a_task_of_a_past_round_is_accepted_again_if_it_counted_and
     state, _ = training()
     late = transitions.OfferReceived("job.r0.train.k0", A, offer(replace(state.tasks["job.r1.train.k0"])))
 
-    assert decide(state, replace(late, counted=True))[1] == (transitions.SendVerdict(late.task, A, accepted=True),)
+    assert decide(state, replace(late, was_accepted=True))[1] == (transitions.SendVerdict(late.task, A, accepted=True),)
     assert decide(state, late)[1] == (transitions.DenyUpload(late.task, A, "stale"),)
 
 
@@ -325,7 +332,7 @@ def test_a_revoked_client_is_not_awaited():
     state, tasks = training()
     for task in tasks[1:]:
         state, _ = answered(state, task)
-    state, commands = decide(state, transitions.ClientDismissed(A, (B, C), f"{A} was revoked", at_ms=9))
+    state, commands = decide(state, transitions.ClientExcluded(A, (B, C), f"{A} was revoked", at_ms=9))
 
     assert told(commands) == ["client-lost", "client-set-aside"]
     assert of(commands, transitions.SendCancelTask) == [transitions.SendCancelTask(tasks[0].id, A)]
@@ -334,7 +341,7 @@ def test_a_revoked_client_is_not_awaited():
 
 def test_a_client_that_was_set_aside_is_asked_for_nothing_when_it_comes_back():
     state, _ = fail(training()[0], 0)
-    state, _ = decide(state, transitions.ClientLeft(A, (B, C)))
+    state, _ = decide(state, transitions.ClientDisconnected(A, (B, C)))
 
     state, commands = decide(state, transitions.HelloReceived(A, (A, B, C)))
 
@@ -437,7 +444,7 @@ def test_scores_are_pooled_by_examples_and_perplexity_from_the_pooled_loss():
         for task, (n, loss, values) in zip(tasks, parts, strict=False)
     ]
 
-    assert pool(scored) == pytest.approx({"accuracy": 0.25, "loss": 1.5, "perplexity": math.exp(1.5)})
+    assert pool_metrics(scored) == pytest.approx({"accuracy": 0.25, "loss": 1.5, "perplexity": math.exp(1.5)})
 
 
 def test_over_clients_each_client_counts_once_and_one_without_examples_not_at_all():
@@ -448,7 +455,7 @@ def test_over_clients_each_client_counts_once_and_one_without_examples_not_at_al
         for n, value in parts
     ]
 
-    assert over_clients(scored) == {"mean_accuracy_of_clients": 0.75}
+    assert mean_over_clients(scored) == {"mean_accuracy_of_clients": 0.75}
 
 
 def test_the_job_is_done_once_the_last_version_is_scored():
@@ -534,8 +541,8 @@ def test_tensors_that_the_method_does_not_want_are_refused_before_they_move():
 def test_a_lost_client_is_told_once_and_its_return_sends_its_open_tasks_again():
     state, tasks = training()
     state, _ = answered(state, tasks[0])
-    state, lost = decide(state, transitions.ClientLeft(B, (A, C)))
-    again = decide(state, transitions.ClientLeft(B, (A, C)))
+    state, lost = decide(state, transitions.ClientDisconnected(B, (A, C)))
+    again = decide(state, transitions.ClientDisconnected(B, (A, C)))
 
     state, commands = decide(state, transitions.HelloReceived(B, (A, B, C), "cuda"))
 
@@ -561,7 +568,7 @@ def test_a_stranger_changes_nothing_in_a_job_that_has_started():
     stranger = ClientId("client-9")
 
     assert decide(state, transitions.HelloReceived(stranger, (A, B, C, stranger))) == (state, ())
-    assert decide(state, transitions.ClientLeft(stranger, (A, B, C))) == (state, ())
+    assert decide(state, transitions.ClientDisconnected(stranger, (A, B, C))) == (state, ())
 
 
 # ---- the end ----
@@ -589,7 +596,7 @@ def test_after_the_end_offers_are_answered_and_nothing_else_happens():
     late = transitions.OfferReceived(tasks[0].id, A, offer(tasks[0]))
 
     assert decide(state, late) == (state, (transitions.DenyUpload(tasks[0].id, A, "job-ended"),))
-    assert decide(state, replace(late, counted=True))[1] == (transitions.SendVerdict(tasks[0].id, A, accepted=True),)
+    assert decide(state, replace(late, was_accepted=True))[1] == (transitions.SendVerdict(tasks[0].id, A, accepted=True),)
     assert decide(state, transitions.CancelRequested()) == (state, ())
     assert decide(state, transitions.HelloReceived(A, (A,))) == (state, ())
 

@@ -234,7 +234,7 @@ def test_a_fast_selection_measures_everybody_once_and_then_asks_the_fastest():
 def test_clients_that_are_lost_are_passed_over_where_the_others_are_enough():
     state, asked = training(job(cohort=2, selection={"order": "fair"}))
     for name in NAMES[:3]:
-        state, _ = decide(state, transitions.ClientLeft(name, NAMES[3:]))
+        state, _ = decide(state, transitions.ClientDisconnected(name, NAMES[3:]))
 
     state = replace(state, tasks={})
 

@@ -279,14 +279,14 @@ def test_a_deadline_that_is_not_given_follows_from_the_speed_of_the_quorum():
     state, commands = aggregated(state, at_ms=10_000)
 
     assert of(commands, transitions.SetDeadline) == [
-        transitions.SetDeadline(2, 10_000 + round(scheduling.PATIENCE * 2_000))
+        transitions.SetDeadline(2, 10_000 + round(scheduling.DEADLINE_FACTOR * 2_000))
     ]
 
 
 def test_clients_that_are_lost_are_asked_only_where_the_others_are_too_few():
     spec = job(sc.Quorum(quorum=0.5, over_select=1.0))
     state, tasks, _ = training(spec)
-    state, _ = decide(state, transitions.ClientLeft(NAMES[3], NAMES[:3]))
+    state, _ = decide(state, transitions.ClientDisconnected(NAMES[3], NAMES[:3]))
     for index in (0, 1):
         state, _ = answered(state, tasks[index])
 
@@ -433,7 +433,7 @@ def test_another_client_trains_in_the_place_of_one_that_is_lost():
     state, tasks, _ = training(job(sc.Buffered(buffer=2, concurrency=2)))
     gone = next(iter(tasks.values())).client
 
-    _, commands = decide(state, transitions.ClientLeft(gone, tuple(c for c in NAMES if c != gone)))
+    _, commands = decide(state, transitions.ClientDisconnected(gone, tuple(c for c in NAMES if c != gone)))
 
     (task,) = sent(commands)
     assert task.client not in {t.client for t in tasks.values()}
@@ -441,7 +441,7 @@ def test_another_client_trains_in_the_place_of_one_that_is_lost():
 
 def test_a_client_that_comes_back_with_too_old_a_task_gets_a_new_one():
     state, tasks, _ = training(job(sc.Buffered(buffer=1, max_staleness=0), rounds=9))
-    state, _ = decide(state, transitions.ClientLeft(NAMES[2], NAMES))
+    state, _ = decide(state, transitions.ClientDisconnected(NAMES[2], NAMES))
     state, _ = answered(state, tasks[0])
     state, _ = aggregated(state)
 
@@ -453,7 +453,7 @@ def test_a_client_that_comes_back_with_too_old_a_task_gets_a_new_one():
 
 def test_a_client_that_was_lost_does_not_go_on_from_an_old_version_unless_it_has_the_result():
     state, tasks, _ = training(job(sc.Quorum(quorum=0.5, late="keep")))
-    state, _ = decide(state, transitions.ClientLeft(NAMES[2], NAMES))
+    state, _ = decide(state, transitions.ClientDisconnected(NAMES[2], NAMES))
     for index in (0, 1):
         state, _ = answered(state, tasks[index])
     state, _ = aggregated(state)
@@ -533,7 +533,7 @@ def something_happens(state, task, what, now):
     """Mostly a result; now and then a client leaves or comes back, or the deadline passes."""
     match what:
         case 0:
-            return decide(state, transitions.ClientLeft(task.client, NAMES, now))
+            return decide(state, transitions.ClientDisconnected(task.client, NAMES, now))
         case 1:
             return decide(state, transitions.HelloReceived(task.client, NAMES, at_ms=now))
         case 2:
@@ -561,7 +561,7 @@ def test_the_scores_of_a_lost_client_are_left_out_where_no_round_waits_for_every
     for task in asked[1:]:
         state, _ = answered(state, task)
 
-    state, commands = decide(state, transitions.ClientLeft(NAMES[0], NAMES[1:], 9))
+    state, commands = decide(state, transitions.ClientDisconnected(NAMES[0], NAMES[1:], 9))
 
     assert of(commands, transitions.SendCancelTask) == [transitions.SendCancelTask(asked[0].id, NAMES[0])]
     assert len(events(commands, "round-evaluated")) == 1
@@ -574,9 +574,9 @@ def test_central_scores_pass_on_from_a_lost_client_and_are_awaited_where_nobody_
 
     for gone in range(3):
         assert asked.client == NAMES[gone]
-        state, commands = decide(state, transitions.ClientLeft(NAMES[gone], NAMES[gone + 1 :], 9))
+        state, commands = decide(state, transitions.ClientDisconnected(NAMES[gone], NAMES[gone + 1 :], 9))
         (asked,) = sent(commands, EVALUATE)
-    state, commands = decide(state, transitions.ClientLeft(NAMES[3], (), 9))
+    state, commands = decide(state, transitions.ClientDisconnected(NAMES[3], (), 9))
 
     assert sent(commands, EVALUATE) == []
     assert [task.client for task in state.tasks.values()] == [NAMES[3]]
@@ -590,7 +590,7 @@ def test_central_scores_pass_on_from_a_lost_client_and_are_awaited_where_nobody_
 def test_when_all_were_lost_scores_wait_for_the_first_who_is_back_and_for_no_other(schedule, on):
     state, _ = scoring(schedule, on)
     for gone in range(4):
-        state, _ = decide(state, transitions.ClientLeft(NAMES[gone], NAMES[gone + 1 :], 9))
+        state, _ = decide(state, transitions.ClientDisconnected(NAMES[gone], NAMES[gone + 1 :], 9))
 
     state, commands = decide(state, transitions.HelloReceived(NAMES[1], NAMES[1:2], at_ms=10))
 
@@ -605,7 +605,7 @@ def test_under_sync_scores_wait_for_everybody():
     for task in asked[1:]:
         state, _ = answered(state, task)
 
-    state, commands = decide(state, transitions.ClientLeft(NAMES[0], NAMES[1:], 9))
+    state, commands = decide(state, transitions.ClientDisconnected(NAMES[0], NAMES[1:], 9))
 
     assert of(commands, transitions.SendCancelTask) == []
     assert state.stage == "scoring"

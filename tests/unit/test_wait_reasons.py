@@ -52,7 +52,7 @@ class Walk:
     def step(self):
         self.now += self.random.randrange(1, 4_000)
         event = self.random.choice(self.possible())
-        if isinstance(event, transitions.HelloReceived | transitions.ClientLeft):
+        if isinstance(event, transitions.HelloReceived | transitions.ClientDisconnected):
             self.here = set(event.present)
         self.state, _ = decide(self.state, event)
         return self.state
@@ -74,7 +74,7 @@ class Walk:
             name = self.random.choice(gone)
             return transitions.HelloReceived(name, tuple(sorted({*self.here, name})), at_ms=self.now)
         name = self.random.choice(NAMES)
-        return transitions.ClientLeft(name, tuple(sorted(self.here - {name})), self.now)
+        return transitions.ClientDisconnected(name, tuple(sorted(self.here - {name})), self.now)
 
     def about(self, task: TaskState):
         if task.status == "offered":
@@ -179,7 +179,7 @@ def test_progress_of_an_earlier_try_is_not_taken_for_that_of_this_one():
 def test_a_lost_client_is_awaited_for_as_long_as_the_job_says_and_what_ends_that_is_said(
     patience, fewest, deadline_ms, ends
 ):
-    state, _ = decide(training(), transitions.ClientLeft(NAMES[2], NAMES[:2], 9_000))
+    state, _ = decide(training(), transitions.ClientDisconnected(NAMES[2], NAMES[:2], 9_000))
     spec = state.spec.model_copy(update={"patience_seconds": patience, "min_clients": fewest})
     observations = replace(SIGHT, silent_ms={"client-3": 7_000})
 

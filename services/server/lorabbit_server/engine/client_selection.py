@@ -51,7 +51,7 @@ class ClientRequirements:
         return ClientRequirements(rank, self.whole_base if any(each.whole_base for each in found) else "")
 
 
-NOTHING = ClientRequirements()
+NO_REQUIREMENTS = ClientRequirements()
 
 
 def requirements_of(job: JobSpec) -> ClientRequirements:
@@ -61,10 +61,10 @@ def requirements_of(job: JobSpec) -> ClientRequirements:
 
 
 def matches(
-    selection: SelectionSpec | None, declared: ClientCapabilities, needed: ClientRequirements = NOTHING
+    selection: SelectionSpec | None, declared: ClientCapabilities, needed: ClientRequirements = NO_REQUIREMENTS
 ) -> bool:
     """Tell whether a client is one of those that a job takes in."""
-    if needed.unmet(declared) != NOTHING:
+    if needed.unmet(declared) != NO_REQUIREMENTS:
         return False
     if selection is None:
         return True
@@ -76,7 +76,7 @@ def matches(
     )
 
 
-def describe(selection: SelectionSpec | None, unmet: ClientRequirements = NOTHING) -> str:
+def describe(selection: SelectionSpec | None, unmet: ClientRequirements = NO_REQUIREMENTS) -> str:
     """Say in words which clients a job takes in; empty where it takes any.
 
     `unmet` is what somebody here cannot give.
@@ -115,10 +115,10 @@ class ClientSampler:
         """
         if size >= len(candidates):
             return tuple(candidates)
-        dice = generator(self.seed, "cohort", self.number)
+        rng = generator(self.seed, "cohort", self.number)
         if self.order == "random":
-            return tuple(sorted(dice.sample(candidates, max(0, size))))
-        shuffled = dice.sample(candidates, len(candidates))
+            return tuple(sorted(rng.sample(candidates, max(0, size))))
+        shuffled = rng.sample(candidates, len(candidates))
         return tuple(sorted(sorted(shuffled, key=self._rank)[: max(0, size)]))
 
     def _rank(self, index: int) -> float:

@@ -18,21 +18,21 @@ from lorabbit.methods import compatibility
 from lorabbit.methods.registry import METHODS
 from lorabbit.types import DEFAULT_CAPABILITIES, INITIALIZE, ClientId
 from lorabbit_server.engine import client_selection, results, rounds, scheduling
-from lorabbit_server.engine.rounds import exclude_client, scores_without_lost
+from lorabbit_server.engine.rounds import exclude_client, reassign_lost_evaluations
 from lorabbit_server.engine.state import JobState
-from lorabbit_server.engine.tasks import dispatch_tasks, in_order, send
+from lorabbit_server.engine.tasks import dispatch_tasks, send_commands, sorted_tasks
 from lorabbit_server.engine.transitions import (
     AppendEvent,
     CancelRequested,
-    ClientDismissed,
-    ClientLeft,
+    ClientDisconnected,
+    ClientExcluded,
     Command,
     DeadlinePassed,
     Decision,
+    DeferredCommand,
     DenyUpload,
     Event,
     GrantUpload,
-    Heavy,
     HelloReceived,
     JobOpened,
     MethodStarted,
@@ -49,74 +49,74 @@ from lorabbit_server.engine.transitions import (
     UpdatesUnusable,
 )
 
-_STEPS: Mapping[type[Event], Callable[[JobState, Any], Decision]] = {
-    OfferReceived: results.on_offer,
-    UpdateReceived: results.on_update,
-    UpdateFailedValidation: results.on_invalid_update,
-    TaskFailureReceived: results.on_task_failed,
-    MethodStarted: rounds.method_started,
-    RoundAggregated: rounds.round_aggregated,
-    UpdatesUnusable: results.on_unusable_updates,
-    DeadlinePassed: rounds.deadline_passed,
+_HANDLERS: Mapping[type[Event], Callable[[JobState, Any], Decision]] = {
+    OfferReceived: results.on_offer_received,
+    UpdateReceived: results.on_update_received,
+    UpdateFailedValidation: results.on_update_failed_validation,
+    TaskFailureReceived: results.on_task_failure_received,
+    MethodStarted: rounds.on_method_started,
+    RoundAggregated: rounds.on_round_aggregated,
+    UpdatesUnusable: results.on_updates_unusable,
+    DeadlinePassed: rounds.on_deadline_passed,
 }
 
 
 def decide(state: JobState, event: Event) -> Decision:
     """Return the state after an event, and what to do about it."""
     if state.stage == "ended":
-        return _after_the_end(state, event)
+        return _after_end(state, event)
     match event:
-        case JobOpened() | HelloReceived() | ClientLeft():
+        case JobOpened() | HelloReceived() | ClientDisconnected():
             return _on_presence(state, event)
-        case ClientDismissed():
-            return _on_client_dismissed(state, event)
+        case ClientExcluded():
+            return _on_client_excluded(state, event)
         case ServerWorkFailed():
             return rounds.end(state, "failed", event.at_ms, reason=event.reason, exit_code=event.exit_code)
         case CancelRequested():
             return rounds.end(state, "cancelled", event.at_ms, reason="cancelled by an operator", exit_code=130)
         case _:
-            return _STEPS[type(event)](state, event)
+            return _HANDLERS[type(event)](state, event)
 
 
-def resume(state: JobState) -> tuple[Heavy, ...]:
+def resume(state: JobState) -> tuple[DeferredCommand, ...]:
     """Return the commands that a restarted server must give again, because nothing on the wire holds them."""
     if state.stage == "starting":
         return tuple(StartMethod(task) for task in state.tasks.values())
     folding = (rounds.aggregation(state),) if state.stage == "aggregating" else ()
-    granted = tuple(GrantUpload(task) for task in in_order(state.tasks) if task.status == "offered")
+    granted = tuple(GrantUpload(task) for task in sorted_tasks(state.tasks) if task.status == "offered")
     deadline = () if state.deadline_ms is None else (SetDeadline(state.round, state.deadline_ms),)
     return (*folding, *granted, *deadline)
 
 
-def _on_presence(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> Decision:
+def _on_presence(state: JobState, event: JobOpened | HelloReceived | ClientDisconnected) -> Decision:
     """Start once the population is complete; afterwards keep count of who is lost."""
     if state.stage == "gathering":
-        return _gather(state, event)
+        return _gather_population(state, event)
     match event:
         case HelloReceived() if event.client in state.clients:
-            state, commands = _on_return(state, event)
-        case HelloReceived() if _joins(state, event):
-            state, commands = _join(state, event)
-        case ClientLeft() if event.client in state.clients and event.client not in state.lost:
-            state, commands = _on_client_lost(state, event)
+            state, commands = _on_client_returned(state, event)
+        case HelloReceived() if _may_join(state, event):
+            state, commands = _on_client_joined(state, event)
+        case ClientDisconnected() if event.client in state.clients and event.client not in state.lost:
+            state, commands = _on_client_disconnected(state, event)
         case _:
             return state, ()
-    state, scores = scores_without_lost(state, event.at_ms)
+    state, scores = reassign_lost_evaluations(state, event.at_ms)
     state, trainings = rounds.dispatch_more(state, event.at_ms)
     return state, (*commands, *scores, *trainings)
 
 
-def _on_client_lost(state: JobState, event: ClientLeft) -> Decision:
+def _on_client_disconnected(state: JobState, event: ClientDisconnected) -> Decision:
     """Count a client among those who are lost."""
     lost = [*state.lost]
     insort(lost, event.client, key=client_selection.natural)
-    told = AppendEvent(ev.ClientLost(at_ms=event.at_ms, client=event.client))
-    return replace(state, lost=tuple(lost)), (told,)
+    job_event = AppendEvent(ev.ClientLost(at_ms=event.at_ms, client=event.client))
+    return replace(state, lost=tuple(lost)), (job_event,)
 
 
-def _on_client_dismissed(state: JobState, event: ClientDismissed) -> Decision:
+def _on_client_excluded(state: JobState, event: ClientExcluded) -> Decision:
     """Do without a client; it is not awaited."""
-    left = ClientLeft(event.client, event.present, event.at_ms)
+    left = ClientDisconnected(event.client, event.present, event.at_ms)
     state, commands = _on_presence(state, left)
     if state.stage in {"gathering", "ended"}:
         return state, commands
@@ -124,7 +124,7 @@ def _on_client_dismissed(state: JobState, event: ClientDismissed) -> Decision:
     return state, (*commands, *more)
 
 
-def _gather(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> Decision:
+def _gather_population(state: JobState, event: JobOpened | HelloReceived | ClientDisconnected) -> Decision:
     """Wait for the population; when it is there, let its first client build the model."""
     state, suited = _matching(state, event)
     state = replace(state, present=len(suited), since_ms=state.since_ms or event.at_ms)
@@ -142,10 +142,12 @@ def _gather(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> D
     return state, (*joined, started, *commands)
 
 
-def _matching(state: JobState, event: JobOpened | HelloReceived | ClientLeft) -> tuple[JobState, Sequence[ClientId]]:
+def _matching(
+    state: JobState, event: JobOpened | HelloReceived | ClientDisconnected
+) -> tuple[JobState, Sequence[ClientId]]:
     """Those of the clients who are here that the job takes in; what they declared is kept while it gathers."""
     selection, needed = state.spec.selection, client_selection.requirements_of(state.spec)
-    if selection is None and needed == client_selection.NOTHING:
+    if selection is None and needed == client_selection.NO_REQUIREMENTS:
         return state, event.present
     declared = dict(state.declared)
     if isinstance(event, JobOpened):
@@ -158,14 +160,14 @@ def _matching(state: JobState, event: JobOpened | HelloReceived | ClientLeft) ->
     return replace(state, declared=declared, unsuited=len(event.present) - len(suited)), suited
 
 
-def _join(state: JobState, event: HelloReceived) -> Decision:
+def _on_client_joined(state: JobState, event: HelloReceived) -> Decision:
     """Give a client that comes later the next index of a job whose clients hold data of their own."""
     index = len(state.clients)
-    told = AppendEvent(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device, index=index))
-    return replace(state, clients=(*state.clients, event.client)), (told,)
+    job_event = AppendEvent(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device, index=index))
+    return replace(state, clients=(*state.clients, event.client)), (job_event,)
 
 
-def _joins(state: JobState, event: HelloReceived) -> bool:
+def _may_join(state: JobState, event: HelloReceived) -> bool:
     """Tell whether a client that is not of the population becomes so."""
     spec = state.spec
     prepares = METHODS[spec.method.name].prepares
@@ -173,13 +175,13 @@ def _joins(state: JobState, event: HelloReceived) -> bool:
     return suits and compatibility.takes_in(spec, prepares=prepares)
 
 
-def _on_return(state: JobState, event: HelloReceived) -> Decision:
+def _on_client_returned(state: JobState, event: HelloReceived) -> Decision:
     """Send a returned client its open tasks again: the same ids and seeds, so the same results."""
     commands: list[Command] = []
     if event.client in state.lost:
         commands.append(AppendEvent(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device)))
     tasks = dict(state.tasks)
-    for task in in_order(state.tasks):
+    for task in sorted_tasks(state.tasks):
         if task.client != event.client or task.status == "accepted" or task.id in event.outbox:
             continue
         if scheduling.is_too_stale(state, task) or (event.client in state.lost and scheduling.is_behind(state, task)):
@@ -188,15 +190,15 @@ def _on_return(state: JobState, event: HelloReceived) -> Decision:
             continue
         again = replace(task, attempt=task.attempt + 1, status="open", offered=None)
         tasks[task.id] = again
-        commands += send(again, event.at_ms)
+        commands += send_commands(again, event.at_ms)
     lost = tuple(client for client in state.lost if client != event.client)
     return replace(state, lost=lost, tasks=tasks), tuple(commands)
 
 
-def _after_the_end(state: JobState, event: Event) -> Decision:
+def _after_end(state: JobState, event: Event) -> Decision:
     """Answer those who still offer results, so that they can forget them."""
     if not isinstance(event, OfferReceived):
         return state, ()
-    if event.counted:
+    if event.was_accepted:
         return state, (SendVerdict(event.task, event.client, accepted=True),)
     return state, (DenyUpload(event.task, event.client, "job-ended"),)

@@ -9,9 +9,15 @@ from lorabbit.events import job_events as ev
 from lorabbit.job.schedules import Quorum
 from lorabbit.types import EVALUATE, INITIALIZE, TRAIN
 from lorabbit_server.engine import scheduling
-from lorabbit_server.engine.rounds import continue_aggregation, dispatch_more, exclude_client, on_counted, scored
+from lorabbit_server.engine.rounds import (
+    continue_aggregation,
+    dispatch_more,
+    exclude_client,
+    finish_evaluation,
+    on_update_accepted,
+)
 from lorabbit_server.engine.state import JobState, TaskState, UploadOffer
-from lorabbit_server.engine.tasks import in_order, name_of, named, send
+from lorabbit_server.engine.tasks import describe_task, send_commands, sorted_tasks, with_id
 from lorabbit_server.engine.transitions import (
     AppendEvent,
     Command,
@@ -34,26 +40,26 @@ MAX_TRIES = 3
 """Results asked of one client for one task before it is set aside."""
 
 
-def on_offer(state: JobState, event: OfferReceived) -> Decision:
+def on_offer_received(state: JobState, event: OfferReceived) -> Decision:
     """Grant the upload of a result that is wanted; answer every other offer at once."""
     task = state.tasks.get(event.task)
     if task is None or task.client != event.client:
-        return state, (_unwanted(event, task),)
+        return state, (_answer_unwanted(event, task),)
     if task.status == "accepted":
         return state, (SendVerdict(task.id, task.client, accepted=True),)
-    objection = _objection(state, task, event)
-    if objection is not None:
-        return on_invalid_update(state, objection)
+    invalid = _validate_offer(state, task, event)
+    if invalid is not None:
+        return on_update_failed_validation(state, invalid)
     if scheduling.is_too_stale(state, task):
         return _too_stale(state, task, DenyUpload(task.id, task.client, TOO_STALE), event.at_ms)
     task = replace(task, status="offered", offered=event.offered)
     state = replace(state, tasks={**state.tasks, task.id: task})
     if event.offered.payload is None:
-        return on_update(state, UpdateReceived(task.id, event.traffic, event.at_ms))
+        return on_update_received(state, UpdateReceived(task.id, event.traffic, event.at_ms))
     return state, (GrantUpload(task),)
 
 
-def _objection(state: JobState, task: TaskState, event: OfferReceived) -> UpdateFailedValidation | None:
+def _validate_offer(state: JobState, task: TaskState, event: OfferReceived) -> UpdateFailedValidation | None:
     """Say why an offer cannot be right: it lacks tensors or has too many, or stands on another base model."""
     wanted = False if task.phase == EVALUATE else event.wants_tensors
     if wanted is not None and wanted != (event.offered.payload is not None):
@@ -65,16 +71,16 @@ def _objection(state: JobState, task: TaskState, event: OfferReceived) -> Update
     return None
 
 
-def _unwanted(event: OfferReceived, task: TaskState | None) -> Command:
+def _answer_unwanted(event: OfferReceived, task: TaskState | None) -> Command:
     """Answer an offer for a task that is no longer, or never was, this client's."""
     if task is not None:
         return DenyUpload(event.task, event.client, "not-yours")
-    if event.counted:
+    if event.was_accepted:
         return SendVerdict(event.task, event.client, accepted=True)
     return DenyUpload(event.task, event.client, "stale")
 
 
-def on_update(state: JobState, event: UpdateReceived) -> Decision:
+def on_update_received(state: JobState, event: UpdateReceived) -> Decision:
     """Count a result, once, and go on when it was the last one awaited."""
     task = state.tasks.get(event.task)
     if task is None or task.offered is None or task.status == "accepted":
@@ -82,20 +88,20 @@ def on_update(state: JobState, event: UpdateReceived) -> Decision:
     if scheduling.is_too_stale(state, task):
         verdict = SendVerdict(task.id, task.client, accepted=False, reason=TOO_STALE)
         return _too_stale(state, task, verdict, event.at_ms)
-    done = _accepted(state, task, task.offered, event)
+    done = _accept(state, task, task.offered, event)
     task = replace(task, status="accepted")
     state = replace(state, tasks={**state.tasks, task.id: task})
     if task.phase == INITIALIZE:
         state = replace(state, stage="starting", since_ms=event.at_ms)
         return state, (*done, StartMethod(task))
     if task.phase == EVALUATE:
-        state, more = scored(state, task.round, event.at_ms)
+        state, more = finish_evaluation(state, task.round, event.at_ms)
     else:
-        state, more = on_counted(_measured(state, task, event.at_ms), event.at_ms)
+        state, more = on_update_accepted(_with_measurement(state, task, event.at_ms), event.at_ms)
     return state, (*done, *more)
 
 
-def _measured(state: JobState, task: TaskState, at_ms: int) -> JobState:
+def _with_measurement(state: JobState, task: TaskState, at_ms: int) -> JobState:
     """Note how long a training took, where a deadline, a share of work or the choice of clients follows from it."""
     took_ms = max(0, at_ms - task.since_ms)
     if isinstance(state.spec.schedule, Quorum):
@@ -114,17 +120,17 @@ def _too_stale(state: JobState, task: TaskState, answer: Command, at_ms: int) ->
     """Refuse what started from too old a version, count it, and let its client start from the newest."""
     age, most = scheduling.staleness(state, task), getattr(state.spec.schedule, "max_staleness", 0)
     detail = f"it would be {age} versions old when it is folded; schedule.max_staleness is {most}"
-    told = ev.UpdateRejected(at_ms=at_ms, round=state.round, client=task.client, reason=TOO_STALE, detail=detail)
+    job_event = ev.UpdateRejected(at_ms=at_ms, round=state.round, client=task.client, reason=TOO_STALE, detail=detail)
     tasks = {id_: other for id_, other in state.tasks.items() if id_ != task.id}
     state, commands = dispatch_more(replace(state, tasks=tasks, turned_away=state.turned_away + 1), at_ms)
-    return state, (answer, AppendEvent(told), *commands)
+    return state, (answer, AppendEvent(job_event), *commands)
 
 
-def _accepted(state: JobState, task: TaskState, offered: UploadOffer, event: UpdateReceived) -> tuple[Command, ...]:
+def _accept(state: JobState, task: TaskState, offered: UploadOffer, event: UpdateReceived) -> tuple[Command, ...]:
     """Count a result, tell the log and let the client forget it."""
     trains = task.phase == TRAIN
     sha256 = offered.payload.sha256 if offered.payload else None
-    told = ev.UpdateAccepted(
+    job_event = ev.UpdateAccepted(
         at_ms=event.at_ms,
         round=state.round if trains else task.round,
         client=task.client,
@@ -143,10 +149,10 @@ def _accepted(state: JobState, task: TaskState, offered: UploadOffer, event: Upd
         coding=event.coding,
     )
     verdict = SendVerdict(task.id, task.client, accepted=True)
-    return MarkAccepted(task.id, sha256 or "-"), AppendEvent(told), verdict
+    return MarkAccepted(task.id, sha256 or "-"), AppendEvent(job_event), verdict
 
 
-def on_invalid_update(state: JobState, event: UpdateFailedValidation) -> Decision:
+def on_update_failed_validation(state: JobState, event: UpdateFailedValidation) -> Decision:
     """Count a refusal under its name and ask the client again, a bounded number of times."""
     task = state.tasks.get(event.task)
     if task is None or task.status == "accepted":
@@ -160,7 +166,7 @@ def on_invalid_update(state: JobState, event: UpdateFailedValidation) -> Decisio
     return state, (answer, *commands)
 
 
-def on_task_failed(state: JobState, event: TaskFailureReceived) -> Decision:
+def on_task_failure_received(state: JobState, event: TaskFailureReceived) -> Decision:
     """Set a client aside that says the job itself is wrong, which it cannot mend; otherwise ask again."""
     task = state.tasks.get(event.task)
     if task is None or task.client != event.client or task.status == "accepted":
@@ -170,12 +176,12 @@ def on_task_failed(state: JobState, event: TaskFailureReceived) -> Decision:
     return _retry(state, task, UpdateFailedValidation(task.id, "task-failed", event.reason, at_ms=event.at_ms))
 
 
-def on_unusable_updates(state: JobState, event: UpdatesUnusable) -> Decision:
+def on_updates_unusable(state: JobState, event: UpdatesUnusable) -> Decision:
     """Leave results out that cannot be used, set their clients aside, and go on with the others."""
     if state.stage not in {"starting", "aggregating"} or event.round != state.round:
         return state, ()
     commands: tuple[Command, ...] = ()
-    found = [task for task in in_order(state.tasks) if task.id in event.reasons]
+    found = [task for task in sorted_tasks(state.tasks) if task.id in event.reasons]
     if state.stage == "starting":
         state = replace(state, stage="initialising")
     tasks = {id_: task for id_, task in state.tasks.items() if id_ not in event.reasons}
@@ -183,7 +189,7 @@ def on_unusable_updates(state: JobState, event: UpdatesUnusable) -> Decision:
     for task in found:
         why = event.reasons[task.id]
         reason = why.partition(":")[0]
-        told = ev.UpdateRejected(
+        job_event = ev.UpdateRejected(
             at_ms=event.at_ms,
             round=state.round,
             client=task.client,
@@ -194,7 +200,7 @@ def on_unusable_updates(state: JobState, event: UpdatesUnusable) -> Decision:
         )
         what = f"the {task.phase} result of {task.client} cannot be used: {why}"
         state, more = exclude_client(state, task.client, what, event.at_ms)
-        commands += (AppendEvent(told), *more)
+        commands += (AppendEvent(job_event), *more)
         if state.stage == "ended":
             return state, commands
     state, more = continue_aggregation(state, event.at_ms) if state.stage == "aggregating" else (state, ())
@@ -203,7 +209,7 @@ def on_unusable_updates(state: JobState, event: UpdatesUnusable) -> Decision:
 
 def _retry(state: JobState, task: TaskState, event: UpdateFailedValidation) -> Decision:
     """Put a task with a new id in the place of one that brought nothing, or do without its client."""
-    told = AppendEvent(
+    job_event = AppendEvent(
         ev.UpdateRejected(
             at_ms=event.at_ms,
             round=state.round if task.phase == TRAIN else task.round,
@@ -213,15 +219,15 @@ def _retry(state: JobState, task: TaskState, event: UpdateFailedValidation) -> D
         )
     )
     if task.tries >= MAX_TRIES:
-        what = f"{task.client} brought no usable result for {name_of(task)} in {MAX_TRIES} tries"
+        what = f"{task.client} brought no usable result for {describe_task(task)} in {MAX_TRIES} tries"
         reason = f"{what}; the last one: {event.reason}: {event.detail}"
         state, commands = exclude_client(state, task.client, reason, event.at_ms)
-        return state, (told, *commands)
+        return state, (job_event, *commands)
     number = state.round if task.phase == TRAIN else task.round
     fresh = TaskState(
         "", task.phase, number, task.client, task.index, tries=task.tries + 1, turn=task.turn, since_ms=event.at_ms,
         share=task.share,
     )  # fmt: skip
-    fresh = named(state.job, fresh)
+    fresh = with_id(state.job, fresh)
     tasks = {id_: other for id_, other in state.tasks.items() if id_ != task.id}
-    return replace(state, tasks={**tasks, fresh.id: fresh}), (told, *send(fresh, event.at_ms))
+    return replace(state, tasks={**tasks, fresh.id: fresh}), (job_event, *send_commands(fresh, event.at_ms))

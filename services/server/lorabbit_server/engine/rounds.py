@@ -22,7 +22,7 @@ from lorabbit.methods.registry import build
 from lorabbit.types import EVALUATE, INITIALIZE, TRAIN, ClientId
 from lorabbit_server.engine import scheduling
 from lorabbit_server.engine.state import Ending, JobState, ModelVersion, TaskState
-from lorabbit_server.engine.tasks import dispatch_tasks, in_order
+from lorabbit_server.engine.tasks import dispatch_tasks, sorted_tasks
 from lorabbit_server.engine.transitions import (
     Aggregate,
     AppendEvent,
@@ -37,13 +37,13 @@ from lorabbit_server.engine.transitions import (
 )
 
 
-def method_started(state: JobState, event: MethodStarted) -> Decision:
+def on_method_started(state: JobState, event: MethodStarted) -> Decision:
     """Take the first server state and begin round 1, or the preparation before it."""
     if state.stage != "starting":
         return state, ()
     task = next(iter(state.tasks.values()))
     base = task.offered.base_sha256 if task.offered else None
-    told = AppendEvent(
+    job_event = AppendEvent(
         ev.AdapterInitialized(
             at_ms=event.at_ms,
             client=task.client,
@@ -56,7 +56,7 @@ def method_started(state: JobState, event: MethodStarted) -> Decision:
     )
     state = replace(state, head=event.version, base_sha256=base, tasks={})
     state, commands = _begin_round(state, scheduling.PREPARATION if build(state.spec).prepares else 1, event.at_ms)
-    return state, (told, *commands)
+    return state, (job_event, *commands)
 
 
 def _begin_round(state: JobState, number: int, at_ms: int) -> Decision:
@@ -71,11 +71,11 @@ def _begin_round(state: JobState, number: int, at_ms: int) -> Decision:
     )
     training = {task.index for task in state.tasks.values() if task.phase == TRAIN}
     names = tuple(state.clients[index] for index in sorted(training))
-    state, deadline = _wait_until(state, scheduling.deadline_ms(state, at_ms))
+    state, deadline = _set_deadline(state, scheduling.deadline_ms(state, at_ms))
     return state, (AppendEvent(ev.RoundStarted(at_ms=at_ms, round=number, cohort=names)), *commands, *deadline)
 
 
-def _wait_until(state: JobState, deadline_ms: int | None) -> Decision:
+def _set_deadline(state: JobState, deadline_ms: int | None) -> Decision:
     """Set the deadline of the round under way, where it has one."""
     state = replace(state, deadline_ms=deadline_ms)
     return state, () if deadline_ms is None else (SetDeadline(state.round, deadline_ms),)
@@ -88,7 +88,7 @@ def dispatch_more(state: JobState, at_ms: int) -> Decision:
     return dispatch_tasks(state, TRAIN, scheduling.select_clients(state), round_number=state.round, at_ms=at_ms)
 
 
-def deadline_passed(state: JobState, event: DeadlinePassed) -> Decision:
+def on_deadline_passed(state: JobState, event: DeadlinePassed) -> Decision:
     """Close the round with what there is; where that is nothing, ask those who are free as well."""
     if state.stage != "training" or event.round != state.round or state.deadline_ms is None:
         return state, ()
@@ -101,11 +101,11 @@ def deadline_passed(state: JobState, event: DeadlinePassed) -> Decision:
         state, TRAIN, scheduling.select_clients(state), round_number=state.round, at_ms=event.at_ms
     )
     state = replace(state, since_ms=event.at_ms)
-    state, deadline = _wait_until(state, event.at_ms + length)
+    state, deadline = _set_deadline(state, event.at_ms + length)
     return state, (*commands, *deadline)
 
 
-def on_counted(state: JobState, at_ms: int) -> Decision:
+def on_update_accepted(state: JobState, at_ms: int) -> Decision:
     """Go on after a training result that counts: close the round, or ask the next client."""
     if state.stage != "training":
         return state, ()
@@ -116,14 +116,14 @@ def on_counted(state: JobState, at_ms: int) -> Decision:
 
 def close(state: JobState, at_ms: int) -> Decision:
     """Fold what has arrived, and call off what has not, unless the schedule takes it later."""
-    late = [t for t in in_order(state.tasks) if t.phase == TRAIN and t.status != "accepted"]
+    late = [t for t in sorted_tasks(state.tasks) if t.phase == TRAIN and t.status != "accepted"]
     schedule = state.spec.schedule
-    keeps = takes_late(schedule) and state.round < state.spec.rounds
-    off = () if keeps else late
+    accepts_late = takes_late(schedule) and state.round < state.spec.rounds
+    off = () if accepts_late else late
     gone = {task.id for task in off}
     tasks = {id_: task for id_, task in state.tasks.items() if id_ not in gone}
     counted = {task.id for task in scheduling.accepted_updates(state)}
-    batch = () if isinstance(schedule, str) else tuple(t.id for t in in_order(tasks) if t.id in counted)
+    batch = () if isinstance(schedule, str) else tuple(t.id for t in sorted_tasks(tasks) if t.id in counted)
     missed = len(late) if isinstance(schedule, Quorum) else 0
     state = replace(
         state, stage="aggregating", since_ms=at_ms, tasks=tasks, batch=batch, deadline_ms=None, missed=missed
@@ -133,7 +133,7 @@ def close(state: JobState, at_ms: int) -> Decision:
 
 def aggregation(state: JobState) -> Aggregate:
     """Fold the round's results in ascending client index."""
-    trained = (t for t in in_order(state.tasks) if t.phase == TRAIN and t.status == "accepted")
+    trained = (t for t in sorted_tasks(state.tasks) if t.phase == TRAIN and t.status == "accepted")
     return Aggregate(state.round, tuple(t for t in trained if not state.batch or t.id in state.batch))
 
 
@@ -146,15 +146,15 @@ def continue_aggregation(state: JobState, at_ms: int) -> Decision:
     state = replace(state, stage="training", since_ms=at_ms)
     asked = scheduling.filter_by_budget(state, scheduling.select_clients(state))
     state, commands = dispatch_tasks(state, TRAIN, asked, round_number=state.round, at_ms=at_ms)
-    state, deadline = _wait_until(state, scheduling.deadline_ms(state, at_ms))
+    state, deadline = _set_deadline(state, scheduling.deadline_ms(state, at_ms))
     return state, (*commands, *deadline)
 
 
-def round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
+def on_round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
     """Close the round; begin the next and score this one's version at the same time."""
     if state.stage != "aggregating" or event.round != state.round:
         return state, ()
-    closed = AppendEvent(_closed(state, event))
+    closed = AppendEvent(_round_closed(state, event))
     folded = {task.id for task in aggregation(state).tasks}
     left = {id_: task for id_, task in state.tasks.items() if id_ not in folded}
     state = replace(
@@ -164,18 +164,18 @@ def round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
         head=event.version,
         previous=state.head if state.spec.transport.downloads.delta else None,
         tasks=left,
-        bases=_bases(state, left),
+        bases=_older_versions(state, left),
         batch=(),
         missed=0,
         turned_away=0,
     )
     state = scheduling.retire(state, event.version.report)
-    state, commands = _train_and_score(state, event)
-    state, more = on_counted(state, event.at_ms) if scheduling.accepted_updates(state) else (state, ())
+    state, commands = _train_and_evaluate(state, event)
+    state, more = on_update_accepted(state, event.at_ms) if scheduling.accepted_updates(state) else (state, ())
     return state, (closed, *commands, *more)
 
 
-def _closed(state: JobState, event: RoundAggregated) -> ev.RoundClosed:
+def _round_closed(state: JobState, event: RoundAggregated) -> ev.RoundClosed:
     """Tell of a round that became a version."""
     tasks, version = aggregation(state).tasks, event.version
     return ev.RoundClosed(
@@ -188,11 +188,11 @@ def _closed(state: JobState, event: RoundAggregated) -> ev.RoundClosed:
         config=dict(version.config),
         base_payload=version.base.sha256 if version.base else None,
         facts=dict(version.report),
-        pace={} if isinstance(state.spec.schedule, str) else _pace(state, tasks),
+        pace={} if isinstance(state.spec.schedule, str) else _staleness_facts(state, tasks),
     )
 
 
-def _pace(state: JobState, tasks: Sequence[TaskState]) -> dict[str, int | float]:
+def _staleness_facts(state: JobState, tasks: Sequence[TaskState]) -> dict[str, int | float]:
     """Tell who was late, who was refused for it, and how old the updates are that were folded."""
     ages = [scheduling.staleness(state, task) for task in tasks]
     mean = sum(ages) / len(ages) if ages else 0.0
@@ -200,14 +200,14 @@ def _pace(state: JobState, tasks: Sequence[TaskState]) -> dict[str, int | float]
     return {"late": late, "too_stale": refused, "staleness_mean": mean, "staleness_max": max(ages, default=0)}
 
 
-def _bases(state: JobState, left: Mapping[str, TaskState]) -> dict[int, ModelVersion]:
+def _older_versions(state: JobState, left: Mapping[str, TaskState]) -> dict[int, ModelVersion]:
     """The older versions that trainings still under way started from, now that there is a newer one."""
     rounds = {task.round for task in left.values() if task.phase == TRAIN}
     known = dict(state.bases) if state.head is None else {**state.bases, state.round: state.head}
     return {number: version for number, version in known.items() if number in rounds}
 
 
-def _train_and_score(state: JobState, event: RoundAggregated) -> Decision:
+def _train_and_evaluate(state: JobState, event: RoundAggregated) -> Decision:
     """Train on the new version and score it, in the order in which clients are to do it."""
     method = build(state.spec)
 
@@ -217,7 +217,7 @@ def _train_and_score(state: JobState, event: RoundAggregated) -> Decision:
         return _begin_round(state, event.round + 1, event.at_ms)
 
     def score(state: JobState) -> Decision:
-        return _begin_scoring(state, event.round, event.version, at_ms=event.at_ms)
+        return _begin_evaluation(state, event.round, event.version, at_ms=event.at_ms)
 
     commands: list[Command] = []
     for step in (score, train) if method.personal or method.scores_first else (train, score):
@@ -226,7 +226,7 @@ def _train_and_score(state: JobState, event: RoundAggregated) -> Decision:
     return state, tuple(commands)
 
 
-def _begin_scoring(state: JobState, number: int, version: ModelVersion, *, at_ms: int) -> Decision:
+def _begin_evaluation(state: JobState, number: int, version: ModelVersion, *, at_ms: int) -> Decision:
     """Ask clients to score the version of a round that the job wants scored."""
     if number == scheduling.PREPARATION or not (state.spec.evaluates(number) or scheduling.is_spent(state)):
         return state, ()
@@ -242,28 +242,28 @@ def evaluators(state: JobState) -> tuple[int, ...]:
     return able if state.spec.evaluation.on == "clients" else able[:1]
 
 
-def scored(state: JobState, number: int, at_ms: int) -> Decision:
+def finish_evaluation(state: JobState, number: int, at_ms: int) -> Decision:
     """Pool the scores of a version once everybody asked has scored it; end after the last one."""
-    tasks = [t for t in in_order(state.tasks) if t.phase == EVALUATE and t.round == number]
+    tasks = [t for t in sorted_tasks(state.tasks) if t.phase == EVALUATE and t.round == number]
     if any(t.status != "accepted" for t in tasks):
         return state, ()
-    metrics = pool(tasks)
+    metrics = pool_metrics(tasks)
     if build(state.spec).personal:
-        metrics |= over_clients(tasks)
+        metrics |= mean_over_clients(tasks)
     ids = {t.id for t in tasks}
     state = replace(
         state,
         tasks={id_: task for id_, task in state.tasks.items() if id_ not in ids},
         scored={other: version for other, version in state.scored.items() if other != number},
     )
-    told = AppendEvent(ev.RoundEvaluated(at_ms=at_ms, round=number, metrics=metrics))
+    job_event = AppendEvent(ev.RoundEvaluated(at_ms=at_ms, round=number, metrics=metrics))
     if state.stage != "scoring" or state.scored:
-        return state, (told,)
-    state, commands = end(state, "done", at_ms, reason=scheduling.sentence(state))
-    return state, (told, *commands)
+        return state, (job_event,)
+    state, commands = end(state, "done", at_ms, reason=scheduling.budget_reason(state))
+    return state, (job_event, *commands)
 
 
-def pool(tasks: Iterable[TaskState]) -> dict[str, float]:
+def pool_metrics(tasks: Iterable[TaskState]) -> dict[str, float]:
     """Average clients' scores, weighted by their numbers of examples; perplexity is exp of the pooled loss."""
     sums: dict[str, float] = {}
     weights: dict[str, int] = {}
@@ -284,7 +284,7 @@ def pool(tasks: Iterable[TaskState]) -> dict[str, float]:
     return pooled
 
 
-def over_clients(tasks: Iterable[TaskState]) -> dict[str, float]:
+def mean_over_clients(tasks: Iterable[TaskState]) -> dict[str, float]:
     """Average clients' metrics, each client counting once: what personalized methods report."""
     values: dict[str, list[float]] = {}
     for task in tasks:
@@ -296,11 +296,11 @@ def over_clients(tasks: Iterable[TaskState]) -> dict[str, float]:
 
 def end(state: JobState, outcome: Ending, at_ms: int, *, reason: str = "", exit_code: int = 0) -> Decision:
     """End the job and call off what is still under way."""
-    off = tuple(SendCancelTask(task.id, task.client) for task in in_order(state.tasks) if task.status != "accepted")
-    told = AppendEvent(ev.JobEnded(at_ms=at_ms, status=outcome, reason=reason, exit_code=exit_code))
+    off = tuple(SendCancelTask(task.id, task.client) for task in sorted_tasks(state.tasks) if task.status != "accepted")
+    job_event = AppendEvent(ev.JobEnded(at_ms=at_ms, status=outcome, reason=reason, exit_code=exit_code))
     state = replace(state, stage="ended", outcome=outcome, reason=reason, exit_code=exit_code, since_ms=at_ms)
     state = replace(state, head=None, previous=None, scored={}, tasks={}, bases={}, batch=(), deadline_ms=None)
-    return state, (*off, told, EndJob())
+    return state, (*off, job_event, EndJob())
 
 
 FAILED = 1
@@ -311,68 +311,68 @@ def exclude_client(state: JobState, client: ClientId, reason: str, at_ms: int, *
     if client in state.aside or client not in state.clients:
         return state, ()
     state = replace(state, aside=(*state.aside, client))
-    told = AppendEvent(ev.ClientSetAside(at_ms=at_ms, client=client, reason=reason))
+    job_event = AppendEvent(ev.ClientSetAside(at_ms=at_ms, client=client, reason=reason))
     left, wanted = len(state.clients) - len(state.aside), state.spec.fewest_clients
     if left < wanted:
         if exit_code == FAILED:
             reason = f"{reason}; {left} of {len(state.clients)} clients are left, and min_clients is {wanted}"
         state, commands = end(state, "failed", at_ms, reason=reason, exit_code=exit_code)
-        return state, (told, *commands)
-    off = [task for task in in_order(state.tasks) if task.client == client and task.status != "accepted"]
+        return state, (job_event, *commands)
+    off = [task for task in sorted_tasks(state.tasks) if task.client == client and task.status != "accepted"]
     gone = {task.id for task in off}
     state = replace(state, tasks={id_: task for id_, task in state.tasks.items() if id_ not in gone})
-    state, commands = _replace_lost_work(state, {task.round for task in off if task.phase == EVALUATE}, at_ms)
-    return state, (told, *(SendCancelTask(task.id, client) for task in off), *commands)
+    state, commands = _reassign_tasks(state, {task.round for task in off if task.phase == EVALUATE}, at_ms)
+    return state, (job_event, *(SendCancelTask(task.id, client) for task in off), *commands)
 
 
-def scores_without_lost(state: JobState, at_ms: int) -> Decision:
+def reassign_lost_evaluations(state: JobState, at_ms: int) -> Decision:
     """Where no round waits for everybody, let those who are here score what lost clients were to score."""
     here = any(state.clients[index] not in state.lost for index in evaluators(state))
     if isinstance(state.spec.schedule, str) or not here:
         return state, ()
-    theirs = [task for task in in_order(state.tasks) if task.client in state.lost and task.phase == EVALUATE]
+    theirs = [task for task in sorted_tasks(state.tasks) if task.client in state.lost and task.phase == EVALUATE]
     off = {task.id: task for task in theirs if task.status != "accepted"}
     commands: tuple[Command, ...] = tuple(SendCancelTask(task.id, task.client) for task in off.values())
     state = replace(state, tasks={id_: task for id_, task in state.tasks.items() if id_ not in off})
     for number in sorted({task.round for task in off.values()}):
-        state, more = _score_on(state, number, at_ms)
+        state, more = _continue_evaluation(state, number, at_ms)
         commands += more
     return state, commands
 
 
-def _replace_lost_work(state: JobState, scores: set[int], at_ms: int) -> Decision:
+def _reassign_tasks(state: JobState, scores: set[int], at_ms: int) -> Decision:
     """Do what the client that is gone kept from happening; `scores` are the versions that it was scoring."""
     if state.stage == "initialising":
-        return dispatch_tasks(state, INITIALIZE, _first(state), round_number=0, at_ms=at_ms)
+        return dispatch_tasks(state, INITIALIZE, _first_client(state), round_number=0, at_ms=at_ms)
     commands: tuple[Command, ...] = ()
     for number in sorted(scores):
-        state, more = _score_on(state, number, at_ms)
+        state, more = _continue_evaluation(state, number, at_ms)
         commands += more
     if state.stage == "training":
-        state, more = _train_on(state, at_ms)
+        state, more = _continue_training(state, at_ms)
         commands += more
     return state, commands
 
 
-def _first(state: JobState) -> tuple[int, ...]:
+def _first_client(state: JobState) -> tuple[int, ...]:
     """The first client that was not set aside."""
     return tuple(index for index, name in enumerate(state.clients) if name not in state.aside)[:1]
 
 
-def _score_on(state: JobState, number: int, at_ms: int) -> Decision:
+def _continue_evaluation(state: JobState, number: int, at_ms: int) -> Decision:
     """Close the scores of a version without the client that is gone, or ask somebody else for them."""
     if any(task.phase == EVALUATE and task.round == number for task in state.tasks.values()):
-        return scored(state, number, at_ms)
+        return finish_evaluation(state, number, at_ms)
     return dispatch_tasks(state, EVALUATE, evaluators(state), round_number=number, at_ms=at_ms)
 
 
-def _train_on(state: JobState, at_ms: int) -> Decision:
+def _continue_training(state: JobState, at_ms: int) -> Decision:
     """Close the round where nobody else is awaited; where nobody has trained at all, ask others."""
     counted = scheduling.accepted_updates(state)
     if counted and len(counted) >= scheduling.required_updates(state):
         return close(state, at_ms)
     if isinstance(state.spec.schedule, Buffered):
-        return on_counted(state, at_ms)
+        return on_update_accepted(state, at_ms)
     if any(task.phase == TRAIN for task in state.tasks.values()):
         return state, ()
     return dispatch_tasks(

@@ -23,9 +23,9 @@ from lorabbit_server.engine.state import JobState, TaskState
 
 PREPARATION = 0
 """Number of the round before the first, in which methods that ask for it hear every client."""
-PATIENCE = 2.0
+DEADLINE_FACTOR = 2.0
 """A derived deadline, as a multiple of the time in which the quorum answered last."""
-SHORTEST_MS = 1_000
+MIN_DEADLINE_MS = 1_000
 """No derived deadline is shorter."""
 
 
@@ -35,19 +35,19 @@ def select_clients(state: JobState) -> Sequence[int]:
     if state.round == PREPARATION:
         return range(len(state.clients))
     if isinstance(schedule, str):
-        return _draw(state, _by_time_present(state), spec.cohort_of(len(state.clients)), number=state.round)
+        return _sample(state, _candidates(state), spec.cohort_of(len(state.clients)), number=state.round)
     busy = {t.index for t in _trainings(state) if t.status != "accepted"}
     idle = [index for index, name in enumerate(state.clients) if index not in busy and name not in state.aside]
     here = [index for index in idle if state.clients[index] not in state.lost]
     if isinstance(schedule, Buffered):
         training = sum(1 for index in busy if state.clients[index] not in state.lost)
         wanted = (schedule.concurrency or len(state.clients)) - training
-        return _draw(state, here, wanted, number=state.turns)
+        return _sample(state, here, wanted, number=state.turns)
     enough = len(here) + len(_trainings(state)) >= required_updates(state)
-    return _draw(state, here if enough else idle, spec.asked_of(len(state.clients)), number=state.round)
+    return _sample(state, here if enough else idle, spec.asked_of(len(state.clients)), number=state.round)
 
 
-def _by_time_present(state: JobState) -> Sequence[int]:
+def _candidates(state: JobState) -> Sequence[int]:
     """Everybody; without those who are lost where the job selects by facts and the others are enough."""
     everybody = range(len(state.clients))
     if state.spec.selection is None or state.spec.selection.order == "random":
@@ -56,7 +56,7 @@ def _by_time_present(state: JobState) -> Sequence[int]:
     return here if len(here) >= state.spec.cohort_of(len(state.clients)) else everybody
 
 
-def _draw(state: JobState, candidates: Sequence[int], size: int, *, number: int) -> tuple[int, ...]:
+def _sample(state: JobState, candidates: Sequence[int], size: int, *, number: int) -> tuple[int, ...]:
     """Choose among the candidates without replacement, ascending."""
     order = "random" if state.spec.selection is None else state.spec.selection.order
     return client_selection.ClientSampler(state.spec.seed, number, order, state.asked, state.speeds).choose(
@@ -133,7 +133,7 @@ def _deadline_of(state: JobState, at_ms: int, asked: Sequence[int] | None = None
     if not took:
         return None
     share = math.ceil(schedule.quorum * len(took) - ROUNDING)
-    return at_ms + max(SHORTEST_MS, round(PATIENCE * took[max(0, share - 1)]))
+    return at_ms + max(MIN_DEADLINE_MS, round(DEADLINE_FACTOR * took[max(0, share - 1)]))
 
 
 def _trainings(state: JobState) -> list[TaskState]:
@@ -142,8 +142,8 @@ def _trainings(state: JobState) -> list[TaskState]:
 
 def retire(state: JobState, report: Mapping[str, JsonValue]) -> JobState:
     """Note the clients of which a round's report says that their budget is spent."""
-    told = report.get("privacy")
-    spent = told.get("spent") if isinstance(told, dict) else None
+    job_event = report.get("privacy")
+    spent = job_event.get("spent") if isinstance(job_event, dict) else None
     more = {ClientId(str(client)) for client in spent} if isinstance(spent, list) else set()
     retired = more | set(state.retired)
     return replace(state, retired=tuple(client for client in state.clients if client in retired))
@@ -161,7 +161,7 @@ def is_spent(state: JobState) -> bool:
     return bool(state.retired) and {*state.retired, *state.aside} == set(state.clients)
 
 
-def sentence(state: JobState) -> str:
+def budget_reason(state: JobState) -> str:
     """Why a job ended before its last round; empty where it did not."""
     if not is_spent(state) or state.round >= state.spec.rounds or state.spec.privacy is None:
         return ""

@@ -27,39 +27,39 @@ def dispatch_tasks(state: JobState, phase: str, indices: Iterable[int], *, round
             else 1.0
         )
         task = TaskState("", phase, round_number, state.clients[index], index, turn=turn, since_ms=at_ms, share=share)
-        opened.append(named(state.job, task))
+        opened.append(with_id(state.job, task))
     if phase == TRAIN and state.spec.selection is not None and state.spec.selection.order == "fair":
-        state = replace(state, asked=_counted(state.asked, opened))
+        state = replace(state, asked=_with_requests(state.asked, opened))
     state = replace(state, tasks={**state.tasks, **{task.id: task for task in opened}})
-    return state, tuple(command for task in opened for command in send(task, at_ms))
+    return state, tuple(command for task in opened for command in send_commands(task, at_ms))
 
 
-def _counted(asked: Mapping[int, int], opened: Iterable[TaskState]) -> Mapping[int, int]:
+def _with_requests(asked: Mapping[int, int], opened: Iterable[TaskState]) -> Mapping[int, int]:
     """Count these tasks, too."""
     more = Counter(asked)
     more.update(task.index for task in opened)
     return dict(more)
 
 
-def named(job: str, task: TaskState) -> TaskState:
+def with_id(job: str, task: TaskState) -> TaskState:
     """Name a task after what it is, so that the same work has the same id on every server."""
     again = (f".n{task.turn}" if task.turn else "") + (f".try{task.tries}" if task.tries > 1 else "")
     return replace(task, id=f"{job}.r{task.round}.{task.phase}.k{task.index}{again}")
 
 
-def send(task: TaskState, at_ms: int) -> tuple[Command, ...]:
+def send_commands(task: TaskState, at_ms: int) -> tuple[Command, ...]:
     """Send a task and tell the log."""
-    told = ev.TaskSent(
+    job_event = ev.TaskSent(
         at_ms=at_ms, round=task.round, client=task.client, phase=task.phase, attempt=task.tries + task.attempt - 1
     )
-    return SendTask(task), AppendEvent(told)
+    return SendTask(task), AppendEvent(job_event)
 
 
-def name_of(task: TaskState) -> str:
+def describe_task(task: TaskState) -> str:
     """Say which task it is, for people."""
     return f"the {task.phase} task of round {task.round}"
 
 
-def in_order(tasks: Mapping[str, TaskState]) -> list[TaskState]:
+def sorted_tasks(tasks: Mapping[str, TaskState]) -> list[TaskState]:
     """Tasks by round, phase, client index and turn: an order that arrival does not touch."""
     return sorted(tasks.values(), key=lambda t: (t.round, t.phase != TRAIN, t.index, t.turn))

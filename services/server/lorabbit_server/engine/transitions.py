@@ -55,7 +55,7 @@ class HelloReceived:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientLeft:
+class ClientDisconnected:
     """A client said goodbye or its lease ended."""
 
     client: ClientId
@@ -64,7 +64,7 @@ class ClientLeft:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientDismissed:
+class ClientExcluded:
     """A client is awaited no more: an operator sent it away, or it was lost for too long."""
 
     client: ClientId
@@ -80,7 +80,7 @@ class OfferReceived:
     task: str
     client: ClientId
     offered: UploadOffer
-    counted: bool = False
+    was_accepted: bool = False
     wants_tensors: bool | None = True
     """Whether the method wants tensors with a result of this client; None: as the client likes."""
     traffic: PayloadTraffic = PayloadTraffic()
@@ -177,8 +177,8 @@ class CancelRequested:
 Event: TypeAlias = (
     JobOpened
     | HelloReceived
-    | ClientLeft
-    | ClientDismissed
+    | ClientDisconnected
+    | ClientExcluded
     | OfferReceived
     | UpdateReceived
     | UpdateFailedValidation
@@ -292,6 +292,6 @@ Command: TypeAlias = (
     | SetDeadline
     | EndJob
 )
-Heavy: TypeAlias = GrantUpload | StartMethod | Aggregate | SetDeadline | EndJob
+DeferredCommand: TypeAlias = GrantUpload | StartMethod | Aggregate | SetDeadline | EndJob
 """What the shell does once the step that asked for it is durable."""
 Decision: TypeAlias = tuple[JobState, tuple[Command, ...]]

@@ -61,13 +61,13 @@ class ClientObservations:
 
     def moved_ms(self, task: TaskState) -> int | None:
         """When progress was told last of this try of a task."""
-        told = self.progress.get((task.client, task.phase, task.round))
-        return None if told is None or told[0] < task.since_ms else told[0]
+        job_event = self.progress.get((task.client, task.phase, task.round))
+        return None if job_event is None or job_event[0] < task.since_ms else job_event[0]
 
     def seen_ms(self, task: TaskState) -> int | None:
         """When a task's client was heard of last."""
-        told = self.progress.get((task.client, task.phase, task.round), (0, 0.0))
-        seen = max(told[0], self.heard_ms.get(task.client, 0))
+        job_event = self.progress.get((task.client, task.phase, task.round), (0, 0.0))
+        seen = max(job_event[0], self.heard_ms.get(task.client, 0))
         return seen or None
 
 

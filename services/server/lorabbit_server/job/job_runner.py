@@ -182,7 +182,7 @@ class JobRunner:
                 message.task,
                 client,
                 UploadOffer.of(message),
-                counted=task is None and self._context.store.effect(self.job, message.task) is not None,
+                was_accepted=task is None and self._context.store.effect(self.job, message.task) is not None,
                 wants_tensors=wants_tensors,
                 traffic=self._meter.read(message.task),
                 at_ms=self._now(),
@@ -225,7 +225,7 @@ class JobRunner:
             case _:
                 step.after_commit.append(self._deferred(command))
 
-    def _deferred(self, command: transitions.Heavy) -> Callback:
+    def _deferred(self, command: transitions.DeferredCommand) -> Callback:
         """What a command does once it is durable."""
         match command:
             case transitions.GrantUpload(task):

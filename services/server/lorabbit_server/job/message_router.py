@@ -108,24 +108,24 @@ class MessageRouter:
             client = self._registry.leave(address)
             if client is not None:
                 log.info("client-removed", client=client)
-                self._dismiss(client, f"{client} was revoked")
+                self._exclude(client, f"{client} was revoked")
 
     def expire(self, now_ms: int, every_ms: int) -> None:
         """Notice clients that have been silent for their lease, or for the job's patience; to be called often."""
         for client in self._registry.expire(now_ms, every_ms):
             log.warning("client-lost", client=client)
-            self._apply(transitions.ClientLeft(client, self._registry.present, now_ms))
+            self._apply(transitions.ClientDisconnected(client, self._registry.present, now_ms))
         run = self._running()
         if run is None or run.spec.patience_seconds is None:
             return
         patience_ms, silent_ms = 1000 * run.spec.patience_seconds, self._registry.silent_ms
         for client in run.state.lost:
             if client not in run.state.aside and now_ms - silent_ms.get(client, now_ms) >= patience_ms:
-                self._dismiss(client, f"{client} was lost for {run.spec.patience_seconds:.0f} s (patience_seconds)")
+                self._exclude(client, f"{client} was lost for {run.spec.patience_seconds:.0f} s (patience_seconds)")
 
-    def _dismiss(self, client: ClientId, reason: str) -> None:
+    def _exclude(self, client: ClientId, reason: str) -> None:
         """Let the job go on without a client, where enough others are left."""
-        self._apply(transitions.ClientDismissed(client, self._registry.present, reason, self._now()))
+        self._apply(transitions.ClientExcluded(client, self._registry.present, reason, self._now()))
 
     def _refuse(self, delivery: Delivery, address: str, why: Refused) -> None:
         """Count a message that no honest client sends, and reject it."""
@@ -214,7 +214,7 @@ class MessageRouter:
         self._broker.ack(delivery)
         if client is not None:
             log.info("client-disconnected", client=client)
-            self._apply(transitions.ClientLeft(client, self._registry.present, self._now()))
+            self._apply(transitions.ClientDisconnected(client, self._registry.present, self._now()))
 
     def _on_task_message(self, message: ForTask, delivery: Delivery, address: str) -> None:
         """Bring a message about a task to its job."""
