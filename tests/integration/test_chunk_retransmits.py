@@ -26,7 +26,7 @@ from lorabbit_client.execution.runners import InlineRunner
 from lorabbit_client.executor import Executor
 from lorabbit_server.server import Server
 from lorabbit_server.transfer import uploads
-from lorabbit_server.transfer.uploads import AT_ONCE
+from lorabbit_server.transfer.uploads import MAX_RETRANSMITS
 
 TEN_MINUTES = 600.0
 MIB = 2**20
@@ -110,13 +110,13 @@ def test_whoever_sends_damaged_chunks_for_ever_is_answered_a_few_times_and_then_
     rig.service.submit(JobSpec(name="job", clients=1, rounds=1))
     rig.idle()
     at_once = asked(client)
-    rig.pass_seconds(2 * uploads.BEHIND_OTHERS_MS / 1000)
+    rig.pass_seconds(2 * uploads.STALLED_BEHIND_OTHERS_MS / 1000)
     later = asked(client)[len(at_once) :]
 
-    assert len(at_once) <= 1 + AT_ONCE * 4
-    assert sum(len(chunks) for chunks in at_once[1:]) == AT_ONCE * 4
+    assert len(at_once) <= 1 + MAX_RETRANSMITS * 4
+    assert sum(len(chunks) for chunks in at_once[1:]) == MAX_RETRANSMITS * 4
     assert set(later) == {(0, 1, 2, 3)}
-    assert len(later) <= 2 * uploads.BEHIND_OTHERS_MS / uploads.STALLED_MS
+    assert len(later) <= 2 * uploads.STALLED_BEHIND_OTHERS_MS / uploads.STALLED_MS
 
 
 def test_no_client_can_have_another_one_asked_that_brings_the_same_bytes(tmp_path):
@@ -150,7 +150,7 @@ def test_no_client_can_have_another_one_asked_that_brings_the_same_bytes(tmp_pat
 def test_a_bit_that_flips_on_the_way_up_costs_its_chunk_and_no_waiting(empty_rabbitmq_url, tmp_path, monkeypatch):
     """Whatever else asks again does so after ten minutes: the watchdog of a minute has ended the test by then."""
     monkeypatch.setattr(uploads, "STALLED_MS", round(TEN_MINUTES * 1000))
-    monkeypatch.setattr(uploads, "BEHIND_OTHERS_MS", round(TEN_MINUTES * 1000))
+    monkeypatch.setattr(uploads, "STALLED_BEHIND_OTHERS_MS", round(TEN_MINUTES * 1000))
     monkeypatch.setattr(task_run, "ASK_AGAIN_SECONDS", TEN_MINUTES)
     link = Proxy(empty_rabbitmq_url)
     near, far = RabbitBroker(empty_rabbitmq_url, name="server"), RabbitBroker(link.url, name="client")

@@ -76,9 +76,9 @@ CONTINUATIONS = {
 }
 """Calls of the event loop: commit of the pending step, end of a validation, writing of files, and the next message."""
 RELEASES = {
-    ("job/job_runner", "transfer/uploads", "keep"),
-    ("job/job_runner", "transfer/traffic_meter", "keep"),
-    ("job/job_runner", "aggregation/model_versions", "keep"),
+    ("job/job_runner", "transfer/uploads", "retain"),
+    ("job/job_runner", "transfer/traffic_meter", "retain"),
+    ("job/job_runner", "aggregation/model_versions", "retain"),
 }
 CHUNK = ["job/message_router", "clients/enrollment", "transfer/uploads", "transfer/traffic_meter"]
 """Modules that a chunk visits after which others are still missing."""

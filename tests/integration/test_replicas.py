@@ -313,7 +313,7 @@ def test_a_job_whose_files_nobody_has_can_be_cancelled_and_the_next_one_runs(rig
 
     assert rig.store.jobs()[job].status == "cancelled"
     assert rig.run(JobSpec(name="next", clients=2, rounds=1)).status == "done"
-    assert other.faults.newest(other.now_ms()) is None
+    assert other.faults.current(other.now_ms()) is None
 
 
 def test_a_server_whose_volume_was_lost_waits_for_it_and_goes_on_once_it_is_back(rig):

@@ -113,7 +113,7 @@ def test_a_server_state_survives_its_file_and_hands_its_own_file_out(payloads):
 
     assert saved.state == saved.adapter
     assert np.array_equal(loaded.tensors["a"], state.tensors["a"])
-    assert versions.refs({"adapter": loaded.tensors}) == {"adapter": saved.state}
+    assert versions.payload_refs({"adapter": loaded.tensors}) == {"adapter": saved.state}
     assert list(payloads.stored()) == [saved.state.sha256]
 
 
@@ -126,7 +126,7 @@ def test_facts_travel_with_the_state_and_stay_out_of_what_clients_get(payloads):
     assert loaded.facts == {"round": 3, "who": ["x"]}
     assert saved.state != saved.adapter
     assert serialization.read_facts(payloads.path(saved.adapter.sha256)) == {}
-    assert versions.refs({"adapter": loaded.tensors}) == {"adapter": saved.adapter}
+    assert versions.payload_refs({"adapter": loaded.tensors}) == {"adapter": saved.adapter}
 
 
 def test_one_object_in_many_plans_is_written_once(payloads):
@@ -134,8 +134,8 @@ def test_one_object_in_many_plans_is_written_once(payloads):
     versions.load(versions.save(ServerState({"a": np.ones(3, np.float32)})))
     shared, other = {"b": np.zeros(2, np.float32)}, {"b": np.ones(2, np.float32)}
 
-    first = [versions.refs({"adapter": shared}) for _ in range(3)]
-    second = versions.refs({"adapter": other})
+    first = [versions.payload_refs({"adapter": shared}) for _ in range(3)]
+    second = versions.payload_refs({"adapter": other})
 
     assert first[0] == first[1] == first[2] != second
     assert {first[0]["adapter"].sha256, second["adapter"].sha256} < versions.current

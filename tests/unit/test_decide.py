@@ -596,7 +596,9 @@ def test_after_the_end_offers_are_answered_and_nothing_else_happens():
     late = transitions.OfferReceived(tasks[0].id, A, offer(tasks[0]))
 
     assert decide(state, late) == (state, (transitions.DenyUpload(tasks[0].id, A, "job-ended"),))
-    assert decide(state, replace(late, was_accepted=True))[1] == (transitions.SendVerdict(tasks[0].id, A, accepted=True),)
+    assert decide(state, replace(late, was_accepted=True))[1] == (
+        transitions.SendVerdict(tasks[0].id, A, accepted=True),
+    )
     assert decide(state, transitions.CancelRequested()) == (state, ())
     assert decide(state, transitions.HelloReceived(A, (A,))) == (state, ())
 

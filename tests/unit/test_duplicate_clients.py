@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorabbit_server.clients.addresses import KEPT, DuplicateClientDetector
+from lorabbit_server.clients.addresses import MAX_PROCESSES, DuplicateClientDetector
 
 
 @pytest.fixture
@@ -32,23 +32,23 @@ def test_of_three_the_first_stays(occupancy: DuplicateClientDetector) -> None:
 
 def test_one_that_a_supervisor_starts_again_is_told_again(occupancy: DuplicateClientDetector) -> None:
     assert told(occupancy, "abab") == [False, False, False, True]
-    assert occupancy.leave("jetson", "b")
+    assert occupancy.remove_process("jetson", "b")
     assert told(occupancy, "acac") == [False, False, False, True]
 
 
 def test_a_goodbye_of_the_only_one_leaves_nobody(occupancy: DuplicateClientDetector) -> None:
     told(occupancy, "ab")
 
-    assert not occupancy.leave("jetson", "b")
+    assert not occupancy.remove_process("jetson", "b")
     assert told(occupancy, "a") == [False]
 
 
 def test_a_goodbye_of_the_first_leaves_the_second_in_its_place(occupancy: DuplicateClientDetector) -> None:
     told(occupancy, "abab")
 
-    assert occupancy.leave("jetson", "a")
+    assert occupancy.remove_process("jetson", "a")
     assert told(occupancy, "bb") == [False, False]
-    assert not occupancy.leave("jetson", "b")
+    assert not occupancy.remove_process("jetson", "b")
 
 
 def test_a_goodbye_of_a_former_process_that_comes_late_leaves_the_present_one_in_its_place(
@@ -56,13 +56,13 @@ def test_a_goodbye_of_a_former_process_that_comes_late_leaves_the_present_one_in
 ) -> None:
     told(occupancy, "b")
 
-    assert occupancy.leave("jetson", "a")
+    assert occupancy.remove_process("jetson", "a")
     assert told(occupancy, "bb") == [False, False]
-    assert not occupancy.leave("jetson", "b")
+    assert not occupancy.remove_process("jetson", "b")
 
 
 def test_a_goodbye_of_somebody_unknown_is_taken_as_that_of_the_only_one(occupancy: DuplicateClientDetector) -> None:
-    assert not occupancy.leave("jetson", "")
+    assert not occupancy.remove_process("jetson", "")
 
 
 def test_addresses_do_not_meet(occupancy: DuplicateClientDetector) -> None:
@@ -78,5 +78,5 @@ def test_a_client_that_calls_itself_something_else_each_time_costs_no_memory(
     for number in range(100):
         occupancy.observe("jetson", str(number))
 
-    assert occupancy.observe("jetson", str(100 - KEPT)) is False
-    assert occupancy.observe("jetson", str(99 - KEPT)) is False, "it was forgotten, and is new"
+    assert occupancy.observe("jetson", str(100 - MAX_PROCESSES)) is False
+    assert occupancy.observe("jetson", str(99 - MAX_PROCESSES)) is False, "it was forgotten, and is new"

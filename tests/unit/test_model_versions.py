@@ -71,19 +71,19 @@ def test_two_versions_in_use_hand_out_the_same_group_and_its_one_file(payloads):
     assert versions.load(head) is loaded
     assert versions.load(scored) is other
     assert other.shared[BASE] is loaded.shared[BASE]
-    assert versions.refs(other.shared) == {BASE: head.shared[BASE]}
+    assert versions.payload_refs(other.shared) == {BASE: head.shared[BASE]}
 
 
 def test_files_of_plans_are_needed_until_their_version_is_no_longer_in_use(payloads):
     versions = ModelVersionStore(FedAvg(), payloads, 1024)
     head, scored = versions.save(state()), versions.save(state(2.0))
     versions.load(scored)
-    made = versions.refs({"adapter": {"z": np.ones(2, np.float32)}})["adapter"].sha256
+    made = versions.payload_refs({"adapter": {"z": np.ones(2, np.float32)}})["adapter"].sha256
     versions.load(head)
 
-    versions.keep([head, scored])
+    versions.retain([head, scored])
     both = versions.current
-    versions.keep([head])
+    versions.retain([head])
 
     assert made in both
     assert versions.current == head.hashes
@@ -104,7 +104,7 @@ def test_a_state_with_facts_hands_out_the_adapter_that_is_written_already(payloa
     saved = versions.save(state(facts={"best": 4}))
     loaded, before = versions.load(saved), list(payloads.written)
 
-    refs = versions.refs({"adapter": loaded.tensors})
+    refs = versions.payload_refs({"adapter": loaded.tensors})
 
     assert (refs["adapter"], payloads.written) == (saved.adapter, before)
     assert serialization.read_facts(payloads.path(refs["adapter"].sha256)) == {}

@@ -61,7 +61,7 @@ def test_what_two_servers_counted_of_one_message_counts_once_for_the_next_one(pa
 
 
 def test_memory_and_file_do_not_grow_with_the_messages_of_a_task(path, monkeypatch):
-    monkeypatch.setattr(meter_module, "STALE_LINES", 10)
+    monkeypatch.setattr(meter_module, "COMPACT_LINES", 10)
     monkeypatch.setattr(meter_module, "MAX_IDS", 5)
     meter = TrafficMeter(path)
     for number in range(200):
@@ -80,7 +80,7 @@ def test_tasks_that_are_over_are_forgotten_with_their_ids(path):
     meter = TrafficMeter(path)
     meter.up("old", payload=1, message="o")
     meter.up("new", payload=2, message="n")
-    meter.keep({"new"})
+    meter.retain({"new"})
 
     assert (meter.read("old"), meter.read("new")) == (PayloadTraffic(), PayloadTraffic(2, 0, 0))
     assert set(meter._seen) == {("new", "n")}
@@ -95,7 +95,7 @@ def test_a_server_that_was_replaced_leaves_the_file_of_the_next_one(path):
     before = path.read_bytes()
 
     with pytest.raises(Fenced):
-        asleep.keep(())
+        asleep.retain(())
 
     assert path.read_bytes() == before
 
@@ -103,6 +103,6 @@ def test_a_server_that_was_replaced_leaves_the_file_of_the_next_one(path):
 def test_no_file_is_left_without_a_task(path):
     meter = TrafficMeter(path)
     meter.down("t", 1)
-    meter.keep(())
+    meter.retain(())
 
     assert not path.exists()

@@ -228,21 +228,21 @@ def test_a_full_disk_is_told_from_its_begin_for_as_long_as_it_comes_again():
     full = OSError(errno.ENOSPC, "No space left on device")
 
     for now_ms in (1_000, 2_000, 20_000):
-        faults.note(full, now_ms)
-    wait = faults.newest(21_000)
+        faults.record(full, now_ms)
+    wait = faults.current(21_000)
 
     assert (wait.owner, wait.since_ms) == ("server", 1_000)
     assert "disk is full" in wait.reason
     assert "once there is room" in wait.ends
-    assert faults.newest(60_000) is None
+    assert faults.current(60_000) is None
 
 
 def test_a_lease_that_went_to_another_server_is_no_setback_of_this_ones():
     faults = ServerFaults(lease_ms=15_000)
 
-    faults.note(Fenced("another server leads"), 1_000)
+    faults.record(Fenced("another server leads"), 1_000)
 
-    assert faults.newest(1_001) is None
+    assert faults.current(1_001) is None
 
 
 def test_why_says_that_a_job_that_is_over_waits_for_nobody():

@@ -62,21 +62,21 @@ class Server:
         self.payloads = PayloadStore(settings.folder / "payloads", durable=settings.durable)
         self.access = ClientAccess(store.enrollment, settings)
         self.owner, self._now = owner, overrides.now_ms
-        self._pace = min(TICK_SECONDS, settings.lease_seconds / 3)
+        self._tick_seconds = min(TICK_SECONDS, settings.lease_seconds / 3)
         self._loop = EventLoop(broker, self._step_down, worker=overrides.worker)
         self._listeners: list[Listener] = []
         self._on_job_ended: list[Callable[[str], None]] = []
         self._on_leading: list[Callable[[], None]] = []
         self._epoch: int | None = None
         self._run: JobRunner | None = None
-        self._known: JobState | None = None
+        self._last_state: JobState | None = None
         self._registry = ClientRegistry(store, lease_ms=round(settings.client_lease_seconds * 1000))
         self._subscriptions: list[Cancellable] = []
         self._timers: list[Cancellable] = []
         self._context: ServerContext | None = None
         self._renewed_ms = 0
         self._expire: Callable[[int, int], None]
-        self._stood_behind: str | None = None
+        self._last_holder: str | None = None
         self.refused: Counter[str] = Counter()
         self.faults = ServerFaults(round(settings.lease_seconds * 1000))
 
@@ -130,9 +130,9 @@ class Server:
         return self._registry
 
     @property
-    def known(self) -> JobState | None:
+    def last_state(self) -> JobState | None:
         """The job under way as this server knew it last, also after it stepped down; for when the store is away."""
-        return self._known if self._run is None else self._run.state
+        return self._last_state if self._run is None else self._run.state
 
     def now_ms(self) -> int:
         """The server's clock."""
@@ -153,7 +153,7 @@ class Server:
     def close(self) -> None:
         """Stop at once and give the lease up; on the loop thread, or after the loop has ended."""
         epoch = self._epoch
-        self._forget()
+        self._reset()
         self._loop.close()
         if epoch is not None:
             self.store.release_lease(self.owner, epoch)
@@ -166,13 +166,13 @@ class Server:
         self._epoch = self.store.acquire_lease(self.owner, self.settings.lease_seconds)
         if self._epoch is None:
             holder = self.store.lease_holder()
-            if holder != self._stood_behind:
+            if holder != self._last_holder:
                 log.info("standby", holder=holder)
-            self._stood_behind = holder
-            self._timers = [self._loop.after(self._pace, self._stand_by)]
+            self._last_holder = holder
+            self._timers = [self._loop.after(self._tick_seconds, self._stand_by)]
             return
         log.info("leader-elected", epoch=self._epoch)
-        self._stood_behind = None
+        self._last_holder = None
         self._renewed_ms = self._now()
         for exchange in topology.EXCHANGES:
             self.broker.declare_exchange(exchange)
@@ -225,28 +225,28 @@ class Server:
             self._registry.renew_leases()
             self._renewed_ms = now
             self._next_job()
-        self._loop.post(partial(self._expire, now, round(self._pace * 1000)))  # behind what has arrived by now
+        self._loop.post(partial(self._expire, now, round(self._tick_seconds * 1000)))  # behind what has arrived by now
         if self._run is not None:
             self._run.tick()
-        self._timers = [self._loop.after(self._pace, self._tick)]
+        self._timers = [self._loop.after(self._tick_seconds, self._tick)]
 
     def _step_down(self, error: Exception) -> None:
         """Forget everything and stand by: the store knows better; another server may have the files that lack here."""
         log.warning("leadership-lost", why=str(error))
-        self.faults.note(error, self._now())
-        epoch, pause = self._epoch, self._pace
-        self._forget()
+        self.faults.record(error, self._now())
+        epoch, pause = self._epoch, self._tick_seconds
+        self._reset()
         if isinstance(error, FilesMissing) and epoch is not None:
             pause = self.settings.lease_seconds
             with suppress(Retryable):
                 self.store.release_lease(self.owner, epoch)
         self._timers = [self._loop.after(pause, self._stand_by)]
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         for each in (*self._subscriptions, *self._timers):
             each.cancel()
         if self._run is not None:
-            self._known = self._run.state
+            self._last_state = self._run.state
             self._run.close()
         if self._context is not None:
             self._context.publisher.close()

@@ -24,7 +24,7 @@ from lorabbit_server.engine.state import ModelVersion
 
 REPORT = "report"
 """The fact of a round that its version tells and its file does not."""
-KEPT_OBJECTS = 16
+MAX_OBJECTS = 16
 """Tensors of plans that are held in memory, to be known by identity when they come again."""
 
 
@@ -63,9 +63,9 @@ class ModelVersionStore:
     """Files written for a server state that the job does not name yet."""
     _loaded: list[_LoadedVersion] = field(default_factory=list)
     """Versions in use, the one asked for last at the end."""
-    _coded: dict[tuple[str, str | None], _CompressedAdapter] = field(default_factory=dict)
+    _compressed: dict[tuple[str, str | None], _CompressedAdapter] = field(default_factory=dict)
     """By the sha256 of the adapter that a plan names, and of what the coded file tells the difference to."""
-    _newest: PayloadRef | None = None
+    _newest_adapter: PayloadRef | None = None
     """The adapter that plans on the newest version most likely name."""
 
     def save(self, state: ServerState) -> ModelVersion:
@@ -90,7 +90,7 @@ class ModelVersionStore:
             direct=export.tensors is state.tensors,
         )
         self.unclaimed |= version.hashes
-        self._code_ahead(saved if not facts else version.adapter if version.direct else None)
+        self._compress_ahead(saved if not facts else version.adapter if version.direct else None)
         return version
 
     def load(self, version: ModelVersion) -> ServerState:
@@ -103,47 +103,47 @@ class ModelVersionStore:
         self._loaded.append(entry)
         return entry.state
 
-    def keep(self, versions: Iterable[ModelVersion]) -> frozenset[str]:
+    def retain(self, versions: Iterable[ModelVersion]) -> frozenset[str]:
         """Forget the versions that are no longer in use; returns the files that were written for their plans."""
         before = self.current
         in_use = list(versions)
         self._loaded = [entry for entry in self._loaded if entry.version in in_use]
         known = frozenset().union(*(entry.hashes for entry in self._loaded), *(version.hashes for version in in_use))
         known |= self.unclaimed
-        self._coded = {key: coded for key, coded in list(self._coded.items()) if key[0] in known}
+        self._compressed = {key: coded for key, coded in list(self._compressed.items()) if key[0] in known}
         return before - self.current
 
-    def refs(self, payloads: Mapping[str, Tensors]) -> dict[str, PayloadRef]:
+    def payload_refs(self, payloads: Mapping[str, Tensors]) -> dict[str, PayloadRef]:
         """Write what is no file yet of a plan on the state loaded last; the same object is written once.
 
         Where adapters are rounded on their way, the adapter is the one that clients will have.
         """
-        refs = {role: self._ref(tensors) for role, tensors in payloads.items()}
-        if self.coding.is_lossy and ADAPTER in refs:
-            refs[ADAPTER] = self._code(refs[ADAPTER], None).whole
-        return refs
+        payload_refs = {role: self._ref(tensors) for role, tensors in payloads.items()}
+        if self.coding.is_lossy and ADAPTER in payload_refs:
+            payload_refs[ADAPTER] = self._compress(payload_refs[ADAPTER], None).whole
+        return payload_refs
 
-    def way(self, whole: PayloadRef, origin: PayloadRef | None) -> EncodedDownload:
+    def encoded_download(self, whole: PayloadRef, origin: PayloadRef | None) -> EncodedDownload:
         """The coded file from which a client makes a payload that `refs` named; written where it is not yet."""
-        for coded in list(self._coded.values()):
+        for coded in list(self._compressed.values()):
             if self.coding.is_lossy and coded.whole == whole:
                 return EncodedDownload(coded=coded.file)
-        told = None if origin is None or origin == whole else origin
-        return EncodedDownload(coded=self._code(whole, told).file, origin=None if told is None else told.sha256)
+        base = None if origin is None or origin == whole else origin
+        return EncodedDownload(coded=self._compress(whole, base).file, origin=None if base is None else base.sha256)
 
     @property
     def current(self) -> frozenset[str]:
         """The files that plans on the versions in use refer to; for any thread."""
         entries = list(self._loaded)
-        coded = {ref.sha256 for each in list(self._coded.values()) for ref in (each.file, each.whole)}
+        coded = {ref.sha256 for each in list(self._compressed.values()) for ref in (each.file, each.whole)}
         return frozenset(coded).union(*(set(entry.hashes) | entry.version.hashes for entry in entries))
 
     def _open(self, version: ModelVersion) -> _LoadedVersion:
         path = self.payloads.path(version.state.sha256)
         facts = serialization.read_facts(path)
         shared = {role: self._group(ref) for role, ref in version.shared.items()}
-        told: Facts = {REPORT: dict(version.report)} if version.report else {}
-        state = ServerState(serialization.read_tensors(path), {**facts, **told}, shared)
+        base: Facts = {REPORT: dict(version.report)} if version.report else {}
+        state = ServerState(serialization.read_tensors(path), {**facts, **base}, shared)
         own = {id(group): (group, version.shared[role]) for role, group in shared.items()}
         if not facts:
             own[id(state.tensors)] = (state.tensors, version.state)
@@ -173,22 +173,22 @@ class ModelVersionStore:
         if ref is None:
             ref = self._write(tensors, {})
             entry.made[id(tensors)] = (tensors, ref)
-            if len(entry.made) > KEPT_OBJECTS:
+            if len(entry.made) > MAX_OBJECTS:
                 entry.made.popitem(last=False)
         entry.hashes.add(ref.sha256)
         return ref
 
-    def _code_ahead(self, adapter: PayloadRef | None) -> None:
+    def _compress_ahead(self, adapter: PayloadRef | None) -> None:
         """Write an adapter for the wire, beside the loop that will ask for it."""
-        origin, self._newest = self._newest, adapter
+        origin, self._newest_adapter = self._newest_adapter, adapter
         if adapter is not None and not self.coding.is_plain:
-            told = origin if self.coding.delta and origin != adapter else None
-            self._code(adapter, told)
+            base = origin if self.coding.delta and origin != adapter else None
+            self._compress(adapter, base)
 
-    def _code(self, adapter: PayloadRef, origin: PayloadRef | None) -> _CompressedAdapter:
+    def _compress(self, adapter: PayloadRef, origin: PayloadRef | None) -> _CompressedAdapter:
         """Write an adapter for the wire, once."""
         key = (adapter.sha256, None if origin is None else origin.sha256)
-        if key not in self._coded:
+        if key not in self._compressed:
             tensors = serialization.read_tensors(self.payloads.path(adapter.sha256))
             held = None if origin is None else DeltaBase.of(origin.sha256, self.payloads.path(origin.sha256))
             file = self.payloads.add_written(
@@ -198,8 +198,8 @@ class ModelVersionStore:
             if self.coding.is_lossy:
                 whole = self._write(open_tensors(self.payloads.path(file.sha256)), {})
             self.unclaimed.add(file.sha256)
-            self._coded[key] = _CompressedAdapter(file, whole)
-        return self._coded[key]
+            self._compressed[key] = _CompressedAdapter(file, whole)
+        return self._compressed[key]
 
     def _write(self, tensors: Tensors, facts: Facts) -> PayloadRef:
         ref = self.payloads.add_tensors(tensors, facts, chunk_bytes=self.chunk_bytes)

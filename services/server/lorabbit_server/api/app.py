@@ -204,7 +204,7 @@ def _add_health(app: FastAPI, service: Server, measures: ServerMetrics) -> None:
         except StoreUnavailable as error:
             checks["store"] = str(error)
         if not service.is_leading and not standby:
-            own = service.faults.newest(service.now_ms())
+            own = service.faults.current(service.now_ms())
             checks["lease"] = own.reason if own else "another server leads, or none does yet; this one stands by"
         troubles = [str(trouble) for trouble in checks.values() if trouble]
         if troubles:

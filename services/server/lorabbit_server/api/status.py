@@ -57,19 +57,19 @@ class StatusService:
 
         Raises StoreUnavailable where the store is away and this server knows nothing of the job.
         """
-        found = self._dependencies.look()
+        found = self._dependencies.check()
         status = None
         if found.of(STORE) is None:
             with suppress(StoreUnavailable):
                 name = job or newest(self._reader)
                 status = None if name is None else status_of(self._reader, name, self._sight(name))
                 return None if status is None else self._completed(status, found)
-            found = self._dependencies.look()
+            found = self._dependencies.check()
         return self._completed(self._remembered(job, found), found)
 
     def _remembered(self, job: str | None, found: HealthSnapshot) -> JobSummary:
         """What this server knew last, while the store is away."""
-        state, trouble = self._service.known, found.of(STORE)
+        state, trouble = self._service.last_state, found.of(STORE)
         if state is None or (job is not None and job != state.job):
             raise StoreUnavailable(trouble.reason if trouble is not None else "the store was away for a moment")
         registry = self._service.registry
@@ -81,7 +81,7 @@ class StatusService:
         server = "this server leads" if leads else _stands_by(found)
         shown: dict[str, object] = {"server": server, "now_ms": self._service.now_ms()}
         if status.status not in OVER:
-            own = self._service.faults.newest(self._service.now_ms())
+            own = self._service.faults.current(self._service.now_ms())
             troubles = [wait for wait in found.troubles if not ((leads or own) and wait.owner == LEASE)]
             shown["waits"] = (*([own] if own else []), *troubles, *status.waits)
         return status.model_copy(update=shown)

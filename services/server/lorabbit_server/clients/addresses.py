@@ -12,7 +12,7 @@ from __future__ import annotations
 from lorabbit.broker import topology
 from lorabbit.broker.base import Broker
 
-KEPT = 4
+MAX_PROCESSES = 4
 """Processes remembered for each address, the youngest ones."""
 
 
@@ -21,39 +21,39 @@ class DuplicateClientDetector:
 
     def __init__(self) -> None:
         """Know nobody."""
-        self._heard: dict[str, list[str]] = {}
-        self._surplus: dict[str, set[str]] = {}
+        self._processes: dict[str, list[str]] = {}
+        self._duplicates: dict[str, set[str]] = {}
 
     def observe(self, address: str, process: str) -> bool:
         """Note who speaks; tell whether it has to leave, since an older process is alive at its address."""
-        heard = self._heard.setdefault(address, [])
-        if process not in heard:
-            heard.append(process)
-            del heard[:-KEPT]
-        younger = heard[heard.index(process) + 1 :]
-        if younger:
-            self._surplus[address] = (self._surplus.get(address, set()) | set(younger)) & set(heard)
-        return process in self._surplus.get(address, ())
+        processes = self._processes.setdefault(address, [])
+        if process not in processes:
+            processes.append(process)
+            del processes[:-MAX_PROCESSES]
+        newer = processes[processes.index(process) + 1 :]
+        if newer:
+            self._duplicates[address] = (self._duplicates.get(address, set()) | set(newer)) & set(processes)
+        return process in self._duplicates.get(address, ())
 
-    def leave(self, address: str, process: str) -> bool:
+    def remove_process(self, address: str, process: str) -> bool:
         """Forget a process that ends; tell whether another one stays at its address.
 
         The goodbye of a former process may come late, when a frozen server had it: one that is unknown here is such.
         """
-        heard = self._heard.get(address, [])
-        stays = process in self._surplus.get(address, ()) or bool(process and heard and heard[-1] != process)
+        processes = self._processes.get(address, [])
+        stays = process in self._duplicates.get(address, ()) or bool(process and processes and processes[-1] != process)
         if not stays:
-            self.forget(address)
+            self.remove_address(address)
             return False
-        if process in heard:
-            heard.remove(process)
-        self._surplus[address] = set(heard[1:]) & self._surplus.get(address, set())
+        if process in processes:
+            processes.remove(process)
+        self._duplicates[address] = set(processes[1:]) & self._duplicates.get(address, set())
         return True
 
-    def forget(self, address: str) -> None:
+    def remove_address(self, address: str) -> None:
         """Forget an address that nobody has any more."""
-        self._heard.pop(address, None)
-        self._surplus.pop(address, None)
+        self._processes.pop(address, None)
+        self._duplicates.pop(address, None)
 
 
 class ClientQueues:

@@ -18,7 +18,7 @@ from lorabbit_server.engine.wait_reasons import WaitReason
 
 BROKER, STORE, LEASE = "broker", "store", "lease"
 PROBE_SECONDS = 1.0
-NOBODY = "-"
+UNROUTABLE = "-"
 """No queue has this name, so the broker returns what is sent to it."""
 _ENDS = {
     BROKER: "no deadline; the server tries for ever, and goes on once the broker takes messages again",
@@ -54,12 +54,12 @@ class DependencyHealth:
 
     def start(self) -> None:
         """Look again and again, so that the begin of a trouble is known before anybody asks."""
-        self._thread = threading.Thread(target=self._watch, name="dependency-health", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="dependency-health", daemon=True)
         self._thread.start()
 
-    def _ask_broker(self) -> None:
+    def _probe_broker(self) -> None:
         """Send a message that the broker returns, one at a time; for the loop thread."""
-        self._broker.send(Outgoing("", NOBODY, "lorabbit.probe", b""), lambda _: self._answered.set())
+        self._broker.send(Outgoing("", UNROUTABLE, "lorabbit.probe", b""), lambda _: self._answered.set())
 
     def close(self) -> None:
         """Look no more."""
@@ -67,21 +67,21 @@ class DependencyHealth:
         if self._thread is not None:
             self._thread.join()
 
-    def look(self) -> HealthSnapshot:
+    def check(self) -> HealthSnapshot:
         """Look now."""
         with self._lock:
-            said: dict[str, str | None] = {BROKER: self._broker.health(), STORE: None, LEASE: None}
+            reasons: dict[str, str | None] = {BROKER: self._broker.health(), STORE: None, LEASE: None}
             leader = None
             try:
                 leader = self._probe.lease_holder()
             except StoreUnavailable as error:
-                said[STORE] = f"the store is unreachable: {error}"
+                reasons[STORE] = f"the store is unreachable: {error}"
             else:
-                said[LEASE] = "no server leads: nobody holds the lease" if leader is None else None
-            troubles = [self._noted(name, what) for name, what in said.items() if self._keeps(name, what)]
+                reasons[LEASE] = "no server leads: nobody holds the lease" if leader is None else None
+            troubles = [self._wait_reason(name, what) for name, what in reasons.items() if self._track(name, what)]
             return HealthSnapshot(tuple(troubles), leader)
 
-    def _keeps(self, name: str, what: str | None) -> bool:
+    def _track(self, name: str, what: str | None) -> bool:
         """Note when a trouble began, or that it is over."""
         if what is None:
             self._since.pop(name, None)
@@ -89,12 +89,12 @@ class DependencyHealth:
         self._since.setdefault(name, self._now())
         return True
 
-    def _noted(self, name: str, what: str | None) -> WaitReason:
+    def _wait_reason(self, name: str, what: str | None) -> WaitReason:
         return WaitReason(owner=name, reason=str(what), since_ms=self._since[name], ends=_ENDS[name])
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         while not self._stop.wait(PROBE_SECONDS):
-            self.look()
+            self.check()
             if self._answered.is_set():
                 self._answered.clear()
-                self._broker.post(self._ask_broker)
+                self._broker.post(self._probe_broker)

@@ -15,7 +15,7 @@ from lorabbit_server.event_loop import is_out_of_space
 from lorabbit_server.health.dependencies import STORE
 
 SERVER = "server"
-SHORTEST_MS = 10_000
+MIN_CLEAR_MS = 10_000
 _NO_ROOM = "no deadline; the server tries again every second, and goes on once there is room"
 _NO_WRITES = "no deadline; the server tries again every second, and goes on once Redis takes writes again"
 _NO_FILES = "no deadline; start the server on the volume that has them, or cancel the job"
@@ -26,12 +26,12 @@ class ServerFaults:
 
     def __init__(self, lease_ms: int) -> None:
         """One that does not come again for two leases is over."""
-        self._keep_ms = max(SHORTEST_MS, 2 * lease_ms)
-        self._found: WaitReason | None = None
-        self._seen_ms = 0
+        self._clear_after_ms = max(MIN_CLEAR_MS, 2 * lease_ms)
+        self._fault: WaitReason | None = None
+        self._recorded_ms = 0
         self._lock = threading.Lock()
 
-    def note(self, error: Exception, now_ms: int) -> None:
+    def record(self, error: Exception, now_ms: int) -> None:
         """Remember an error that made the server step down, if it is one of these."""
         owner = SERVER
         if isinstance(error, FilesMissing):
@@ -43,9 +43,9 @@ class ServerFaults:
         else:
             return
         with self._lock:
-            before = self._newest(now_ms)
+            before = self._current(now_ms)
             since = before.since_ms if before is not None and before.ends == ends else now_ms
-            self._found, self._seen_ms = WaitReason(owner=owner, reason=reason, since_ms=since, ends=ends), now_ms
+            self._fault, self._recorded_ms = WaitReason(owner=owner, reason=reason, since_ms=since, ends=ends), now_ms
 
     def check_files(self, state: JobState, payloads: PayloadStore) -> None:
         """Raise FilesMissing where a job that goes on stands on files that are not here.
@@ -53,30 +53,30 @@ class ServerFaults:
         A store that was restored from an older backup names files that were deleted since; a server on another volume
         than its predecessor's has none of them.
         """
-        lacking, wanted = _lacking(state, payloads)
-        if lacking:
+        missing, wanted = _missing_files(state, payloads)
+        if missing:
             raise FilesMissing(
-                f"job {state.job} stands on {wanted} files, of which {len(lacking)} are not in {payloads.folder} "
-                f"({lacking[0][:12]} is the first)"
+                f"job {state.job} stands on {wanted} files, of which {len(missing)} are not in {payloads.folder} "
+                f"({missing[0][:12]} is the first)"
             )
         with self._lock:
-            if self._found is not None and self._found.ends in {_NO_FILES, _NO_WRITES}:  # a job is claimed by a write
-                self._found = None
+            if self._fault is not None and self._fault.ends in {_NO_FILES, _NO_WRITES}:  # a job is claimed by a write
+                self._fault = None
 
-    def newest(self, now_ms: int) -> WaitReason | None:
+    def current(self, now_ms: int) -> WaitReason | None:
         """What the server waits for; None where nothing came up lately."""
         with self._lock:
-            return self._newest(now_ms)
+            return self._current(now_ms)
 
-    def _newest(self, now_ms: int) -> WaitReason | None:
-        return self._found if now_ms - self._seen_ms < self._keep_ms else None
+    def _current(self, now_ms: int) -> WaitReason | None:
+        return self._fault if now_ms - self._recorded_ms < self._clear_after_ms else None
 
 
-def _lacking(state: JobState, payloads: PayloadStore) -> tuple[list[str], int]:
+def _missing_files(state: JobState, payloads: PayloadStore) -> tuple[list[str], int]:
     """The files that a job stands on and that are not here, and how many it stands on."""
     if state.stage == "ended":
         return [], 0
     results = (task.offered for task in state.tasks.values() if task.status == "accepted")
-    counted = {offered.payload.sha256 for offered in results if offered is not None and offered.payload is not None}
-    wanted = counted.union(*(version.hashes for version in state.versions))
+    accepted = {offered.payload.sha256 for offered in results if offered is not None and offered.payload is not None}
+    wanted = accepted.union(*(version.hashes for version in state.versions))
     return sorted(sha256 for sha256 in wanted if not payloads.has(sha256)), len(wanted)

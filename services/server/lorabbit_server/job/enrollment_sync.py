@@ -21,27 +21,27 @@ class RevocationWatcher(Cancellable):
 
     def __init__(self, context: ServerContext, remove_clients: Callable[[Iterable[str]], None]) -> None:
         """Read who was revoked, and give the broker the users it lacks."""
-        self._context, self._send_away = context, remove_clients
+        self._context, self._remove_clients = context, remove_clients
         self._seconds = context.settings.lease_seconds / 3
         self._timer: Cancellable | None = None
         if context.access.is_enrolled:
-            context.access.on_revoked = lambda: context.loop.post(self._look)
+            context.access.on_revoked = lambda: context.loop.post(self._check)
             self._watch()
             self._restore()
 
     def cancel(self) -> None:
         """Look no more."""
-        self._send_away = lambda _: None
+        self._remove_clients = lambda _: None
         if self._timer is not None:
             self._timer.cancel()
 
     def _watch(self) -> None:
-        self._look()
+        self._check()
         self._timer = self._context.loop.after(self._seconds, self._watch)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         """Send away whoever was revoked since the last look."""
-        self._send_away(self._context.access.take_note())
+        self._remove_clients(self._context.access.take_note())
 
     def _restore(self) -> None:
         """Bring the broker's users to what the store says, and again later where it cannot be asked."""

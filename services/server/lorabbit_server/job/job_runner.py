@@ -44,20 +44,20 @@ from lorabbit_server.transfer.uploads import Uploads, refusal
 class RoundTimer:
     """For the loop thread."""
 
-    def __init__(self, context: ServerContext, passed: Callable[[Event], None]) -> None:
+    def __init__(self, context: ServerContext, on_deadline: Callable[[Event], None]) -> None:
         """Call `passed` with the event once the time has come."""
-        self._context, self._passed = context, passed
+        self._context, self._on_deadline = context, on_deadline
         self._timer: Cancellable | None = None
 
     def set(self, command: SetDeadline) -> None:
         """Wait for this time, and for no other any more; a time that is over comes at once."""
         self.close()
         seconds = max(0, command.at_ms - self._context.now_ms()) / 1000
-        self._timer = self._context.loop.after(seconds, partial(self._ring, command.round))
+        self._timer = self._context.loop.after(seconds, partial(self._on_timeout, command.round))
 
-    def _ring(self, number: int) -> None:
+    def _on_timeout(self, number: int) -> None:
         self._timer = None
-        self._passed(DeadlinePassed(number, self._context.now_ms()))
+        self._on_deadline(DeadlinePassed(number, self._context.now_ms()))
 
     def close(self) -> None:
         """Wait for nothing."""
@@ -90,9 +90,9 @@ class JobRunner:
         self.uploads = Uploads(context, job, self._meter, self._on_checked)
         """Takes chunks and commits straight from the message router."""
         self._downloads = Downloads(context, self._is_needed, self._fail_job)
-        self._deadline = RoundTimer(context, self.apply)
+        self._round_timer = RoundTimer(context, self.apply)
         folder = context.settings.folder / "runs" / job
-        self._folder = RunDirectory(folder, job, spec, context.payloads, files)
+        self._run_directory = RunDirectory(folder, job, spec, context.payloads, files)
         self._unit_of_work = UnitOfWork(context, state, record, self._meter, self._fail_job)
         self._unit_of_work.on_events = self._on_committed
 
@@ -106,26 +106,26 @@ class JobRunner:
         if self._is_new:
             self._unit_of_work.add(Step(self.state, events=[ev.JobSubmitted(at_ms=entry.submitted_ms)]))
         else:
-            self._recover(goes_on=not entry.cancel_requested)
+            self._recover(resumes=not entry.cancel_requested)
         self._downloads.delete_leftovers()
         if self.state.stage == "ended":
-            self._unit_of_work.add(Step(self.state, after_commit=[self._end]))
+            self._unit_of_work.add(Step(self.state, after_commit=[self._end_job]))
         elif entry.cancel_requested:
             self.apply(transitions.CancelRequested(self._now()))
         else:
             self.apply(transitions.JobOpened(tuple(here := self._context.registry.capabilities), self._now(), here))
 
-    def _recover(self, *, goes_on: bool) -> None:
+    def _recover(self, *, resumes: bool) -> None:
         """Make again what a stopped server may have left undone: files, and if it goes on streams and heavy steps."""
         logged = self._context.store.events(self.job, progress=False)
-        self._write(self._folder.recover(EVENTS.validate_json(each.event) for each in logged))
-        self._downloads.inherit(self._folder.recent)
+        self._write(self._run_directory.recover(EVENTS.validate_json(each.event) for each in logged))
+        self._downloads.inherit(self._run_directory.recent)
         self.uploads.inherit()
-        for task in self.state.tasks.values() if goes_on else ():
+        for task in self.state.tasks.values() if resumes else ():
             if task.status != "accepted":
                 self._downloads.publish(ref for _, ref in self._task_builder.message(self.state, task).published)
         self._unit_of_work.resend_all()
-        for command in resume(self.state) if goes_on else ():
+        for command in resume(self.state) if resumes else ():
             self._deferred(command)()  # at once: behind the next commit, chunks that wait would find nobody
 
     def commit(self) -> None:
@@ -134,7 +134,7 @@ class JobRunner:
 
     def close(self) -> None:
         """Take no further step; the store holds what the next server needs."""
-        self._deadline.close()
+        self._round_timer.close()
         self._unit_of_work.close()
 
     # ---- events ----
@@ -157,12 +157,12 @@ class JobRunner:
         changed = [
             task for id_, task in before.tasks.items() if id_ in tasks and tasks[id_].offered is not task.offered
         ]
-        unneeded = self.uploads.keep(tasks) if changed or removed else frozenset()
+        unneeded = self.uploads.retain(tasks) if changed or removed else frozenset()
         unneeded |= {task.offered.payload.sha256 for task in changed if task.offered and task.offered.payload}
         if not unneeded and not removed and now.head is before.head:
             return unneeded
-        self._meter.keep(tasks.keys())
-        return unneeded | self._versions.keep(now.versions) | (before.payloads - now.payloads)
+        self._meter.retain(tasks.keys())
+        return unneeded | self._versions.retain(now.versions) | (before.payloads - now.payloads)
 
     def on_offer(self, message: Offer, delivery: Delivery, client: ClientId) -> None:
         """Weigh an offer; the delivery is acknowledged once the answer is durable."""
@@ -229,15 +229,15 @@ class JobRunner:
         """What a command does once it is durable."""
         match command:
             case transitions.GrantUpload(task):
-                return lambda: self._expect(task)
+                return lambda: self._open_upload(task)
             case transitions.StartMethod(task):
                 return lambda: self._start_method(task)
             case transitions.Aggregate():
                 return lambda: self._aggregate(command)
             case transitions.SetDeadline():
-                return lambda: self._deadline.set(command)
+                return lambda: self._round_timer.set(command)
             case transitions.EndJob():
-                return self._end
+                return self._end_job
 
     def _send_task(self, task: TaskState, step: Step) -> None:
         """Put a task into the outbox, and its payloads into streams."""
@@ -259,7 +259,7 @@ class JobRunner:
         step.messages.append(PendingMessage(entry.address, message, message_id))
 
     # ---- uploads ----
-    def _expect(self, task: TaskState) -> None:
+    def _open_upload(self, task: TaskState) -> None:
         current = self.state.tasks.get(task.id)
         if current is not None and current.status == "offered":
             self.uploads.expect(current, self._task_builder.expected(self.state, current))
@@ -272,7 +272,7 @@ class JobRunner:
         if not isinstance(found, Exception):
             self.apply(transitions.UpdateReceived(task.id, self._meter.read(task.id), self._now(), found.word))
         elif self.uploads.allows_repeat(task, found):
-            self._expect(task)
+            self._open_upload(task)
         elif (why := refusal(found)) is None:
             self._fail_job(f"checking the {task.phase} result of {task.client}", found)
         else:
@@ -325,24 +325,24 @@ class JobRunner:
     # ---- the run folder and the end ----
     def _on_committed(self, events: list[AnyEvent]) -> None:
         """Bring committed events to the run folder and to whoever listens."""
-        self._write(self._folder.on_events(events))
+        self._write(self._run_directory.on_events(events))
         self.on_events(events)
 
     def _write(self, work: Callback | None) -> None:
         if work is not None:
             self._context.loop.work(work, lambda _: None, lambda error: self._fail_job("writing the run", error))
 
-    def _end(self) -> None:
+    def _end_job(self) -> None:
         """Let everything reach its place, then hand over to the next job."""
 
         def written(_: object) -> None:
-            self._unit_of_work.when_delivered(self._hand_over)
+            self._unit_of_work.when_delivered(self._finish)
 
         self._downloads.delete_leftovers()
         self._context.loop.work(lambda: None, written, written)
 
-    def _hand_over(self) -> None:
-        self._meter.keep(())
+    def _finish(self) -> None:
+        self._meter.retain(())
         state = self.state
         status = "done" if state.outcome == "running" else state.outcome
         reason, exit_code = state.reason, state.exit_code

@@ -53,10 +53,10 @@ class MessageRouter:
         self,
         context: ServerContext,
         running: Callable[[], JobRunner | None],
-        tell: Callable[[str, list[AnyEvent]], None],
+        on_events: Callable[[str, list[AnyEvent]], None],
     ) -> None:
         """Serve whatever job is `running`; `tell` listeners of progress."""
-        self._context, self._running, self._tell = context, running, tell
+        self._context, self._running, self._on_events = context, running, on_events
         self._broker, self._registry, self._now = context.broker, context.registry, context.now_ms
         self._progress: dict[str, TaskProgressed] = {}
         self._client_queues = ClientQueues(context.broker)
@@ -104,7 +104,7 @@ class MessageRouter:
         """Remove clients that were revoked: their queues, their leases, their part in the job."""
         for address in clients:
             self._client_queues.delete(address)
-            self._duplicates.forget(address)
+            self._duplicates.remove_address(address)
             client = self._registry.leave(address)
             if client is not None:
                 log.info("client-removed", client=client)
@@ -206,7 +206,7 @@ class MessageRouter:
         self._reply(message.address, AddressTaken(process=message.process), f"taken.{uuid.uuid4().hex}", delivery)
 
     def _on_goodbye(self, message: Goodbye, delivery: Delivery) -> None:
-        if self._duplicates.leave(message.address, message.process):
+        if self._duplicates.remove_process(message.address, message.process):
             # Whoever stays says hello once more, and is sent what the other one took.
             self._reply(message.address, AddressTaken(process=message.process), f"taken.{uuid.uuid4().hex}", delivery)
             return
@@ -287,7 +287,7 @@ class MessageRouter:
             fraction=message.fraction,
             loss=message.loss,
         )
-        self._tell(run.job, [event])
+        self._on_events(run.job, [event])
         if not self._progress:
             self._context.loop.after(PROGRESS_SECONDS, partial(self._log_progress, run.job))
         self._progress[task.id] = event

@@ -22,7 +22,7 @@ from lorabbit.runtime import failpoints
 from lorabbit_server.context import ServerContext
 from lorabbit_server.transfer.traffic_meter import TrafficMeter
 
-RELAY_AGAIN_SECONDS = 1.0
+RETRY_SECONDS = 1.0
 Entry: TypeAlias = dict[str, str]
 """One message: ``address``, ``type``, ``task``, ``body``, ``message_id``; ``payloads``, hashes with spaces between."""
 
@@ -36,7 +36,7 @@ class OutboxPublisher:
         self,
         context: ServerContext,
         meter: TrafficMeter,
-        on_relayed: Callable[[str], None],
+        on_confirmed: Callable[[str], None],
         on_failed: Callable[[str, Exception], None],
     ) -> None:
         """Count what is sent; call `on_relayed` with the id of a step once the broker has all its messages.
@@ -45,7 +45,7 @@ class OutboxPublisher:
         """
         self._broker, self._loop, self._epoch = context.broker, context.loop, context.epoch
         self._publisher, self._meter = context.publisher, meter
-        self._on_relayed, self._on_failed = on_relayed, on_failed
+        self._on_confirmed, self._on_failed = on_confirmed, on_failed
         self._queues: dict[str, deque[tuple[str, Entry]]] = {}
         """Messages that wait, by address."""
         self._unconfirmed: dict[str, int] = {}
@@ -56,7 +56,7 @@ class OutboxPublisher:
         """Tell whether the broker has everything that was taken over."""
         return not self._unconfirmed
 
-    def take(self, step: str, messages: list[Entry]) -> None:
+    def publish(self, step: str, messages: list[Entry]) -> None:
         """Send the messages of one step."""
         self._unconfirmed[step] = len(messages)
         for message in messages:
@@ -65,13 +65,13 @@ class OutboxPublisher:
                 queue.append((step, message))
             else:
                 self._queues[message["address"]] = deque([(step, message)])
-                self._advance(message["address"])
+                self._send_ready(message["address"])
 
     def close(self) -> None:
         """Send nothing more."""
         self._closed = True
 
-    def _advance(self, address: str) -> None:
+    def _send_ready(self, address: str) -> None:
         """Send to one client what needs not wait."""
         if self._closed:
             return
@@ -79,7 +79,7 @@ class OutboxPublisher:
         while queue:
             step, message = queue[0]
             for sha256 in message.get("payloads", "").split():
-                if self._publisher.when_readable(sha256, lambda: self._advance(address)):
+                if self._publisher.when_readable(sha256, lambda: self._send_ready(address)):
                     return
             queue.popleft()
             self._send(step, message)
@@ -92,15 +92,15 @@ class OutboxPublisher:
 
         def done(error: LoRAbbitError | None) -> None:
             if isinstance(error, BrokerBusy):
-                self._loop.after(RELAY_AGAIN_SECONDS, lambda: self._send(step, message))
+                self._loop.after(RETRY_SECONDS, lambda: self._send(step, message))
                 return
             if error is not None:
                 log.warning("message-undeliverable", address=message["address"], type=message["type"], why=str(error))
-            self._confirmed(step)
+            self._count_confirmed(step)
             if isinstance(error, BrokerRefused):
                 self._on_failed(f"sending {message['type']} to {message['address']}", error)
 
-        body = self._named(message).encode()
+        body = self._body(message).encode()
         self._meter.down(message["task"], len(body))
         self._broker.send(
             Outgoing(
@@ -115,16 +115,16 @@ class OutboxPublisher:
         )
         failpoints.hit(failpoints.Failpoint.MESSAGE_SENT)
 
-    def _named(self, message: Entry) -> str:
+    def _body(self, message: Entry) -> str:
         """The body of a message, with the streams of its payloads where they are not the usual ones."""
         numbers = {sha256: self._publisher.number(sha256) for sha256 in message.get("payloads", "").split()}
         if not any(numbers.values()):
             return message["body"]
         return codec.encode(Task.model_validate_json(message["body"]).on_streams(numbers)).decode()
 
-    def _confirmed(self, step: str) -> None:
+    def _count_confirmed(self, step: str) -> None:
         self._unconfirmed[step] -= 1
         if not self._unconfirmed[step]:
             failpoints.hit(failpoints.Failpoint.MESSAGES_CONFIRMED)
             del self._unconfirmed[step]
-            self._on_relayed(step)
+            self._on_confirmed(step)

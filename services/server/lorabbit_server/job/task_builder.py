@@ -28,7 +28,7 @@ from lorabbit_server.engine import scheduling
 from lorabbit_server.engine.state import JobState, ModelVersion, TaskState
 
 log = structlog.get_logger()
-KEPT_TEMPLATES = 64
+MAX_TEMPLATES = 64
 """Descriptions of uploads that are kept, for methods that want another one of every client."""
 
 
@@ -48,12 +48,12 @@ class TaskBuilder:
         """Plan with this method, in this epoch."""
         self._method, self._versions, self._registry, self._epoch = method, versions, registry, epoch
         self._templates: dict[int, tuple[Tensors, UpdateTemplate]] = {}
-        self._described: ModelVersion | None = None
+        self._template_version: ModelVersion | None = None
 
     def message(self, state: JobState, task: TaskState) -> Task:
         """Make the message for a task; writes payloads that are not files yet."""
-        asked = self._asked(state, task)
-        codings = self._codings(task)
+        request = self._request(state, task)
+        codings = self._encodings(task)
         uploads = state.spec.transport.uploads
         unknown = (uploads.needs | state.spec.transport.downloads.needs) - codings
         if unknown and task.phase == TRAIN:
@@ -67,13 +67,15 @@ class TaskBuilder:
             round=task.round,
             attempt=task.tries + task.attempt - 1,
             epoch=self._epoch,
-            phase=asked.phase,
+            phase=request.phase,
             seed=derive_seed(state.spec.seed, task.phase, task.round, task.index, *([task.turn] if task.turn else [])),
             share=task.share,
-            payloads=asked.payloads,
-            ways=self._ways(state, task, asked.payloads) if state.spec.transport.downloads.needs <= codings else {},
+            payloads=request.payloads,
+            ways=self._encoded_downloads(state, task, request.payloads)
+            if state.spec.transport.downloads.needs <= codings
+            else {},
             coding=uploads if task.phase == TRAIN and uploads.needs <= codings else CompressionSpec(),
-            settings=dict(asked.settings),
+            settings=dict(request.settings),
             spec=state.spec,
         )
 
@@ -82,13 +84,13 @@ class TaskBuilder:
         start = state.version_for(task)
         if task.phase != TRAIN or start is None:
             return None
-        if self._described != start:
-            self._described = start
+        if self._template_version != start:
+            self._template_version = start
             self._templates.clear()
         tensors = self._method.uploads(self._versions.load(start), self._profile(task))
         known = self._templates.get(id(tensors))
         if known is None:
-            if len(self._templates) >= KEPT_TEMPLATES:
+            if len(self._templates) >= MAX_TEMPLATES:
                 self._templates.clear()
             known = self._templates[id(tensors)] = (tensors, UpdateTemplate.of(tensors))
         return known[1]
@@ -98,9 +100,9 @@ class TaskBuilder:
         template = self.template(state, task)
         if template is None:
             return ExpectedUpdate(may_be_empty=task.phase == INITIALIZE and self._method.personal)
-        origin = self._asked(state, task).payloads.get(ADAPTER)
-        held = None if origin is None else (origin.sha256, self._versions.payloads.path(origin.sha256))
-        return ExpectedUpdate(template, state.spec.transport.uploads, held)
+        origin = self._request(state, task).payloads.get(ADAPTER)
+        base = None if origin is None else (origin.sha256, self._versions.payloads.path(origin.sha256))
+        return ExpectedUpdate(template, state.spec.transport.uploads, base)
 
     def check_offer(
         self, state: JobState, task: TaskState, payload: PayloadRef | None, *, max_bytes: int
@@ -119,7 +121,7 @@ class TaskBuilder:
         if state.spec.transport.uploads.delta:
             known: dict[str, compressed_file.DeltaBase] = {}
             for task in tasks:
-                ref = self._asked(state, task).payloads.get(ADAPTER)
+                ref = self._request(state, task).payloads.get(ADAPTER)
                 if ref is not None:
                     path = self._versions.payloads.path(ref.sha256)
                     known.setdefault(ref.sha256, compressed_file.DeltaBase.of(ref.sha256, path))
@@ -142,21 +144,23 @@ class TaskBuilder:
                 )
         return corrections
 
-    def _asked(self, state: JobState, task: TaskState) -> TaskRequest:
+    def _request(self, state: JobState, task: TaskState) -> TaskRequest:
         if task.phase == EVALUATE:
             scored = self._versions.load(state.scored[task.round])
             plan = self._method.scoring(scored, self._profile(task))
             settings = {**plan.settings, "on": state.spec.evaluation.on}
-            return TaskRequest(EVALUATE, self._versions.refs(plan.payloads), settings)
+            return TaskRequest(EVALUATE, self._versions.payload_refs(plan.payloads), settings)
         if task.phase != TRAIN:
             return TaskRequest(task.phase, {}, {})
         start = state.version_for(task)
         if start is None:
             raise RunFailed(f"job {state.job} trains without a server state")
         plan = self._method.plan(self._versions.load(start), self._profile(task))
-        return TaskRequest(plan.phase, self._versions.refs(plan.payloads), plan.settings)
+        return TaskRequest(plan.phase, self._versions.payload_refs(plan.payloads), plan.settings)
 
-    def _ways(self, state: JobState, task: TaskState, payloads: Mapping[str, PayloadRef]) -> dict[str, EncodedDownload]:
+    def _encoded_downloads(
+        self, state: JobState, task: TaskState, payloads: Mapping[str, PayloadRef]
+    ) -> dict[str, EncodedDownload]:
         """The shorter way to a task's adapter, in the coding that the job asks for."""
         whole = payloads.get(ADAPTER)
         if state.spec.transport.downloads.is_plain or whole is None:
@@ -164,11 +168,11 @@ class TaskBuilder:
         origin = None
         if state.previous is not None and state.head is not None:
             plan = self._method.plan(self._versions.load(state.previous), self._profile(task))
-            origin = self._versions.refs(plan.payloads).get(ADAPTER)
+            origin = self._versions.payload_refs(plan.payloads).get(ADAPTER)
             self._versions.load(state.head)
-        return {whole.sha256: self._versions.way(whole, origin)}
+        return {whole.sha256: self._versions.encoded_download(whole, origin)}
 
-    def _codings(self, task: TaskState) -> frozenset[str]:
+    def _encodings(self, task: TaskState) -> frozenset[str]:
         """Encodings that a task's client can write and read."""
         return frozenset(self._profile(task).capabilities.codings)
 

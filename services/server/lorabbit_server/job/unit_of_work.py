@@ -24,7 +24,7 @@ from lorabbit_server.engine.state import JobState, dump_header, dump_task
 from lorabbit_server.job.outbox import Entry, OutboxPublisher
 from lorabbit_server.transfer.traffic_meter import TrafficMeter
 
-FORGET_SECONDS = 2.0
+DELETE_DELAY_SECONDS = 2.0
 """How long confirmed outbox entries may wait for a commit that takes them along."""
 
 
@@ -71,9 +71,9 @@ class UnitOfWork:
         self._committed = state if record.header is not None else replace(state, tasks={})
         self._header = record.header
         self._pending = Step(state)
-        self._relayed: list[str] = []
-        self._outbox_publisher = OutboxPublisher(context, meter, self._confirmed, on_failed)
-        self._on_relayed: Callable[[], None] | None = None
+        self._confirmed_steps: list[str] = []
+        self._outbox_publisher = OutboxPublisher(context, meter, self._on_confirmed, on_failed)
+        self._on_delivered: Callable[[], None] | None = None
         self._scheduled = False
         self._closed = False
 
@@ -105,7 +105,7 @@ class UnitOfWork:
         """Make the step; raises Fenced, Conflict or StoreUnavailable, and then nothing was acknowledged."""
         self._scheduled = False
         step, self._pending = self._pending, Step(self.state)
-        relayed, self._relayed = self._relayed, []
+        relayed, self._confirmed_steps = self._confirmed_steps, []
         outbox = [_entry(each) for each in step.messages]
         change = self._change(step, outbox, relayed)
         committed = None
@@ -121,7 +121,7 @@ class UnitOfWork:
             callback()
         if committed is not None:
             for id_ in committed.outbox_ids:
-                self._outbox_publisher.take(id_, outbox)
+                self._outbox_publisher.publish(id_, outbox)
         for delivery in step.deliveries:
             self._broker.ack(delivery)
         if step.events:
@@ -154,28 +154,28 @@ class UnitOfWork:
     def resend_all(self) -> None:
         """Send what an earlier server left in the outbox."""
         for step, text in self._store.outbox(self.state.job):
-            self._outbox_publisher.take(step, json.loads(text))
+            self._outbox_publisher.publish(step, json.loads(text))
 
-    def _confirmed(self, step: str) -> None:
+    def _on_confirmed(self, step: str) -> None:
         """Forget a step's messages, soon, because the broker has the last of them."""
-        if not self._relayed:
-            self._loop.after(FORGET_SECONDS, self._forget)
-        self._relayed.append(step)
-        if self._outbox_publisher.is_idle and self._on_relayed is not None:
+        if not self._confirmed_steps:
+            self._loop.after(DELETE_DELAY_SECONDS, self._delete_confirmed)
+        self._confirmed_steps.append(step)
+        if self._outbox_publisher.is_idle and self._on_delivered is not None:
             self._loop.post(self._finish)
 
-    def _forget(self) -> None:
-        if self._relayed and not self._closed:
+    def _delete_confirmed(self) -> None:
+        if self._confirmed_steps and not self._closed:
             self.commit()
 
     def when_delivered(self, callback: Callable[[], None]) -> None:
         """Call once the broker has every message, and none is left in the outbox."""
-        self._on_relayed = callback
+        self._on_delivered = callback
         if self._outbox_publisher.is_idle:
             self._loop.post(self._finish)
 
     def _finish(self) -> None:
-        callback, self._on_relayed = self._on_relayed, None
+        callback, self._on_delivered = self._on_delivered, None
         if callback is not None and not self._closed:
             self.commit()
             failpoints.hit(failpoints.Failpoint.RUN_WRITTEN)

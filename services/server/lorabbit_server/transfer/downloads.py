@@ -15,22 +15,22 @@ class Downloads:
     """Publishes each payload once and withdraws it when no task needs it; for the loop thread."""
 
     def __init__(
-        self, context: ServerContext, needs: Callable[[str], bool], on_failed: Callable[[str, Exception], None]
+        self, context: ServerContext, is_needed: Callable[[str], bool], on_failed: Callable[[str, Exception], None]
     ) -> None:
         """Ask `needs`, from any thread, whether the job as it stands may still read a payload.
 
         `on_failed` hears what could not be published, ever, and why.
         """
-        self._context, self._is_needed, self._on_failed = context, needs, on_failed
+        self._context, self._is_needed, self._on_failed = context, is_needed, on_failed
         self._announced: set[str] = set()
         self._published: set[str] = set()
-        self._left: set[str] = set()
+        self._inherited: set[str] = set()
         """Streams that an earlier server may have made."""
 
     def inherit(self, hashes: Iterable[str]) -> None:
         """Take over what a stopped server may have published and not withdrawn, needed or not."""
-        self._left |= set(hashes)
-        self._announced |= self._left
+        self._inherited |= set(hashes)
+        self._announced |= self._inherited
         self.delete_unneeded(frozenset())
 
     def announce(self, refs: Iterable[tuple[str, PayloadRef]]) -> list[tuple[str, PayloadRef]]:
@@ -45,24 +45,24 @@ class Downloads:
             if ref.sha256 not in self._published:
                 failpoints.hit(failpoints.Failpoint.VERSION_COMMITTED)
                 self._published.add(ref.sha256)
-                self._context.publisher.publish(ref, partial(self._answered, ref.sha256))
+                self._context.publisher.publish(ref, partial(self._on_published, ref.sha256))
 
-    def _answered(self, sha256: str, error: LoRAbbitError | None) -> None:
+    def _on_published(self, sha256: str, error: LoRAbbitError | None) -> None:
         """Tell that nobody will ever read a payload, as long as somebody waits for it."""
         if error is not None and sha256 in self._published:
             self._on_failed(f"publishing payload {sha256[:12]}", error)
 
-    def delete_unneeded(self, gone: frozenset[str]) -> None:
+    def delete_unneeded(self, hashes: frozenset[str]) -> None:
         """Withdraw and delete payloads that nothing needs any more, behind the work that may still read them."""
-        stale = frozenset(sha256 for sha256 in self._published | self._left if not self._is_needed(sha256))
+        stale = frozenset(sha256 for sha256 in self._published | self._inherited if not self._is_needed(sha256))
         self._published -= stale
         self._announced -= stale
-        self._left -= stale
+        self._inherited -= stale
         for sha256 in stale:
             self._context.publisher.withdraw(sha256)
 
         def delete() -> None:
-            for sha256 in gone | stale:
+            for sha256 in hashes | stale:
                 if not self._is_needed(sha256):
                     self._context.fence()
                     self._context.payloads.delete(sha256)

@@ -30,7 +30,7 @@ MAX_TASKS = 65_536
 MAX_NAME = 128
 MAX_IDS = 16_384
 """Messages that are known by their id; far more than servers have in their hands, unacknowledged."""
-STALE_LINES = 10_000
+COMPACT_LINES = 10_000
 """The file is written anew when it has so many more lines than the last time."""
 
 
@@ -77,12 +77,12 @@ class TrafficMeter:
         counts = self._tasks.get(task, _Counts())
         return PayloadTraffic(counts.bytes_up, counts.overhead_up, counts.overhead_down)
 
-    def keep(self, tasks: Collection[str]) -> None:
+    def retain(self, tasks: Collection[str]) -> None:
         """Forget every task but these; raises Fenced where another server keeps the file."""
         self._tasks = {task: counts for task, counts in self._tasks.items() if task in tasks}
         self._seen = {seen: None for seen in self._seen if seen[0] in self._tasks}
         if not self._tasks:
-            self._write_anew()
+            self._compact()
 
     def _count(self, task: str, up: int, overhead_up: int, overhead_down: int, *seen: str) -> None:
         """Write a line, then add it; raises Fenced where another server keeps the file."""
@@ -93,8 +93,8 @@ class TrafficMeter:
                 file.write(json.dumps(line).encode() + b"\n")
             self._lines += 1
         self._add(task, up, overhead_up, overhead_down, *ids)
-        if self._lines > STALE_LINES:
-            self._write_anew()
+        if self._lines > COMPACT_LINES:
+            self._compact()
 
     def _add(self, task: str, up: int, overhead_up: int, overhead_down: int, *ids: str) -> None:
         """Add a line, unless it is of a message that counts already, as one may that two servers had in their hands."""
@@ -119,7 +119,7 @@ class TrafficMeter:
             except (ValueError, TypeError):
                 log.warning("traffic-record-damaged", path=str(path))
 
-    def _write_anew(self) -> None:
+    def _compact(self) -> None:
         """One line per task; no file without any."""
         self._lines = 0
         if self._path is None:

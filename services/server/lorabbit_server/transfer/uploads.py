@@ -49,7 +49,7 @@ from lorabbit_server.context import ServerContext
 from lorabbit_server.engine.state import TaskState
 from lorabbit_server.transfer.traffic_meter import TrafficMeter
 
-AT_ONCE = 3
+MAX_RETRANSMITS = 3
 """So often is one chunk asked for at once."""
 
 
@@ -61,7 +61,7 @@ class ChunkRetransmits:
         self._refused: dict[str, set[int]] = {}
         self._sent: set[str] = set()
         """Tasks whose clients have sent everything that they were asked for."""
-        self._asked: Counter[int] = Counter()
+        self._attempts: Counter[int] = Counter()
 
     def refused(self, task: str, index: int) -> None:
         """Note a chunk that arrived for a task and was none."""
@@ -82,15 +82,15 @@ class ChunkRetransmits:
         if task not in self._sent:
             return []
         refused = self._refused.pop(task, set())
-        wanted = [index for index in sorted(refused.intersection(missing)) if self._asked[index] < AT_ONCE]
+        wanted = [index for index in sorted(refused.intersection(missing)) if self._attempts[index] < MAX_RETRANSMITS]
         if wanted:
             self._sent.discard(task)
-            self._asked.update(wanted)
+            self._attempts.update(wanted)
         return wanted
 
 
-MOST_BYTES = 64 * 2**20
-AT_LEAST = 8
+WINDOW_BYTES = 64 * 2**20
+MIN_UPLOADS = 8
 """So many payloads are let in, however large."""
 SLOW_MS = 5_000
 
@@ -100,55 +100,55 @@ class UploadWindow:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._inside: dict[str, tuple[int, int]] = {}
+        self._active: dict[str, tuple[int, int]] = {}
         """Size, and when it came in."""
         self._bytes = 0
-        self._outside: dict[str, int] = {}
+        self._queued: dict[str, int] = {}
 
     def enter(self, name: str, size: int, now_ms: int) -> bool:
         """Let a payload in, or have it wait behind those that wait; one that is inside stays there."""
-        if name in self._inside:
+        if name in self._active:
             return True
-        if self._outside or not self._has_room(size):
-            self._outside.setdefault(name, size)
+        if self._queued or not self._has_room(size):
+            self._queued.setdefault(name, size)
             return False
-        self._let_in(name, size, now_ms)
+        self._admit(name, size, now_ms)
         return True
 
     def leave(self, name: str) -> None:
         """Forget a payload that is here, or that nobody wants any more."""
-        self._outside.pop(name, None)
-        inside = self._inside.pop(name, None)
-        if inside is not None:
-            self._bytes -= inside[0]
+        self._queued.pop(name, None)
+        active = self._active.pop(name, None)
+        if active is not None:
+            self._bytes -= active[0]
 
     def advance(self, now_ms: int) -> list[str]:
         """Take out what is slow, and let in what there is room for then; returns the names of the latter."""
-        for name, (_, since_ms) in list(self._inside.items()):
+        for name, (_, since_ms) in list(self._active.items()):
             if now_ms - since_ms < SLOW_MS:
                 break
             self.leave(name)
         entered = []
-        for name, size in list(self._outside.items()):
+        for name, size in list(self._queued.items()):
             if not self._has_room(size):
                 break
-            del self._outside[name]
-            self._let_in(name, size, now_ms)
+            del self._queued[name]
+            self._admit(name, size, now_ms)
             entered.append(name)
         return entered
 
     def _has_room(self, size: int) -> bool:
-        return len(self._inside) < AT_LEAST or self._bytes + size <= MOST_BYTES
+        return len(self._active) < MIN_UPLOADS or self._bytes + size <= WINDOW_BYTES
 
-    def _let_in(self, name: str, size: int, now_ms: int) -> None:
-        self._inside[name] = (size, now_ms)
+    def _admit(self, name: str, size: int, now_ms: int) -> None:
+        self._active[name] = (size, now_ms)
         self._bytes += size
 
 
 log = structlog.get_logger()
 STALLED_MS = 5_000
 """An upload on which nothing moved for so long is granted again."""
-BEHIND_OTHERS_MS = 30_000
+STALLED_BEHIND_OTHERS_MS = 30_000
 """So long where chunks of other uploads arrived meanwhile."""
 INHERITED_MS = 1_000
 """So long must nothing have moved on an upload that an earlier server granted."""
@@ -161,9 +161,9 @@ class Upload:
 
     ref: PayloadRef
     missing: set[int]
-    moved_ms: int
+    progress_ms: int
     granted: bool = False
-    is_under_way: bool = False
+    is_in_flight: bool = False
     """Whether chunks may come that were asked for some time ago."""
     waiting: dict[str, tuple[TaskState, ExpectedUpdate]] = field(default_factory=dict)
     retransmits: ChunkRetransmits = field(default_factory=ChunkRetransmits)
@@ -188,7 +188,7 @@ class Uploads:
         self._open: dict[str, Upload] = {}
         self._window = UploadWindow()
         self._inherited_until_ms = 0
-        self._arrived_ms = 0
+        self._last_chunk_ms = 0
         """When the last chunk came, of whatever upload."""
         self._repeated: set[str] = set()
         """Tasks whose payload was asked for a second time."""
@@ -207,12 +207,12 @@ class Uploads:
             missing = set(self._context.payloads.missing(ref))
             upload = self._open[ref.sha256] = Upload(ref, missing, self._context.now_ms())
         upload.waiting[task.id] = (task, expected)
-        upload.moved_ms = self._context.now_ms()
+        upload.progress_ms = self._context.now_ms()
         if not upload.missing:
             self._check(upload, task, expected)
-        elif upload.moved_ms < self._inherited_until_ms or (upload.granted and self._is_busy(INHERITED_MS)):
-            upload.is_under_way = True
-        elif self._window.enter(ref.sha256, ref.size_bytes, upload.moved_ms):
+        elif upload.progress_ms < self._inherited_until_ms or (upload.granted and self._received_within(INHERITED_MS)):
+            upload.is_in_flight = True
+        elif self._window.enter(ref.sha256, ref.size_bytes, upload.progress_ms):
             self._grant(task, upload)
 
     def allows_repeat(self, task: TaskState, error: Exception) -> bool:
@@ -224,7 +224,7 @@ class Uploads:
         self._repeated.add(task.id)
         return True
 
-    def keep(self, tasks: Mapping[str, TaskState]) -> frozenset[str]:
+    def retain(self, tasks: Mapping[str, TaskState]) -> frozenset[str]:
         """Await nothing any more that no task offers as it stands; returns the hashes that nobody is to bring now."""
         dropped = []
         for sha256, upload in list(self._open.items()):
@@ -247,20 +247,20 @@ class Uploads:
         self._advance()
         now = self._context.now_ms()
         for upload in self._open.values():
-            own_ms = INHERITED_MS if upload.is_under_way else STALLED_MS
-            patience_ms = BEHIND_OTHERS_MS if self._is_busy(own_ms) else own_ms
-            stalled = upload.missing and now - upload.moved_ms >= patience_ms
+            own_ms = INHERITED_MS if upload.is_in_flight else STALLED_MS
+            patience_ms = STALLED_BEHIND_OTHERS_MS if self._received_within(own_ms) else own_ms
+            stalled = upload.missing and now - upload.progress_ms >= patience_ms
             if stalled and (upload.granted or self._window.enter(upload.ref.sha256, upload.ref.size_bytes, now)):
                 self._grant_to_all(upload, absent)
 
     def _reset_timers(self) -> None:
         """Take no upload for stalled for a while."""
         for upload in self._open.values():
-            upload.moved_ms = self._context.now_ms()
+            upload.progress_ms = self._context.now_ms()
 
-    def _is_busy(self, within_ms: int) -> bool:
+    def _received_within(self, within_ms: int) -> bool:
         """Tell whether a chunk arrived a moment ago."""
-        return self._context.now_ms() - self._arrived_ms < within_ms
+        return self._context.now_ms() - self._last_chunk_ms < within_ms
 
     def _advance(self) -> None:
         """Grant the uploads that the window has room for by now."""
@@ -268,7 +268,7 @@ class Uploads:
             self._grant_to_all(self._open[sha256], frozenset())
 
     def _grant_to_all(self, upload: Upload, absent: frozenset[str]) -> None:
-        upload.moved_ms, upload.is_under_way = self._context.now_ms(), False
+        upload.progress_ms, upload.is_in_flight = self._context.now_ms(), False
         for task, _ in upload.waiting.values():
             if task.client not in absent:
                 self._grant(task, upload)
@@ -276,7 +276,7 @@ class Uploads:
     def on_chunk(self, delivery: Delivery) -> None:
         """Write a chunk; one that is here already, or that nobody asked for, is dropped."""
         headers = delivery.headers
-        self._arrived_ms = self._context.now_ms()
+        self._last_chunk_ms = self._context.now_ms()
         task = str(headers.get("task", ""))
         self._meter.received(task, delivery, is_chunk=True)
         upload = self._open.get(str(headers.get("sha256", "")))
@@ -287,7 +287,7 @@ class Uploads:
             except CorruptPayload as error:
                 self._refuse(upload, sender, delivery, error)
                 return
-            upload.moved_ms = self._context.now_ms()
+            upload.progress_ms = self._context.now_ms()
             failpoints.hit(failpoints.Failpoint.CHUNK_WRITTEN)
             last = upload.missing == {index}
             upload.missing.discard(index)
@@ -303,7 +303,7 @@ class Uploads:
         upload = self._open.get(sha256)
         if upload is not None and upload.is_awaited_from(client, task):
             upload.retransmits.sent(task)
-            self._repair(upload, task)
+            self._request_retransmits(upload, task)
 
     def _refuse(self, upload: Upload, sender: ClientId | None, delivery: Delivery, why: CorruptPayload) -> None:
         """Drop a chunk that is none, and ask its client for it again."""
@@ -317,14 +317,14 @@ class Uploads:
             index = index_of(delivery)
             if index in upload.missing:
                 upload.retransmits.refused(task, index)
-                self._repair(upload, task)
+                self._request_retransmits(upload, task)
 
-    def _repair(self, upload: Upload, task: str) -> None:
+    def _request_retransmits(self, upload: Upload, task: str) -> None:
         """Ask for the chunks of a task that were refused, once its client has sent everything else."""
         wanted = upload.retransmits.take(task, upload.missing)
         if wanted:
-            upload.moved_ms = self._context.now_ms()
-            self._ask(upload.waiting[task][0], upload, wanted)
+            upload.progress_ms = self._context.now_ms()
+            self._send_grant(upload.waiting[task][0], upload, wanted)
 
     def _write(self, upload: Upload, delivery: Delivery) -> int:
         """Write a chunk if it is missing; returns its index. Raises CorruptPayload for one that is none."""
@@ -339,9 +339,11 @@ class Uploads:
         """Ask a client for all chunks that are missing; some may be on their way where it was asked before."""
         again, upload.granted = upload.granted, True
         upload.retransmits.granted(task.id)
-        self._ask(task, upload, sorted(upload.missing), drop_on_reconnect=again)
+        self._send_grant(task, upload, sorted(upload.missing), drop_on_reconnect=again)
 
-    def _ask(self, task: TaskState, upload: Upload, missing: Sequence[int], *, drop_on_reconnect: bool = False) -> None:
+    def _send_grant(
+        self, task: TaskState, upload: Upload, missing: Sequence[int], *, drop_on_reconnect: bool = False
+    ) -> None:
         entry = self._context.registry.get(task.client)
         if entry is None:
             return
@@ -358,9 +360,9 @@ class Uploads:
             f"{task.id}.grant",
             drop_on_reconnect=drop_on_reconnect,
         )
-        self._context.broker.send_with_retry(message, self._asked)
+        self._context.broker.send_with_retry(message, self._on_grant_sent)
 
-    def _asked(self, error: LoRAbbitError | None) -> None:
+    def _on_grant_sent(self, error: LoRAbbitError | None) -> None:
         """Hear whether the broker took a grant."""
         if isinstance(error, BrokerUnavailable):
             self._reset_timers()
