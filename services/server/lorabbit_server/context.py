@@ -1,4 +1,4 @@
-"""What a job's shell works with: the services of one server in one epoch."""
+"""The services that a server passes to its jobs in one epoch."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ class ServerContext:
     now_ms: Callable[[], int]
     epoch: int
     versions: Mapping[str, str]
-    """Of what this server runs on, for the report."""
+    """Versions of the server and its packages, for the report."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Messages and chunks that were no such thing, and offers that nobody wants, by reason."""
+    """Numbers of refused messages, chunks and offers, by reason."""
 
     def fence(self) -> None:
-        """Raise Fenced where another server leads: on a shared volume the files are its own. For any thread."""
+        """Raise Fenced if another server leads, which then owns the files on a shared volume. For any thread."""
         if not self.store.is_newest(self.epoch):
             raise Fenced(f"another server leads, in an epoch after {self.epoch}")
 
     def traffic_of(self, job: str) -> Path | None:
-        """Where the bytes of a job's tasks are counted; nowhere when this server dies with its store."""
+        """The file in which the traffic of a job is counted; None if files need not be durable."""
         return self.settings.folder / "traffic" / f"{job}.jsonl" if self.settings.durable else None
 
     def with_versions(self, facts: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-        """A client's facts, with the server's versions beside its own."""
+        """A client's facts, with the server's versions added."""
         known = facts.get("versions")
         return {**facts, "versions": {**(known if isinstance(known, dict) else {}), **self.versions}}

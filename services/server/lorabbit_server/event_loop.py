@@ -1,7 +1,7 @@
-"""The loop thread, with a guard around every callback, and the one thread that does heavy work beside it.
+"""The event loop: guarded callbacks on the broker's loop thread, and one worker thread for slow work.
 
-A callback that finds the lease lost, the store gone or the disk full must not end the process: the guard
-hands the error to the service, which steps down and tries again.
+A callback that finds the lease lost, the store unavailable or the disk full must not end the process: the guard
+passes the error to the server, which releases the lease and tries again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
 def is_out_of_space(error: Exception) -> bool:
-    """Tell whether the disk is full: what fails for it succeeds once there is room."""
+    """Whether the disk is full; the operation succeeds once there is space."""
     return isinstance(error, OSError) and error.errno in NO_ROOM
 
 
 def is_transient(error: Exception) -> bool:
-    """Tell whether an error is no fault of the work, which may succeed later or on another server."""
+    """Whether the work may succeed later or on another server."""
     return isinstance(error, Fenced | Conflict | Retryable) or is_out_of_space(error)
 
 
@@ -39,7 +39,7 @@ class EventLoop:
     def __init__(
         self, broker: Broker, on_transient: Callable[[Exception], None], *, worker: Executor | None = None
     ) -> None:
-        """Call `on_transient` with the error of a callback that another server or a lost service caused."""
+        """Call `on_transient` with errors that a lost lease or an unavailable service caused."""
         self._broker, self._on_transient = broker, on_transient
         self._worker = worker or ThreadPoolExecutor(max_workers=1, thread_name_prefix="heavy")
         self._closed = False
@@ -69,7 +69,7 @@ class EventLoop:
         then: Callable[[Result], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        """Do heavy work beside the loop, in the order asked for; `then` or `failed` is called on the loop.
+        """Run work on the worker thread, in order; `then` or `failed` is called on the loop.
 
         Neither is after work that was fenced off.
         """
@@ -89,6 +89,6 @@ class EventLoop:
             self._worker.submit(run)
 
     def close(self) -> None:
-        """Call nothing any more; waits for the work under way."""
+        """Stop; waits for running work."""
         self._closed = True
         self._worker.shutdown(wait=True, cancel_futures=True)

@@ -38,7 +38,7 @@ from lorabbit_server.job.message_router import MessageRouter
 
 log = structlog.get_logger()
 TICK_SECONDS = 1.0
-"""How often a server that leads looks after everything, and one that stands by tries to take the lease."""
+"""Interval of periodic work of the leader, and of attempts of a standby to take the lease."""
 CONTROL_PREFETCH = 256
 DATA_PREFETCH = 32
 Listener = Callable[[str, AnyEvent], None]
@@ -82,7 +82,7 @@ class Server:
 
     # ---- for everybody ----
     def start(self) -> None:
-        """Take the lease as soon as it is free, and go on from there."""
+        """Take the lease as soon as it is free, and continue the running job."""
         self.broker.on_broker_reset(lambda: self._step_down(NotDeclared("RabbitMQ lost all it had")))
         self._loop.post(self._stand_by)
 
@@ -126,12 +126,12 @@ class Server:
 
     @property
     def registry(self) -> ClientRegistry:
-        """Who is here, as this server saw it last; empty before it leads."""
+        """The clients as this server saw them last; empty before it leads."""
         return self._registry
 
     @property
     def last_state(self) -> JobState | None:
-        """The job under way as this server knew it last, also after it stepped down; for when the store is away."""
+        """The last known state of the running job, for when the store is unavailable."""
         return self._last_state if self._run is None else self._run.state
 
     def now_ms(self) -> int:
@@ -139,7 +139,7 @@ class Server:
         return self._now()
 
     def drain(self, then: Callable[[], None]) -> None:
-        """Finish the step under way, give the lease up, then call back on the loop, come what may; from any thread."""
+        """Commit the pending step, release the lease and call back on the loop, even after errors; from any thread."""
 
         def leave() -> None:
             with ExitStack() as last:
@@ -160,7 +160,7 @@ class Server:
 
     # ---- the lease ----
     def _stand_by(self) -> None:
-        """Lead if the lease is free, or try again soon."""
+        """Take the lease if it is free, or try again soon."""
         if self._epoch is not None:
             return
         self._epoch = self.store.acquire_lease(self.owner, self.settings.lease_seconds)
@@ -216,7 +216,7 @@ class Server:
         return self.broker.subscribe(queue, guarded, prefetch=prefetch)
 
     def _tick(self) -> None:
-        """Renew leases, notice clients that fell silent and uploads that stalled."""
+        """Renew leases; expire clients; grant stalled uploads again."""
         if self._epoch is None:
             return
         now = self._now()
@@ -231,7 +231,7 @@ class Server:
         self._timers = [self._loop.after(self._tick_seconds, self._tick)]
 
     def _step_down(self, error: Exception) -> None:
-        """Forget everything and stand by: the store knows better; another server may have the files that lack here."""
+        """Drop all state and stand by; without the files of a job release the lease to a server that has them."""
         log.warning("leadership-lost", why=str(error))
         self.faults.record(error, self._now())
         epoch, pause = self._epoch, self._tick_seconds
@@ -256,7 +256,7 @@ class Server:
 
     # ---- jobs ----
     def _next_job(self) -> None:
-        """Continue or begin the first job that has not ended; end it where an operator wants that."""
+        """Run the first job that has not ended; cancel it if that was requested."""
         if self._context is None:
             return
         entries = self.store.jobs()
@@ -270,7 +270,7 @@ class Server:
                 self._apply(transitions.CancelRequested(self._now()))
 
     def _open(self, entry: JobEntry, context: ServerContext) -> None:
-        """Run a job from where it stands."""
+        """Run a job from its current state."""
         self.store.mark_job(entry.job, "running", epoch=context.epoch)
         record = self.store.claim_job(entry.job, context.epoch)
         run = JobRunner(context, entry.job, JobSpec.model_validate_json(entry.spec), record)

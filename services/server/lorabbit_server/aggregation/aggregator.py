@@ -1,4 +1,4 @@
-"""Fold a round's updates into the next server state, from disk, one tensor at a time.
+"""Aggregation of a round's updates into the next server state, from disk, one tensor at a time.
 
 Updates are read lazily in ascending client index, so the sum is the same to the bit whatever the
 order of arrival. A plain mean holds one accumulator and one tensor whatever the number of clients;
@@ -31,17 +31,17 @@ from lorabbit_server.engine.transitions import Aggregate, MethodStarted, RoundAg
 
 @dataclass(frozen=True, slots=True)
 class UpdateContext:
-    """What beside an update's own file says what it means; by task."""
+    """What is needed to interpret updates, by task."""
 
     corrections: Mapping[str, StalenessCorrection] = field(default_factory=dict)
-    """Where an update started from an older version."""
+    """Corrections of updates that started from an older version."""
     origins: Mapping[str, compressed_file.DeltaBase] = field(default_factory=dict)
-    """To what an update tells the difference, if it does."""
+    """Bases of updates that are differences."""
 
 
 @dataclass(frozen=True, slots=True)
 class AcceptedUpdates(Iterable[ClientUpdate]):
-    """The updates of accepted tasks, to be walked as often as a method likes."""
+    """The updates of accepted tasks; can be iterated several times."""
 
     method: Method
     tasks: Sequence[TaskState]
@@ -49,7 +49,7 @@ class AcceptedUpdates(Iterable[ClientUpdate]):
     background: UpdateContext = UpdateContext()
 
     def __iter__(self) -> Iterator[ClientUpdate]:
-        """Stream the updates; each one's tensors are read when asked for, none where it brought none."""
+        """Yield the updates with lazily read tensors."""
         for task in self.tasks:
             if task.offered is None:
                 continue
@@ -78,7 +78,7 @@ def aggregate(
     payloads: PayloadStore,
     background: UpdateContext | None = None,
 ) -> ServerState:
-    """Let the method fold the round's updates behind the job's defense.
+    """Aggregate the round's updates with the method, after the job's robust defense.
 
     They come in ascending client index, then in the order they were asked for.
     """
@@ -95,7 +95,7 @@ def aggregate(
 
 
 def first_version(versions: ModelVersionStore, offered: UploadOffer) -> tuple[ModelVersion, int]:
-    """Save the state that the first adapter gives; returns it and the exported adapter's number of parameters."""
+    """Save the state made from the first adapter; returns it and the number of exported parameters."""
     store, payload = versions.payloads, offered.payload
     adapter: Tensors = {} if payload is None else serialization.read_tensors(store.path(payload.sha256))
     version = versions.save(versions.method.start(adapter))
@@ -105,7 +105,7 @@ def first_version(versions: ModelVersionStore, offered: UploadOffer) -> tuple[Mo
 def next_version(
     versions: ModelVersionStore, state: ServerState, tasks: Sequence[TaskState], *, background: UpdateContext
 ) -> tuple[ModelVersion, float]:
-    """Save the state that a round's updates give; returns it and the seconds that it took."""
+    """Aggregate a round and save the new state; returns it and the seconds that it took."""
     failpoints.hit(failpoints.Failpoint.AGGREGATING)
     began = time.monotonic()
     folded = aggregate(versions.method, state, tasks, payloads=versions.payloads, background=background)
@@ -117,7 +117,7 @@ def next_version(
 def start_method(
     versions: ModelVersionStore, task: TaskState, facts: Mapping[str, Json]
 ) -> MethodStarted | UpdatesUnusable:
-    """Make the first server state of what a client brought, or say why that is none."""
+    """Make the first server state from the initial adapter, or report why it is unusable."""
     assert task.offered is not None  # noqa: S101 - an accepted task was offered
     try:
         version, parameters = first_version(versions, task.offered)
@@ -129,7 +129,7 @@ def start_method(
 def aggregate_round(
     versions: ModelVersionStore, state: ServerState, folded: Aggregate, *, background: UpdateContext
 ) -> RoundAggregated | UpdatesUnusable:
-    """Fold a round, or name the results that cannot be folded even alone."""
+    """Aggregate a round, or report the updates that cannot be aggregated even alone."""
     try:
         version, seconds = next_version(versions, state, folded.tasks, background=background)
     except Refused:

@@ -23,9 +23,9 @@ from lorabbit.types import ADAPTER, Facts, ServerState, Tensors
 from lorabbit_server.engine.state import ModelVersion
 
 REPORT = "report"
-"""The fact of a round that its version tells and its file does not."""
+"""The fact that is stored in the version and not in its file."""
 MAX_OBJECTS = 16
-"""Tensors of plans that are held in memory, to be known by identity when they come again."""
+"""Number of plan tensors that are cached by identity."""
 
 
 @dataclass(slots=True)
@@ -37,14 +37,14 @@ class _LoadedVersion:
     own: dict[int, tuple[Tensors, PayloadRef]] = field(default_factory=dict)
     """Objects of the state by identity, each with its file."""
     made: OrderedDict[int, tuple[Tensors, PayloadRef]] = field(default_factory=OrderedDict)
-    """Objects that plans brought, the latest ones."""
+    """The most recent objects from plans."""
     hashes: set[str] = field(default_factory=set)
     """Files that were written for plans."""
 
 
 @dataclass(frozen=True, slots=True)
 class _CompressedAdapter:
-    """An adapter as it travels, and as it is afterwards."""
+    """The compressed file of an adapter, and the adapter after decompression."""
 
     file: PayloadRef
     whole: PayloadRef
@@ -58,18 +58,18 @@ class ModelVersionStore:
     payloads: PayloadStore
     chunk_bytes: int
     coding: CompressionSpec = field(default_factory=CompressionSpec)
-    """How adapters travel."""
+    """Compression of downloads."""
     unclaimed: set[str] = field(default_factory=set)
-    """Files written for a server state that the job does not name yet."""
+    """Files of a server state that the job does not reference yet."""
     _loaded: list[_LoadedVersion] = field(default_factory=list)
-    """Versions in use, the one asked for last at the end."""
+    """Versions in use, the most recently loaded at the end."""
     _compressed: dict[tuple[str, str | None], _CompressedAdapter] = field(default_factory=dict)
-    """By the sha256 of the adapter that a plan names, and of what the coded file tells the difference to."""
+    """By the sha256 of the adapter, and of the base of the difference."""
     _newest_adapter: PayloadRef | None = None
-    """The adapter that plans on the newest version most likely name."""
+    """The adapter that plans for the newest version most likely use."""
 
     def save(self, state: ServerState) -> ModelVersion:
-        """Write a server state, and what a user gets of it, durably; all are files when this returns."""
+        """Write a server state and its export to files; they are durable when this returns."""
         written = {id(group): self._known(group) or self._write(group, {}) for group in state.shared.values()}
         facts = {name: fact for name, fact in state.facts.items() if name != REPORT}
         saved = self._write(state.tensors, facts)
@@ -94,7 +94,7 @@ class ModelVersionStore:
         return version
 
     def load(self, version: ModelVersion) -> ServerState:
-        """Return a server state whose tensors are read when asked for; the same objects while it is in use."""
+        """Return a server state with lazily read tensors; the same objects while it is in use."""
         entry = next((each for each in self._loaded if each.version == version), None)
         if entry is None:
             entry = self._open(version)
@@ -104,7 +104,7 @@ class ModelVersionStore:
         return entry.state
 
     def retain(self, versions: Iterable[ModelVersion]) -> frozenset[str]:
-        """Forget the versions that are no longer in use; returns the files that were written for their plans."""
+        """Evict versions that are no longer in use; returns the files that were written for their plans."""
         before = self.current
         in_use = list(versions)
         self._loaded = [entry for entry in self._loaded if entry.version in in_use]
@@ -114,7 +114,7 @@ class ModelVersionStore:
         return before - self.current
 
     def payload_refs(self, payloads: Mapping[str, Tensors]) -> dict[str, PayloadRef]:
-        """Write what is no file yet of a plan on the state loaded last; the same object is written once.
+        """Write the payloads of a plan for the last loaded state; the same object is written once.
 
         Where adapters are rounded on their way, the adapter is the one that clients will have.
         """
@@ -124,7 +124,7 @@ class ModelVersionStore:
         return payload_refs
 
     def encoded_download(self, whole: PayloadRef, origin: PayloadRef | None) -> EncodedDownload:
-        """The coded file from which a client makes a payload that `refs` named; written where it is not yet."""
+        """The compressed file of a payload from `payload_refs`; written if it does not exist."""
         for coded in list(self._compressed.values()):
             if self.coding.is_lossy and coded.whole == whole:
                 return EncodedDownload(coded=coded.file)
@@ -133,7 +133,7 @@ class ModelVersionStore:
 
     @property
     def current(self) -> frozenset[str]:
-        """The files that plans on the versions in use refer to; for any thread."""
+        """The files that plans for the versions in use reference; for any thread."""
         entries = list(self._loaded)
         coded = {ref.sha256 for each in list(self._compressed.values()) for ref in (each.file, each.whole)}
         return frozenset(coded).union(*(set(entry.hashes) | entry.version.hashes for entry in entries))
@@ -152,7 +152,7 @@ class ModelVersionStore:
         return _LoadedVersion(version, state, own)
 
     def _group(self, ref: PayloadRef) -> Tensors:
-        """The tensors of a file; the same object that another version in use has."""
+        """The tensors of a file; shared with other versions in use."""
         for entry in self._loaded:
             for tensors, known in entry.own.values():
                 if known.sha256 == ref.sha256:
@@ -179,14 +179,14 @@ class ModelVersionStore:
         return ref
 
     def _compress_ahead(self, adapter: PayloadRef | None) -> None:
-        """Write an adapter for the wire, beside the loop that will ask for it."""
+        """Compress an adapter on the worker thread, before the loop needs it."""
         origin, self._newest_adapter = self._newest_adapter, adapter
         if adapter is not None and not self.coding.is_plain:
             base = origin if self.coding.delta and origin != adapter else None
             self._compress(adapter, base)
 
     def _compress(self, adapter: PayloadRef, origin: PayloadRef | None) -> _CompressedAdapter:
-        """Write an adapter for the wire, once."""
+        """Compress an adapter once."""
         key = (adapter.sha256, None if origin is None else origin.sha256)
         if key not in self._compressed:
             tensors = serialization.read_tensors(self.payloads.path(adapter.sha256))

@@ -30,7 +30,7 @@ _Files = Mapping[str, JsonValue]
 
 @dataclass(frozen=True, slots=True)
 class _ExportedVersion:
-    """What a round left for its user."""
+    """Files and configuration of one version."""
 
     adapter: str
     base: str | None
@@ -39,7 +39,7 @@ class _ExportedVersion:
 
 @dataclass(slots=True)
 class AdapterExporter:
-    """See the module's docstring; `told` belongs to the loop, the work of `folder` may run on one other thread."""
+    """See the module's docstring; `on_events` is for the loop thread, the work of `folder` for one worker thread."""
 
     payloads: PayloadStore
     files: FencedFileWriter

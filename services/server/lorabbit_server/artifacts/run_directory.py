@@ -23,7 +23,7 @@ from lorabbit_server.artifacts.fenced_files import FencedFileWriter
 from lorabbit_server.artifacts.update_archive import UpdateArchive
 
 PAYLOADS_REMEMBERED = 1000
-"""So many payloads, the latest ones, may a stopped server have left in streams."""
+"""Number of most recent payloads that a stopped server may have left in streams."""
 _Work = Callable[[], None]
 
 

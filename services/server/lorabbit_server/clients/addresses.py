@@ -1,10 +1,10 @@
-"""Addresses of clients: detects two processes that use one address, and which of them came second.
+"""Addresses of clients: detects two processes that use the same address, and declares the clients' queues.
 
-A restarted client draws a new name, and its former process is never heard of again. So whoever speaks after a younger
-process did is alive beside it: both read one inbox, and each gets half of what is meant for the other. The younger one
-has to go; a supervisor that starts it again only makes it the younger one again.
+A process draws a random name when it starts. When a client restarts, its former process sends nothing any more. So if
+an older process sends a message after a newer one, both are running: they consume from one queue, and each receives
+half of the messages. The newer one is told to stop.
 
-`ClientQueues` declares the queue in which the broker keeps the messages for each client.
+`ClientQueues` declares the queue in which the broker stores the messages for each client.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from lorabbit.broker import topology
 from lorabbit.broker.base import Broker
 
 MAX_PROCESSES = 4
-"""Processes remembered for each address, the youngest ones."""
+"""Most recent processes that are remembered for each address."""
 
 
 class DuplicateClientDetector:
-    """What one server heard while it led; what the broker delivers a second time is old, and not to be told here."""
+    """Processes by address, as seen by the leading server; do not pass redelivered messages, which are stale."""
 
     def __init__(self) -> None:
-        """Know nobody."""
+        """Start empty."""
         self._processes: dict[str, list[str]] = {}
         self._duplicates: dict[str, set[str]] = {}
 
     def observe(self, address: str, process: str) -> bool:
-        """Note who speaks; tell whether it has to leave, since an older process is alive at its address."""
+        """Record a message of a process; returns whether it is a duplicate, because an older one uses the address."""
         processes = self._processes.setdefault(address, [])
         if process not in processes:
             processes.append(process)
@@ -36,7 +36,7 @@ class DuplicateClientDetector:
         return process in self._duplicates.get(address, ())
 
     def remove_process(self, address: str, process: str) -> bool:
-        """Forget a process that ends; tell whether another one stays at its address.
+        """Remove a process that ends; returns whether another one still uses the address.
 
         The goodbye of a former process may come late, when a frozen server had it: one that is unknown here is such.
         """
@@ -51,7 +51,7 @@ class DuplicateClientDetector:
         return True
 
     def remove_address(self, address: str) -> None:
-        """Forget an address that nobody has any more."""
+        """Remove an address."""
         self._processes.pop(address, None)
         self._duplicates.pop(address, None)
 
@@ -60,17 +60,17 @@ class ClientQueues:
     """Knows which queues exist, so that each is declared once; for the loop thread."""
 
     def __init__(self, broker: Broker) -> None:
-        """Know of none yet: the broker may have lost what an earlier server declared."""
+        """Start empty: the broker may have lost queues that an earlier server declared."""
         self._broker = broker
         self._declared: set[str] = set()
 
     def declare(self, address: str, *, may_be_gone: bool = False) -> None:
-        """Have an inbox, also where it may be gone since: the broker drops that of a client that is away for long."""
+        """Declare a queue once; again if it `may_be_gone`, since the broker deletes queues of long absent clients."""
         if may_be_gone or address not in self._declared:
             self._broker.declare_queue(topology.inbox(address))
             self._declared.add(address)
 
     def delete(self, address: str) -> None:
-        """Delete an inbox with what is in it."""
+        """Delete a queue with its messages."""
         self._broker.delete_queue(topology.inbox(address).name)
         self._declared.discard(address)

@@ -1,7 +1,6 @@
-"""Who is asked: which clients suit a job, their order, and the choice of a round.
+"""Client selection: which clients match a job, their order, and the selection for a round.
 
-Pure: the same seed and the same facts (what clients declared, how often each was asked, how fast each was) give the
-same choice.
+Pure: the same seed and the same facts (capabilities, numbers of tasks, speeds) give the same selection.
 """
 
 from __future__ import annotations

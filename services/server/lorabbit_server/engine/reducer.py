@@ -62,7 +62,7 @@ _HANDLERS: Mapping[type[Event], Callable[[JobState, Any], Decision]] = {
 
 
 def decide(state: JobState, event: Event) -> Decision:
-    """Return the state after an event, and what to do about it."""
+    """Return the state after an event, and the commands to perform."""
     if state.stage == "ended":
         return _after_end(state, event)
     match event:
@@ -79,7 +79,7 @@ def decide(state: JobState, event: Event) -> Decision:
 
 
 def resume(state: JobState) -> tuple[DeferredCommand, ...]:
-    """Return the commands that a restarted server must give again, because nothing on the wire holds them."""
+    """Return the commands that a restarted server must repeat, because no message or record holds them."""
     if state.stage == "starting":
         return tuple(StartMethod(task) for task in state.tasks.values())
     folding = (rounds.aggregation(state),) if state.stage == "aggregating" else ()
@@ -89,7 +89,7 @@ def resume(state: JobState) -> tuple[DeferredCommand, ...]:
 
 
 def _on_presence(state: JobState, event: JobOpened | HelloReceived | ClientDisconnected) -> Decision:
-    """Start once the population is complete; afterwards keep count of who is lost."""
+    """Start the job once the population is complete; afterwards track lost clients."""
     if state.stage == "gathering":
         return _gather_population(state, event)
     match event:
@@ -107,7 +107,7 @@ def _on_presence(state: JobState, event: JobOpened | HelloReceived | ClientDisco
 
 
 def _on_client_disconnected(state: JobState, event: ClientDisconnected) -> Decision:
-    """Count a client among those who are lost."""
+    """Mark a client as lost."""
     lost = [*state.lost]
     insort(lost, event.client, key=client_selection.natural)
     job_event = AppendEvent(ev.ClientLost(at_ms=event.at_ms, client=event.client))
@@ -115,7 +115,7 @@ def _on_client_disconnected(state: JobState, event: ClientDisconnected) -> Decis
 
 
 def _on_client_excluded(state: JobState, event: ClientExcluded) -> Decision:
-    """Do without a client; it is not awaited."""
+    """Continue without a client."""
     left = ClientDisconnected(event.client, event.present, event.at_ms)
     state, commands = _on_presence(state, left)
     if state.stage in {"gathering", "ended"}:
@@ -125,7 +125,7 @@ def _on_client_excluded(state: JobState, event: ClientExcluded) -> Decision:
 
 
 def _gather_population(state: JobState, event: JobOpened | HelloReceived | ClientDisconnected) -> Decision:
-    """Wait for the population; when it is there, let its first client build the model."""
+    """Wait for the population; once it is complete, let its first client build the model."""
     state, suited = _matching(state, event)
     state = replace(state, present=len(suited), since_ms=state.since_ms or event.at_ms)
     joined: tuple[Command, ...] = ()
@@ -145,7 +145,7 @@ def _gather_population(state: JobState, event: JobOpened | HelloReceived | Clien
 def _matching(
     state: JobState, event: JobOpened | HelloReceived | ClientDisconnected
 ) -> tuple[JobState, Sequence[ClientId]]:
-    """Those of the clients who are here that the job takes in; what they declared is kept while it gathers."""
+    """The connected clients that the job accepts; their capabilities are kept until it starts."""
     selection, needed = state.spec.selection, client_selection.requirements_of(state.spec)
     if selection is None and needed == client_selection.NO_REQUIREMENTS:
         return state, event.present
@@ -161,14 +161,14 @@ def _matching(
 
 
 def _on_client_joined(state: JobState, event: HelloReceived) -> Decision:
-    """Give a client that comes later the next index of a job whose clients hold data of their own."""
+    """Add a late client to the population of a job whose clients have their own data."""
     index = len(state.clients)
     job_event = AppendEvent(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device, index=index))
     return replace(state, clients=(*state.clients, event.client)), (job_event,)
 
 
 def _may_join(state: JobState, event: HelloReceived) -> bool:
-    """Tell whether a client that is not of the population becomes so."""
+    """Whether a client can join the running job."""
     spec = state.spec
     prepares = METHODS[spec.method.name].prepares
     suits = client_selection.matches(spec.selection, event.declared, client_selection.requirements_of(spec))
@@ -176,7 +176,7 @@ def _may_join(state: JobState, event: HelloReceived) -> bool:
 
 
 def _on_client_returned(state: JobState, event: HelloReceived) -> Decision:
-    """Send a returned client its open tasks again: the same ids and seeds, so the same results."""
+    """Send a returned client its open tasks again, with the same ids and seeds."""
     commands: list[Command] = []
     if event.client in state.lost:
         commands.append(AppendEvent(ev.ClientJoined(at_ms=event.at_ms, client=event.client, device=event.device)))
@@ -196,7 +196,7 @@ def _on_client_returned(state: JobState, event: HelloReceived) -> Decision:
 
 
 def _after_end(state: JobState, event: Event) -> Decision:
-    """Answer those who still offer results, so that they can forget them."""
+    """Answer late offers, so that clients can delete their updates."""
     if not isinstance(event, OfferReceived):
         return state, ()
     if event.was_accepted:

@@ -1,4 +1,4 @@
-"""Results in the engine: offered, arrived, refused, failed; each counts at most once."""
+"""Updates in the engine: offered, received, rejected or failed; each is accepted at most once."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from lorabbit_server.engine.transitions import (
 )
 
 TOO_STALE = "too-stale"
-"""Why a result is refused that started from a version older than the schedule allows."""
+"""Reason to reject an update that started from a version older than the schedule allows."""
 MAX_TRIES = 3
-"""Results asked of one client for one task before it is set aside."""
+"""Attempts of one client at one task before the client is excluded."""
 
 
 def on_offer_received(state: JobState, event: OfferReceived) -> Decision:
-    """Grant the upload of a result that is wanted; answer every other offer at once."""
+    """Grant the upload of an expected update; answer every other offer at once."""
     task = state.tasks.get(event.task)
     if task is None or task.client != event.client:
         return state, (_answer_unwanted(event, task),)
@@ -60,7 +60,7 @@ def on_offer_received(state: JobState, event: OfferReceived) -> Decision:
 
 
 def _validate_offer(state: JobState, task: TaskState, event: OfferReceived) -> UpdateFailedValidation | None:
-    """Say why an offer cannot be right: it lacks tensors or has too many, or stands on another base model."""
+    """Return why an offer is invalid: missing or unexpected tensors, or another base model."""
     wanted = False if task.phase == EVALUATE else event.wants_tensors
     if wanted is not None and wanted != (event.offered.payload is not None):
         detail = f"a result of phase {task.phase} {'needs a' if wanted else 'brings no'} payload here"
@@ -72,7 +72,7 @@ def _validate_offer(state: JobState, task: TaskState, event: OfferReceived) -> U
 
 
 def _answer_unwanted(event: OfferReceived, task: TaskState | None) -> Command:
-    """Answer an offer for a task that is no longer, or never was, this client's."""
+    """Answer an offer for a task that is not, or no longer, this client's."""
     if task is not None:
         return DenyUpload(event.task, event.client, "not-yours")
     if event.was_accepted:
@@ -81,7 +81,7 @@ def _answer_unwanted(event: OfferReceived, task: TaskState | None) -> Command:
 
 
 def on_update_received(state: JobState, event: UpdateReceived) -> Decision:
-    """Count a result, once, and go on when it was the last one awaited."""
+    """Accept an update once; continue the job if it was the last one required."""
     task = state.tasks.get(event.task)
     if task is None or task.offered is None or task.status == "accepted":
         return state, ()
@@ -102,7 +102,7 @@ def on_update_received(state: JobState, event: UpdateReceived) -> Decision:
 
 
 def _with_measurement(state: JobState, task: TaskState, at_ms: int) -> JobState:
-    """Note how long a training took, where a deadline, a share of work or the choice of clients follows from it."""
+    """Record how long a training took, where deadlines, work shares or client selection depend on it."""
     took_ms = max(0, at_ms - task.since_ms)
     if isinstance(state.spec.schedule, Quorum):
         state = replace(state, took_ms={**state.took_ms, task.index: took_ms})
@@ -117,7 +117,7 @@ def _with_measurement(state: JobState, task: TaskState, at_ms: int) -> JobState:
 
 
 def _too_stale(state: JobState, task: TaskState, answer: Command, at_ms: int) -> Decision:
-    """Refuse what started from too old a version, count it, and let its client start from the newest."""
+    """Reject an update from a version that is too old; its client starts again from the newest."""
     age, most = scheduling.staleness(state, task), getattr(state.spec.schedule, "max_staleness", 0)
     detail = f"it would be {age} versions old when it is folded; schedule.max_staleness is {most}"
     job_event = ev.UpdateRejected(at_ms=at_ms, round=state.round, client=task.client, reason=TOO_STALE, detail=detail)
@@ -127,7 +127,7 @@ def _too_stale(state: JobState, task: TaskState, answer: Command, at_ms: int) ->
 
 
 def _accept(state: JobState, task: TaskState, offered: UploadOffer, event: UpdateReceived) -> tuple[Command, ...]:
-    """Count a result, tell the log and let the client forget it."""
+    """Mark an update as accepted, log it, and send the verdict."""
     trains = task.phase == TRAIN
     sha256 = offered.payload.sha256 if offered.payload else None
     job_event = ev.UpdateAccepted(
@@ -153,7 +153,7 @@ def _accept(state: JobState, task: TaskState, offered: UploadOffer, event: Updat
 
 
 def on_update_failed_validation(state: JobState, event: UpdateFailedValidation) -> Decision:
-    """Count a refusal under its name and ask the client again, a bounded number of times."""
+    """Reject an update and retry its task, at most `MAX_TRIES` times."""
     task = state.tasks.get(event.task)
     if task is None or task.status == "accepted":
         return state, ()
@@ -167,7 +167,7 @@ def on_update_failed_validation(state: JobState, event: UpdateFailedValidation) 
 
 
 def on_task_failure_received(state: JobState, event: TaskFailureReceived) -> Decision:
-    """Set a client aside that says the job itself is wrong, which it cannot mend; otherwise ask again."""
+    """Exclude a client that reports bad input in the job; otherwise retry the task."""
     task = state.tasks.get(event.task)
     if task is None or task.client != event.client or task.status == "accepted":
         return state, ()
@@ -177,7 +177,7 @@ def on_task_failure_received(state: JobState, event: TaskFailureReceived) -> Dec
 
 
 def on_updates_unusable(state: JobState, event: UpdatesUnusable) -> Decision:
-    """Leave results out that cannot be used, set their clients aside, and go on with the others."""
+    """Drop updates that cannot be aggregated, exclude their clients, and continue with the others."""
     if state.stage not in {"starting", "aggregating"} or event.round != state.round:
         return state, ()
     commands: tuple[Command, ...] = ()
@@ -208,7 +208,7 @@ def on_updates_unusable(state: JobState, event: UpdatesUnusable) -> Decision:
 
 
 def _retry(state: JobState, task: TaskState, event: UpdateFailedValidation) -> Decision:
-    """Put a task with a new id in the place of one that brought nothing, or do without its client."""
+    """Replace a failed task by one with a new id, or exclude its client after `MAX_TRIES`."""
     job_event = AppendEvent(
         ev.UpdateRejected(
             at_ms=event.at_ms,

@@ -1,13 +1,11 @@
-"""Rounds of the engine: begin, close, score, end.
+"""Rounds of the engine: start, close, evaluation, end, and clients that are excluded.
 
-The evaluation of a version overlaps the next round's training. What the schedules differ in
-is asked of `scheduling`; under `sync` a round waits for everybody asked.
+The evaluation of a version overlaps with the training of the next round. `scheduling` answers the questions in which
+the schedules differ.
 
-Clients that a job can do without: set aside for good, and the round goes on with the others.
-
-A client is set aside when nothing that it brought in several tries could be used, when it says that the job itself
-is wrong, when what it brought cannot be folded, or when an operator revoked it. One client alone therefore ends no
-job in which enough others could go on; `min_clients` says how many that is.
+A client is excluded when it brought no usable update in several attempts, when it reports bad input, when its update
+cannot be aggregated, or when an operator revoked it. The job continues with the others as long as `min_clients` are
+left.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ from lorabbit_server.engine.transitions import (
 
 
 def on_method_started(state: JobState, event: MethodStarted) -> Decision:
-    """Take the first server state and begin round 1, or the preparation before it."""
+    """Set the first server state and begin round 1, or the preparation before it."""
     if state.stage != "starting":
         return state, ()
     task = next(iter(state.tasks.values()))
@@ -60,7 +58,7 @@ def on_method_started(state: JobState, event: MethodStarted) -> Decision:
 
 
 def _begin_round(state: JobState, number: int, at_ms: int) -> Decision:
-    """Ask the round's cohort; in the preparation, everybody. Those who still train since earlier belong to it."""
+    """Send tasks to the round's cohort, or to all clients in the preparation. Clients still training belong to it."""
     state = replace(state, stage="training", round=number, round_started_ms=at_ms, since_ms=at_ms)
     state, commands = dispatch_tasks(
         state,
@@ -76,20 +74,20 @@ def _begin_round(state: JobState, number: int, at_ms: int) -> Decision:
 
 
 def _set_deadline(state: JobState, deadline_ms: int | None) -> Decision:
-    """Set the deadline of the round under way, where it has one."""
+    """Set the deadline of the current round, if it has one."""
     state = replace(state, deadline_ms=deadline_ms)
     return state, () if deadline_ms is None else (SetDeadline(state.round, deadline_ms),)
 
 
 def dispatch_more(state: JobState, at_ms: int) -> Decision:
-    """Where clients never wait, give those that are free their next training."""
+    """With a buffered schedule, send idle clients their next task."""
     if not isinstance(state.spec.schedule, Buffered) or state.stage != "training":
         return state, ()
     return dispatch_tasks(state, TRAIN, scheduling.select_clients(state), round_number=state.round, at_ms=at_ms)
 
 
 def on_deadline_passed(state: JobState, event: DeadlinePassed) -> Decision:
-    """Close the round with what there is; where that is nothing, ask those who are free as well."""
+    """Close the round with the accepted updates; without any, send tasks to idle clients too."""
     if state.stage != "training" or event.round != state.round or state.deadline_ms is None:
         return state, ()
     if event.at_ms < state.deadline_ms:
@@ -106,7 +104,7 @@ def on_deadline_passed(state: JobState, event: DeadlinePassed) -> Decision:
 
 
 def on_update_accepted(state: JobState, at_ms: int) -> Decision:
-    """Go on after a training result that counts: close the round, or ask the next client."""
+    """Close the round, or send a task to the next client."""
     if state.stage != "training":
         return state, ()
     if len(scheduling.accepted_updates(state)) >= scheduling.required_updates(state):
@@ -115,7 +113,7 @@ def on_update_accepted(state: JobState, at_ms: int) -> Decision:
 
 
 def close(state: JobState, at_ms: int) -> Decision:
-    """Fold what has arrived, and call off what has not, unless the schedule takes it later."""
+    """Aggregate the accepted updates; cancel open tasks unless the schedule accepts late updates."""
     late = [t for t in sorted_tasks(state.tasks) if t.phase == TRAIN and t.status != "accepted"]
     schedule = state.spec.schedule
     accepts_late = takes_late(schedule) and state.round < state.spec.rounds
@@ -132,13 +130,13 @@ def close(state: JobState, at_ms: int) -> Decision:
 
 
 def aggregation(state: JobState) -> Aggregate:
-    """Fold the round's results in ascending client index."""
+    """The command that aggregates the round's updates in ascending client index."""
     trained = (t for t in sorted_tasks(state.tasks) if t.phase == TRAIN and t.status == "accepted")
     return Aggregate(state.round, tuple(t for t in trained if not state.batch or t.id in state.batch))
 
 
 def continue_aggregation(state: JobState, at_ms: int) -> Decision:
-    """Fold what is left of a round, or what has arrived meanwhile; where that is nothing, train again."""
+    """Aggregate the remaining updates of a round, or those accepted meanwhile; without any, train again."""
     if state.batch:
         return state, (aggregation(state),)
     if scheduling.accepted_updates(state):
@@ -151,7 +149,7 @@ def continue_aggregation(state: JobState, at_ms: int) -> Decision:
 
 
 def on_round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
-    """Close the round; begin the next and score this one's version at the same time."""
+    """Close the round; begin the next one and the evaluation of this version at the same time."""
     if state.stage != "aggregating" or event.round != state.round:
         return state, ()
     closed = AppendEvent(_round_closed(state, event))
@@ -176,7 +174,7 @@ def on_round_aggregated(state: JobState, event: RoundAggregated) -> Decision:
 
 
 def _round_closed(state: JobState, event: RoundAggregated) -> ev.RoundClosed:
-    """Tell of a round that became a version."""
+    """The job event of a closed round."""
     tasks, version = aggregation(state).tasks, event.version
     return ev.RoundClosed(
         at_ms=event.at_ms,
@@ -193,7 +191,7 @@ def _round_closed(state: JobState, event: RoundAggregated) -> ev.RoundClosed:
 
 
 def _staleness_facts(state: JobState, tasks: Sequence[TaskState]) -> dict[str, int | float]:
-    """Tell who was late, who was refused for it, and how old the updates are that were folded."""
+    """Numbers of late clients and refused updates, and the staleness of the aggregated updates."""
     ages = [scheduling.staleness(state, task) for task in tasks]
     mean = sum(ages) / len(ages) if ages else 0.0
     late, refused = state.missed, state.turned_away
@@ -201,14 +199,14 @@ def _staleness_facts(state: JobState, tasks: Sequence[TaskState]) -> dict[str, i
 
 
 def _older_versions(state: JobState, left: Mapping[str, TaskState]) -> dict[int, ModelVersion]:
-    """The older versions that trainings still under way started from, now that there is a newer one."""
+    """The older versions that open trainings started from."""
     rounds = {task.round for task in left.values() if task.phase == TRAIN}
     known = dict(state.bases) if state.head is None else {**state.bases, state.round: state.head}
     return {number: version for number, version in known.items() if number in rounds}
 
 
 def _train_and_evaluate(state: JobState, event: RoundAggregated) -> Decision:
-    """Train on the new version and score it, in the order in which clients are to do it."""
+    """Begin the next round and the evaluation, in the order in which clients are to do them."""
     method = build(state.spec)
 
     def train(state: JobState) -> Decision:
@@ -227,7 +225,7 @@ def _train_and_evaluate(state: JobState, event: RoundAggregated) -> Decision:
 
 
 def _begin_evaluation(state: JobState, number: int, version: ModelVersion, *, at_ms: int) -> Decision:
-    """Ask clients to score the version of a round that the job wants scored."""
+    """Send evaluation tasks for a version, if the job evaluates this round."""
     if number == scheduling.PREPARATION or not (state.spec.evaluates(number) or scheduling.is_spent(state)):
         return state, ()
     state = replace(state, scored={**state.scored, number: version})
@@ -235,7 +233,7 @@ def _begin_evaluation(state: JobState, number: int, version: ModelVersion, *, at
 
 
 def evaluators(state: JobState) -> tuple[int, ...]:
-    """Indices of the clients that score a version; under sync, also of those that are lost."""
+    """Indices of the clients that evaluate a version; with sync, lost clients too."""
     able = tuple(index for index, name in enumerate(state.clients) if name not in state.aside)
     if not isinstance(state.spec.schedule, str):
         able = tuple(index for index in able if state.clients[index] not in state.lost) or able
@@ -243,7 +241,7 @@ def evaluators(state: JobState) -> tuple[int, ...]:
 
 
 def finish_evaluation(state: JobState, number: int, at_ms: int) -> Decision:
-    """Pool the scores of a version once everybody asked has scored it; end after the last one."""
+    """Pool the metrics of a version once all its evaluations are accepted; end the job after the last one."""
     tasks = [t for t in sorted_tasks(state.tasks) if t.phase == EVALUATE and t.round == number]
     if any(t.status != "accepted" for t in tasks):
         return state, ()
@@ -295,7 +293,7 @@ def mean_over_clients(tasks: Iterable[TaskState]) -> dict[str, float]:
 
 
 def end(state: JobState, outcome: Ending, at_ms: int, *, reason: str = "", exit_code: int = 0) -> Decision:
-    """End the job and call off what is still under way."""
+    """End the job and cancel open tasks."""
     off = tuple(SendCancelTask(task.id, task.client) for task in sorted_tasks(state.tasks) if task.status != "accepted")
     job_event = AppendEvent(ev.JobEnded(at_ms=at_ms, status=outcome, reason=reason, exit_code=exit_code))
     state = replace(state, stage="ended", outcome=outcome, reason=reason, exit_code=exit_code, since_ms=at_ms)
@@ -307,7 +305,7 @@ FAILED = 1
 
 
 def exclude_client(state: JobState, client: ClientId, reason: str, at_ms: int, *, exit_code: int = FAILED) -> Decision:
-    """Ask a client no more and go on without it; end the job, with this reason and code, where too few are left."""
+    """Continue without a client; end the job with this reason and exit code if too few are left."""
     if client in state.aside or client not in state.clients:
         return state, ()
     state = replace(state, aside=(*state.aside, client))
@@ -326,7 +324,7 @@ def exclude_client(state: JobState, client: ClientId, reason: str, at_ms: int, *
 
 
 def reassign_lost_evaluations(state: JobState, at_ms: int) -> Decision:
-    """Where no round waits for everybody, let those who are here score what lost clients were to score."""
+    """Unless the schedule is sync, let connected clients take over the evaluations of lost ones."""
     here = any(state.clients[index] not in state.lost for index in evaluators(state))
     if isinstance(state.spec.schedule, str) or not here:
         return state, ()
@@ -341,7 +339,7 @@ def reassign_lost_evaluations(state: JobState, at_ms: int) -> Decision:
 
 
 def _reassign_tasks(state: JobState, scores: set[int], at_ms: int) -> Decision:
-    """Do what the client that is gone kept from happening; `scores` are the versions that it was scoring."""
+    """Continue after a client was excluded; `scores` are the versions that it was evaluating."""
     if state.stage == "initialising":
         return dispatch_tasks(state, INITIALIZE, _first_client(state), round_number=0, at_ms=at_ms)
     commands: tuple[Command, ...] = ()
@@ -355,19 +353,19 @@ def _reassign_tasks(state: JobState, scores: set[int], at_ms: int) -> Decision:
 
 
 def _first_client(state: JobState) -> tuple[int, ...]:
-    """The first client that was not set aside."""
+    """The first client that is not excluded."""
     return tuple(index for index, name in enumerate(state.clients) if name not in state.aside)[:1]
 
 
 def _continue_evaluation(state: JobState, number: int, at_ms: int) -> Decision:
-    """Close the scores of a version without the client that is gone, or ask somebody else for them."""
+    """Finish the evaluation of a version without the excluded client, or send it to others."""
     if any(task.phase == EVALUATE and task.round == number for task in state.tasks.values()):
         return finish_evaluation(state, number, at_ms)
     return dispatch_tasks(state, EVALUATE, evaluators(state), round_number=number, at_ms=at_ms)
 
 
 def _continue_training(state: JobState, at_ms: int) -> Decision:
-    """Close the round where nobody else is awaited; where nobody has trained at all, ask others."""
+    """Close the round if it has enough updates; if nobody is training, select other clients."""
     counted = scheduling.accepted_updates(state)
     if counted and len(counted) >= scheduling.required_updates(state):
         return close(state, at_ms)

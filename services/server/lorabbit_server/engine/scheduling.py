@@ -1,9 +1,9 @@
-"""Scheduling: the questions in which the schedules differ, answered from the state alone.
+"""Scheduling: the decisions in which the schedules differ, computed from the state alone.
 
-Whom to ask next, whether there is enough to close a round, how old a result is and when to stop waiting.
-A round's number is that of the version it makes; a training task of round r started from version r - 1.
+Which clients to select, how many updates close a round, how stale an update is, and when a round's deadline is. The
+number of a round is that of the version that it makes: training tasks of round r start from version r - 1.
 
-The privacy budget in the engine: who is asked no more, and when a job has nobody left to ask.
+The privacy budget is checked here too: which clients are no longer selected, and when no client is left.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorabbit_server.engine import client_selection
 from lorabbit_server.engine.state import JobState, TaskState
 
 PREPARATION = 0
-"""Number of the round before the first, in which methods that ask for it hear every client."""
+"""Number of the round before the first, in which a method can prepare with all clients."""
 DEADLINE_FACTOR = 2.0
 """A derived deadline, as a multiple of the time in which the quorum answered last."""
 MIN_DEADLINE_MS = 1_000
@@ -30,7 +30,7 @@ MIN_DEADLINE_MS = 1_000
 
 
 def select_clients(state: JobState) -> Sequence[int]:
-    """Client indices that the round under way asks at its begin, or asks next where clients never wait."""
+    """Indices of the clients to send tasks to, at the start of a round or next with a buffered schedule."""
     spec, schedule = state.spec, state.spec.schedule
     if state.round == PREPARATION:
         return range(len(state.clients))
@@ -48,7 +48,7 @@ def select_clients(state: JobState) -> Sequence[int]:
 
 
 def _candidates(state: JobState) -> Sequence[int]:
-    """Everybody; without those who are lost where the job selects by facts and the others are enough."""
+    """All clients; without lost ones if the selection is not random and enough others are left."""
     everybody = range(len(state.clients))
     if state.spec.selection is None or state.spec.selection.order == "random":
         return everybody
@@ -65,7 +65,7 @@ def _sample(state: JobState, candidates: Sequence[int], size: int, *, number: in
 
 
 def share_of(state: JobState, index: int, at_ms: int) -> float:
-    """Share of the local steps that a client is asked for, so that it answers in the time that the job gives it."""
+    """Share of the local steps that a client can do in the time that the job allows."""
     if state.spec.work is None:
         return 1.0
     within = state.spec.work.within_seconds
@@ -76,7 +76,7 @@ def share_of(state: JobState, index: int, at_ms: int) -> float:
 
 
 def required_updates(state: JobState) -> int:
-    """Results that close the round under way.
+    """Number of updates that close the current round.
 
     The preparation may close once the method's `quorum` of the population has answered.
     """
@@ -92,7 +92,7 @@ def required_updates(state: JobState) -> int:
 
 
 def accepted_updates(state: JobState) -> list[TaskState]:
-    """Trainings whose results count and belong to no version yet."""
+    """Training tasks whose updates are accepted and not aggregated yet."""
     return [t for t in _trainings(state) if t.status == "accepted" and t.id not in state.batch]
 
 
@@ -117,7 +117,7 @@ def is_too_stale(state: JobState, task: TaskState) -> bool:
 
 
 def deadline_ms(state: JobState, at_ms: int) -> int | None:
-    """When a round that waits from now on has waited long enough; None where nobody was measured yet."""
+    """The deadline of a round that starts now; None while no client was measured."""
     return _deadline_of(state, at_ms, [t.index for t in _trainings(state)])
 
 
@@ -141,7 +141,7 @@ def _trainings(state: JobState) -> list[TaskState]:
 
 
 def retire(state: JobState, report: Mapping[str, JsonValue]) -> JobState:
-    """Note the clients of which a round's report says that their budget is spent."""
+    """Add the clients whose privacy budget is spent according to a round's report."""
     job_event = report.get("privacy")
     spent = job_event.get("spent") if isinstance(job_event, dict) else None
     more = {ClientId(str(client)) for client in spent} if isinstance(spent, list) else set()
@@ -150,14 +150,14 @@ def retire(state: JobState, report: Mapping[str, JsonValue]) -> JobState:
 
 
 def filter_by_budget(state: JobState, asked: Sequence[int]) -> tuple[int, ...]:
-    """Those of the clients to be asked whose budget bears another round; somebody else where none of them has any."""
+    """The clients with privacy budget left; other clients with budget if none of these has any."""
     gone = {*state.retired, *state.aside}
     able = tuple(index for index in asked if state.clients[index] not in gone)
     return able or tuple(index for index, name in enumerate(state.clients) if name not in gone)[: len(asked)]
 
 
 def is_spent(state: JobState) -> bool:
-    """Tell whether no client may be asked any more."""
+    """Whether the privacy budget of every client is spent."""
     return bool(state.retired) and {*state.retired, *state.aside} == set(state.clients)
 
 

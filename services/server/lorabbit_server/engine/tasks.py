@@ -1,4 +1,4 @@
-"""Tasks of the round engine: named after what they are, asked for, put in order."""
+"""Tasks of the round engine: their ids, their order, and the commands that send them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorabbit_server.engine.transitions import AppendEvent, Command, Decision, S
 
 
 def dispatch_tasks(state: JobState, phase: str, indices: Iterable[int], *, round_number: int, at_ms: int) -> Decision:
-    """Open one task for each of these clients that was not set aside, and send it."""
+    """Create and send one task for each of these clients that is not excluded."""
     opened: list[TaskState] = []
     counts = phase == TRAIN and isinstance(state.spec.schedule, Buffered)
     for index in (index for index in indices if state.clients[index] not in state.aside):
@@ -35,20 +35,20 @@ def dispatch_tasks(state: JobState, phase: str, indices: Iterable[int], *, round
 
 
 def _with_requests(asked: Mapping[int, int], opened: Iterable[TaskState]) -> Mapping[int, int]:
-    """Count these tasks, too."""
+    """Add these tasks to the number of tasks by client."""
     more = Counter(asked)
     more.update(task.index for task in opened)
     return dict(more)
 
 
 def with_id(job: str, task: TaskState) -> TaskState:
-    """Name a task after what it is, so that the same work has the same id on every server."""
+    """Derive a task's id from its content, so that every server gives the same work the same id."""
     again = (f".n{task.turn}" if task.turn else "") + (f".try{task.tries}" if task.tries > 1 else "")
     return replace(task, id=f"{job}.r{task.round}.{task.phase}.k{task.index}{again}")
 
 
 def send_commands(task: TaskState, at_ms: int) -> tuple[Command, ...]:
-    """Send a task and tell the log."""
+    """The commands that send a task and log it."""
     job_event = ev.TaskSent(
         at_ms=at_ms, round=task.round, client=task.client, phase=task.phase, attempt=task.tries + task.attempt - 1
     )
@@ -56,10 +56,10 @@ def send_commands(task: TaskState, at_ms: int) -> tuple[Command, ...]:
 
 
 def describe_task(task: TaskState) -> str:
-    """Say which task it is, for people."""
+    """Describe a task in a message."""
     return f"the {task.phase} task of round {task.round}"
 
 
 def sorted_tasks(tasks: Mapping[str, TaskState]) -> list[TaskState]:
-    """Tasks by round, phase, client index and turn: an order that arrival does not touch."""
+    """Tasks by round, phase, client index and turn: an order that does not depend on arrival."""
     return sorted(tasks.values(), key=lambda t: (t.round, t.phase != TRAIN, t.index, t.turn))

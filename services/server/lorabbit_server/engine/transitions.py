@@ -49,14 +49,14 @@ class HelloReceived:
     device: str = "cpu"
     outbox: frozenset[str] = frozenset()
     is_new: bool = True
-    """Whether it was not here before."""
+    """Whether it was not connected before."""
     at_ms: int = 0
     declared: ClientCapabilities = field(default_factory=ClientCapabilities)
 
 
 @dataclass(frozen=True, slots=True)
 class ClientDisconnected:
-    """A client said goodbye or its lease ended."""
+    """A client said goodbye or its lease expired."""
 
     client: ClientId
     present: tuple[ClientId, ...]
@@ -65,7 +65,7 @@ class ClientDisconnected:
 
 @dataclass(frozen=True, slots=True)
 class ClientExcluded:
-    """A client is awaited no more: an operator sent it away, or it was lost for too long."""
+    """A client was revoked by an operator, or lost for longer than `patience_seconds`."""
 
     client: ClientId
     present: tuple[ClientId, ...]
@@ -75,32 +75,32 @@ class ClientExcluded:
 
 @dataclass(frozen=True, slots=True)
 class OfferReceived:
-    """A client announced a result; `counted` says that a task no longer in the state was accepted once."""
+    """A client offered an update; `was_accepted` tells that its task was accepted before and has left the state."""
 
     task: str
     client: ClientId
     offered: UploadOffer
     was_accepted: bool = False
     wants_tensors: bool | None = True
-    """Whether the method wants tensors with a result of this client; None: as the client likes."""
+    """Whether the method requires tensors in this client's update; None: optional."""
     traffic: PayloadTraffic = PayloadTraffic()
     at_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateReceived:
-    """An offered result's tensors are here and passed validation."""
+    """The tensors of an offered update are uploaded and valid."""
 
     task: str
     traffic: PayloadTraffic = PayloadTraffic()
     at_ms: int = 0
     coding: str = PLAIN
-    """How its tensors were written."""
+    """Compression of its tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateFailedValidation:
-    """A result did not pass validation."""
+    """An offer or an update failed validation."""
 
     task: str
     reason: str
@@ -142,7 +142,7 @@ class RoundAggregated:
 
 @dataclass(frozen=True, slots=True)
 class UpdatesUnusable:
-    """Results that count cannot be folded, each for a reason that it alone gives."""
+    """Accepted updates cannot be aggregated, even alone."""
 
     round: int
     reasons: Mapping[str, str]
@@ -152,7 +152,7 @@ class UpdatesUnusable:
 
 @dataclass(frozen=True, slots=True)
 class DeadlinePassed:
-    """The time that a round may take is over."""
+    """The deadline of a round passed."""
 
     round: int
     at_ms: int = 0
@@ -160,7 +160,7 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True)
 class ServerWorkFailed:
-    """The server's own work for this job failed for good."""
+    """The server's own work for this job failed; a retry would not help."""
 
     reason: str
     exit_code: int = 1
@@ -169,7 +169,7 @@ class ServerWorkFailed:
 
 @dataclass(frozen=True, slots=True)
 class CancelRequested:
-    """An operator wants the job to end."""
+    """An operator canceled the job."""
 
     at_ms: int = 0
 
@@ -211,7 +211,7 @@ class SendTask:
 
 @dataclass(frozen=True, slots=True)
 class SendCancelTask:
-    """Tell a client that a task is no longer wanted."""
+    """Tell a client to stop a task."""
 
     task: str
     client: ClientId
@@ -219,14 +219,14 @@ class SendCancelTask:
 
 @dataclass(frozen=True, slots=True)
 class GrantUpload:
-    """Let a client send the chunks that are missing."""
+    """Open an upload and grant the missing chunks."""
 
     task: TaskState
 
 
 @dataclass(frozen=True, slots=True)
 class DenyUpload:
-    """Refuse a result before its chunks move."""
+    """Refuse an update before its chunks are sent."""
 
     task: str
     client: ClientId
@@ -235,7 +235,7 @@ class DenyUpload:
 
 @dataclass(frozen=True, slots=True)
 class SendVerdict:
-    """Tell a client that its result is dealt with for good."""
+    """Tell a client that its update is accepted or rejected, so that it can delete it."""
 
     task: str
     client: ClientId
@@ -245,7 +245,7 @@ class SendVerdict:
 
 @dataclass(frozen=True, slots=True)
 class MarkAccepted:
-    """Note for ever that a task's result counts; the store refuses to note it twice."""
+    """Record that a task's update is accepted; the store refuses a second record."""
 
     task: str
     sha256: str
@@ -260,7 +260,7 @@ class StartMethod:
 
 @dataclass(frozen=True, slots=True)
 class Aggregate:
-    """Fold these accepted results, in this order, into the next server state."""
+    """Aggregate these accepted updates, in this order, into the next server state."""
 
     round: int
     tasks: tuple[TaskState, ...]
@@ -268,7 +268,7 @@ class Aggregate:
 
 @dataclass(frozen=True, slots=True)
 class SetDeadline:
-    """Tell the engine when this time has come, unless another deadline was set before."""
+    """Send `DeadlinePassed` at this time, unless the deadline is replaced before."""
 
     round: int
     at_ms: int
@@ -293,5 +293,5 @@ Command: TypeAlias = (
     | EndJob
 )
 DeferredCommand: TypeAlias = GrantUpload | StartMethod | Aggregate | SetDeadline | EndJob
-"""What the shell does once the step that asked for it is durable."""
+"""Commands that are performed after the commit."""
 Decision: TypeAlias = tuple[JobState, tuple[Command, ...]]

@@ -1,8 +1,8 @@
 """Health of the dependencies: broker, store and lease, with the time at which each problem began.
 
-Asked by the HTTP interface, so it answers within a few seconds whatever hangs: the store is probed over a
-connection of its own that does not try again. RabbitMQ tells of an alarm only to a connection that publishes, so a
-server that has nothing to say sends a message to nobody now and then.
+The HTTP interface calls `check`, so it must return within seconds: the store is probed over a separate connection
+without retries. RabbitMQ reports an alarm only to a connection that publishes, so an idle server publishes an
+unroutable message from time to time.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _ENDS = {
 
 @dataclass(frozen=True, slots=True)
 class HealthSnapshot:
-    """What one look found."""
+    """Result of one check."""
 
     troubles: tuple[WaitReason, ...]
     leader: str | None
-    """Who holds the lease, where the store tells."""
+    """Holder of the lease; None if nobody or unknown."""
 
     def of(self, owner: str) -> WaitReason | None:
-        """The trouble with one dependency."""
+        """The problem of one dependency, if any."""
         return next((wait for wait in self.troubles if wait.owner == owner), None)
 
 
@@ -44,7 +44,7 @@ class DependencyHealth:
     """See the module's docstring. Safe to call from any thread."""
 
     def __init__(self, broker: Broker, probe: StateStore, now_ms: Callable[[], int]) -> None:
-        """Look at this broker, and at the store over `probe`."""
+        """Check this broker, and the store through `probe`."""
         self._broker, self._probe, self._now = broker, probe, now_ms
         self._since: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -53,7 +53,7 @@ class DependencyHealth:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Look again and again, so that the begin of a trouble is known before anybody asks."""
+        """Check periodically, so that the start time of a problem is known."""
         self._thread = threading.Thread(target=self._run, name="dependency-health", daemon=True)
         self._thread.start()
 
@@ -62,13 +62,13 @@ class DependencyHealth:
         self._broker.send(Outgoing("", UNROUTABLE, "lorabbit.probe", b""), lambda _: self._answered.set())
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
 
     def check(self) -> HealthSnapshot:
-        """Look now."""
+        """Check now."""
         with self._lock:
             reasons: dict[str, str | None] = {BROKER: self._broker.health(), STORE: None, LEASE: None}
             leader = None
@@ -82,7 +82,7 @@ class DependencyHealth:
             return HealthSnapshot(tuple(troubles), leader)
 
     def _track(self, name: str, what: str | None) -> bool:
-        """Note when a trouble began, or that it is over."""
+        """Record the start or the end of a problem; returns whether there is one."""
         if what is None:
             self._since.pop(name, None)
             return False

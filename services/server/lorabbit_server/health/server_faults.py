@@ -25,14 +25,14 @@ class ServerFaults:
     """The newest fault, for as long as it recurs. Safe to call from any thread."""
 
     def __init__(self, lease_ms: int) -> None:
-        """One that does not come again for two leases is over."""
+        """A fault clears after two lease periods."""
         self._clear_after_ms = max(MIN_CLEAR_MS, 2 * lease_ms)
         self._fault: WaitReason | None = None
         self._recorded_ms = 0
         self._lock = threading.Lock()
 
     def record(self, error: Exception, now_ms: int) -> None:
-        """Remember an error that made the server step down, if it is one of these."""
+        """Record an error that made the server release its lease, if it is one of these faults."""
         owner = SERVER
         if isinstance(error, FilesMissing):
             reason, ends = str(error), _NO_FILES
@@ -48,7 +48,7 @@ class ServerFaults:
             self._fault, self._recorded_ms = WaitReason(owner=owner, reason=reason, since_ms=since, ends=ends), now_ms
 
     def check_files(self, state: JobState, payloads: PayloadStore) -> None:
-        """Raise FilesMissing where a job that goes on stands on files that are not here.
+        """Raise FilesMissing if files that a job needs are missing.
 
         A store that was restored from an older backup names files that were deleted since; a server on another volume
         than its predecessor's has none of them.
@@ -64,7 +64,7 @@ class ServerFaults:
                 self._fault = None
 
     def current(self, now_ms: int) -> WaitReason | None:
-        """What the server waits for; None where nothing came up lately."""
+        """The current fault, if any."""
         with self._lock:
             return self._current(now_ms)
 
@@ -73,7 +73,7 @@ class ServerFaults:
 
 
 def _missing_files(state: JobState, payloads: PayloadStore) -> tuple[list[str], int]:
-    """The files that a job stands on and that are not here, and how many it stands on."""
+    """The files that a job needs and that are missing, and the number of files that it needs."""
     if state.stage == "ended":
         return [], 0
     results = (task.offered for task in state.tasks.values() if task.status == "accepted")

@@ -20,7 +20,7 @@ class RevocationWatcher(Cancellable):
     """See the module's docstring; for the loop thread."""
 
     def __init__(self, context: ServerContext, remove_clients: Callable[[Iterable[str]], None]) -> None:
-        """Read who was revoked, and give the broker the users it lacks."""
+        """Start to check for revoked clients, and create the broker users that are missing."""
         self._context, self._remove_clients = context, remove_clients
         self._seconds = context.settings.lease_seconds / 3
         self._timer: Cancellable | None = None
@@ -30,7 +30,7 @@ class RevocationWatcher(Cancellable):
             self._restore()
 
     def cancel(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         self._remove_clients = lambda _: None
         if self._timer is not None:
             self._timer.cancel()
@@ -40,11 +40,11 @@ class RevocationWatcher(Cancellable):
         self._timer = self._context.loop.after(self._seconds, self._watch)
 
     def _check(self) -> None:
-        """Send away whoever was revoked since the last look."""
+        """Remove the clients that were revoked since the last check."""
         self._remove_clients(self._context.access.take_note())
 
     def _restore(self) -> None:
-        """Bring the broker's users to what the store says, and again later where it cannot be asked."""
+        """Make the broker's users match the store; retry later when the broker's API is unavailable."""
 
         def again(error: Exception) -> None:
             log.warning("users-not-restored", why=str(error))

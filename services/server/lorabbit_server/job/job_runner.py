@@ -1,10 +1,10 @@
-"""Execution of one job: feeds events to `decide` and performs the commands.
+"""Execution of one job: passes events to `decide` and performs the commands.
 
-Everything that a decision changes goes through the unit of work, so it is durable before anybody hears
-of it; heavy work (hashing, validation, aggregation, exports) runs beside the loop and comes back as
-an event. After a crash the same commands are given again from the state in the store.
+All changes of a decision are one step, which the unit of work commits before messages are sent or events are
+published. Slow work (hashing, validation, aggregation, export) runs on the worker thread and returns as an event.
+After a crash the next server repeats the commands that follow from the state in the store.
 
-`RoundTimer` is the one timer of a job, which the engine sets and the store remembers.
+`RoundTimer` is the timer of the round's deadline. The deadline is part of the state, so it survives a restart.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from lorabbit_server.transfer.uploads import Uploads, refusal
 
 
 class RoundTimer:
-    """For the loop thread."""
+    """The timer of the round's deadline; for the loop thread."""
 
     def __init__(self, context: ServerContext, on_deadline: Callable[[Event], None]) -> None:
-        """Call `passed` with the event once the time has come."""
+        """Call `on_deadline` with the event when the deadline passes."""
         self._context, self._on_deadline = context, on_deadline
         self._timer: Cancellable | None = None
 
     def set(self, command: SetDeadline) -> None:
-        """Wait for this time, and for no other any more; a time that is over comes at once."""
+        """Replace the deadline; one in the past fires at once."""
         self.close()
         seconds = max(0, command.at_ms - self._context.now_ms()) / 1000
         self._timer = self._context.loop.after(seconds, partial(self._on_timeout, command.round))
@@ -60,7 +60,7 @@ class RoundTimer:
         self._on_deadline(DeadlinePassed(number, self._context.now_ms()))
 
     def close(self) -> None:
-        """Wait for nothing."""
+        """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -74,7 +74,7 @@ class JobRunner:
     """See the module's docstring; for the loop thread."""
 
     def __init__(self, context: ServerContext, job: str, spec: JobSpec, record: JobRecord) -> None:
-        """Continue a job from what the store holds of it, or begin it."""
+        """Start a job, or continue it from its record in the store."""
         self.job, self.spec = job, spec
         self.on_events: Callable[[list[AnyEvent]], None] = lambda _: None
         self.on_end: Callable[[], None] = lambda: None
@@ -102,7 +102,7 @@ class JobRunner:
         return self._unit_of_work.state
 
     def start(self, entry: JobEntry) -> None:
-        """Begin, or give again the commands that a stopped server left undone."""
+        """Start the job, or repeat the commands that a stopped server did not finish."""
         if self._is_new:
             self._unit_of_work.add(Step(self.state, events=[ev.JobSubmitted(at_ms=entry.submitted_ms)]))
         else:
@@ -116,7 +116,7 @@ class JobRunner:
             self.apply(transitions.JobOpened(tuple(here := self._context.registry.capabilities), self._now(), here))
 
     def _recover(self, *, resumes: bool) -> None:
-        """Make again what a stopped server may have left undone: files, and if it goes on streams and heavy steps."""
+        """Repeat what a stopped server may not have finished: files; if the job resumes, also streams and commands."""
         logged = self._context.store.events(self.job, progress=False)
         self._write(self._run_directory.recover(EVENTS.validate_json(each.event) for each in logged))
         self._downloads.inherit(self._run_directory.recent)
@@ -126,20 +126,20 @@ class JobRunner:
                 self._downloads.publish(ref for _, ref in self._task_builder.message(self.state, task).published)
         self._unit_of_work.resend_all()
         for command in resume(self.state) if resumes else ():
-            self._deferred(command)()  # at once: behind the next commit, chunks that wait would find nobody
+            self._deferred(command)()  # now: chunks that are already queued arrive before the next commit
 
     def commit(self) -> None:
-        """Make the step under way durable now."""
+        """Commit the pending step now."""
         self._unit_of_work.commit()
 
     def close(self) -> None:
-        """Take no further step; the store holds what the next server needs."""
+        """Stop; the store holds what the next server needs."""
         self._round_timer.close()
         self._unit_of_work.close()
 
     # ---- events ----
     def apply(self, event: transitions.Event, delivery: Delivery | None = None) -> None:
-        """Decide on an event and perform what follows; `delivery` is acknowledged once that is durable."""
+        """Apply an event and perform the commands; `delivery` is acknowledged after the commit."""
         before = self.state
         state, commands = decide(before, event)
         step = Step(state, [] if delivery is None else [delivery])
@@ -151,7 +151,7 @@ class JobRunner:
         self._unit_of_work.add(step)
 
     def _release(self, before: JobState, now: JobState) -> frozenset[str]:
-        """Forget what a decision made superfluous; returns the hashes of files that nothing needs any more."""
+        """Release what a decision made unnecessary; returns the hashes of files that are no longer needed."""
         tasks = now.tasks
         removed = not before.tasks.keys() <= tasks.keys()
         changed = [
@@ -165,7 +165,7 @@ class JobRunner:
         return unneeded | self._versions.retain(now.versions) | (before.payloads - now.payloads)
 
     def on_offer(self, message: Offer, delivery: Delivery, client: ClientId) -> None:
-        """Weigh an offer; the delivery is acknowledged once the answer is durable."""
+        """Check an offer and answer it; the delivery is acknowledged after the commit."""
         task = self.state.tasks.get(message.task)
         wants_tensors, limit = None, self._context.settings.max_payload_bytes
         if task is not None and task.status != "accepted":
@@ -191,21 +191,21 @@ class JobRunner:
         )
 
     def on_task_failed(self, message: TaskFailed, delivery: Delivery, client: ClientId) -> None:
-        """Hear that a client could not do a task."""
+        """Handle a task that its client could not do."""
         failure = transitions.TaskFailureReceived(message.task, client, message.reason, message.bad_input, self._now())
         self.apply(failure, delivery)
 
     def meter(self, task: str, delivery: Delivery) -> None:
-        """Count a control message from a client."""
+        """Count the bytes of a control message from a client."""
         self._meter.received(task, delivery)
 
     def tick(self) -> None:
-        """Ask again where an upload has stalled."""
+        """Grant stalled uploads again."""
         self.uploads.regrant_stalled(frozenset(self.state.lost))
 
     # ---- commands ----
     def _perform(self, command: transitions.Command, step: Step) -> None:
-        """Add to a step what a command changes, and what it does after the commit."""
+        """Add the effects of a command to a step: changes, messages, and callbacks for after the commit."""
         match command:
             case transitions.AppendEvent(event):
                 step.events.append(event)
@@ -226,7 +226,7 @@ class JobRunner:
                 step.after_commit.append(self._deferred(command))
 
     def _deferred(self, command: transitions.DeferredCommand) -> Callback:
-        """What a command does once it is durable."""
+        """Return what a command does after the commit."""
         match command:
             case transitions.GrantUpload(task):
                 return lambda: self._open_upload(task)
@@ -240,7 +240,7 @@ class JobRunner:
                 return self._end_job
 
     def _send_task(self, task: TaskState, step: Step) -> None:
-        """Put a task into the outbox, and its payloads into streams."""
+        """Put a task into the outbox; its payloads are published before it is sent."""
         message = self._task_builder.message(step.state, task)
         refs = [ref for _, ref in message.published]
         for role, ref in self._downloads.announce(message.published):
@@ -250,7 +250,7 @@ class JobRunner:
         self._post(step, task.client, message, f"{task.id}.{message.attempt}.{self._context.epoch}")
 
     def _post(self, step: Step, client: ClientId, message: ForTask | Task, message_id: str) -> None:
-        """Put a message into the outbox; a client without an address gets its tasks when it says hello."""
+        """Put a message into the outbox; a client without an address gets its tasks after its next hello."""
         entry = self._context.registry.get(client)
         if entry is None:
             return
@@ -279,14 +279,14 @@ class JobRunner:
             self.apply(transitions.UpdateFailedValidation(task.id, why.reason, why.detail, at_ms=self._now()))
 
     def _is_needed(self, sha256: str) -> bool:
-        """Tell whether the job as it stands may still read a payload; for any thread."""
+        """Whether the job may still read a payload; for any thread."""
         state = self.state
         if state.stage == "ended":
             return False
         return sha256 in state.payloads or sha256 in self._versions.unclaimed or sha256 in self._versions.current
 
     def _start_method(self, task: TaskState) -> None:
-        """Make the first server state from the initial adapter."""
+        """Make the first server state from the initial adapter, on the worker thread."""
         offered = task.offered
         if task.phase != INITIALIZE or offered is None:
             return
@@ -298,7 +298,7 @@ class JobRunner:
         )
 
     def _aggregate(self, command: transitions.Aggregate) -> None:
-        """Fold the round's updates into the next server state."""
+        """Aggregate the round's updates into the next server state, on the worker thread."""
         if self.state.head is None:
             return
         background = self._task_builder.update_context(self.state, command.tasks)
@@ -312,19 +312,19 @@ class JobRunner:
     def _on_deferred_done(
         self, event: transitions.MethodStarted | transitions.RoundAggregated | transitions.UpdatesUnusable
     ) -> None:
-        """Go on after heavy work; the files that it wrote are the state's now, or nobody's."""
+        """Apply the result of deferred work; the state now references the files that it wrote, or nothing does."""
         self.apply(replace(event, at_ms=self._now()))
         self._versions.unclaimed.clear()
 
     def _fail_job(self, what: str, error: Exception) -> None:
-        """End the job on an error of the server's own work; it would come again."""
+        """End the job after an error in the server's own work; a retry would fail in the same way."""
         log.error("job-step-failed", job=self.job, what=what, why=repr(error))
         reason = f"{what} failed: {error or type(error).__name__}"
         self.apply(transitions.ServerWorkFailed(reason, getattr(error, "exit_code", 1), self._now()))
 
-    # ---- the run folder and the end ----
+    # ---- the run directory and the end ----
     def _on_committed(self, events: list[AnyEvent]) -> None:
-        """Bring committed events to the run folder and to whoever listens."""
+        """Pass committed events to the run directory and to the listeners."""
         self._write(self._run_directory.on_events(events))
         self.on_events(events)
 
@@ -333,7 +333,7 @@ class JobRunner:
             self._context.loop.work(work, lambda _: None, lambda error: self._fail_job("writing the run", error))
 
     def _end_job(self) -> None:
-        """Let everything reach its place, then hand over to the next job."""
+        """Wait until all files are written and all messages are sent, then finish the job."""
 
         def written(_: object) -> None:
             self._unit_of_work.when_delivered(self._finish)

@@ -1,8 +1,7 @@
 """The message router: checks every message from a client and passes it to the registry or to the running job.
 
-One server answers in one epoch. Answers that need no memory (a welcome, a word about a job that is
-over) are sent straight away, and the question is acknowledged once the broker has the answer;
-everything else is the business of the running job.
+Answers that change no state (a welcome, an answer about a job that has ended) are sent at once; the delivery is
+acknowledged when the broker has confirmed the answer. Everything else is handled by the running job.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class MessageRouter:
         running: Callable[[], JobRunner | None],
         on_events: Callable[[str, list[AnyEvent]], None],
     ) -> None:
-        """Serve whatever job is `running`; `tell` listeners of progress."""
+        """Pass messages to the job that `running` returns; report progress to `on_events`."""
         self._context, self._running, self._on_events = context, running, on_events
         self._broker, self._registry, self._now = context.broker, context.registry, context.now_ms
         self._progress: dict[str, TaskProgressed] = {}
@@ -63,7 +62,7 @@ class MessageRouter:
         self._duplicates = DuplicateClientDetector()
 
     def on_data(self, delivery: Delivery) -> None:
-        """Take in a chunk."""
+        """Pass a chunk to the uploads of the running job."""
         address = topology.address_of(delivery.routing_key)
         try:
             self._context.access.check(delivery, address)
@@ -77,7 +76,7 @@ class MessageRouter:
             run.uploads.on_chunk(delivery)
 
     def on_control(self, delivery: Delivery) -> None:
-        """Read a control message and bring it to whom it concerns."""
+        """Decode a control message, check its sender and handle it."""
         address = topology.address_of(delivery.routing_key)
         try:
             self._context.access.check(delivery, address)
@@ -101,7 +100,7 @@ class MessageRouter:
                 self._broker.ack(delivery)
 
     def remove_clients(self, clients: Iterable[str]) -> None:
-        """Remove clients that were revoked: their queues, their leases, their part in the job."""
+        """Remove clients that were revoked: their queues, their leases and their tasks."""
         for address in clients:
             self._client_queues.delete(address)
             self._duplicates.remove_address(address)
@@ -111,7 +110,7 @@ class MessageRouter:
                 self._exclude(client, f"{client} was revoked")
 
     def expire(self, now_ms: int, every_ms: int) -> None:
-        """Notice clients that have been silent for their lease, or for the job's patience; to be called often."""
+        """Expire client leases, and exclude clients that were lost for `patience_seconds`; called at every tick."""
         for client in self._registry.expire(now_ms, every_ms):
             log.warning("client-lost", client=client)
             self._apply(transitions.ClientDisconnected(client, self._registry.present, now_ms))
@@ -124,17 +123,17 @@ class MessageRouter:
                 self._exclude(client, f"{client} was lost for {run.spec.patience_seconds:.0f} s (patience_seconds)")
 
     def _exclude(self, client: ClientId, reason: str) -> None:
-        """Let the job go on without a client, where enough others are left."""
+        """Exclude a client from the job."""
         self._apply(transitions.ClientExcluded(client, self._registry.present, reason, self._now()))
 
     def _refuse(self, delivery: Delivery, address: str, why: Refused) -> None:
-        """Count a message that no honest client sends, and reject it."""
+        """Count and reject an invalid message."""
         log.warning("message-refused", address=address, type=delivery.type, reason=why.reason, detail=why.detail)
         self._context.refused[why.reason] += 1
         self._broker.reject(delivery)
 
     def _check_sender(self, message: Message, address: str) -> None:
-        """Refuse a message in somebody else's name."""
+        """Raise Refused when a message names another client than its sender."""
         if isinstance(message, Hello | Alive | Goodbye):
             if message.address != address:
                 raise Refused("forged", f"it came from {address} in the name of {message.address}")
@@ -146,7 +145,7 @@ class MessageRouter:
                 raise Refused("unknown-client", f"{address} is {known or 'nobody'}, not {message.client}")
 
     def _on_hello(self, message: Hello, delivery: Delivery) -> None:
-        """Give a client its inbox, its identity and what it has to do; with users of their own, identity is address."""
+        """Declare a client's queue and lease its identity; enrolled clients have their address as identity."""
         if self._context.access.is_enrolled:
             message = message.model_copy(update={"client": message.address})
         known = self._registry.at(message.address)
@@ -159,7 +158,7 @@ class MessageRouter:
         self._apply(self._hello_event(client, frozenset(message.outbox), is_new=not was_here))
 
     def _on_alive(self, message: Alive, delivery: Delivery) -> None:
-        """Renew a lease; a client that this server does not know is as good as one that says hello."""
+        """Renew a lease; a heartbeat of an unknown client is handled as a hello."""
         client, back = self._registry.heard(message.address, self._now())
         if client is None:
             claimed = ClientId(message.client)
@@ -176,7 +175,7 @@ class MessageRouter:
             self._on_return(client)
 
     def _on_return(self, client: ClientId) -> None:
-        """Note a client that was silent, but never gone: it still has its tasks."""
+        """Handle the return of a client whose lease had expired but which kept its tasks."""
         entry = self._registry.get(client)
         run = self._running()
         if run is None or entry is None:
@@ -187,27 +186,27 @@ class MessageRouter:
     def _hello_event(
         self, client: ClientId, outbox: frozenset[str], *, is_new: bool = True
     ) -> transitions.HelloReceived:
-        """Tell of a client that is here, for the first time or again."""
+        """Build the engine's event for a client that connected."""
         declared = self._registry.capabilities[client]
         return transitions.HelloReceived(
             client, self._registry.present, declared.device, outbox, is_new, self._now(), declared
         )
 
     def _is_duplicate(self, message: Hello | Alive, delivery: Delivery) -> bool:
-        """Tell whether an older process is alive at the same address; what comes a second time says nothing of now."""
+        """Whether an older process uses the same address; redelivered messages are stale and ignored."""
         if not message.process or delivery.redelivered:
             return False
         return self._duplicates.observe(message.address, message.process)
 
     def _reject_duplicate(self, message: Hello | Alive, delivery: Delivery) -> None:
-        """Tell whoever came second to an address; both read there, so it is told as often as it speaks."""
+        """Tell a duplicate process to stop; repeated for each of its messages, since both processes read the queue."""
         log.warning("address-taken", address=message.address, why="two clients use it; give each its own")
         self._context.refused["address-taken"] += 1
         self._reply(message.address, AddressTaken(process=message.process), f"taken.{uuid.uuid4().hex}", delivery)
 
     def _on_goodbye(self, message: Goodbye, delivery: Delivery) -> None:
         if self._duplicates.remove_process(message.address, message.process):
-            # Whoever stays says hello once more, and is sent what the other one took.
+            # The remaining process says hello again, and receives the tasks that the other one consumed.
             self._reply(message.address, AddressTaken(process=message.process), f"taken.{uuid.uuid4().hex}", delivery)
             return
         client = self._registry.leave(message.address)
@@ -217,7 +216,7 @@ class MessageRouter:
             self._apply(transitions.ClientDisconnected(client, self._registry.present, self._now()))
 
     def _on_task_message(self, message: ForTask, delivery: Delivery, address: str) -> None:
-        """Bring a message about a task to its job."""
+        """Pass a message about a task to its job."""
         client, back = self._registry.heard(address, self._now())
         if client is not None:
             self._client_queues.declare(address)
@@ -246,7 +245,7 @@ class MessageRouter:
                 self._broker.ack(delivery)
 
     def _on_other_job(self, message: ForTask, delivery: Delivery, address: str) -> None:
-        """Answer whoever works for a job that is not running, so that the client can forget it."""
+        """Answer a message for a job that is not running, so that the client can delete its task."""
         if not isinstance(message, Offer | TaskAccepted):
             self._broker.ack(delivery)
             return
@@ -262,7 +261,7 @@ class MessageRouter:
         self._reply(address, answer, f"{message.task}.late", delivery)
 
     def _reply(self, address: str, message: Message, message_id: str, delivery: Delivery) -> None:
-        """Answer without the store: the question is acknowledged once the broker has the answer."""
+        """Send an answer outside the outbox; the delivery is acknowledged once the broker confirms the answer."""
         outgoing = Outgoing(
             topology.CONTROL,
             topology.control_key(address),
@@ -275,7 +274,7 @@ class MessageRouter:
 
     # ---- progress ----
     def _on_progress(self, run: JobRunner, message: TaskProgress) -> None:
-        """Show progress at once here, and a little later to those who read the store."""
+        """Publish progress to the listeners at once, and to the store in batches."""
         task = run.state.tasks.get(message.task)
         if task is None or task.client != message.client:
             return

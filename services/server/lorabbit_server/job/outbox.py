@@ -1,8 +1,8 @@
 """The outbox publisher: sends committed messages to the broker, in order for each client.
 
-A message that names payloads waits until their streams hold a first chunk, because RabbitMQ 3.10
-refuses, and now and then breaks over, a reader that comes while a stream is being made. Whatever
-else goes to the same client waits behind it, so that a cancellation never overtakes its task.
+A message that names payloads waits until their streams hold a first chunk: RabbitMQ 3.10 refuses a consumer of a stream
+that is being created, and sometimes fails. Later messages to the same client wait too, so that a cancellation is never
+sent before its task.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorabbit_server.transfer.traffic_meter import TrafficMeter
 
 RETRY_SECONDS = 1.0
 Entry: TypeAlias = dict[str, str]
-"""One message: ``address``, ``type``, ``task``, ``body``, ``message_id``; ``payloads``, hashes with spaces between."""
+"""One message: ``address``, ``type``, ``task``, ``body``, ``message_id``, ``payloads`` (hashes separated by spaces)."""
 
 log = structlog.get_logger()
 
@@ -39,25 +39,25 @@ class OutboxPublisher:
         on_confirmed: Callable[[str], None],
         on_failed: Callable[[str, Exception], None],
     ) -> None:
-        """Count what is sent; call `on_relayed` with the id of a step once the broker has all its messages.
+        """Count what is sent; call `on_confirmed` with the id of a step when the broker has confirmed all its messages.
 
-        `on_failed` hears what the broker will never take, and why.
+        `on_failed` is called for a message that the broker refuses for good.
         """
         self._broker, self._loop, self._epoch = context.broker, context.loop, context.epoch
         self._publisher, self._meter = context.publisher, meter
         self._on_confirmed, self._on_failed = on_confirmed, on_failed
         self._queues: dict[str, deque[tuple[str, Entry]]] = {}
-        """Messages that wait, by address."""
+        """Messages that are waiting to be sent, by address."""
         self._unconfirmed: dict[str, int] = {}
         self._closed = False
 
     @property
     def is_idle(self) -> bool:
-        """Tell whether the broker has everything that was taken over."""
+        """Whether the broker has confirmed every message."""
         return not self._unconfirmed
 
     def publish(self, step: str, messages: list[Entry]) -> None:
-        """Send the messages of one step."""
+        """Send the messages of one committed step."""
         self._unconfirmed[step] = len(messages)
         for message in messages:
             queue = self._queues.get(message["address"])
@@ -68,11 +68,11 @@ class OutboxPublisher:
                 self._send_ready(message["address"])
 
     def close(self) -> None:
-        """Send nothing more."""
+        """Stop sending."""
         self._closed = True
 
     def _send_ready(self, address: str) -> None:
-        """Send to one client what needs not wait."""
+        """Send the messages of one client, up to the first whose payloads are not yet readable."""
         if self._closed:
             return
         queue = self._queues[address]
@@ -86,7 +86,7 @@ class OutboxPublisher:
         del self._queues[address]
 
     def _send(self, step: str, message: Entry) -> None:
-        """Send one message until the broker has it."""
+        """Send one message; retry while the broker is busy."""
         if self._closed:
             return
 
@@ -116,7 +116,7 @@ class OutboxPublisher:
         failpoints.hit(failpoints.Failpoint.MESSAGE_SENT)
 
     def _body(self, message: Entry) -> str:
-        """The body of a message, with the streams of its payloads where they are not the usual ones."""
+        """The body of a message, with the streams of its payloads where they were republished."""
         numbers = {sha256: self._publisher.number(sha256) for sha256 in message.get("payloads", "").split()}
         if not any(numbers.values()):
             return message["body"]

@@ -1,7 +1,7 @@
-"""From a task of the engine to the message that a client can work from alone.
+"""Building of task messages, and of what validation and aggregation need to know about a task.
 
-What a task asks follows from the server state it starts from (`method.plan`), so nothing but its
-name needs to be stored: a restarted server makes the same message again.
+The content of a task follows from the server state that it starts from (`method.plan`). Only the id of a task is
+stored: a restarted server builds the same message again.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lorabbit_server.engine.state import JobState, ModelVersion, TaskState
 
 log = structlog.get_logger()
 MAX_TEMPLATES = 64
-"""Descriptions of uploads that are kept, for methods that want another one of every client."""
+"""Size of the cache of upload templates, for methods whose uploads differ between clients."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRequest:
-    """What a task asks for, beside its name."""
+    """Phase, payloads and settings of a task."""
 
     phase: str
     payloads: dict[str, PayloadRef]
@@ -42,16 +42,16 @@ class TaskRequest:
 
 
 class TaskBuilder:
-    """Plans the tasks of one job."""
+    """Builds the task messages of one job, and what validation and aggregation need to know about its tasks."""
 
     def __init__(self, method: Method, versions: ModelVersionStore, registry: ClientRegistry, *, epoch: int) -> None:
-        """Plan with this method, in this epoch."""
+        """Use this method; `epoch` is the server's fencing epoch."""
         self._method, self._versions, self._registry, self._epoch = method, versions, registry, epoch
         self._templates: dict[int, tuple[Tensors, UpdateTemplate]] = {}
         self._template_version: ModelVersion | None = None
 
     def message(self, state: JobState, task: TaskState) -> Task:
-        """Make the message for a task; writes payloads that are not files yet."""
+        """Build the message for a task; writes payloads that are not files yet."""
         request = self._request(state, task)
         codings = self._encodings(task)
         uploads = state.spec.transport.uploads
@@ -80,7 +80,7 @@ class TaskBuilder:
         )
 
     def template(self, state: JobState, task: TaskState) -> UpdateTemplate | None:
-        """What a task's result must look like; None for the first adapter, which may be anything finite."""
+        """Shapes and types of a task's update; None for the first adapter, which may have any finite tensors."""
         start = state.version_for(task)
         if task.phase != TRAIN or start is None:
             return None
@@ -107,7 +107,7 @@ class TaskBuilder:
     def check_offer(
         self, state: JobState, task: TaskState, payload: PayloadRef | None, *, max_bytes: int
     ) -> bool | None:
-        """Tell whether a task's result must have tensors, None where it may; raises Refused for a size too large."""
+        """Whether a task's update must have tensors, None if it is optional; raises Refused for a payload too large."""
         template = self.template(state, task)
         if payload is not None:
             check_offer(payload, template, max_bytes=max_bytes)
@@ -116,7 +116,7 @@ class TaskBuilder:
         return template is None or not template.is_empty
 
     def update_context(self, state: JobState, tasks: Sequence[TaskState]) -> UpdateContext:
-        """What the updates of tasks are differences to, and how those come to the newest version that are late."""
+        """Bases of updates that are differences, and corrections of updates that are late."""
         origins: dict[str, compressed_file.DeltaBase] = {}
         if state.spec.transport.uploads.delta:
             known: dict[str, compressed_file.DeltaBase] = {}
@@ -129,7 +129,7 @@ class TaskBuilder:
         return UpdateContext(self._corrections(state, tasks), origins)
 
     def _corrections(self, state: JobState, tasks: Sequence[TaskState]) -> dict[str, StalenessCorrection]:
-        """How updates from older versions, or of unlike shares of work, come to the newest version, by task."""
+        """Corrections by task, for updates from older versions or with different shares of work."""
         examples = [0 if task.offered is None else task.offered.metrics.num_examples for task in tasks]
         scales = partial_work.factors(state.spec, examples, [task.share for task in tasks])
         corrections: dict[str, StalenessCorrection] = {}
@@ -161,7 +161,7 @@ class TaskBuilder:
     def _encoded_downloads(
         self, state: JobState, task: TaskState, payloads: Mapping[str, PayloadRef]
     ) -> dict[str, EncodedDownload]:
-        """The shorter way to a task's adapter, in the coding that the job asks for."""
+        """The compressed download of a task's adapter, by the sha256 of the adapter."""
         whole = payloads.get(ADAPTER)
         if state.spec.transport.downloads.is_plain or whole is None:
             return {}

@@ -25,7 +25,7 @@ from lorabbit_server.job.outbox import Entry, OutboxPublisher
 from lorabbit_server.transfer.traffic_meter import TrafficMeter
 
 DELETE_DELAY_SECONDS = 2.0
-"""How long confirmed outbox entries may wait for a commit that takes them along."""
+"""How long confirmed outbox entries wait for another commit that deletes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class UnitOfWork:
         meter: TrafficMeter,
         on_failed: Callable[[str, Exception], None],
     ) -> None:
-        """Continue from what the store holds; `on_failed` hears of messages that the broker will never take."""
+        """Continue from what the store holds; `on_failed` is called for a message that the broker refuses for good."""
         self.on_events: Callable[[list[AnyEvent]], None] = lambda _: None
         self._store, self._broker, self._loop, self._epoch = context.store, context.broker, context.loop, context.epoch
         self._version = record.version
@@ -79,11 +79,11 @@ class UnitOfWork:
 
     @property
     def state(self) -> JobState:
-        """The state as decided, which may be a step ahead of the store."""
+        """The state after the last decision; it may not be committed yet."""
         return self._pending.state
 
     def add(self, step: Step) -> None:
-        """Add a decision to the pending step; it is committed soon, with those that arrive meanwhile."""
+        """Add a decision to the pending step, which the next turn of the loop commits."""
         pending = self._pending
         pending.state = step.state
         pending.deliveries += step.deliveries
@@ -102,7 +102,7 @@ class UnitOfWork:
 
     # ---- commit ----
     def commit(self) -> None:
-        """Make the step; raises Fenced, Conflict or StoreUnavailable, and then nothing was acknowledged."""
+        """Commit the pending step; raises Fenced, Conflict or StoreUnavailable, and then nothing is acknowledged."""
         self._scheduled = False
         step, self._pending = self._pending, Step(self.state)
         relayed, self._confirmed_steps = self._confirmed_steps, []
@@ -130,7 +130,7 @@ class UnitOfWork:
             callback()
 
     def _change(self, step: Step, outbox: list[Entry], relayed: list[str]) -> StateChange | None:
-        """Describe what differs from the last commit; None when nothing does."""
+        """The difference to the last commit; None when there is none."""
         before, now = self._committed.tasks, step.state.tasks
         changed = {id_: task for id_, task in now.items() if before.get(id_) is not task}
         header = dump_header(step.state)
@@ -152,12 +152,12 @@ class UnitOfWork:
 
     # ---- outbox ----
     def resend_all(self) -> None:
-        """Send what an earlier server left in the outbox."""
+        """Send the messages that an earlier server left in the outbox."""
         for step, text in self._store.outbox(self.state.job):
             self._outbox_publisher.publish(step, json.loads(text))
 
     def _on_confirmed(self, step: str) -> None:
-        """Forget a step's messages, soon, because the broker has the last of them."""
+        """Schedule the deletion of a step's messages, which the broker has confirmed."""
         if not self._confirmed_steps:
             self._loop.after(DELETE_DELAY_SECONDS, self._delete_confirmed)
         self._confirmed_steps.append(step)
@@ -169,7 +169,7 @@ class UnitOfWork:
             self.commit()
 
     def when_delivered(self, callback: Callable[[], None]) -> None:
-        """Call once the broker has every message, and none is left in the outbox."""
+        """Call back when the broker has confirmed every message and the outbox is empty."""
         self._on_delivered = callback
         if self._outbox_publisher.is_idle:
             self._loop.post(self._finish)
@@ -182,7 +182,7 @@ class UnitOfWork:
             callback()
 
     def close(self) -> None:
-        """Take no further step."""
+        """Stop committing and sending."""
         self._closed = True
         self._outbox_publisher.close()
 

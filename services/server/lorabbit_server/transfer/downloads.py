@@ -1,4 +1,4 @@
-"""Downloads: payloads in streams for the cohort, and files for as long as something needs them."""
+"""Downloads: publishes payloads to streams, and deletes streams and files that are no longer needed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Downloads:
     def __init__(
         self, context: ServerContext, is_needed: Callable[[str], bool], on_failed: Callable[[str, Exception], None]
     ) -> None:
-        """Ask `needs`, from any thread, whether the job as it stands may still read a payload.
+        """Call `is_needed`, from any thread, to learn whether the job may still read a payload.
 
-        `on_failed` hears what could not be published, ever, and why.
+        `on_failed` is called for a payload that cannot be published.
         """
         self._context, self._is_needed, self._on_failed = context, is_needed, on_failed
         self._announced: set[str] = set()
@@ -28,13 +28,13 @@ class Downloads:
         """Streams that an earlier server may have made."""
 
     def inherit(self, hashes: Iterable[str]) -> None:
-        """Take over what a stopped server may have published and not withdrawn, needed or not."""
+        """Take over the streams that a stopped server may have published."""
         self._inherited |= set(hashes)
         self._announced |= self._inherited
         self.delete_unneeded(frozenset())
 
     def announce(self, refs: Iterable[tuple[str, PayloadRef]]) -> list[tuple[str, PayloadRef]]:
-        """Return those, with their roles, that were not announced before: what gets a stream is in the log first."""
+        """Return the payloads that were not announced before; they are logged before their streams exist."""
         new = [(role, ref) for role, ref in refs if ref.sha256 not in self._announced]
         self._announced |= {ref.sha256 for _, ref in new}
         return new
@@ -48,12 +48,12 @@ class Downloads:
                 self._context.publisher.publish(ref, partial(self._on_published, ref.sha256))
 
     def _on_published(self, sha256: str, error: LoRAbbitError | None) -> None:
-        """Tell that nobody will ever read a payload, as long as somebody waits for it."""
+        """Report a payload that could not be published, if it is still needed."""
         if error is not None and sha256 in self._published:
             self._on_failed(f"publishing payload {sha256[:12]}", error)
 
     def delete_unneeded(self, hashes: frozenset[str]) -> None:
-        """Withdraw and delete payloads that nothing needs any more, behind the work that may still read them."""
+        """Delete streams and files that are no longer needed, after queued work that may still read them."""
         stale = frozenset(sha256 for sha256 in self._published | self._inherited if not self._is_needed(sha256))
         self._published -= stale
         self._announced -= stale
@@ -70,7 +70,7 @@ class Downloads:
         self._context.loop.work(delete, _done, _done)
 
     def delete_leftovers(self) -> None:
-        """Delete every file that nothing needs: what a killed server left, uploads that broke off among it."""
+        """Delete all files that are not needed, such as incomplete uploads of a killed server."""
 
         def delete() -> None:
             for path in self._context.payloads.folder.iterdir():
@@ -84,4 +84,4 @@ class Downloads:
 
 
 def _done(_: object) -> None:
-    """Nothing depends on a file being gone."""
+    """Deletion failures are ignored."""

@@ -1,13 +1,11 @@
 """The traffic meter: bytes on the wire per task, payload and overhead separately.
 
-Payload is the bytes of tensors in chunks. Overhead is everything else that our messages hold:
-bodies of control messages, and the routing keys, types and headers of all of them. What AMQP and
-TCP add below is not counted.
+Payload is the bytes of tensors in chunks. Overhead is everything else in our messages: bodies of control messages,
+and routing keys, types and headers of all messages. The overhead of AMQP and TCP is not counted.
 
-Counts are kept in a file, written before a delivery is acknowledged, so the next server goes on
-with them. A message is known by its id, which is another one each time it is sent: what the broker
-delivers twice counts once, what a client sends twice counts twice. Only what was not acknowledged is
-delivered twice, so the ids of the newest messages are enough.
+Counts are appended to a file before a delivery is acknowledged, so the next server continues them. Messages are
+identified by their message id, which is new for each publication: a redelivery is counted once, a message sent twice
+is counted twice. Only unacknowledged messages are redelivered, so the ids of the most recent messages are sufficient.
 """
 
 from __future__ import annotations
@@ -26,12 +24,12 @@ from lorabbit_server.engine.transitions import PayloadTraffic
 
 log = structlog.get_logger()
 MAX_TASKS = 65_536
-"""Tasks that are counted at once; names that clients make up must not fill the memory."""
+"""Limit of counted tasks, so that invented task names cannot fill the memory."""
 MAX_NAME = 128
 MAX_IDS = 16_384
-"""Messages that are known by their id; far more than servers have in their hands, unacknowledged."""
+"""Limit of remembered message ids; far more than there are unacknowledged deliveries."""
 COMPACT_LINES = 10_000
-"""The file is written anew when it has so many more lines than the last time."""
+"""The file is compacted after this many new lines."""
 
 
 @dataclass(slots=True)
@@ -42,14 +40,14 @@ class _Counts:
 
 
 class TrafficMeter:
-    """Counts until a task's result is accepted; for the loop thread."""
+    """Counts the bytes of each task until its update is accepted; for the loop thread."""
 
     def __init__(self, path: Path | None = None, files: FencedFileWriter | None = None) -> None:
-        """Go on with what a file holds, and keep it there, written by `files`; in memory alone without a path."""
+        """Continue the counts in a file, which `files` writes; without a path they are kept in memory."""
         self._path, self._files = path, files or FencedFileWriter(durable=False)
         self._tasks: dict[str, _Counts] = {}
         self._seen: dict[tuple[str, str], None] = {}
-        """Tasks and ids of the newest messages that are counted, oldest first."""
+        """Tasks and ids of the most recent messages, oldest first."""
         self._lines = 0
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +61,7 @@ class TrafficMeter:
         self.up(task, payload=body if is_chunk else 0, overhead=overhead, message=delivery.message_id)
 
     def up(self, task: str, *, payload: int = 0, overhead: int = 0, message: str = "") -> None:
-        """Count bytes from a client; `message` is the id under which they were sent, empty for none."""
+        """Count bytes from a client; `message` is the message id, or empty."""
         is_known = task in self._tasks or (len(self._tasks) < MAX_TASKS and len(task) <= MAX_NAME)
         if is_known and (task, message) not in self._seen:
             self._count(task, payload, overhead, 0, message)
@@ -78,14 +76,14 @@ class TrafficMeter:
         return PayloadTraffic(counts.bytes_up, counts.overhead_up, counts.overhead_down)
 
     def retain(self, tasks: Collection[str]) -> None:
-        """Forget every task but these; raises Fenced where another server keeps the file."""
+        """Delete the counts of all other tasks; raises Fenced when another server leads."""
         self._tasks = {task: counts for task, counts in self._tasks.items() if task in tasks}
         self._seen = {seen: None for seen in self._seen if seen[0] in self._tasks}
         if not self._tasks:
             self._compact()
 
     def _count(self, task: str, up: int, overhead_up: int, overhead_down: int, *seen: str) -> None:
-        """Write a line, then add it; raises Fenced where another server keeps the file."""
+        """Append a line to the file, then add it to the counts."""
         ids = tuple(filter(None, seen))
         if self._path is not None:
             with self._path.open("ab", buffering=0) as file:
@@ -97,7 +95,7 @@ class TrafficMeter:
             self._compact()
 
     def _add(self, task: str, up: int, overhead_up: int, overhead_down: int, *ids: str) -> None:
-        """Add a line, unless it is of a message that counts already, as one may that two servers had in their hands."""
+        """Add a line to the counts, unless its message was counted before, perhaps by another server."""
         new = [(task, id_) for id_ in ids if (task, id_) not in self._seen]
         if ids and not new:
             return
@@ -120,7 +118,7 @@ class TrafficMeter:
                 log.warning("traffic-record-damaged", path=str(path))
 
     def _compact(self) -> None:
-        """One line per task; no file without any."""
+        """Rewrite the file with one line per task; delete it when there are no tasks."""
         self._lines = 0
         if self._path is None:
             return
@@ -136,6 +134,6 @@ class TrafficMeter:
 
 
 def header_bytes(delivery: Delivery) -> int:
-    """Bytes of a message beside its body."""
+    """Bytes of a message without its body."""
     headers = sum(len(name) + len(str(value)) for name, value in delivery.headers.items())
     return len(delivery.routing_key) + len(delivery.type) + headers

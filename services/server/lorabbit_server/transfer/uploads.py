@@ -1,28 +1,21 @@
 """Uploads: from an accepted offer to a validated payload.
 
-A payload is known by its content, so two tasks that bring the same bytes share one upload, and
-bytes that are here already move no second time. Chunks are acknowledged once written; one that is
-damaged is dropped, and asked for again as soon as its client has sent the others. The whole is checked
-beside the loop before anybody believes it; one that has another hash than was announced is asked for
-once more. An upload on which nothing arrives for a while is granted again: the broker, or an earlier
-disk of this server, may have lost a chunk, and a grant itself needs no outbox for the same reason.
-Nothing can arrive while the broker is away; a second grant that it did not get by then is out of date.
-While other chunks arrive its own may be behind them in the queue, so it is given longer. A server that
-takes over first takes what the broker holds for its predecessor, and then asks for the rest. Of many
-uploads a window of them is granted at a time. A task has one: what it offered before, or was too late with, is awaited
-no longer.
+Payloads are identified by their sha256. Two tasks with the same bytes share one upload, and bytes that are already on
+the disk are not sent again. Chunks are acknowledged after they are written. A complete payload is validated on the
+worker thread; one with another hash than announced is requested once more.
 
-`ChunkRetransmits`: chunks of an upload that were refused, asked for again as soon as their client has sent the others.
+An upload without progress is granted again, because the broker or the disk of an earlier server may have lost a
+chunk. Grants need no outbox for the same reason. Stall timers are reset while the broker is unavailable, and are
+longer while chunks of other uploads arrive, since those may be ahead in the queue. A new leader first waits for the
+chunks that its predecessor requested. A task has one upload: a new offer replaces the previous one.
 
-A client at work takes no second grant, so the asking waits for its commit; chunks and commits come through
-two queues, either first. A commit is answered once, and one chunk is asked for a few times this way: whoever
-sends damaged chunks for ever gets no more answers than that, and is asked again when the upload has stalled.
+`ChunkRetransmits`: a damaged chunk is requested again when its client has sent all others, since a client ignores a
+grant while it sends. Chunks and commits arrive through two queues in any order. Each chunk is requested at most
+`MAX_RETRANSMITS` times this way; after that only when the upload has stalled.
 
-`UploadWindow`: how many payloads may be uploaded at one time.
-
-Without it a thousand clients would send at once, and what the server has not read yet would fill the
-broker's memory until it blocks everybody. Payloads enter in the order of their offers. One that is
-slow no longer counts after a while, so that clients behind thin lines do not wait for each other.
+`UploadWindow`: limits concurrent uploads. Otherwise a thousand clients would send at once and fill the broker's
+memory until it blocks all publishers. Payloads are admitted in the order of their offers. A slow one stops counting
+after `SLOW_MS`, so that clients with slow connections do not block others.
 """
 
 from __future__ import annotations
@@ -50,35 +43,35 @@ from lorabbit_server.engine.state import TaskState
 from lorabbit_server.transfer.traffic_meter import TrafficMeter
 
 MAX_RETRANSMITS = 3
-"""So often is one chunk asked for at once."""
+"""How often one chunk is requested again without waiting for a stall."""
 
 
 class ChunkRetransmits:
-    """See the module's docstring; of one upload, by the tasks that bring it."""
+    """Rejected chunks of one upload, by task; see the module's docstring."""
 
     def __init__(self) -> None:
-        """Know of no refusal."""
+        """Start empty."""
         self._refused: dict[str, set[int]] = {}
         self._sent: set[str] = set()
-        """Tasks whose clients have sent everything that they were asked for."""
+        """Tasks whose clients have sent all requested chunks."""
         self._attempts: Counter[int] = Counter()
 
     def refused(self, task: str, index: int) -> None:
-        """Note a chunk that arrived for a task and was none."""
+        """Record a rejected chunk of a task."""
         self._refused.setdefault(task, set()).add(index)
 
     def sent(self, task: str) -> None:
-        """Note that a task's client has sent everything that it was asked for."""
+        """Record that a task's client has sent all requested chunks."""
         self._sent.add(task)
 
     def granted(self, task: str) -> None:
-        """Note that a client was asked for everything that is missing; one that was still sending does not hear it."""
+        """Record a grant of all missing chunks; a client that is still sending ignores it."""
         if task in self._sent:
             self._sent.discard(task)
             self._refused.pop(task, None)
 
     def take(self, task: str, missing: Collection[int]) -> list[int]:
-        """Return which refused chunks to ask a task's client for now, in order; none while it may still be sending."""
+        """Return the rejected chunks to request now, in order; none while the client may still be sending."""
         if task not in self._sent:
             return []
         refused = self._refused.pop(task, set())
@@ -91,22 +84,22 @@ class ChunkRetransmits:
 
 WINDOW_BYTES = 64 * 2**20
 MIN_UPLOADS = 8
-"""So many payloads are let in, however large."""
+"""This many payloads are admitted, whatever their size."""
 SLOW_MS = 5_000
 
 
 class UploadWindow:
-    """See the module's docstring; payloads by name, sizes in bytes."""
+    """Limits concurrent uploads; payloads by name, sizes in bytes. See the module's docstring."""
 
     def __init__(self) -> None:
         """Start empty."""
         self._active: dict[str, tuple[int, int]] = {}
-        """Size, and when it came in."""
+        """Size, and time of admission."""
         self._bytes = 0
         self._queued: dict[str, int] = {}
 
     def enter(self, name: str, size: int, now_ms: int) -> bool:
-        """Let a payload in, or have it wait behind those that wait; one that is inside stays there."""
+        """Admit a payload or queue it; an active one stays active."""
         if name in self._active:
             return True
         if self._queued or not self._has_room(size):
@@ -116,14 +109,14 @@ class UploadWindow:
         return True
 
     def leave(self, name: str) -> None:
-        """Forget a payload that is here, or that nobody wants any more."""
+        """Remove a payload that is complete or no longer wanted."""
         self._queued.pop(name, None)
         active = self._active.pop(name, None)
         if active is not None:
             self._bytes -= active[0]
 
     def advance(self, now_ms: int) -> list[str]:
-        """Take out what is slow, and let in what there is room for then; returns the names of the latter."""
+        """Remove slow payloads and admit queued ones; returns the names of the admitted."""
         for name, (_, since_ms) in list(self._active.items()):
             if now_ms - since_ms < SLOW_MS:
                 break
@@ -147,11 +140,11 @@ class UploadWindow:
 
 log = structlog.get_logger()
 STALLED_MS = 5_000
-"""An upload on which nothing moved for so long is granted again."""
+"""An upload without progress for this long is granted again."""
 STALLED_BEHIND_OTHERS_MS = 30_000
-"""So long where chunks of other uploads arrived meanwhile."""
+"""The same while chunks of other uploads arrive."""
 INHERITED_MS = 1_000
-"""So long must nothing have moved on an upload that an earlier server granted."""
+"""The same for an upload that an earlier server granted."""
 OnChecked = Callable[[TaskState, CompressionSpec | Exception], None]
 
 
@@ -164,18 +157,18 @@ class Upload:
     progress_ms: int
     granted: bool = False
     is_in_flight: bool = False
-    """Whether chunks may come that were asked for some time ago."""
+    """Whether chunks of an earlier grant may still arrive."""
     waiting: dict[str, tuple[TaskState, ExpectedUpdate]] = field(default_factory=dict)
     retransmits: ChunkRetransmits = field(default_factory=ChunkRetransmits)
 
     def is_offered_by(self, task: TaskState | None) -> bool:
-        """Tell whether a task still offers it, or was sent again and may do so once more."""
+        """Whether a task offers it, or was sent again and may offer it."""
         if task is None or task.offered is None:
             return task is not None
         return task.offered.payload is not None and task.offered.payload.sha256 == self.ref.sha256
 
     def is_awaited_from(self, client: ClientId | None, task: str) -> bool:
-        """Tell whether a client is to bring it for a task."""
+        """Whether it is expected from a client for a task."""
         return task in self.waiting and self.waiting[task][0].client == client
 
 
@@ -183,22 +176,22 @@ class Uploads:
     """See the module's docstring; for the loop thread."""
 
     def __init__(self, context: ServerContext, job: str, meter: TrafficMeter, on_checked: OnChecked) -> None:
-        """Report how each task's payload is coded, or why it is refused, to `on_checked`."""
+        """Report the compression of each valid payload, or the error, to `on_checked`."""
         self._context, self._job, self._meter, self._on_checked = context, job, meter, on_checked
         self._open: dict[str, Upload] = {}
         self._window = UploadWindow()
         self._inherited_until_ms = 0
         self._last_chunk_ms = 0
-        """When the last chunk came, of whatever upload."""
+        """When the last chunk of any upload arrived."""
         self._repeated: set[str] = set()
-        """Tasks whose payload was asked for a second time."""
+        """Tasks whose payload was requested a second time."""
 
     def inherit(self) -> None:
-        """Expect that chunks are on their way which an earlier server asked for."""
+        """Wait for chunks that an earlier server requested before requesting them again."""
         self._inherited_until_ms = self._context.now_ms() + INHERITED_MS
 
     def expect(self, task: TaskState, expected: ExpectedUpdate) -> None:
-        """Await the payload that a task's client offered, and grant what is missing of it, now or in its turn."""
+        """Open the upload of an offered payload; grant the missing chunks when the window admits it."""
         if task.offered is None or task.offered.payload is None:
             return
         ref = task.offered.payload
@@ -216,7 +209,7 @@ class Uploads:
             self._grant(task, upload)
 
     def allows_repeat(self, task: TaskState, error: Exception) -> bool:
-        """Tell whether a payload that has another hash than was announced may come once more, and count it."""
+        """Whether a payload with a wrong hash may be uploaded once more; counts the rejection."""
         if not isinstance(error, CorruptPayload) or task.id in self._repeated:
             return False
         log.warning("payload-rejected", task=task.id, why=str(error))
@@ -225,7 +218,7 @@ class Uploads:
         return True
 
     def retain(self, tasks: Mapping[str, TaskState]) -> frozenset[str]:
-        """Await nothing any more that no task offers as it stands; returns the hashes that nobody is to bring now."""
+        """Close the uploads that no task offers any more; returns their hashes."""
         dropped = []
         for sha256, upload in list(self._open.items()):
             upload.waiting = {id_: who for id_, who in upload.waiting.items() if upload.is_offered_by(tasks.get(id_))}
@@ -235,12 +228,12 @@ class Uploads:
         return frozenset(dropped)
 
     def _close(self, upload: Upload) -> None:
-        """Forget an upload that is complete, or that nobody is to bring."""
+        """Remove an upload that is complete or no longer expected."""
         del self._open[upload.ref.sha256]
         self._window.leave(upload.ref.sha256)
 
     def regrant_stalled(self, absent: frozenset[str]) -> None:
-        """Grant what has its turn, and again what has stalled, to the clients that are not absent."""
+        """Grant queued uploads that the window admits, and stalled ones again, except to absent clients."""
         if self._context.broker.health() is not None:
             self._reset_timers()
             return
@@ -254,16 +247,16 @@ class Uploads:
                 self._grant_to_all(upload, absent)
 
     def _reset_timers(self) -> None:
-        """Take no upload for stalled for a while."""
+        """Restart the stall timers of all uploads."""
         for upload in self._open.values():
             upload.progress_ms = self._context.now_ms()
 
     def _received_within(self, within_ms: int) -> bool:
-        """Tell whether a chunk arrived a moment ago."""
+        """Whether any chunk arrived within this time."""
         return self._context.now_ms() - self._last_chunk_ms < within_ms
 
     def _advance(self) -> None:
-        """Grant the uploads that the window has room for by now."""
+        """Grant queued uploads that the window admits."""
         for sha256 in self._window.advance(self._context.now_ms()):
             self._grant_to_all(self._open[sha256], frozenset())
 
@@ -274,7 +267,7 @@ class Uploads:
                 self._grant(task, upload)
 
     def on_chunk(self, delivery: Delivery) -> None:
-        """Write a chunk; one that is here already, or that nobody asked for, is dropped."""
+        """Write a chunk; duplicates and chunks that were not requested are dropped."""
         headers = delivery.headers
         self._last_chunk_ms = self._context.now_ms()
         task = str(headers.get("task", ""))
@@ -299,14 +292,14 @@ class Uploads:
         self._context.broker.ack(delivery)
 
     def on_commit(self, task: str, client: ClientId, sha256: str) -> None:
-        """Hear that a client has sent every chunk that it was asked for."""
+        """Request rejected chunks again, now that the client has sent all others."""
         upload = self._open.get(sha256)
         if upload is not None and upload.is_awaited_from(client, task):
             upload.retransmits.sent(task)
             self._request_retransmits(upload, task)
 
     def _refuse(self, upload: Upload, sender: ClientId | None, delivery: Delivery, why: CorruptPayload) -> None:
-        """Drop a chunk that is none, and ask its client for it again."""
+        """Reject a damaged chunk and request it again."""
         task = str(delivery.headers.get("task", ""))
         log.warning("chunk-rejected", task=task, why=str(why))
         self._context.refused["chunk"] += 1
@@ -320,14 +313,14 @@ class Uploads:
                 self._request_retransmits(upload, task)
 
     def _request_retransmits(self, upload: Upload, task: str) -> None:
-        """Ask for the chunks of a task that were refused, once its client has sent everything else."""
+        """Request the rejected chunks of a task, once its client has sent all others."""
         wanted = upload.retransmits.take(task, upload.missing)
         if wanted:
             upload.progress_ms = self._context.now_ms()
             self._send_grant(upload.waiting[task][0], upload, wanted)
 
     def _write(self, upload: Upload, delivery: Delivery) -> int:
-        """Write a chunk if it is missing; returns its index. Raises CorruptPayload for one that is none."""
+        """Write a chunk if it is missing; returns its index. Raises CorruptPayload for a damaged one."""
         index = index_of(delivery)
         if is_damaged(delivery):
             raise CorruptPayload(f"chunk {index} of payload {upload.ref.sha256[:12]} arrived damaged")
@@ -336,7 +329,7 @@ class Uploads:
         return index
 
     def _grant(self, task: TaskState, upload: Upload) -> None:
-        """Ask a client for all chunks that are missing; some may be on their way where it was asked before."""
+        """Grant all missing chunks; after an earlier grant some of them may be in flight."""
         again, upload.granted = upload.granted, True
         upload.retransmits.granted(task.id)
         self._send_grant(task, upload, sorted(upload.missing), drop_on_reconnect=again)
@@ -363,7 +356,7 @@ class Uploads:
         self._context.broker.send_with_retry(message, self._on_grant_sent)
 
     def _on_grant_sent(self, error: LoRAbbitError | None) -> None:
-        """Hear whether the broker took a grant."""
+        """Handle the broker's confirmation of a grant."""
         if isinstance(error, BrokerUnavailable):
             self._reset_timers()
         elif error is not None:
@@ -374,7 +367,7 @@ class Uploads:
 
         def done(found: CompressionSpec | Exception) -> None:
             if self._open.get(upload.ref.sha256) is upload:
-                self._close(upload)  # who offers it now finds it on the disk, or brings it once more
+                self._close(upload)  # a later offer finds the file on the disk, or uploads it again
             failpoints.hit(failpoints.Failpoint.UPLOAD_CHECKED)
             self._on_checked(task, found)
 
@@ -383,7 +376,7 @@ class Uploads:
 
 
 def refusal(error: Exception) -> Refused | None:
-    """The refusal that a failed check means; None when it was this server's own failure."""
+    """The reason to refuse a payload after a failed validation; None for an error of this server."""
     if isinstance(error, Refused):
         return error
     return Refused("corrupt", str(error)) if isinstance(error, LoRAbbitError) else None
