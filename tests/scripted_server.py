@@ -46,13 +46,21 @@ class ScriptedRunner:
         """Nothing to give back."""
 
     def finish(
-        self, task: str, tensors: Tensors | None = None, *, error: str | None = None, rest_seconds: float = 0.0
+        self, task: str, tensors: Tensors | None = None, *, error: str | None = None, retry_delay_seconds: float = 0.0
     ) -> None:
         """Let a task end, with tensors, with metrics alone, or with an error."""
         work, _, on_done = self.work.pop(task)
         sha256 = None if tensors is None else serialization.write_tensors(work.output, tensors)
         has_tensors = tensors is not None
-        on_done(TaskResult(Metrics(num_examples=3), has_tensors, error=error, rest_seconds=rest_seconds, sha256=sha256))
+        on_done(
+            TaskResult(
+                Metrics(num_examples=3),
+                has_tensors,
+                error=error,
+                retry_delay_seconds=retry_delay_seconds,
+                sha256=sha256,
+            )
+        )
 
 
 class Rig:

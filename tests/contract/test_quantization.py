@@ -186,7 +186,7 @@ def test_operations_count_as_without_quantisation(codec: str, tmp_path: Path):
     for each in ("none", codec):
         space = workspace(spec, tmp_path, each)
         session = session_of(space, spec)
-        with space.counting() as counted:
+        with space.count_flops() as counted:
             session.train()
         flops.append(counted.flops)
 

@@ -151,7 +151,7 @@ def test_a_bit_that_flips_on_the_way_up_costs_its_chunk_and_no_waiting(empty_rab
     """Whatever else asks again does so after ten minutes: the watchdog of a minute has ended the test by then."""
     monkeypatch.setattr(uploads, "STALLED_MS", round(TEN_MINUTES * 1000))
     monkeypatch.setattr(uploads, "STALLED_BEHIND_OTHERS_MS", round(TEN_MINUTES * 1000))
-    monkeypatch.setattr(task_run, "ASK_AGAIN_SECONDS", TEN_MINUTES)
+    monkeypatch.setattr(task_run, "RETRY_SECONDS", TEN_MINUTES)
     link = Proxy(empty_rabbitmq_url)
     near, far = RabbitBroker(empty_rabbitmq_url, name="server"), RabbitBroker(link.url, name="client")
     settings = ServerSettings(folder=tmp_path / "server", durable=False, chunk_bytes=MIB // 4)

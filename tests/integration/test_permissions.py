@@ -26,7 +26,7 @@ from lorabbit.config.settings import ClientSettings
 from lorabbit.job.spec import JobSpec
 from lorabbit.protocol import codec
 from lorabbit.protocol.messages import Alive, Hello, Metrics, Offer
-from lorabbit_client.agent.credentials import settled
+from lorabbit_client.agent.credentials import with_credentials
 
 pytestmark = pytest.mark.services
 NOT_ALLOWED = 403
@@ -215,7 +215,7 @@ def test_the_server_refuses_a_user_that_an_operator_lets_publish_as_anybody(depl
 def test_a_token_for_newcomers_in_the_place_of_its_own_takes_nothing_from_a_client(deployment, tmp_path):
     def start(token):
         settings = {"folder": tmp_path, "client": "site-d", "server_url": deployment.http.url}
-        return settled(ClientSettings(**settings, broker_url="amqp://broker/", join_token=token)).broker_url
+        return with_credentials(ClientSettings(**settings, broker_url="amqp://broker/", join_token=token)).broker_url
 
     first = start(deployment.token(uses=1))
     newcomers = deployment.token(uses=1)

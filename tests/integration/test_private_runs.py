@@ -34,7 +34,7 @@ def played(folder: Path, spec: JobSpec, *, fate: Fate | None = None, limits=UNLI
 def counted(rig: MortalRig) -> list[int]:
     """Steps in the ledger of each client."""
     return [
-        sum(kind.steps for kind in PrivacyLedger.read(rig.folder / "clients" / address / "privacy.json").of_all)
+        sum(kind.steps for kind in PrivacyLedger.read(rig.folder / "clients" / address / "privacy.json").all_releases)
         for address in sorted(rig.agents)
     ]
 

@@ -83,7 +83,7 @@ def test_a_welcomed_client_renews_its_lease(rig: Rig) -> None:
 
 def test_a_client_whose_address_was_taken_before_is_told_and_leaves(rig: Rig) -> None:
     left = list[str]()
-    rig.agent(ScriptedRunner()).when_taken(left.append)
+    rig.agent(ScriptedRunner()).on_conflict(left.append)
     rig.run()
 
     rig.tell(AddressTaken(process=rig.heard(Hello)[0].process))
@@ -95,7 +95,7 @@ def test_a_client_whose_address_was_taken_before_is_told_and_leaves(rig: Rig) ->
 def test_a_client_whose_set_name_another_one_took_leaves(rig: Rig) -> None:
     left = list[str]()
     agent = rig.agent(ScriptedRunner(), client="client-7")
-    agent.when_taken(left.append)
+    agent.on_conflict(left.append)
     rig.run()
     before = list(left)
 
@@ -109,7 +109,7 @@ def test_a_client_whose_set_name_another_one_took_leaves(rig: Rig) -> None:
 
 def test_a_client_whose_address_another_one_took_says_what_it_has_done(rig: Rig) -> None:
     left, runner = list[str](), ScriptedRunner()
-    rig.agent(runner).when_taken(left.append)
+    rig.agent(runner).on_conflict(left.append)
     rig.tell(rig.task("t-1", rig.publish(1.0)))
     rig.run()
     runner.finish("t-1", RESULT)
@@ -125,7 +125,7 @@ def test_a_client_whose_address_another_one_took_says_what_it_has_done(rig: Rig)
 def test_a_client_of_a_finite_run_leaves_some_time_after_its_last_task(rig: Rig) -> None:
     runner, left = ScriptedRunner(), list[str]()
     agent = rig.agent(runner, idle_seconds=60)
-    agent.when_idle(lambda: left.append("left"))
+    agent.on_idle(lambda: left.append("left"))
     rig.run(seconds=200)
     early = list(left)
     rig.tell(rig.task("t-1", rig.publish(1.0)))
@@ -537,7 +537,7 @@ def test_a_task_without_memory_is_handed_back_after_a_rest(rig: Rig) -> None:
     rig.tell(rig.task("t-1", rig.publish(1.0)))
     rig.run()
 
-    runner.finish("t-1", error="no memory", rest_seconds=5.0)
+    runner.finish("t-1", error="no memory", retry_delay_seconds=5.0)
     rig.run(seconds=4.9)
     assert rig.heard(TaskFailed) == []
     rig.run(seconds=0.1)

@@ -10,7 +10,7 @@ import pytest
 from lorabbit.config.enrollment import JoinRequest, password_hash
 from lorabbit.config.settings import ClientSettings
 from lorabbit.errors import BadInput
-from lorabbit_client.agent.credentials import BEGUN, FILE, Credentials, read, settled, url_of, write
+from lorabbit_client.agent.credentials import FILE, PENDING_FILE, Credentials, read, url_of, with_credentials, write
 
 PASSWORD = "p@ss/word?#"
 KNOWN = Credentials("site-a", PASSWORD, "0" * 64, "hash")
@@ -36,7 +36,7 @@ def test_a_client_that_has_joined_reaches_every_host_of_a_cluster_as_itself(tmp_
     write(tmp_path / FILE, KNOWN)
     settings = ClientSettings(folder=tmp_path, broker_url="amqps://a:5671,b:5671/vhost", address="host")
 
-    assert settled(settings).broker_url == "amqps://site-a:p%40ss%2Fword%3F%23@a:5671,b:5671/vhost"
+    assert with_credentials(settings).broker_url == "amqps://site-a:p%40ss%2Fword%3F%23@a:5671,b:5671/vhost"
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"user": "a"}', b"\xff"])
@@ -51,7 +51,7 @@ def test_a_client_that_has_joined_is_its_user_in_every_respect(tmp_path):
     write(tmp_path / FILE, KNOWN)
     settings = ClientSettings(folder=tmp_path, broker_url="amqps://shared:secret@broker:5671/vhost", address="host")
 
-    mine = settled(settings)
+    mine = with_credentials(settings)
 
     assert (mine.address, mine.client) == ("site-a", "site-a")
     assert mine.broker_url == "amqps://site-a:p%40ss%2Fword%3F%23@broker:5671/vhost"
@@ -60,14 +60,14 @@ def test_a_client_that_has_joined_is_its_user_in_every_respect(tmp_path):
 def test_a_client_without_a_token_keeps_the_shared_user(tmp_path):
     settings = ClientSettings(folder=tmp_path)
 
-    assert settled(settings) is settings
+    assert with_credentials(settings) is settings
 
 
 def test_a_client_that_had_begun_to_join_says_what_it_lacks(tmp_path):
-    write(tmp_path / BEGUN, KNOWN)
+    write(tmp_path / PENDING_FILE, KNOWN)
 
     with pytest.raises(BadInput, match="LORABBIT_JOIN_TOKEN"):
-        settled(ClientSettings(folder=tmp_path))
+        with_credentials(ClientSettings(folder=tmp_path))
 
 
 def test_a_password_is_hashed_as_rabbitmq_keeps_it():

@@ -14,12 +14,12 @@ PATIENCE = 60.0
 GOES_ON = "it goes on"
 WATCHED = f"""
 import _thread, os, resource, threading
-from lorabbit_client.execution.failures import end_with_a_thread
+from lorabbit_client.execution.failures import exit_on_thread_memory_error
 
 def fail(error):
     raise error
 
-end_with_a_thread()
+exit_on_thread_memory_error()
 tasks = len(os.listdir("/proc/self/task"))
 before = threading.Thread(target=print)
 before.start()

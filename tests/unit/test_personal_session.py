@@ -284,7 +284,7 @@ def test_clients_of_one_architecture_begin_from_weights_of_their_own(tmp_path):
 def test_clients_of_one_architecture_are_warmed_together_since_few_encoded_copies_are_kept(tmp_path):
     _, space = workspace(tmp_path, model={"variants": ["cnn:5", "cnn:2", "tiny:vit"], "task": "image-classification"})
 
-    space.warm(6, range(6))
+    space.preload(6, range(6))
 
     assert list(space._data) == [(0, 6), (3, 6), (1, 6), (4, 6), (2, 6), (5, 6)]
 

@@ -26,13 +26,13 @@ def test_releases_are_counted_by_job_and_over_all_jobs_and_survive_the_process(t
 
     assert kept.of("a") == (FEW._replace(steps=20), MANY)
     assert kept.of("c") == ()
-    assert kept.of_all == (FEW._replace(steps=30), MANY)
+    assert kept.all_releases == (FEW._replace(steps=30), MANY)
 
 
 def test_a_training_that_ends_without_a_result_is_not_counted(tmp_path: Path):
     PrivacyLedger.read(tmp_path / "privacy.json").add("a", FEW)
 
-    assert PrivacyLedger.read(tmp_path / "privacy.json").of_all == ()
+    assert PrivacyLedger.read(tmp_path / "privacy.json").all_releases == ()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": [[1.0, 0.5]]}', '{"a": [["x", 1, 2]]}'])
@@ -51,12 +51,12 @@ def test_unlike_releases_compose_to_more_than_each_and_less_than_their_sum():
 
 
 def test_a_job_pays_for_its_own_releases_and_the_owner_for_those_of_all_jobs():
-    ledger = PrivacyLedger(spent={"other": [FEW]})
+    ledger = PrivacyLedger(releases={"other": [FEW]})
     one, two = epsilon_of((FEW,), 1e-5), epsilon_of((FEW, FEW), 1e-5)
 
     count(FEW, PrivacySpec(level="example", epsilon=(one + two) / 2), "job", ledger, UNLIMITED)
 
-    assert ledger.told == {"steps": 10, "rate": 0.01, "epsilon": pytest.approx(one, rel=1e-5), "spent": True}
+    assert ledger.summary == {"steps": 10, "rate": 0.01, "epsilon": pytest.approx(one, rel=1e-5), "spent": True}
     with pytest.raises(LoRAbbitError, match=r"^LORABBIT_PRIVACY_EPSILON: another round would cost"):
         count(FEW, PrivacySpec(level="example"), "third", ledger, TrainingLimits(epsilon=two))
     assert ledger.of("third") == ()

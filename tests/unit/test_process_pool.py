@@ -26,7 +26,7 @@ class Scripted:
     def __init__(self) -> None:
         self.loaded = ""
 
-    def warm(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
+    def preload(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
         if spec.name == "unknown-model":
             raise BadInput("model.name: there is no model 'x'")
         if spec.name == "defect":
@@ -84,7 +84,7 @@ def work_of(tmp_path: Path, *, task: str = "t-1", client: str = "client-1", phas
 @pytest.fixture
 def runner() -> Iterator[ForkRunner]:
     runner = ForkRunner(Scripted(), workers=2)
-    runner.warm(JobSpec(name="shared"), 4, range(4))
+    runner.preload(JobSpec(name="shared"), 4, range(4))
     yield runner
     runner.close()
 
@@ -185,7 +185,7 @@ def test_queued_work_can_be_cancelled(runner: ForkRunner, tmp_path: Path) -> Non
 
 def test_closing_in_the_middle_of_work_leaves_no_process_behind(tmp_path: Path, family: Family) -> None:
     runner = ForkRunner(Scripted(), workers=2)
-    runner.warm(JobSpec(), 4, range(4))
+    runner.preload(JobSpec(), 4, range(4))
     answers = Answers()
     answers.submit(runner, work_of(tmp_path, phase="forever"))
     answers.progress.get(timeout=PATIENCE)
@@ -218,7 +218,7 @@ def test_what_the_user_got_wrong_is_raised_as_bad_input(family: Family) -> None:
     runner = ForkRunner(Scripted(), workers=1)
 
     with pytest.raises(BadInput, match="there is no model 'x'"):
-        runner.warm(JobSpec(name="unknown-model"), 1, [0])
+        runner.preload(JobSpec(name="unknown-model"), 1, [0])
 
     assert family.members() == []
 
@@ -227,7 +227,7 @@ def test_a_defect_while_loading_is_a_failed_run() -> None:
     runner = ForkRunner(Scripted(), workers=1)
 
     with pytest.raises(RunFailed, match="ZeroDivisionError"):
-        runner.warm(JobSpec(name="defect"), 1, [0])
+        runner.preload(JobSpec(name="defect"), 1, [0])
 
 
 def test_workers_do_not_hear_ctrl_c(family: Family, runner: ForkRunner, tmp_path: Path) -> None:

@@ -27,11 +27,11 @@ from lorabbit.config.settings import ClientSettings, read_settings, unknown_vari
 from lorabbit.errors import BadInput, LoRAbbitError, NotAllowed
 from lorabbit.runtime import failpoints
 from lorabbit_client.agent.agent import Agent
-from lorabbit_client.agent.credentials import FILE, settled
+from lorabbit_client.agent.credentials import FILE, with_credentials
 from lorabbit_client.agent.registration import capabilities_of, device
 from lorabbit_client.capabilities import TrainingLimits
 from lorabbit_client.execution.data_sandbox import SandboxedExecutor
-from lorabbit_client.execution.failures import FAILED, OUT_OF_MEMORY, end_with_a_thread, is_memory
+from lorabbit_client.execution.failures import FAILED, OUT_OF_MEMORY, exit_on_thread_memory_error, is_out_of_memory
 from lorabbit_client.execution.runners import ThreadRunner
 from lorabbit_client.executor import Executor
 
@@ -40,7 +40,7 @@ INTERRUPTED = 130
 SIGNALLED = 128
 """Exit code of whatever a signal ends, less the signal's number."""
 REFUSED_SECONDS = 20.0
-"""How long a client with a user of its own bears that the broker does not know it, which a server that starts mends."""
+"""How long an enrolled client retries while the broker refuses its user; a server that starts restores the user."""
 REVOKED = "where the server's operator revoked it, it needs another join token in LORABBIT_JOIN_TOKEN"
 
 
@@ -55,9 +55,9 @@ def main(settings: ClientSettings | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     try:
-        end_with_a_thread()
+        exit_on_thread_memory_error()
         with _locked(settings.folder):
-            return _work(settled(settings))
+            return _work(with_credentials(settings))
     except KeyboardInterrupt:
         return INTERRUPTED
     except NotAllowed as error:
@@ -67,17 +67,17 @@ def main(settings: ClientSettings | None = None) -> int:
         log.error("client-failed", why=str(error))  # noqa: TRY400 - a sentence, not a trace
         return error.exit_code
     except (MemoryError, RuntimeError, ImportError, OSError) as error:
-        if not is_memory(error):
+        if not is_out_of_memory(error):
             raise
         log.error("client-failed", why=OUT_OF_MEMORY)  # noqa: TRY400 - a sentence, not a trace
         return FAILED
 
 
 def _work(settings: ClientSettings) -> int:
-    """Put the parts together and run the loop."""
+    """Create the agent and run the event loop."""
     name = f"lorabbit-client {settings.address}"
-    allows = REFUSED_SECONDS if (settings.folder / FILE).exists() else None
-    broker: Broker = RabbitBroker(settings.broker_url, name=name, trust=settings.trust, refused_seconds=allows)
+    refused_seconds = REFUSED_SECONDS if (settings.folder / FILE).exists() else None
+    broker: Broker = RabbitBroker(settings.broker_url, name=name, trust=settings.trust, refused_seconds=refused_seconds)
     executor = Executor(
         threads=settings.threads,
         data_root=settings.data_root,
@@ -87,39 +87,39 @@ def _work(settings: ClientSettings) -> int:
     runner = ThreadRunner(SandboxedExecutor(executor, settings.data_root), durable=settings.durable)
     agent = Agent(broker, runner, settings)
     finished: list[bool] = []
-    taken: list[str] = []
+    conflicts: list[str] = []
 
-    def finish() -> None:
+    def exit_idle() -> None:
         finished.append(True)
         broker.stop()
 
-    def leave(why: str) -> None:
-        taken.append(why)
+    def exit_conflict(why: str) -> None:
+        conflicts.append(why)
         broker.stop()
 
-    agent.when_idle(finish)
-    agent.when_taken(leave)
-    for said in unknown_variables():
-        log.warning("unknown-variable", why=said)
+    agent.on_idle(exit_idle)
+    agent.on_conflict(exit_conflict)
+    for problem in unknown_variables():
+        log.warning("unknown-variable", why=problem)
     log.info("client-started", version=__version__, address=settings.address, folder=str(settings.folder))
     try:
-        with _signals(broker, agent, settings.drain_seconds) as told:
+        with _signals(broker, agent, settings.drain_seconds) as received:
             broker.post(agent.start)
             broker.run()
         agent.close()
     finally:
         runner.close()
         broker.close()
-    if taken:
-        raise BadInput(taken[0])
+    if conflicts:
+        raise BadInput(conflicts[0])
     log.info("client-stopped")
-    is_left_over = told and settings.idle_seconds is not None and not finished
-    return SIGNALLED + told[0] if is_left_over else 0
+    has_work_left = received and settings.idle_seconds is not None and not finished
+    return SIGNALLED + received[0] if has_work_left else 0
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a client's folder: two processes would execute and offer the same journal. Raises BadInput."""
+    """Lock a client's folder: two processes would execute the same journal. Raises BadInput."""
     lock = FileLock(folder / "lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,27 +146,27 @@ def _limits(settings: ClientSettings) -> TrainingLimits:
 
 @contextmanager
 def _signals(broker: Broker, agent: Agent, drain_seconds: float) -> Iterator[list[int]]:
-    """Let SIGTERM finish what is under way, if that takes no longer; a second one, or SIGINT, ends the loop at once.
+    """Handle signals: SIGTERM drains for at most `drain_seconds`; a second one, or SIGINT, stops the loop at once.
 
-    Yields the signals that came so far.
+    Yields the list of received signals.
     """
-    told: list[int] = []
+    received: list[int] = []
 
     def drain() -> None:
         agent.drain(broker.stop)
         broker.after(drain_seconds, broker.stop)
 
     def stop(number: int, _: FrameType | None) -> None:
-        log.info("stopping", signal=signal.Signals(number).name)
-        if number == signal.SIGINT or told or drain_seconds == 0:
+        log.info("client-stopping", signal=signal.Signals(number).name)
+        if number == signal.SIGINT or received or drain_seconds == 0:
             broker.stop()
         else:
             broker.post(drain)
-        told.append(number)
+        received.append(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield told
+        yield received
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)

@@ -106,12 +106,12 @@ def open_runner(spec: JobSpec, compute: ComputeOptions) -> Runner:
     if is_null(spec.model.name):
         return InlineRunner(executor)
     if not can_fork(compute.device):
-        executor.warm(spec, spec.clients, range(spec.clients))
+        executor.preload(spec, spec.clients, range(spec.clients))
         return ThreadRunner(executor, durable=False)
     workers = compute.workers or len(os.sched_getaffinity(0))
     runner = ForkRunner(executor, min(workers, spec.clients))
     try:
-        runner.warm(spec, spec.clients, range(spec.clients))
+        runner.preload(spec, spec.clients, range(spec.clients))
     except BaseException:
         runner.close()
         raise

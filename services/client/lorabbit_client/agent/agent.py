@@ -54,7 +54,9 @@ class Agent:
         durable = settings.durable and not embedded
         self._journal = Journal(settings.folder, durable=durable)
         self._cache = cache or PayloadCache(broker, PayloadStore(settings.folder / "payloads", durable=durable))
-        self._registration = Registration(broker, settings, self._journal, self._send, self._outbox, beats=not embedded)
+        self._registration = Registration(
+            broker, settings, self._journal, self._send, self._outbox, heartbeats=not embedded
+        )
         self._task_runs: dict[str, TaskRun] = {}
         self._finished: dict[tuple[str, int, int], None] = {}
         self._epochs: dict[str, int] = {}
@@ -75,15 +77,15 @@ class Agent:
 
     # ---- being there ----
     def start(self) -> None:
-        """Take up what the journal holds, listen, and say hello."""
-        self._context.accounting.tidy()
-        self._journal.tidy()
+        """Resume the tasks in the journal, consume the inbox, and register."""
+        self._context.accounting.delete_leftovers()
+        self._journal.delete_leftovers()
         for offer in self._journal.results():
             task_run = self._start_run(offer)
             task_run.resume(offer)
         for task in self._journal.tasks():
             log.info("task-resumed", job=task.job, task=task.task)
-            self._start_run(task).begin(task)
+            self._start_run(task).start(task)
         self._inbox = self._broker.subscribe(topology.inbox(self._address).name, self._on_delivery)
         self._registration.register()
 
@@ -96,7 +98,7 @@ class Agent:
         self._registration.close()
 
     def drain(self, then: Callable[[], None]) -> None:
-        """Take no further task, and call back once those under way are done and handed in."""
+        """Accept no further task, and call back when the running ones have ended."""
         self._on_drained = then
         if self.is_idle:
             then()
@@ -108,26 +110,26 @@ class Agent:
 
     @property
     def is_idle(self) -> bool:
-        """Tell whether there is nothing to do."""
+        """Whether the client has no task."""
         return not self._task_runs
 
-    def when_idle(self, then: Callable[[], None]) -> None:
-        """Have `then` called once there was no task for `settings.idle_seconds` since the last one."""
+    def on_idle(self, then: Callable[[], None]) -> None:
+        """Set a callback for `settings.idle_seconds` without a task since the last one."""
         self._registration.on_idle = then
 
-    def when_taken(self, then: Callable[[str], None]) -> None:
-        """Have `then` called with a sentence when another process has this one's address or identity."""
-        self._registration.on_taken = then
+    def on_conflict(self, then: Callable[[str], None]) -> None:
+        """Set a callback, with a message, for another process that has this address or identity."""
+        self._registration.on_conflict = then
 
     def _outbox(self) -> tuple[str, ...] | None:
         """Tasks whose results wait for a verdict; None without any task."""
-        held = tuple(task for task, task_run in self._task_runs.items() if task_run.is_in_outbox)
-        return None if self.is_idle else held
+        in_outbox = tuple(task for task, task_run in self._task_runs.items() if task_run.is_in_outbox)
+        return None if self.is_idle else in_outbox
 
-    def _welcome(self, welcome: Welcome) -> None:
-        """Take the identity; whoever welcomes us may have started its count of epochs anew.
+    def _on_welcome(self, welcome: Welcome) -> None:
+        """Store the identity; the server that answers may have restarted its epochs.
 
-        Work for an identity that is another client's now would be refused: it is dropped.
+        Results for a former identity would be refused, so its tasks are dropped.
         """
         self._registration.on_welcome(welcome)
         self._epochs.clear()
@@ -138,9 +140,9 @@ class Agent:
 
     # ---- messages ----
     def _on_delivery(self, delivery: Delivery) -> None:
-        """Take in one message; the next process is not to break on it as well."""
+        """Handle one message; reject it on a defect, so that it is not redelivered."""
         try:
-            self._receive_task(delivery)
+            self._handle_message(delivery)
         except (OSError, MemoryError):
             raise  # no fault of the message
         except Exception:
@@ -148,8 +150,8 @@ class Agent:
             self._broker.reject(delivery)
             raise
 
-    def _receive_task(self, delivery: Delivery) -> None:
-        """Do what a message says; the acknowledgement follows whatever it changed on the disk."""
+    def _handle_message(self, delivery: Delivery) -> None:
+        """Decode and dispatch a message; acknowledge it after its changes are on the disk."""
         try:
             message = codec.decode(delivery.type, delivery.body)
         except Refused as error:
@@ -157,24 +159,24 @@ class Agent:
             self._broker.reject(delivery)
             return
         if isinstance(message, Welcome):
-            self._welcome(message)
+            self._on_welcome(message)
         elif isinstance(message, AddressTaken):
             self._registration.on_address_taken(message)
         elif isinstance(message, Task):
-            self._accept(message)
+            self._accept_task(message)
         elif isinstance(message, ForTask):
             self._forward(message)
         self._broker.ack(delivery)
 
-    def _accept(self, task: Task) -> None:
-        """Journal a task and begin it, unless it is known, stale or another client's."""
+    def _accept_task(self, task: Task) -> None:
+        """Journal a task and start it, unless it is known, stale or another client's."""
         known = self._task_runs.get(task.task)
         if known is not None:
             known.acknowledge()
             for _, ref in task.published:
                 self._cache.redirect(ref)
             return
-        if self._on_drained is not None or _order_id(task) in self._finished:
+        if self._on_drained is not None or _delivery_key(task) in self._finished:
             return  # whoever holds this identity next is sent what is open
         newest = self._epochs.get(task.job, task.epoch)
         if task.epoch < newest or (self.client is not None and task.client != self.client):
@@ -184,16 +186,16 @@ class Agent:
         failpoints.hit(failpoints.Failpoint.TASK_DELIVERED)
         self._journal.accept(task)
         failpoints.hit(failpoints.Failpoint.TASK_JOURNALED)
-        self._registration.has_work()
-        self._start_run(task).begin(task)
+        self._registration.reset_idle_time()
+        self._start_run(task).start(task)
 
     def _forward(self, message: ForTask) -> None:
-        """Give an answer to the task that it belongs to; nobody waits for an answer to a forgotten task."""
+        """Dispatch a message to its task run; messages for unknown tasks are ignored."""
         task_run = self._task_runs.get(message.task)
         if task_run is None:
             return
         if isinstance(message, Grant):
-            task_run.granted(message)
+            task_run.on_grant(message)
         elif isinstance(message, Verdict):
             failpoints.hit(failpoints.Failpoint.VERDICT_RECEIVED)
             task_run.on_verdict(accepted=message.accepted, reason=message.reason)
@@ -203,10 +205,10 @@ class Agent:
             self._cancel_task(task_run)
 
     def _cancel_task(self, task_run: TaskRun) -> None:
-        """Drop a task that is not wanted; where it is wanted after all, the server gives the same order again."""
+        """Drop a cancelled task; the server can send the same delivery again."""
         task_run.cancel()
-        if task_run.order is not None:
-            self._finished.pop(_order_id(task_run.order), None)
+        if task_run.message is not None:
+            self._finished.pop(_delivery_key(task_run.message), None)
 
     def _send(self, message: Message, on_done: OnDone | None) -> None:
         """Publish to the server under this client's address."""
@@ -221,32 +223,32 @@ class Agent:
         return task_run
 
     def _forget(self, task: str) -> None:
-        """Forget a task run, but remember for a while that it was done, should its order come a second time."""
+        """Remove a task run, and remember its delivery for a while to ignore duplicates."""
         task_run = self._task_runs.pop(task)
         self._context.accounting.forget(task)
-        if task_run.order is not None:
-            self._finished[_order_id(task_run.order)] = None
+        if task_run.message is not None:
+            self._finished[_delivery_key(task_run.message)] = None
             if len(self._finished) > FINISHED_KEPT:
                 del self._finished[next(iter(self._finished))]
         if self._on_drained is not None and self.is_idle:
             self._on_drained()
 
     def _advance(self) -> None:
-        """Run what has its payloads, but nothing before an evaluation that was asked for first.
+        """Run the task runs that are ready, but none before an earlier evaluation.
 
-        A score may read what the client keeps of its own, and the next training changes that.
+        An evaluation can read private state that the next training changes.
         """
         scoring: set[tuple[str, int]] = set()
         for task_run in list(self._task_runs.values()):
-            order = task_run.order
-            if order is None:
+            message = task_run.message
+            if message is None:
                 continue
-            if task_run.stage == "ready" and (order.phase == EVALUATE or (order.job, order.epoch) not in scoring):
+            if task_run.stage == "ready" and (message.phase == EVALUATE or (message.job, message.epoch) not in scoring):
                 task_run.run()
-            if order.phase == EVALUATE and task_run.stage in {"fetching", "ready", "running"}:
-                scoring.add((order.job, order.epoch))
+            if message.phase == EVALUATE and task_run.stage in {"fetching", "ready", "running"}:
+                scoring.add((message.job, message.epoch))
 
 
-def _order_id(task: Task) -> tuple[str, int, int]:
-    """What tells an order that was delivered twice from one that the server gave again on purpose."""
+def _delivery_key(task: Task) -> tuple[str, int, int]:
+    """Key by which a duplicate delivery differs from a new attempt of the same task."""
     return task.task, task.attempt, task.epoch

@@ -25,8 +25,8 @@ from lorabbit.runtime.atomic_files import replacing
 from lorabbit.runtime.backoff import Backoff
 
 log = structlog.get_logger()
-FILE, BEGUN = "credentials.json", "credentials-begun.json"
-"""What a client has joined with, and what it has begun to join with."""
+FILE, PENDING_FILE = "credentials.json", "credentials-begun.json"
+"""Credentials of an enrolled client, and those of an enrollment that has not finished."""
 MODE = 0o600
 TIMEOUT_SECONDS = 30.0
 REFUSALS = range(400, 500)
@@ -35,7 +35,7 @@ REFUSALS = range(400, 500)
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a client is known by; never logged."""
+    """A client's RabbitMQ user; never logged."""
 
     user: str
     password: str
@@ -48,46 +48,46 @@ class Credentials:
         return f"Credentials({self.user!r})"
 
 
-def settled(settings: ClientSettings) -> ClientSettings:
-    """Return the settings with the client's own user in them, joining first where there is a token for it.
+def with_credentials(settings: ClientSettings) -> ClientSettings:
+    """Return the settings with the client's own user, enrolling first if there is a new token.
 
     Waits for the server as long as it takes. Raises NotAllowed when the server refuses, and BadInput when the
     file of credentials is damaged.
     """
-    path, begun = settings.folder / FILE, settings.folder / BEGUN
-    known, token = read(path), settings.join_token
-    if token is not None and (known is None or known.token != digest(token)):
-        known = _joined(settings, token, begun, known)
-        write(path, known)
-        begun.unlink(missing_ok=True)
-    if known is None:
-        if begun.exists():
-            raise BadInput(f"{begun} belongs to a client that had begun to join; set LORABBIT_JOIN_TOKEN again")
+    path, pending_path = settings.folder / FILE, settings.folder / PENDING_FILE
+    stored, token = read(path), settings.join_token
+    if token is not None and (stored is None or stored.token != digest(token)):
+        stored = _enroll(settings, token, pending_path, stored)
+        write(path, stored)
+        pending_path.unlink(missing_ok=True)
+    if stored is None:
+        if pending_path.exists():
+            raise BadInput(f"{pending_path} belongs to a client that had begun to join; set LORABBIT_JOIN_TOKEN again")
         return settings
-    url = url_of(settings.broker_url, known)
-    return settings.model_copy(update={"broker_url": url, "address": known.user, "client": known.user})
+    url = url_of(settings.broker_url, stored)
+    return settings.model_copy(update={"broker_url": url, "address": stored.user, "client": stored.user})
 
 
-def _joined(settings: ClientSettings, token: str, path: Path, before: Credentials | None) -> Credentials:
-    """Join with a token, keeping on `path` what it asks for; `before` is kept where the server refuses the token."""
-    asked = read(path)
-    if asked is None or asked.token != digest(token):
+def _enroll(settings: ClientSettings, token: str, path: Path, previous: Credentials | None) -> Credentials:
+    """Enroll with a token; `path` keeps the request. If the server refuses it, `previous` stays valid."""
+    pending = read(path)
+    if pending is None or pending.token != digest(token):
         password, user = new_secret(), settings.client or settings.address
-        asked = Credentials(user, password, digest(token), password_hash(password))
-        write(path, asked)
+        pending = Credentials(user, password, digest(token), password_hash(password))
+        write(path, pending)
     try:
-        _join(settings, token, asked)
+        _request_user(settings, token, pending)
     except NotAllowed as error:
-        if before is None:
+        if previous is None:
             raise
-        log.warning("join-token-ignored", client=before.user, why=str(error))
-        return replace(before, token=digest(token))
-    log.info("client-enrolled", client=asked.user)
-    return asked
+        log.warning("join-token-ignored", client=previous.user, why=str(error))
+        return replace(previous, token=digest(token))
+    log.info("client-enrolled", client=pending.user)
+    return pending
 
 
 def read(path: Path) -> Credentials | None:
-    """Return what is kept; None when there is nothing."""
+    """Return the stored credentials; None without a file."""
     try:
         return Credentials(**json.loads(path.read_bytes()))
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def read(path: Path) -> Credentials | None:
 
 
 def write(path: Path, credentials: Credentials) -> None:
-    """Replace the file in one step that survives a power cut; nobody else may read it at any moment."""
+    """Replace the file atomically and durably; only its owner can read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.unlink(missing_ok=True)
@@ -109,38 +109,38 @@ def write(path: Path, credentials: Credentials) -> None:
 def url_of(broker_url: str, credentials: Credentials) -> str:
     """Put a user and its password into the broker's URL, in the place of any other."""
     parts = urlsplit(broker_url)
-    place = parts.netloc.rpartition("@")[2]
-    who = f"{quote(credentials.user, safe='')}:{quote(credentials.password, safe='')}"
-    return parts._replace(netloc=f"{who}@{place}").geturl()
+    host = parts.netloc.rpartition("@")[2]
+    userinfo = f"{quote(credentials.user, safe='')}:{quote(credentials.password, safe='')}"
+    return parts._replace(netloc=f"{userinfo}@{host}").geturl()
 
 
-def _join(settings: ClientSettings, token: str, credentials: Credentials) -> None:
+def _request_user(settings: ClientSettings, token: str, credentials: Credentials) -> None:
     """Ask the server for the user until it answers."""
     import httpx  # noqa: PLC0415 - needed once in a client's life
 
-    wish = JoinRequest(token=token, client=credentials.user, password_hash=credentials.password_hash)
-    backoff, told = Backoff(0.2, 10.0), ""
+    request = JoinRequest(token=token, client=credentials.user, password_hash=credentials.password_hash)
+    backoff, logged = Backoff(0.2, 10.0), ""
     with httpx.Client(base_url=settings.server_url, timeout=TIMEOUT_SECONDS, verify=settings.trust.context()) as http:
         while True:
             try:
-                answer = http.post("/join", json=wish.model_dump())
+                answer = http.post("/join", json=request.model_dump())
             except httpx.TransportError as error:
                 why = str(tls_error(error) or error)
             else:
                 if answer.is_success:
                     JoinResponse.model_validate_json(answer.content)
                     return
-                why = _sentence(answer.content) or f"it answered {answer.status_code}"
+                why = _error_text(answer.content) or f"it answered {answer.status_code}"
                 if answer.status_code in REFUSALS:
                     raise NotAllowed(f"the server at {settings.server_url} does not let this client join: {why}")
-            if why != told:
+            if why != logged:
                 log.warning("enrollment-delayed", server=settings.server_url, why=why)
-            told = why
+            logged = why
             time.sleep(backoff.next_seconds())
 
 
-def _sentence(content: bytes) -> str:
-    """The server's own sentence; empty where it sent none."""
+def _error_text(content: bytes) -> str:
+    """The error message in an answer; empty without one."""
     try:
         return str(json.loads(content)["error"])
     except (ValueError, KeyError, TypeError):

@@ -30,8 +30,8 @@ PRIVATE_FOLDER_MODE = 0o700
 _RESULT = ".safetensors"
 _READ = "read"
 """The key beside the payloads' keys, which have spaces."""
-OWED = "owed "
-"""In the place of a task, before a job's name: what tasks that failed have read."""
+CARRIED_OVER = "owed "
+"""Key prefix in place of a task: bytes that failed tasks of a job have downloaded."""
 
 
 class Journal:
@@ -52,7 +52,7 @@ class Journal:
         self._private.chmod(PRIVATE_FOLDER_MODE)
 
     def accept(self, task: Task) -> None:
-        """Promise to do a task."""
+        """Record a task before its delivery is acknowledged."""
         if self._durable:
             replace_file(self._tasks / f"{task.task}.json", codec.encode(task))
 
@@ -73,14 +73,14 @@ class Journal:
             (self._tasks / f"{offer.task}.json").unlink(missing_ok=True)
 
     def forget(self, task: str) -> None:
-        """Drop a task and its result: the server has it, or does not want it."""
+        """Delete a task and its result: the server has stored or rejected it."""
         if self._durable:
             (self._tasks / f"{task}.json").unlink(missing_ok=True)
             (self._outbox / f"{task}.json").unlink(missing_ok=True)
         self.output(task).unlink(missing_ok=True)
 
-    def tidy(self) -> None:
-        """Delete what an earlier process left in the outbox that is no result of a task that counts."""
+    def delete_leftovers(self) -> None:
+        """Delete files in the outbox that belong to no recorded result."""
         if self._durable:
             whole = {self.output(offer.task) for offer in self.results()}
             for path in self._outbox.iterdir():
@@ -89,7 +89,7 @@ class Journal:
 
     def results(self) -> list[Offer]:
         """Results that wait for a verdict, oldest first."""
-        return [offer for offer in _read(self._outbox, Offer) if self._is_whole(offer)]
+        return [offer for offer in _read(self._outbox, Offer) if self._is_complete(offer)]
 
     def tasks(self) -> list[Task]:
         """Tasks accepted whose result is not in the outbox, oldest first."""
@@ -101,30 +101,30 @@ class Journal:
         known = _read_json(self._identity).get("client")
         return known if isinstance(known, str) else None
 
-    def remember_identity(self, client: str) -> None:
-        """Keep the identity over restarts: the data on this machine belongs to it."""
+    def save_identity(self, client: str) -> None:
+        """Store the identity, to which the data on this machine belongs."""
         if self._durable and client != self.identity():
             replace_file(self._identity, json.dumps({"client": client}).encode())
 
     def held(self) -> dict[str, str]:
-        """Payloads that are kept for the next task: what for, and which sha256."""
+        """Payloads that are kept for the next task: purpose -> sha256."""
         return {key: value for key, value in _read_json(self._held).items() if isinstance(value, str)}
 
-    def read_by_task(self) -> dict[str, dict[str, int]]:
-        """Bytes that were counted for the payloads of each unfinished task, by role; and what is still owed."""
+    def downloaded_by_task(self) -> dict[str, dict[str, int]]:
+        """Downloaded bytes by unfinished task and role, and those carried over from failed tasks."""
         kept = _read_json(self._held).get(_READ)
         open_ = {task.task for task in self.tasks()}
         if not isinstance(kept, dict):
             return {}
-        return {task: read for task, read in kept.items() if task in open_ or task.startswith(OWED)}
+        return {task: read for task, read in kept.items() if task in open_ or task.startswith(CARRIED_OVER)}
 
-    def remember_held(self, held: Mapping[str, str], read: Mapping[str, Mapping[str, int]]) -> None:
-        """Keep the list of payloads, and what was counted for them, over restarts."""
+    def save_held(self, held: Mapping[str, str], read: Mapping[str, Mapping[str, int]]) -> None:
+        """Store the list of held payloads and the counted bytes."""
         if self._durable:
             replace_file(self._held, json.dumps({**held, _READ: read}, sort_keys=True).encode())
 
-    def _is_whole(self, offer: Offer) -> bool:
-        """Tell whether a result's tensors are still there; where they are not, the task is done again."""
+    def _is_complete(self, offer: Offer) -> bool:
+        """Tell whether a result's tensors are complete; otherwise the task is executed again."""
         if offer.payload is None:
             return True
         path = self.output(offer.task)

@@ -1,9 +1,9 @@
 """Registration of a client: sends `Hello` until the server answers, renews the lease, and says `Goodbye` at the end.
 
-Everything that a client says of itself carries a name drawn by its process. Two processes at one address read each
-other's messages; the server hears both, and tells the one that came later to stop.
+Every message carries a random name of the process. Two processes at one address consume each other's messages; the
+server receives both, and tells the later one to stop.
 
-What a client says of itself: its settings, and what this machine or container gives it, found without torch.
+`capabilities_of` reads a client's capabilities from its settings and from the machine or container, without torch.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def memory_bytes() -> int:
 
 log = structlog.get_logger()
 
-ITS_OWN = "give this one its own with"
-FIRST_HELLO_SECONDS = 0.5
-LONGEST_HELLO_SECONDS = 10.0
+REMEDY = "give this one its own with"
+HELLO_RETRY_SECONDS = 0.5
+HELLO_RETRY_MAX_SECONDS = 10.0
 HEARTBEATS_PER_HELLO = 12
-"""An idle client introduces itself again now and then, should the server have lost its registry."""
+"""An idle client sends hello again now and then, in case the server lost its registry."""
 
 
 class Registration:
@@ -82,70 +82,70 @@ class Registration:
         send: Callable[[Message, OnDone | None], None],
         outbox: Callable[[], tuple[str, ...] | None],
         *,
-        beats: bool = True,
+        heartbeats: bool = True,
     ) -> None:
-        """Tell of the results in the `outbox`, which is None without any task; one that never `beats` has no lease."""
+        """Report the tasks in the `outbox`, which is None without any task; without `heartbeats` there is no lease."""
         self._broker, self._settings, self._journal = broker, settings, journal
-        self._send, self._outbox, self._beats = send, outbox, beats
+        self._send, self._outbox, self._heartbeats_enabled = send, outbox, heartbeats
         self._process = uuid.uuid4().hex
         self.client = settings.client or journal.identity()
         """The identity; None until the server gives one."""
         self.on_idle: Callable[[], None] | None = None
         """Called once this client has had no task for `settings.idle_seconds` since its last one."""
-        self.on_taken: Callable[[str], None] | None = None
-        """Called with a sentence when another process has this one's address or the identity that it was to have."""
-        self._welcomed = False
-        self._hello_seconds = FIRST_HELLO_SECONDS
-        self._hello_is_out = False
-        self._heartbeats = 0
+        self.on_conflict: Callable[[str], None] | None = None
+        """Called with a message when another process has this address or the configured identity."""
+        self._is_registered = False
+        self._hello_retry_seconds = HELLO_RETRY_SECONDS
+        self._hello_is_unconfirmed = False
+        self._heartbeat_count = 0
         self._idle_seconds: float | None = None
-        self._was_in_trouble = False
+        self._needs_hello = False
         self._timer: Cancellable | None = None
 
     def register(self) -> None:
-        """Introduce this client, again and again until it is welcomed; one unconfirmed hello at a time."""
-        if not self._hello_is_out:
-            self._hello_is_out = True
-            self._send(self._hello(), self._hello_was_sent)
-        if not self._welcomed:
-            self._timer = self._broker.after(self._hello_seconds, self.register)
-            self._hello_seconds = min(LONGEST_HELLO_SECONDS, 2 * self._hello_seconds)
+        """Send hello until the server answers; at most one hello is unconfirmed."""
+        if not self._hello_is_unconfirmed:
+            self._hello_is_unconfirmed = True
+            self._send(self._hello(), self._on_hello_sent)
+        if not self._is_registered:
+            self._timer = self._broker.after(self._hello_retry_seconds, self.register)
+            self._hello_retry_seconds = min(HELLO_RETRY_MAX_SECONDS, 2 * self._hello_retry_seconds)
 
     def close(self) -> None:
-        """Say goodbye where the server knows of this client."""
+        """Say goodbye if the client is registered."""
         if self._timer is not None:
             self._timer.cancel()
-        if self._welcomed and self.client is not None:
+        if self._is_registered and self.client is not None:
             self._send(Goodbye(address=self._settings.address, client=self.client, process=self._process), None)
 
     def on_welcome(self, welcome: Welcome) -> None:
-        """Take the identity, and keep it; one that was set and is another's now is not made up for by a third."""
-        if self._settings.client not in {None, welcome.client} and self.on_taken is not None:
-            self.on_taken(f"another client took the name {self._settings.client!r}; {ITS_OWN} LORABBIT_CLIENT")
+        """Store the identity; a configured identity is never replaced."""
+        if self._settings.client not in {None, welcome.client} and self.on_conflict is not None:
+            self.on_conflict(f"another client took the name {self._settings.client!r}; {REMEDY} LORABBIT_CLIENT")
             return
-        if not self._welcomed or welcome.client != self.client:
+        if not self._is_registered or welcome.client != self.client:
             log.info("client-registered", address=self._settings.address, client=welcome.client)
         self.client = welcome.client
-        self._journal.remember_identity(welcome.client)
-        if self._welcomed:
+        self._journal.save_identity(welcome.client)
+        if self._is_registered:
             return
-        self._welcomed = True
+        self._is_registered = True
         if self._timer is not None:
             self._timer.cancel()
-        if self._beats:
+        if self._heartbeats_enabled:
             self._timer = self._broker.after(
                 welcome.heartbeat_seconds, partial(self._send_heartbeat, welcome.heartbeat_seconds)
             )
 
     def on_address_taken(self, message: AddressTaken) -> None:
-        """Stop where it is this process that came second; else say what is done here, since the other took tasks."""
+        """Stop if this process came second; otherwise send hello, since the other process consumed tasks."""
         if message.process != self._process:
             self.register()
-        elif self.on_taken is not None:
-            self.on_taken(f"another client is at the address {self._settings.address!r}; {ITS_OWN} LORABBIT_ADDRESS")
+        elif self.on_conflict is not None:
+            self.on_conflict(f"another client is at the address {self._settings.address!r}; {REMEDY} LORABBIT_ADDRESS")
 
-    def has_work(self) -> None:
-        """Begin to count anew how long there is nothing to do."""
+    def reset_idle_time(self) -> None:
+        """Restart the count of idle time."""
         self._idle_seconds = 0.0
 
     def _hello(self) -> Hello:
@@ -157,29 +157,29 @@ class Registration:
             **capabilities_of(self._settings).model_dump(),
         )
 
-    def _hello_was_sent(self, error: LoRAbbitError | None) -> None:
-        self._hello_is_out = False
+    def _on_hello_sent(self, error: LoRAbbitError | None) -> None:
+        self._hello_is_unconfirmed = False
         if error is not None:
             log.info("server-unreachable", address=self._settings.address, why=str(error))
-            self._was_in_trouble = True
+            self._needs_hello = True
 
     def _send_heartbeat(self, seconds: float) -> None:
-        """Renew the lease; after a break of the broker, or idle for long, say who we are instead."""
+        """Renew the lease; after a broken connection, or idle for long, send hello instead."""
         self._timer = self._broker.after(seconds, partial(self._send_heartbeat, seconds))
         is_idle = self._outbox() is None
         self._count_idle(seconds, is_idle=is_idle)
         if self._broker.health() is not None:
-            self._was_in_trouble = True  # what is sent now would only pile up
+            self._needs_hello = True  # what is sent now would only pile up
             return
-        self._heartbeats += 1
-        if self._was_in_trouble or (is_idle and self._heartbeats % HEARTBEATS_PER_HELLO == 0):
-            self._was_in_trouble = False
+        self._heartbeat_count += 1
+        if self._needs_hello or (is_idle and self._heartbeat_count % HEARTBEATS_PER_HELLO == 0):
+            self._needs_hello = False
             self.register()
         elif self.client is not None:
             self._send(Alive(address=self._settings.address, client=self.client, process=self._process), None)
 
     def _count_idle(self, seconds: float, *, is_idle: bool) -> None:
-        """Add to the time without a task; a client that had none yet is not idle but early."""
+        """Add to the idle time; before its first task a client does not count as idle."""
         if not is_idle:
             self._idle_seconds = 0.0
         elif self._idle_seconds is not None:

@@ -2,16 +2,9 @@
 
     fetching -> ready -> running -> offered -> sending -> committed -> (gone)
 
-Every step may be repeated: an offer or a commit that stays unanswered is sent again with a growing
-delay, a second grant is served, and whatever was done is found again in the journal after a crash.
-A task run ends with a verdict, a denial, a cancellation, or a failure that the broker has taken.
-
-`AgentContext` holds what the task runs of one client share.
-
-Progress of one task on its way to the server, of which only the newest is worth anything.
-
-One message at a time is with the broker. What is told meanwhile waits and is replaced by what is told later, so a task
-that trains for hours while the broker is away keeps two messages, and not two for every second.
+Every step can be repeated: an unanswered offer or commit is sent again with a growing delay, a second grant is
+served, and after a crash the journal has the state. A task run ends with a verdict, a denial, a cancellation, or a
+failure that the broker has confirmed.
 """
 
 from __future__ import annotations
@@ -46,7 +39,7 @@ from lorabbit_client.execution.interface import Runner, TaskInput, TaskResult
 
 @dataclass(frozen=True, slots=True)
 class AgentContext:
-    """One client's ways to the server, the disk and the training."""
+    """What the task runs of one client share."""
 
     broker: Broker
     runner: Runner
@@ -58,48 +51,52 @@ class AgentContext:
     done: Callable[[str], None]
     """The task is over: forget the task run."""
     advance: Callable[[], None]
-    """A task run is ready, or no longer at work: `run` those whose turn it is."""
+    """A task run is ready or has stopped running: `run` the next ones."""
 
 
 class ProgressReporter:
-    """See the module's docstring; for the loop thread."""
+    """Sends the progress of one task to the server; for the loop thread.
+
+    One message at a time is unconfirmed. A later report replaces the one that waits, so a task that trains for hours
+    without a broker keeps two messages.
+    """
 
     def __init__(self, send: Callable[[Message, OnDone | None], None], ids: Mapping[str, str]) -> None:
-        """Tell of the task whose `job`, `task` and `client` are in `ids`."""
+        """Report on the task whose `job`, `task` and `client` are in `ids`."""
         self._send, self._ids = send, ids
-        self._newest: TaskProgress | None = None
-        self._is_out = False
+        self._latest: TaskProgress | None = None
+        self._is_unconfirmed = False
 
-    def tell(self, fraction: float, loss: float | None) -> None:
-        """Tell how much is done, and the loss where it is finite."""
+    def report(self, fraction: float, loss: float | None) -> None:
+        """Report the fraction done, and the loss if it is finite."""
         finite = loss if loss is not None and abs(loss) < float("inf") else None
-        self._newest = TaskProgress(**self._ids, fraction=min(1.0, max(0.0, fraction)), loss=finite)
-        self._advance()
+        self._latest = TaskProgress(**self._ids, fraction=min(1.0, max(0.0, fraction)), loss=finite)
+        self._send_latest()
 
     def stop(self) -> None:
-        """Tell nothing more: the work is over."""
-        self._newest = None
+        """Drop a report that waits; the task has ended."""
+        self._latest = None
 
-    def _advance(self) -> None:
-        if self._is_out or self._newest is None:
+    def _send_latest(self) -> None:
+        if self._is_unconfirmed or self._latest is None:
             return
-        newest, self._newest = self._newest, None
-        self._is_out = True
-        self._send(newest, self._sent)
+        latest, self._latest = self._latest, None
+        self._is_unconfirmed = True
+        self._send(latest, self._on_sent)
 
-    def _sent(self, _: LoRAbbitError | None) -> None:
-        """Go on whether the broker took it or not: the next one is newer."""
-        self._is_out = False
-        self._advance()
+    def _on_sent(self, _: LoRAbbitError | None) -> None:
+        """Send the next report, whether the broker confirmed this one or not."""
+        self._is_unconfirmed = False
+        self._send_latest()
 
 
 log = structlog.get_logger()
 
 PROGRESS_SECONDS = 0.5
-ASK_AGAIN_SECONDS = 10.0
-ASK_AGAIN_MAX_SECONDS = 60.0
+RETRY_SECONDS = 10.0
+RETRY_MAX_SECONDS = 60.0
 CHUNK_BYTES = 2**20
-"""How a result is cut when the task brought no payload to take it from."""
+"""Chunk size of a result when the task has no payload whose size could be used."""
 MAX_REASON = 2000
 
 
@@ -115,122 +112,127 @@ class TaskRun:
         self.task = task
         self.client = client
         self.stage = "new"
-        self.order: Task | None = None
-        self._awaited = 0
-        self._reads: DownloadPlan | None = None
+        self.message: Task | None = None
+        self._pending_downloads = 0
+        self._download_plan: DownloadPlan | None = None
         self._offer: Offer | None = None
         self._timer: Cancellable | None = None
         self._sender: ChunkSender | None = None
-        self._patience = Backoff(ASK_AGAIN_SECONDS, ASK_AGAIN_MAX_SECONDS)
+        self._offer_backoff = Backoff(RETRY_SECONDS, RETRY_MAX_SECONDS)
         self._unconfirmed = 0
 
     @property
     def is_in_outbox(self) -> bool:
-        """Tell whether the result is safe on this client's disk."""
+        """Whether the result is on this client's disk."""
         return self._offer is not None
 
     # ---- up to the result ----
-    def begin(self, order: Task) -> None:
-        """Start a journaled task: bring its payloads here, then run it."""
-        self.order = order
+    def start(self, message: Task) -> None:
+        """Start a journaled task: download its payloads, then run it."""
+        self.message = message
         self.stage = "fetching"
         self.acknowledge()
-        self._reads = self._context.accounting.read(order)
-        self._awaited = len(self._reads.files)
-        self._context.accounting.take(self._reads, self._fetched)
-        if not self._reads.files:
-            self._is_ready()
+        self._download_plan = self._context.accounting.plan_download(message)
+        self._pending_downloads = len(self._download_plan.files)
+        self._context.accounting.acquire(self._download_plan, self._on_payload_available)
+        if not self._download_plan.files:
+            self._set_ready()
 
     def acknowledge(self) -> None:
-        """Tell the server that the task is journaled, at the start and whenever it asks again."""
+        """Confirm to the server that the task is journaled, at the start and on every redelivery."""
         self._context.send(TaskAccepted(**self._ids), None)
 
-    def _fetched(self, error: LoRAbbitError | None) -> None:
-        if self.stage != "fetching" or self.order is None:
+    def _on_payload_available(self, error: LoRAbbitError | None) -> None:
+        if self.stage != "fetching" or self.message is None:
             return
         if error is not None:
             damaged = error.ref if isinstance(error, DamagedStream) else None
             self._fail(f"the task's payload could not be read: {error}", damaged=damaged)
             return
-        self._awaited -= 1
-        if self._awaited == 0:
-            self._is_ready()
+        self._pending_downloads -= 1
+        if self._pending_downloads == 0:
+            self._set_ready()
 
-    def _is_ready(self) -> None:
-        """Everything is here; the agent decides when to run."""
+    def _set_ready(self) -> None:
+        """All payloads are available; the agent decides when to run."""
         self.stage = "ready"
         self._context.advance()
 
     def run(self) -> None:
         """Hand the work to the runner."""
-        order = self.order
-        if order is None:
+        message = self.message
+        if message is None:
             return
         self._stop_timer()
         self.stage = "running"
         work = TaskInput(
-            order,
-            {role: self._context.cache.path(ref.sha256) for role, ref in order.payloads.items()},
+            message,
+            {role: self._context.cache.path(ref.sha256) for role, ref in message.payloads.items()},
             self._context.journal.output(self.task),
-            self._context.journal.private(order.job, order.client),
+            self._context.journal.private(message.job, message.client),
             self._context.journal.ledger,
-            () if self._reads is None else self._reads.recipes,
+            () if self._download_plan is None else self._download_plan.decode_steps,
         )
-        due = time.monotonic() + PROGRESS_SECONDS
+        next_report = time.monotonic() + PROGRESS_SECONDS
 
         def on_progress(fraction: float, loss: float | None) -> None:
-            nonlocal due
+            nonlocal next_report
             failpoints.hit(failpoints.Failpoint.TRAINING)
             now = time.monotonic()
-            if now >= due:
-                due = now + PROGRESS_SECONDS
-                self._context.broker.post(partial(self._progressed, fraction, loss))
+            if now >= next_report:
+                next_report = now + PROGRESS_SECONDS
+                self._context.broker.post(partial(self._report_progress, fraction, loss))
 
         def on_done(outcome: TaskResult) -> None:
-            self._context.broker.post(partial(self._finished, order, outcome))
+            self._context.broker.post(partial(self._on_result, message, outcome))
 
         self._context.runner.submit(work, on_progress, on_done)
 
-    def _progressed(self, fraction: float, loss: float | None) -> None:
+    def _report_progress(self, fraction: float, loss: float | None) -> None:
         if self.stage == "running":
-            self._progress.tell(fraction, loss)
+            self._progress.report(fraction, loss)
 
-    def _finished(self, order: Task, outcome: TaskResult) -> None:
+    def _on_result(self, message: Task, outcome: TaskResult) -> None:
         """Put a result into the outbox and offer it, or report the failure."""
         if self.stage != "running":
             return
         self._progress.stop()
         if outcome.error is not None:
             self._log.warning("task-failed", why=outcome.error, **outcome.details)
-            self._context.accounting.carry_over(order)
-            self._fail(outcome.error, bad_input=outcome.bad_input, rest_seconds=outcome.rest_seconds)
+            self._context.accounting.carry_over(message)
+            self._fail(outcome.error, bad_input=outcome.bad_input, retry_delay_seconds=outcome.retry_delay_seconds)
             return
-        counted = {} if self._reads is None else dict(self._reads.counted)
+        bytes_by_role = {} if self._download_plan is None else dict(self._download_plan.bytes_by_role)
         offer = Offer(
             **self._ids,
-            payload=self._payload(order, outcome),
+            payload=self._payload(message, outcome),
             metrics=outcome.metrics,
             base_sha256=outcome.base_sha256,
-            bytes_down=sum(counted.values()),
-            bytes_by_role=counted,
+            bytes_down=sum(bytes_by_role.values()),
+            bytes_by_role=bytes_by_role,
         )
         self._context.journal.finish(offer)
-        self._give_payloads()
+        self._release_payloads()
         self.resume(offer)
         self._context.advance()
 
-    def _payload(self, order: Task, outcome: TaskResult) -> PayloadRef | None:
-        """Name the result's tensors by content, cut as the server cuts its own."""
+    def _payload(self, message: Task, outcome: TaskResult) -> PayloadRef | None:
+        """Return the reference of the result's tensors, with the chunk size that the server uses."""
         if not outcome.has_tensors or outcome.sha256 is None:
             return None
         size = self._context.journal.output(self.task).stat().st_size
-        cut = min((ref.chunk_bytes for ref in order.payloads.values()), default=CHUNK_BYTES)
+        cut = min((ref.chunk_bytes for ref in message.payloads.values()), default=CHUNK_BYTES)
         return PayloadRef(sha256=outcome.sha256, size_bytes=size, chunk_bytes=cut)
 
     def _fail(
-        self, reason: str, *, bad_input: bool = False, damaged: PayloadRef | None = None, rest_seconds: float = 0.0
+        self,
+        reason: str,
+        *,
+        bad_input: bool = False,
+        damaged: PayloadRef | None = None,
+        retry_delay_seconds: float = 0.0,
     ) -> None:
-        """Hand the task back, after a rest; it is forgotten once the broker has taken the message."""
+        """Report the failure, after a delay if given; the task ends when the broker has confirmed the message."""
         self._stop_timer()
         self.stage = "failed"
         self._context.advance()
@@ -238,11 +240,11 @@ class TaskRun:
         def sent(error: LoRAbbitError | None) -> None:
             if error is not None:
                 self._log.warning("failure-not-sent", why=str(error))
-            self._end()
+            self._finish()
 
         failed = TaskFailed(**self._ids, reason=reason[:MAX_REASON], bad_input=bad_input, damaged=damaged)
-        if rest_seconds:
-            self._timer = self._context.broker.after(rest_seconds, lambda: self._context.send(failed, sent))
+        if retry_delay_seconds:
+            self._timer = self._context.broker.after(retry_delay_seconds, lambda: self._context.send(failed, sent))
         else:
             self._context.send(failed, sent)
 
@@ -250,27 +252,27 @@ class TaskRun:
     def resume(self, offer: Offer) -> None:
         """Offer a result that is in the outbox."""
         self._offer = offer
-        self._ask()
+        self._send_offer()
 
-    def _ask(self) -> None:
-        """Offer, and again later while no answer comes; one unconfirmed offer at a time."""
+    def _send_offer(self) -> None:
+        """Send the offer, and again until the server answers; at most one offer is unconfirmed."""
         self._stop_timer()
         if self._offer is None or self.stage == "gone":
             return
         if self._unconfirmed == 0:
             self._unconfirmed += 1
-            self._context.send(self._offer, self._confirmed)
+            self._context.send(self._offer, self._on_offer_sent)
         if self.stage != "committed":
             self.stage = "offered"
-        self._timer = self._context.broker.after(ASK_AGAIN_SECONDS + self._patience.next_seconds(), self._ask)
+        self._timer = self._context.broker.after(RETRY_SECONDS + self._offer_backoff.next_seconds(), self._send_offer)
 
-    def _confirmed(self, error: LoRAbbitError | None) -> None:
+    def _on_offer_sent(self, error: LoRAbbitError | None) -> None:
         self._unconfirmed -= 1
         if error is not None:
             self._log.info("offer-not-sent", why=str(error))
 
-    def granted(self, grant: Grant) -> None:
-        """Send the chunks that the server lacks, then commit; a sender at work goes on."""
+    def on_grant(self, grant: Grant) -> None:
+        """Send the missing chunks, then commit; a transfer that already runs continues."""
         offer = self._offer
         if offer is None or offer.payload is None or offer.payload.sha256 != grant.sha256 or self.stage == "sending":
             return
@@ -285,61 +287,61 @@ class TaskRun:
             offer.payload,
             self._context.journal.output(self.task),
             grant.missing,
-            partial(self._sent, grant.sha256),
+            partial(self._on_chunks_sent, grant.sha256),
             about=self._ids,
         )
 
-    def _sent(self, sha256: str, error: LoRAbbitError | None) -> None:
+    def _on_chunks_sent(self, sha256: str, error: LoRAbbitError | None) -> None:
         self._sender = None
         if self.stage != "sending":
             return
         if error is not None:
             self._log.warning("chunks-not-sent", why=str(error))
             self.stage = "offered"
-            self._timer = self._context.broker.after(ASK_AGAIN_SECONDS, self._ask)
+            self._timer = self._context.broker.after(RETRY_SECONDS, self._send_offer)
             return
         self._commit(sha256)
 
     def _commit(self, sha256: str) -> None:
-        """Tell the server that everything is sent; while no verdict comes, offer again."""
+        """Tell the server that all chunks are sent; without a verdict, offer again later."""
         failpoints.hit(failpoints.Failpoint.UPLOAD_SENT)
         self.stage = "committed"
         self._context.send(Commit(**self._ids, sha256=sha256), None)
-        self._timer = self._context.broker.after(ASK_AGAIN_SECONDS, self._ask)
+        self._timer = self._context.broker.after(RETRY_SECONDS, self._send_offer)
 
     def on_verdict(self, *, accepted: bool, reason: str) -> None:
-        """Forget the task: the server has its result durably, or never wants it."""
+        """End the task: the server has stored the result, or rejected it."""
         if not accepted:
             self._log.info("update-rejected", reason=reason)
         if self.stage == "running":
             self._context.runner.cancel(self.task)
-        self._end()
+        self._finish()
 
     def cancel(self) -> None:
-        """Stop whatever is going on: the task is no longer wanted."""
+        """Stop and drop the task: the server no longer wants it."""
         self.on_verdict(accepted=False, reason="cancelled")
 
     def stop(self) -> None:
-        """Stop without forgetting: the process ends, and the journal has the task."""
+        """Stop; the task stays in the journal for the next start of this process."""
         self._stop_timer()
         self._progress.stop()
         if self._sender is not None:
             self._sender.cancel()
         self.stage = "gone"
 
-    def _end(self) -> None:
+    def _finish(self) -> None:
         if self.stage == "gone":
             return
         self.stop()
-        self._give_payloads()
+        self._release_payloads()
         self._context.journal.forget(self.task)
         self._context.done(self.task)
         self._context.advance()
 
-    def _give_payloads(self) -> None:
-        reads, self._reads = self._reads, None
-        if reads is not None:
-            self._context.accounting.give(reads)
+    def _release_payloads(self) -> None:
+        plan, self._download_plan = self._download_plan, None
+        if plan is not None:
+            self._context.accounting.release(plan)
 
     def _stop_timer(self) -> None:
         timer, self._timer = self._timer, None

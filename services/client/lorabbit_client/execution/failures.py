@@ -1,4 +1,4 @@
-"""Failures: what came of a task, or of the client, that did not come to its end, in one sentence for an operator."""
+"""Failures of a task or of the client process, described in one sentence for an operator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorabbit.protocol.messages import Metrics
 from lorabbit_client.execution.interface import TaskInput, TaskResult
 
 OUT_OF_MEMORY = "the client ran out of memory; give it more, or use a smaller batch or a smaller model"
-SAID_OF_MEMORY = (
+OUT_OF_MEMORY_TEXTS = (
     "can't start new thread",
     "can't allocate memory",
     "cannot allocate memory",
@@ -24,25 +24,25 @@ SAID_OF_MEMORY = (
     "out of memory",
     "failed to map segment",
 )
-"""What Python, the loader of shared objects and torch's allocators say, in small letters."""
+"""Messages of Python, the dynamic loader and torch's allocators, in lower case."""
 FAILED = 1
 """Exit code of a client that cannot go on."""
 STDERR = 2
-LAST_WORDS = f"client-failed: {OUT_OF_MEMORY}\n".encode()
-REST_SECONDS = 5.0
-"""So long is a task without memory not handed back: what others use may be free again by then."""
+OUT_OF_MEMORY_LINE = f"client-failed: {OUT_OF_MEMORY}\n".encode()
+RETRY_DELAY_SECONDS = 5.0
+"""Delay before a task that ran out of memory is reported as failed: others may have freed memory by then."""
 
 log = structlog.get_logger()
 
 
-def failed(work: TaskInput, error: Exception) -> TaskResult:
+def failed_result(work: TaskInput, error: Exception) -> TaskResult:
     """Describe a task that ended in `error`; a defect keeps its traceback among the details."""
     details: dict[str, str] = {}
-    rest_seconds = 0.0
+    retry_delay_seconds = 0.0
     if isinstance(error, LoRAbbitError):
         sentence = str(error)
-    elif is_memory(error):
-        rest_seconds = REST_SECONDS
+    elif is_out_of_memory(error):
+        retry_delay_seconds = RETRY_DELAY_SECONDS
         sentence = f"{OUT_OF_MEMORY} ({type(error).__name__} in phase {work.task.phase!r})"
     else:
         sentence = f"{type(error).__name__} in phase {work.task.phase!r}: {error}"
@@ -53,47 +53,48 @@ def failed(work: TaskInput, error: Exception) -> TaskResult:
         has_tensors=False,
         error=sentence,
         bad_input=bad_input,
-        rest_seconds=rest_seconds,
+        retry_delay_seconds=retry_delay_seconds,
         details=details,
     )
 
 
-def end_with_a_thread() -> None:
-    """End the process, in a sentence, once one of its threads finds no memory to begin or to go on.
+def exit_on_thread_memory_error() -> None:
+    """Exit the process with a message when one of its threads runs out of memory.
 
-    Whoever waits for such a thread waits for ever: Python's own `Thread.start` for one that dies before it has begun.
-    That one cannot call a function written in Python either, so a thread that is there already hears of it. What was
-    journaled goes on when the client is started again.
+    `Thread.start` waits for ever for a thread that fails before it begins. Such a thread cannot run Python code either,
+    so its error goes to a thread that already exists. The journal is resumed when the client is started again.
     """
-    deaths: SimpleQueue[threading.ExceptHookArgs | sys.UnraisableHookArgs] = SimpleQueue()
+    errors: SimpleQueue[threading.ExceptHookArgs | sys.UnraisableHookArgs] = SimpleQueue()
 
-    def mourn() -> None:
+    def watch() -> None:
         while True:
-            death = deaths.get()
-            if is_memory(death.exc_value):
-                _end()
-            elif isinstance(death, threading.ExceptHookArgs):
-                threading.__excepthook__(death)
+            error = errors.get()
+            if is_out_of_memory(error.exc_value):
+                _exit_out_of_memory()
+            elif isinstance(error, threading.ExceptHookArgs):
+                threading.__excepthook__(error)
             else:
-                sys.__unraisablehook__(death)
+                sys.__unraisablehook__(error)
 
-    threading.Thread(target=mourn, name="mourner", daemon=True).start()
-    threading.excepthook = sys.unraisablehook = deaths.put
+    threading.Thread(target=watch, name="thread-errors", daemon=True).start()
+    threading.excepthook = sys.unraisablehook = errors.put
 
 
-def _end() -> None:
-    """Say why, with memory of before if there is none now, and end."""
+def _exit_out_of_memory() -> None:
+    """Log the reason and exit; a prepared message is written when logging needs memory that is missing."""
     try:
         log.error("client-failed", why=OUT_OF_MEMORY)
     except MemoryError:
-        os.write(STDERR, LAST_WORDS)
+        os.write(STDERR, OUT_OF_MEMORY_LINE)
     finally:
         os._exit(FAILED)
 
 
-def is_memory(error: BaseException | None) -> bool:
-    """Tell whether memory ran out; torch and the loader say so only in words."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Tell whether an error means out of memory; torch and the loader only say so in the message."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    said = str(error).lower()
-    return isinstance(error, (RuntimeError, ImportError, OSError)) and any(words in said for words in SAID_OF_MEMORY)
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, ImportError, OSError)) and any(
+        words in text for words in OUT_OF_MEMORY_TEXTS
+    )

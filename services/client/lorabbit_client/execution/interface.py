@@ -1,13 +1,8 @@
-"""Workspace: what a process keeps of one job between tasks, behind one small interface.
+"""Interfaces between the agent, which imports no torch, and training, which knows no broker.
 
-The executor speaks to it and knows nothing of torch; `training.workspace` implements it over real models and
-`null_workspace` over nothing at all. A workspace belongs to one process and runs one task at a time.
-
-Execute one task: files in, a file and a result out.
-
-This is the seam between the protocol (`agent`, which never sees torch) and the learning (which
-never sees a broker). A task's payloads arrive as safetensors files and its result leaves as one, so
-the same function serves a training thread in a service and a pool of processes in an embedded run.
+A `Runner` executes a `TaskInput`, whose payloads are safetensors files, and returns a `TaskResult`. A `Workspace` keeps
+the model and data of one job between tasks; it belongs to one process and runs one task at a time.
+`LearningWorkspace`, `PersonalWorkspace` and `NullWorkspace` implement it.
 """
 
 from __future__ import annotations
@@ -45,13 +40,13 @@ class TaskInput:
     """Folder of the client's private state for this job."""
     ledger: Path
     """File of the client's privacy ledger, over all jobs."""
-    recipes: tuple[DecodeStep, ...] = ()
-    """How to make the input files that came coded."""
+    decode_steps: tuple[DecodeStep, ...] = ()
+    """How to decode the input files that are compressed."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """What came of a task; picklable."""
+    """Result of a task; picklable."""
 
     metrics: Metrics
     has_tensors: bool
@@ -59,11 +54,11 @@ class TaskResult:
     error: str | None = None
     """One sentence when the task failed; everything else is then meaningless."""
     bad_input: bool = False
-    rest_seconds: float = 0.0
-    """So long has a failed task better not be asked again."""
+    retry_delay_seconds: float = 0.0
+    """Delay before a failed task is reported, so that it is not retried at once."""
     details: Mapping[str, str] = field(default_factory=dict)
     sha256: str | None = None
-    """Of the file at `TaskInput.output`; a runner fills it in, off the loop thread, where the executor did not."""
+    """Of the file at `TaskInput.output`; the runner computes it if the executor did not."""
 
 
 class Runner(Protocol):
@@ -73,15 +68,15 @@ class Runner(Protocol):
         """Queue work; work of one client runs in the order submitted."""
 
     def cancel(self, task: str) -> None:
-        """Stop a task soon; its `on_done` is not called, and no result of it stays, though it had just been written."""
+        """Stop a task soon; `on_done` is not called, and its result is deleted."""
 
     def close(self) -> None:
-        """Stop everything and give back what it holds."""
+        """Stop all tasks and release resources."""
 
 
 @dataclass(frozen=True, slots=True)
 class InitialAdapter:
-    """The first adapter of a job, with what only a holder of the base model can say about it."""
+    """The first adapter of a job, and facts that need the base model."""
 
     tensors: Tensors
     facts: Facts
@@ -90,11 +85,11 @@ class InitialAdapter:
 
 
 class OperationCount(Protocol):
-    """What a task computed."""
+    """Number of operations that a task computed."""
 
     @property
     def flops(self) -> float:
-        """Floating-point operations so far; 0 where nobody counts."""
+        """Floating-point operations so far; 0 if they are not counted."""
 
 
 class TaskSession(ClientSession, Protocol):
@@ -110,23 +105,23 @@ class TaskSession(ClientSession, Protocol):
 
 
 class Workspace(Protocol):
-    """One job in one process. A session that it opened is of its own kind and comes back to it."""
+    """One job in one process; `evaluate` takes a session that this workspace opened."""
 
     @property
     def base_sha256(self) -> str | None:
         """Hash of the frozen base model; None where there is none."""
 
-    def warm(self, population: int, indices: Iterable[int]) -> None:
+    def preload(self, population: int, indices: Iterable[int]) -> None:
         """Load everything that these clients need, so that a fork shares it."""
 
     def session(self, task: Task, private: PrivateState, on_progress: OnProgress) -> TaskSession:
         """Open one client's session for one task."""
 
-    def counting(self) -> AbstractContextManager[OperationCount]:
+    def count_flops(self) -> AbstractContextManager[OperationCount]:
         """Count the operations of what is computed inside."""
 
     def initialize(self, task: Task, tensors: Tensors) -> InitialAdapter:
-        """Put beside the first adapter, which a method made through a session, what only this side knows."""
+        """Add the facts that only a client knows to the first adapter, which a method made through a session."""
 
     def evaluate(self, task: Task, session: Any, on_progress: OnProgress) -> Metrics:  # noqa: ANN401 - its own kind
         """Score a session's model, as a method restored it, on held-out data; `seconds` is left to the caller."""

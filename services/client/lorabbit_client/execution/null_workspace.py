@@ -208,7 +208,7 @@ class NullWorkspace:
         self._spec = spec
         self._bytes = size_of(spec.model.name)
 
-    def warm(self, population: int, indices: Iterable[int]) -> None:
+    def preload(self, population: int, indices: Iterable[int]) -> None:
         """Do nothing: there is nothing to load."""
 
     def initialize(self, task: Task, tensors: Tensors) -> InitialAdapter:
@@ -229,7 +229,7 @@ class NullWorkspace:
         """Open a session."""
         return NullSession(task, private, on_progress)
 
-    def counting(self) -> AbstractContextManager[OperationCount]:
+    def count_flops(self) -> AbstractContextManager[OperationCount]:
         """Count nothing: nothing is learned."""
         return nullcontext(_NOTHING)
 

@@ -22,22 +22,24 @@ from lorabbit.types import Json
 class PrivacyLedger:
     """Releases by job; kept in a file, or nowhere without one."""
 
-    def __init__(self, path: Path | None = None, spent: Mapping[str, Iterable[SampledGaussian]] | None = None) -> None:
-        """Take what earlier tasks have released."""
+    def __init__(
+        self, path: Path | None = None, releases: Mapping[str, Iterable[SampledGaussian]] | None = None
+    ) -> None:
+        """Start with the releases of earlier tasks."""
         self._path = path
-        self._spent = {job: _together(kinds) for job, kinds in (spent or {}).items()}
+        self._releases = {job: _merge_steps(entries) for job, entries in (releases or {}).items()}
         self._is_written = True
-        self.told: dict[str, Json] = {}
-        """What this task's result tells the server of it; empty where it released nothing."""
+        self.summary: dict[str, Json] = {}
+        """Sent to the server with this task's result; empty if nothing was released."""
 
     @classmethod
     def read(cls, path: Path) -> PrivacyLedger:
         """Open a client's ledger, empty where there is no file; raises LoRAbbitError when that is damaged."""
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
-            spent = {
-                str(job): [SampledGaussian(float(noise), float(rate), int(steps)) for noise, rate, steps in kinds]
-                for job, kinds in kept.items()
+            releases = {
+                str(job): [SampledGaussian(float(noise), float(rate), int(steps)) for noise, rate, steps in entries]
+                for job, entries in kept.items()
             }
         except FileNotFoundError:
             return cls(path)
@@ -46,34 +48,34 @@ class PrivacyLedger:
                 f"the privacy ledger {path} is damaged ({error}): what was released is not known; restore the file, or "
                 "remove it to count from nothing"
             ) from error
-        return cls(path, spent)
+        return cls(path, releases)
 
     def of(self, job: str) -> tuple[SampledGaussian, ...]:
         """What one job has released."""
-        return self._spent.get(job, ())
+        return self._releases.get(job, ())
 
     @property
-    def of_all(self) -> tuple[SampledGaussian, ...]:
+    def all_releases(self) -> tuple[SampledGaussian, ...]:
         """What all jobs together have released."""
-        return _together(kind for kinds in self._spent.values() for kind in kinds)
+        return _merge_steps(entry for entries in self._releases.values() for entry in entries)
 
     def add(self, job: str, release: SampledGaussian) -> None:
-        """Count a release; `write` makes it last."""
-        self._spent[job] = _together((*self.of(job), release))
+        """Add a release; `write` stores it."""
+        self._releases[job] = _merge_steps((*self.of(job), release))
         self._is_written = False
 
     def write(self) -> None:
-        """Keep what was added, durably; raises OSError."""
+        """Write added releases durably; raises OSError."""
         if self._is_written or self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self._path, json.dumps(self._spent, sort_keys=True).encode())
+        replace_file(self._path, json.dumps(self._releases, sort_keys=True).encode())
         self._is_written = True
 
 
-def _together(kinds: Iterable[SampledGaussian]) -> tuple[SampledGaussian, ...]:
+def _merge_steps(entries: Iterable[SampledGaussian]) -> tuple[SampledGaussian, ...]:
     """Add the steps of equal noise and rate, in one order."""
     steps: Counter[tuple[float, float]] = Counter()
-    for kind in kinds:
-        steps[kind.noise, kind.rate] += kind.steps
+    for entry in entries:
+        steps[entry.noise, entry.rate] += entry.steps
     return tuple(SampledGaussian(noise, rate, count) for (noise, rate), count in sorted(steps.items()))

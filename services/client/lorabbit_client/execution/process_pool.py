@@ -37,13 +37,13 @@ from lorabbit_client.execution.interface import Cancelled, OnProgress, TaskInput
 from lorabbit_client.execution.runners import TaskExecutor, execute_and_hash
 
 PROGRESS_SECONDS = 0.1
-"""How often a worker looks at its pipe and reports while it works."""
+"""How often a worker polls its pipe and reports progress."""
 
 
 class Preloadable(TaskExecutor, Protocol):
     """An executor that can load a job before it is forked."""
 
-    def warm(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
+    def preload(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
         """Load the model and these clients' data; raises LoRAbbitError."""
 
 
@@ -85,7 +85,7 @@ class CancelWork:
 
 @dataclass(frozen=True, slots=True)
 class WorkProgressed:
-    """Worker -> parent: how far the work is."""
+    """Worker -> parent: progress of the work."""
 
     fraction: float
     loss: float | None
@@ -104,7 +104,7 @@ def fork() -> int:
 
 
 class ForkServer:
-    """The life of the fork server process; `run` does not return."""
+    """The fork server process; `run` does not return."""
 
     def __init__(self, control: Connection[Any, Any], executor: Preloadable, workers: int) -> None:
         """Report to the parent over `control`; keep `workers` alive."""
@@ -117,16 +117,16 @@ class ForkServer:
     def run(self, spec: JobSpec, population: int, indices: Iterable[int]) -> NoReturn:
         """Load the job, then keep the workers alive until they are no longer needed."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._end)
+        signal.signal(signal.SIGTERM, self._kill_workers)
         try:
             self._preload_and_watch(spec, population, indices)
         except OSError:
-            self._end()  # the parent is gone, or no process can be forked
+            self._kill_workers()  # the parent is gone, or no process can be forked
         os._exit(0)
 
     def _preload_and_watch(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
         try:
-            self._executor.warm(spec, population, indices)
+            self._executor.preload(spec, population, indices)
         except LoRAbbitError as error:
             self._control.send(PreloadFailed(str(error), isinstance(error, BadInput)))
             return
@@ -170,8 +170,8 @@ class ForkServer:
         self._control.send(WorkerExited(slot, exit_code))
         self._start_worker(slot)
 
-    def _end(self, *_: object) -> NoReturn:
-        """Take every worker along."""
+    def _kill_workers(self, *_: object) -> NoReturn:
+        """Kill all workers and exit."""
         for child in self._children:
             os.kill(child, signal.SIGKILL)
         for child in self._children:
@@ -180,7 +180,7 @@ class ForkServer:
 
 
 def serve_until_closed(pipe: Connection[Any, Any], executor: TaskExecutor) -> NoReturn:
-    """Be a worker: execute what comes over the pipe, until its other end is closed."""
+    """Execute the work that arrives on the pipe, until its other end is closed."""
     exit_code = 0
     try:
         while True:
@@ -196,15 +196,15 @@ def serve_until_closed(pipe: Connection[Any, Any], executor: TaskExecutor) -> No
 
 
 def _execute(pipe: Connection[Any, Any], executor: TaskExecutor, work: TaskInput) -> TaskResult | WorkCancelled:
-    """Execute one work, looking for a cancellation now and then."""
-    due = time.monotonic() + PROGRESS_SECONDS
+    """Execute one work, and poll for a cancellation."""
+    next_report = time.monotonic() + PROGRESS_SECONDS
 
     def report(fraction: float, loss: float | None) -> None:
-        nonlocal due
+        nonlocal next_report
         now = time.monotonic()
-        if now < due:
+        if now < next_report:
             return
-        due = now + PROGRESS_SECONDS
+        next_report = now + PROGRESS_SECONDS
         while pipe.poll():
             if pipe.recv() == CancelWork(work.task.task):
                 raise Cancelled
@@ -231,7 +231,7 @@ CLOSE_SECONDS = 5.0
 
 @dataclass(slots=True)
 class _PooledTask:
-    """Work that waits for a worker, or is with one."""
+    """Work that is queued or running."""
 
     work: TaskInput
     on_progress: OnProgress
@@ -253,14 +253,14 @@ class ForkRunner:
         self._workers = workers
         self._fork_server: int | None = None
         self._control: Connection[Any, Any] | None = None
-        self._pump: threading.Thread | None = None
+        self._reader_thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._queue: deque[_PooledTask] = deque()
         self._pipes: dict[int, Connection[Any, Any]] = {}
         self._running: dict[int, _PooledTask] = {}
-        self._gone: str | None = None
+        self._stop_reason: str | None = None
 
-    def warm(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
+    def preload(self, spec: JobSpec, population: int, indices: Iterable[int]) -> None:
         """Load a job in the fork server and fork the workers; raises BadInput or RunFailed."""
         ours, theirs = Pipe()
         child = fork()
@@ -270,27 +270,27 @@ class ForkRunner:
         theirs.close()
         self._fork_server, self._control = child, ours
         try:
-            answer = ours.recv()
+            message = ours.recv()
         except EOFError:
-            answer = PreloadFailed("the process that loads the model was killed (out of memory?)", bad_input=False)
-        if isinstance(answer, PreloadFailed):
+            message = PreloadFailed("the process that loads the model was killed (out of memory?)", bad_input=False)
+        if isinstance(message, PreloadFailed):
             self.close()
-            if answer.bad_input:
-                raise BadInput(answer.sentence)
-            raise RunFailed(answer.sentence)
-        self._pump = threading.Thread(target=self._read, args=(ours,), name="workers", daemon=True)
-        self._pump.start()
+            if message.bad_input:
+                raise BadInput(message.sentence)
+            raise RunFailed(message.sentence)
+        self._reader_thread = threading.Thread(target=self._read_messages, args=(ours,), name="workers", daemon=True)
+        self._reader_thread.start()
 
     def submit(self, work: TaskInput, on_progress: OnProgress, on_done: Callable[[TaskResult], None]) -> None:
         """Queue work; it goes to the first idle worker once its client has nothing else running."""
         queued = _PooledTask(work, on_progress, on_done)
         with self._lock:
-            gone = self._gone
-            if gone is None:
+            stop_reason = self._stop_reason
+            if stop_reason is None:
                 self._queue.append(queued)
                 self._dispatch()
-        if gone is not None:
-            on_done(failure(gone))
+        if stop_reason is not None:
+            on_done(error_result(stop_reason))
 
     def cancel(self, task: str) -> None:
         """Take a task from the queue, or stop it at its next progress report."""
@@ -299,13 +299,13 @@ class ForkRunner:
             for slot, queued in self._running.items():
                 if queued.work.task.task == task:
                     queued.cancelled = True
-                    self._tell(slot, CancelWork(task))
+                    self._send(slot, CancelWork(task))
 
     def close(self) -> None:
         """Stop the workers and the fork server at once; whatever they do is lost."""
         with self._lock:
             self._queue.clear()
-            self._gone = self._gone or "the workers were stopped"
+            self._stop_reason = self._stop_reason or "the workers were stopped"
             self._running.clear()
         child, self._fork_server = self._fork_server, None
         if child is not None:
@@ -313,8 +313,8 @@ class ForkRunner:
             if not wait_for(child, CLOSE_SECONDS):
                 os.kill(child, signal.SIGKILL)
                 wait_for(child, CLOSE_SECONDS)
-        if self._pump is not None:
-            self._pump.join(CLOSE_SECONDS)
+        if self._reader_thread is not None:
+            self._reader_thread.join(CLOSE_SECONDS)
         for pipe in (*self._pipes.values(), *([self._control] if self._control else [])):
             pipe.close()
 
@@ -322,26 +322,26 @@ class ForkRunner:
         """Give queued work to idle workers; the lock is held."""
         idle = [slot for slot in self._pipes if slot not in self._running]
         busy = {queued.client for queued in self._running.values()}
-        kept: deque[_PooledTask] = deque()
+        waiting: deque[_PooledTask] = deque()
         while self._queue and idle:
             queued = self._queue.popleft()
             if queued.client in busy:
-                kept.append(queued)
+                waiting.append(queued)
                 continue
             slot = idle.pop(0)
             self._running[slot] = queued
             busy.add(queued.client)
-            self._tell(slot, queued.work)
-        self._queue.extendleft(reversed(kept))
+            self._send(slot, queued.work)
+        self._queue.extendleft(reversed(waiting))
 
-    def _tell(self, slot: int, message: object) -> None:
-        """Send to a worker; one that has just died is dealt with when its death is reported."""
+    def _send(self, slot: int, message: object) -> None:
+        """Send to a worker; a worker that has exited is handled when its exit is reported."""
         try:
             self._pipes[slot].send(message)
         except OSError:
             return
 
-    def _read(self, control: Connection[Any, Any]) -> None:
+    def _read_messages(self, control: Connection[Any, Any]) -> None:
         """Receive from the workers and the fork server until the fork server is gone.
 
         Workers first: what a worker said before it died counts.
@@ -361,37 +361,37 @@ class ForkRunner:
                     return
 
     def _receive(self, slot: int, pipe: Connection[Any, Any]) -> None:
-        """Take one message from a worker, or notice that it hung up."""
+        """Receive one message from a worker, or close its pipe at the end of file."""
         try:
             message = pipe.recv()
         except (EOFError, OSError):
-            self._forget(slot)
+            self._close_pipe(slot)
         else:
             self._on_worker_message(slot, message)
 
     def _on_worker_event(self, control: Connection[Any, Any], message: WorkerStarted | WorkerExited) -> None:
-        """Take a new worker in, or fail what a dead one was doing."""
+        """Register a new worker, or fail the work of one that exited."""
         if isinstance(message, WorkerStarted):
             pipe: Connection[Any, Any] = Connection(reduction.recv_handle(control))
             with self._lock:
                 self._pipes[message.slot] = pipe
                 self._dispatch()
             return
-        self._forget(message.slot)
+        self._close_pipe(message.slot)
         with self._lock:
             queued = self._running.pop(message.slot, None)
         if queued is not None:
-            queued.on_done(failure(exit_reason(message.exit_code)))
+            queued.on_done(error_result(exit_reason(message.exit_code)))
 
-    def _forget(self, slot: int) -> None:
-        """Close the pipe of a worker that hung up."""
+    def _close_pipe(self, slot: int) -> None:
+        """Close the pipe of a worker that has exited."""
         with self._lock:
             pipe = self._pipes.pop(slot, None)
         if pipe is not None:
             pipe.close()
 
     def _on_worker_message(self, slot: int, message: WorkProgressed | WorkCancelled | TaskResult) -> None:
-        """Pass a worker's message on; a finished worker gets its next work first."""
+        """Forward a worker's message; an idle worker gets its next work first."""
         with self._lock:
             queued = self._running.get(slot)
             if not isinstance(message, WorkProgressed):
@@ -409,16 +409,16 @@ class ForkRunner:
     def _fail_all(self) -> None:
         """Fail all work: the fork server is gone, and no worker will ever be replaced."""
         with self._lock:
-            self._gone = self._gone or "the process that keeps the workers was killed (out of memory?)"
+            self._stop_reason = self._stop_reason or "the process that keeps the workers was killed (out of memory?)"
             lost = [*self._running.values(), *self._queue]
             self._running.clear()
             self._queue.clear()
         for queued in lost:
-            queued.on_done(failure(self._gone))
+            queued.on_done(error_result(self._stop_reason))
 
 
-def failure(sentence: str) -> TaskResult:
-    """The outcome of work that no executor could answer for."""
+def error_result(sentence: str) -> TaskResult:
+    """Return the result of work that failed outside the executor."""
     return TaskResult(Metrics(num_examples=0), has_tensors=False, error=sentence)
 
 

@@ -1,10 +1,9 @@
-"""Runners: where work is executed, so that the loop thread never waits for training.
+"""Runners execute work outside the event loop's thread.
 
-A service trains in one thread of its own (`ThreadRunner`): torch lets go of the GIL, and the
-broker's socket has a thread too, so nothing starves. An embedded run trains in processes that share
-one base model (`lorabbit_client.execution.process_pool.ForkRunner`), or, for the null model, at once
-(`InlineRunner`). All of them seal a result: its sha256 is taken, and its bytes are forced to disk
-where the client promises to survive a power cut, before anybody hears of it.
+A service trains in one thread (`ThreadRunner`); torch releases the GIL, and the broker's socket has its own thread. An
+embedded run trains in processes that share one base model (`process_pool.ForkRunner`), or, for the null model, at once
+(`InlineRunner`). Before `on_done` is called, a runner computes the sha256 of the result and, if `durable`, flushes it
+to the disk.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from lorabbit.runtime.atomic_files import sync
-from lorabbit_client.execution.failures import failed
+from lorabbit_client.execution.failures import failed_result
 from lorabbit_client.execution.interface import Cancelled, OnProgress, TaskInput, TaskResult
 
 CLOSE_SECONDS = 10.0
-"""How long `close` waits for a training step to notice that it is no longer wanted."""
+"""How long `close` waits for the running training to stop."""
 
 
 class TaskExecutor(Protocol):
@@ -38,7 +37,7 @@ def execute_and_hash(executor: TaskExecutor, work: TaskInput, on_progress: OnPro
     except Cancelled:
         raise
     except Exception as error:  # noqa: BLE001 - a full disk or memory must fail the task, not the thread
-        return failed(work, error)
+        return failed_result(work, error)
 
 
 def _with_sha256(outcome: TaskResult, work: TaskInput, *, durable: bool) -> TaskResult:
@@ -55,7 +54,7 @@ def _with_sha256(outcome: TaskResult, work: TaskInput, *, durable: bool) -> Task
 
 
 class InlineRunner:
-    """Executes at once, in the caller's thread: for work that takes less time than handing it over."""
+    """Executes at once, in the caller's thread: for work that takes less time than a handover."""
 
     def __init__(self, executor: TaskExecutor) -> None:
         """Run everything on `executor`."""
@@ -66,7 +65,7 @@ class InlineRunner:
         on_done(execute_and_hash(self._executor, work, on_progress, durable=False))
 
     def cancel(self, task: str) -> None:
-        """Do nothing: whatever was submitted is done."""
+        """Do nothing: submitted work has already ended."""
 
     def close(self) -> None:
         """Do nothing: it holds nothing."""
@@ -74,7 +73,7 @@ class InlineRunner:
 
 @dataclass(frozen=True, slots=True)
 class _QueuedTask:
-    """Work that waits for the training thread, or is in it."""
+    """Work that is queued or running."""
 
     work: TaskInput
     on_progress: OnProgress
@@ -103,7 +102,7 @@ class ThreadRunner:
                 self._queue.append(_QueuedTask(work, on_progress, on_done, threading.Event()))
                 self._changed.notify()
         except (RuntimeError, MemoryError) as error:
-            on_done(failed(work, error))
+            on_done(failed_result(work, error))
 
     def cancel(self, task: str) -> None:
         """Take a task from the queue, or stop it at its next progress report."""
@@ -123,7 +122,7 @@ class ThreadRunner:
             self._thread.join(CLOSE_SECONDS)
 
     def _start(self) -> None:
-        """Start the thread with the first work; raises RuntimeError where the system has none to give."""
+        """Start the thread with the first work; raises RuntimeError if the system cannot start one."""
         if self._thread is None:
             thread = threading.Thread(target=self._loop, name="training", daemon=True)
             thread.start()

@@ -76,7 +76,7 @@ class PersonalWorkspace:
         """Names of the own models; client k has the one at k modulo their number."""
         return self._spec.model.variants or (self._spec.model.name,)
 
-    def warm(self, population: int, indices: Iterable[int]) -> None:
+    def preload(self, population: int, indices: Iterable[int]) -> None:
         """Load these clients' data and their architectures, one after the other: clients of one share encoded data."""
         for index in sorted(indices, key=lambda index: (index % len(self.variants), index)):
             self.data(index, population)
@@ -173,7 +173,7 @@ class PersonalWorkspace:
         data = self.data(task.index, task.population)
         return TorchPersonalSession(task, self, data, private=private, on_progress=on_progress)
 
-    def counting(self) -> FlopCounter:
+    def count_flops(self) -> FlopCounter:
         """Count operations on their way to torch."""
         return FlopCounter()
 

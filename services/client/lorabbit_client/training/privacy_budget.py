@@ -60,11 +60,11 @@ def count(release: SampledGaussian, spec: PrivacySpec, job: str, ledger: Privacy
     The server is told what the job has cost then, and `spent` where no further release like it fits both budgets.
     """
     of_job = PrivacyBudget("privacy.epsilon", spec.epsilon, spec.delta, ledger.of(job))
-    of_owner = PrivacyBudget(f"{PREFIX}PRIVACY_EPSILON", limits.epsilon, limits.delta, ledger.of_all)
+    of_owner = PrivacyBudget(f"{PREFIX}PRIVACY_EPSILON", limits.epsilon, limits.delta, ledger.all_releases)
     for budget in (of_job, of_owner):
         budget.check(release)
     ledger.add(job, release)
-    ledger.told = {
+    ledger.summary = {
         "steps": sum(kind.steps for kind in ledger.of(job)),
         "rate": release.rate,
         "epsilon": float(f"{of_job.after(release):.6g}"),

@@ -97,7 +97,7 @@ class LearningWorkspace:
         """Return a client's examples; the dataset behind them is shared."""
         return load_client(self._spec, index, population, processor=self._processor, data_root=self._data_root)
 
-    def warm(self, population: int, indices: Iterable[int]) -> None:
+    def preload(self, population: int, indices: Iterable[int]) -> None:
         """Load the model and these clients' data."""
         for index in indices:
             self._data(index, population)
@@ -135,7 +135,7 @@ class LearningWorkspace:
             limits=self._limits,
         )
 
-    def counting(self) -> FlopCounter:
+    def count_flops(self) -> FlopCounter:
         """Count operations on their way to torch."""
         return FlopCounter()
 
