@@ -44,7 +44,7 @@ def session(
     space: LearningWorkspace, spec: JobSpec, cache: ActivationCache | None, index: int = 0, **extra: Any
 ) -> Any:
     one = space.session(task_of(spec, index, **extra), PrivateState(), silent)
-    one._prefixes = cache
+    one._activation_cache = cache
     return one
 
 
@@ -120,8 +120,8 @@ def test_eviction_changes_no_bit_and_keeps_to_the_budget(tmp_path: Path):
     found = one.train()
 
     assert same(found.tensors, expected)
-    assert cache._bytes <= 2**14 or len(cache._kept) == 1
-    assert cache._bytes == sum(value.nbytes for value in cache._kept.values())
+    assert cache._bytes <= 2**14 or len(cache._entries) == 1
+    assert cache._bytes == sum(value.nbytes for value in cache._entries.values())
 
 
 def test_a_shifted_base_has_a_prefix_of_its_own(tmp_path: Path):

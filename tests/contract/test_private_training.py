@@ -116,7 +116,7 @@ def test_one_pass_serves_all_examples_where_they_stay_apart_in_every_layer(name,
     space._model.model.eval()
     batch = space._data(0, spec.clients).train.batch(np.arange(3))
 
-    assert gradients_of(space._model, moving_of(space._model), batch).together is together
+    assert gradients_of(space._model, moving_of(space._model), batch).is_vectorized is together
 
 
 class Rows(torch.nn.Module):
@@ -153,7 +153,9 @@ def test_a_layer_keeps_examples_apart_where_its_first_axis_follows_their_number(
 
 def trainer_of(folder: Path, spec: JobSpec) -> DpTrainer:
     space = space_of(folder, spec)
-    made = DpTrainer(space._model, space._data(0, spec.clients).train, spec.local, clock=TrainingSchedule(1, 1), seed=5)
+    made = DpTrainer(
+        space._model, space._data(0, spec.clients).train, spec.local, schedule=TrainingSchedule(1, 1), seed=5
+    )
     made.privacy = spec.privacy
     return made
 
@@ -165,7 +167,7 @@ def test_one_example_moves_the_gradient_by_at_most_the_clip_over_the_batch(tmp_p
     trainer._model.model.eval()
     found = []
     for positions in (np.arange(4), np.arange(3)):
-        trainer._learn(positions, moving, 0)
+        trainer._compute_gradients(positions, moving, 0)
         found.append(torch.cat([value.grad.flatten() for value in moving.values()]))
 
     moved = float((found[0] - found[1]).norm())
@@ -177,7 +179,7 @@ def test_a_step_without_examples_is_noise_of_the_deviation_that_the_job_says(tmp
     trainer = trainer_of(tmp_path, spec_of(tmp_path, privacy={**PRIVACY, "seeded": False}))
     moving = moving_of(trainer._model)
 
-    trainer._learn(np.array([], dtype=np.int64), moving, 0)
+    trainer._compute_gradients(np.array([], dtype=np.int64), moving, 0)
 
     noise = torch.cat([value.grad.flatten() for value in moving.values()])
     assert float(noise.std()) == pytest.approx(0.1 / 4, rel=0.1)
@@ -188,7 +190,7 @@ def test_every_example_is_drawn_by_itself_at_the_rate_of_the_batch(seeded, tmp_p
     trainer = trainer_of(tmp_path, spec_of(tmp_path, privacy={**PRIVACY, "seeded": seeded}))
     trainer.local = trainer.local.model_copy(update={"steps": 2000})
 
-    _, drawn = trainer._order(None)
+    _, drawn = trainer._batch_order(None)
 
     rows = len(trainer.examples)
     shares = np.bincount(np.concatenate(drawn), minlength=rows) / 2000

@@ -69,7 +69,7 @@ def test_no_gradient_is_computed_for_what_is_wholly_masked(tmp_path: Path):
         lambda _m, _i, out: seen.append((out if torch.is_tensor(out) else out[0]).requires_grad)
     )
 
-    one._prefixes = None  # every step goes through the lowest block
+    one._activation_cache = None  # every step goes through the lowest block
     one.train(mask=low)
     session(space, spec).train()
 

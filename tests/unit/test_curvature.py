@@ -16,8 +16,8 @@ from lorabbit_client.analysis.curvature import (
     gap_share,
     lanczos,
     lossless_share,
-    settled_share,
     share_above,
+    stable_share,
 )
 from lorabbit_client.analysis.probe import evaluation_mode
 from lorabbit_client.dataset import Examples
@@ -37,7 +37,7 @@ def client(folder: Path) -> tuple[Any, Examples]:
 def test_F13_half_of_the_mass_near_zero_and_half_above_one_gives_one_half() -> None:
     spectrum = lanczos(lambda vector: HALF_AND_HALF * vector, 200)
 
-    assert settled_share(share_above(spectrum)) == pytest.approx(0.5, abs=0.01)
+    assert stable_share(share_above(spectrum)) == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -46,7 +46,7 @@ def test_F13_the_share_is_always_between_half_of_the_mass_above_zero_and_all_of_
     weights = draw.random(30)
     above = share_above(SpectralDensity(draw.normal(0.3, 10.0 ** -(seed % 4), 30), weights / weights.sum()))
 
-    assert above(0.0) / 2 <= settled_share(above) <= above(0.0)
+    assert above(0.0) / 2 <= stable_share(above) <= above(0.0)
 
 
 def test_lanczos_finds_the_spectrum_of_a_small_matrix_exactly() -> None:
@@ -73,7 +73,7 @@ def test_the_product_is_that_of_the_hessian_by_finite_differences(tmp_path: Path
         direction = np.random.default_rng(0).standard_normal(surface.size)
         direction /= np.linalg.norm(direction)
         step = 1e-2
-        there, back = (surface._differentiate(surface._moved(sign * step * direction)) for sign in (1, -1))
+        there, back = (surface._differentiate(surface._shifted_point(sign * step * direction)) for sign in (1, -1))
 
         expected = ((there - back) / (2 * step)).detach().numpy()
         found = surface.product(direction)

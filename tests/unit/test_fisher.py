@@ -12,7 +12,7 @@ from learning import data_of, job
 from torch.func import functional_call, grad, vmap
 
 from lorabbit_client.analysis import fisher
-from lorabbit_client.analysis.probe import inner_names, losses
+from lorabbit_client.analysis.probe import losses, parameter_names
 from lorabbit_client.dataset import Examples
 from lorabbit_client.models.trainable import TrainableModel
 from lorabbit_client.training.workspace import LearningWorkspace
@@ -93,7 +93,7 @@ def test_F1_one_pass_for_a_batch_equals_vmap_of_grad(tmp_path: Path) -> None:
     batch = rows.batch(np.arange(5))
     # vmap cannot follow the library's look at a mask of two axes, so it gets the finished one of four.
     open_ = batch["attention_mask"].float()[:, None, None, :].expand(-1, -1, batch["input_ids"].shape[1], -1)
-    own = inner_names(model)
+    own = parameter_names(model)
     state = dict(model.model.named_parameters())
 
     def loss(values: dict[str, torch.Tensor], row: dict[str, torch.Tensor]) -> torch.Tensor:

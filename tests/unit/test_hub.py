@@ -34,7 +34,7 @@ def test_a_hub_dataset_brings_its_splits_and_the_names_of_its_classes(tmp_path: 
     assert source.train.columns == {"text": ["text 0", "text 1", "text 2"], "label": [0, 1, 1]}
     assert source.test is not None
     assert source.test.columns["label"] == [1, 0]
-    assert source.stated("label") == ("no", "yes")
+    assert source.declared_labels("label") == ("no", "yes")
 
 
 def test_the_validation_split_serves_where_the_test_labels_are_withheld(tmp_path: Path):

@@ -36,7 +36,7 @@ def profile(index):
 
 def look(one, rows=8):
     """A batch of a session, without gradient."""
-    return one.ensemble.look(one._data.train.batch(np.arange(rows)))
+    return one.ensemble.forward_view(one._data.train.batch(np.arange(rows)))
 
 
 def log_softmax(logits):
@@ -385,7 +385,7 @@ def test_fedproto_answers_by_the_own_layer_before_there_is_a_prototype():
 
     method.restore(Plan(payloads={"adapter": method.initialize(one)}), one)
 
-    assert one.ensemble.answer is None
+    assert one.ensemble.predict is None
 
 
 def test_fedproto_s_loss_holds_representations_near_their_prototypes():

@@ -22,7 +22,7 @@ from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.models.cnn import Cnn
 from lorabbit_client.models.loading import quiet, seeded
 from lorabbit_client.models.tiny import WIDTH, tiny_config
-from lorabbit_client.personal.models import SplitModel, filled, slots_of
+from lorabbit_client.personal.models import SplitModel, lora_hooks, slots_of
 from lorabbit_client.personal.session import freeze
 from lorabbit_client.tasks.registry import TASKS
 from lorabbit_client.tasks.text_classification import ClassScorer
@@ -117,7 +117,7 @@ def test_factors_in_slots_answer_as_peft_s_lora_in_the_last_layers_does(layers):
 
 def test_slots_are_empty_again_afterwards():
     model = classifier()
-    with filled(slots_of(model, "bert", 2), pairs()):
+    with lora_hooks(slots_of(model, "bert", 2), pairs()):
         pass
 
     assert not any(module._forward_hooks for module in model.modules())
@@ -254,7 +254,7 @@ def test_J10_in_slots_a_sum_begins_as_the_own_answer():
     clients.method._install(Plan(payloads={ADAPTER: clients.state.tensors}), one)
 
     with torch.no_grad():
-        seen = one.ensemble.look(batch())
+        seen = one.ensemble.forward_view(batch())
         assert torch.equal(clients.method._sum(seen), seen.logits())
 
 

@@ -230,7 +230,7 @@ def test_means_by_class_are_those_of_numpy_and_move_nothing():
     means, counts = one.mean_by_class(lambda found: found.representation())
 
     with torch.no_grad():
-        seen = one.ensemble.look(batch).representation().numpy()
+        seen = one.ensemble.forward_view(batch).representation().numpy()
     labels = batch["labels"].numpy()
     assert counts.tolist() == [6, 6, 0]
     assert np.allclose(means[1], seen[labels == 1].mean(0), atol=1e-6)

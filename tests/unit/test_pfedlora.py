@@ -153,7 +153,7 @@ def test_J9_the_adapter_s_loss_reaches_the_trunk_and_not_the_head():
     method = build(job())
     one = opened(method)
     model = one.ensemble.members["own"].requires_grad_(requires_grad=True)
-    batch = one.ensemble.look(one._data.train.batch(np.arange(8)))
+    batch = one.ensemble.forward_view(one._data.train.batch(np.arange(8)))
 
     batch.cross_entropy(method._adapter(batch)).backward()
 
@@ -166,7 +166,7 @@ def test_J10_a_sum_begins_as_the_own_answer():
     one = opened(method)
 
     with torch.no_grad():
-        batch = one.ensemble.look(one._data.train.batch(np.arange(8)))
+        batch = one.ensemble.forward_view(one._data.train.batch(np.arange(8)))
         assert torch.equal(method._sum(batch), batch.logits())
 
 
@@ -217,7 +217,7 @@ def test_mu_mixes_the_two_losses():
     one = opened(method)
 
     with torch.no_grad():
-        batch = one.ensemble.look(one._data.train.batch(np.arange(8)))
+        batch = one.ensemble.forward_view(one._data.train.batch(np.arange(8)))
         first, second = batch.cross_entropy(method._adapter(batch)), batch.cross_entropy(batch.logits())
         assert float(method._own_loss(batch)) == pytest.approx(0.3 * float(first) + 0.7 * float(second), rel=1e-6)
 
@@ -228,7 +228,7 @@ def test_at_the_head_the_adapter_reads_the_input_of_the_last_layer():
     tensors = one.tensors("adapter.")
 
     with torch.no_grad():
-        batch = one.ensemble.look(one._data.train.batch(np.arange(8)))
+        batch = one.ensemble.forward_view(one._data.train.batch(np.arange(8)))
         by_hand = batch.representation().numpy() @ tensors[A].T @ tensors[B].T
         assert np.allclose(method._adapter(batch).numpy(), by_hand, atol=1e-6)
 
@@ -239,7 +239,7 @@ def test_answers_can_be_mixed_by_mu():
     method.restore(Plan(payloads={"adapter": one.tensors("adapter.")}), one)
 
     with torch.no_grad():
-        batch = one.ensemble.look(one._data.test.batch(np.arange(8)))
+        batch = one.ensemble.forward_view(one._data.test.batch(np.arange(8)))
         mixed = 0.3 * batch.softmax(method._adapter(batch)) + 0.7 * batch.softmax(batch.logits())
         answers = one.ensemble(**one._data.test.batch(np.arange(8)))
 

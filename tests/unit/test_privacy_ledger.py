@@ -11,7 +11,7 @@ from lorabbit.job.spec import PrivacySpec
 from lorabbit.privacy.accountant import SampledGaussian, epsilon_of, epsilon_of_steps
 from lorabbit_client.capabilities import UNLIMITED, TrainingLimits
 from lorabbit_client.execution.privacy_ledger import PrivacyLedger
-from lorabbit_client.training.privacy_budget import count
+from lorabbit_client.training.privacy_budget import spend
 
 FEW, MANY = SampledGaussian(1.0, 0.01, 10), SampledGaussian(2.0, 0.5, 4)
 
@@ -54,11 +54,11 @@ def test_a_job_pays_for_its_own_releases_and_the_owner_for_those_of_all_jobs():
     ledger = PrivacyLedger(releases={"other": [FEW]})
     one, two = epsilon_of((FEW,), 1e-5), epsilon_of((FEW, FEW), 1e-5)
 
-    count(FEW, PrivacySpec(level="example", epsilon=(one + two) / 2), "job", ledger, UNLIMITED)
+    spend(FEW, PrivacySpec(level="example", epsilon=(one + two) / 2), "job", ledger, UNLIMITED)
 
     assert ledger.summary == {"steps": 10, "rate": 0.01, "epsilon": pytest.approx(one, rel=1e-5), "spent": True}
     with pytest.raises(LoRAbbitError, match=r"^LORABBIT_PRIVACY_EPSILON: another round would cost"):
-        count(FEW, PrivacySpec(level="example"), "third", ledger, TrainingLimits(epsilon=two))
+        spend(FEW, PrivacySpec(level="example"), "third", ledger, TrainingLimits(epsilon=two))
     assert ledger.of("third") == ()
 
 
@@ -66,4 +66,4 @@ def test_the_owner_counts_at_a_delta_of_its_own():
     owner = TrainingLimits(epsilon=0.9 * epsilon_of((MANY,), 1e-6), delta=1e-6)
 
     with pytest.raises(BadInput, match=r"^LORABBIT_PRIVACY_EPSILON: one round of 4 steps at a sampling rate of 0\.5"):
-        count(MANY, PrivacySpec(level="example", delta=0.99), "job", PrivacyLedger(), owner)
+        spend(MANY, PrivacySpec(level="example", delta=0.99), "job", PrivacyLedger(), owner)

@@ -90,7 +90,7 @@ def test_an_offset_that_is_off_is_replaced_by_the_nearest_occurrence():
 
     batch = features.batch(np.arange(1))
 
-    begin = int(features.begins[0][int(batch["start_positions"][0])])
+    begin = int(features.starts[0][int(batch["start_positions"][0])])
     assert begin == CONTEXT.index("the river")
 
 

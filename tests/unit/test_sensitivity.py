@@ -12,7 +12,7 @@ from learning import data_of, job, write_reviews
 
 from lorabbit.errors import BadInput
 from lorabbit_client.analysis.probe import batch_at, call, evaluation_mode, fp32_overrides, losses
-from lorabbit_client.analysis.sensitivity import ProbeSettings, _noise, _steepest, sensitivities
+from lorabbit_client.analysis.sensitivity import ProbeSettings, _loss_gradient, _noise, sensitivities
 from lorabbit_client.data.features import Batch, Features, Scorer
 from lorabbit_client.data.table import IntArray
 from lorabbit_client.dataset import Examples
@@ -138,13 +138,13 @@ def test_F5_adversarial_noise_needs_no_seed_and_no_draws_and_padding_has_no_infl
 def test_adversarial_noise_raises_the_loss_of_every_example_more_than_random_noise_of_its_norm(tmp_path: Path) -> None:
     model, rows = client(tmp_path)
     names = np.arange(8)
-    batch, stand_ins, told = batch_at(model, rows, names), fp32_overrides(model), {}
+    batch, overrides, told = batch_at(model, rows, names), fp32_overrides(model), {}
     with evaluation_mode(model):
-        along = _steepest(model, stand_ins, batch)
-        for direction, given in (("none", None), ("random", None), ("adversarial", along)):
+        gradient = _loss_gradient(model, overrides, batch)
+        for direction, given in (("none", None), ("random", None), ("adversarial", gradient)):
             small = probe(noise=0.0 if direction == "none" else 1e-3)
-            with torch.no_grad(), _noise(model, batch, names, probe=small, draw=0, along=given):
-                told[direction] = losses(call(model, stand_ins, batch), batch)
+            with torch.no_grad(), _noise(model, batch, names, probe=small, draw=0, direction=given):
+                told[direction] = losses(call(model, overrides, batch), batch)
 
     grown = {direction: told[direction] - told["none"] for direction in ("random", "adversarial")}
     assert bool((grown["adversarial"] > 0).all())

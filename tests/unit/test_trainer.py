@@ -76,7 +76,7 @@ def local(**knobs: Any) -> LocalSpec:
 
 
 def train(model: TrainableModel, knobs: LocalSpec | None = None, **extra: Any) -> Any:
-    return Trainer(model, rows(10), knobs or local(), clock=TrainingSchedule(1, 1), seed=5).run(silent, **extra)
+    return Trainer(model, rows(10), knobs or local(), schedule=TrainingSchedule(1, 1), seed=5).run(silent, **extra)
 
 
 def descent(steps: int, curvature: float, fixed_point: float) -> float:
@@ -132,7 +132,7 @@ def test_freezing_everything_is_refused():
 
 
 def test_a_loss_that_is_not_finite_ends_the_task_with_advice():
-    trainer = Trainer(toy(), rows(8, float("inf")), local(), clock=TrainingSchedule(3, 5), seed=0)
+    trainer = Trainer(toy(), rows(8, float("inf")), local(), schedule=TrainingSchedule(3, 5), seed=0)
 
     with pytest.raises(LoRAbbitError, match=r"round 3: lower local\.learning_rate"):
         trainer.run(silent)
@@ -144,7 +144,7 @@ def test_a_cancelled_training_leaves_a_model_that_trains_again():
 
     model = toy()
     with pytest.raises(Cancelled):
-        Trainer(model, rows(8), local(), clock=TrainingSchedule(1, 1), seed=0).run(cancel)
+        Trainer(model, rows(8), local(), schedule=TrainingSchedule(1, 1), seed=0).run(cancel)
 
     assert all(value.grad is None for value in model.tensors.values())
     model.reset()
@@ -172,7 +172,7 @@ def test_a_frozen_batch_norm_does_not_gather_statistics():
 def test_progress_ends_at_one_with_the_mean_loss():
     seen: list[tuple[float, float | None]] = []
 
-    trained = Trainer(toy(), rows(8), local(), clock=TrainingSchedule(1, 1), seed=0).run(
+    trained = Trainer(toy(), rows(8), local(), schedule=TrainingSchedule(1, 1), seed=0).run(
         lambda f, loss: seen.append((f, loss))
     )
 

@@ -1,7 +1,8 @@
-"""What a client can hold while it trains, by its own settings; found without torch.
+"""Limits of a client's training, from its own settings; needs no torch.
 
-A larger batch is learned in pieces, whose gradients add up to the whole batch's. A narrower dtype is what the
-model computes with; the weights and the optimizer stay in theirs. Quantized are only frozen linear weights, under LoRA.
+A batch larger than `max_batch` is split into micro-batches, whose gradients add up to those of the whole batch. `dtype`
+is what the model computes in; weights and optimizer state keep their own. Only frozen linear weights under LoRA are
+quantized.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def load_test(spec: JobSpec, *, processor: Any, data_root: Path = Path()) -> Exa
 
 
 def load_test_records(spec: JobSpec, data_root: Path = Path()) -> Records:
-    """Return the whole test set as it was read, for whoever encodes it otherwise."""
+    """Return the whole test set as read, without encoding."""
     with _LOCK:
         return _read(_Request.of(spec, data_root)).test
 
@@ -189,7 +189,7 @@ def describe(spec: JobSpec, population: int, data_root: Path = Path()) -> DataOu
 
 
 _STAMPS: dict[_Request, Stamp] = {}
-"""What the files looked like from which a dataset was read."""
+"""Stamps of the files from which a dataset was read."""
 MOST_STAMPS = 8
 """As many as there are datasets whose keys are kept."""
 

@@ -1,7 +1,7 @@
 """The share of a client's curvature that must not be lost, by two rules; see docs/methods/fibecfed.md.
 
 slq: stochastic Lanczos quadrature of the Hessian's spectrum, and the share of it above a threshold
-that is raised until the share stands still; a port of the public code of FedPepTAO
+that is raised until the share is stable; a port of the public code of FedPepTAO
 (github.com/llm-eff/FedPepTAO, `get_ratio.py`). eigengap: the first gap of the ascending spectrum that
 exceeds four Lipschitz constants (FedDUAP), on the empirical Fisher information, because an indefinite
 Hessian always has its first gap at its most negative end. Second derivatives do not pass through fused
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lorabbit.runtime.seeds import derive_seed
 from lorabbit_client.analysis import fisher
-from lorabbit_client.analysis.probe import batch_at, call, evaluation_mode, fp32_overrides, inner_names, losses
+from lorabbit_client.analysis.probe import batch_at, call, evaluation_mode, fp32_overrides, losses, parameter_names
 from lorabbit_client.dataset import Examples
 from lorabbit_client.models.trainable import TrainableModel
 
@@ -28,7 +28,7 @@ Vector = NDArray[np.float64]
 Product = Callable[[Vector], Vector]
 """v -> H v."""
 STEPS, BINS, SMOOTHING, MARGIN = 50, 10_000, 1e-5, 0.01
-INCREMENT, STILL, HALVINGS = 0.1, 0.005, 40
+INCREMENT, STABLE_CHANGE, HALVINGS = 0.1, 0.005, 40
 RADIUS, DIRECTIONS = 0.01, 3
 
 
@@ -46,20 +46,20 @@ def lanczos(product: Product, size: int, *, steps: int = STEPS, seed: int = 0) -
     probe = np.random.default_rng(seed).integers(0, 2, size) * 2.0 - 1.0
     basis = [probe / np.linalg.norm(probe)]
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     for _ in range(min(steps, size)):
-        image = product(basis[-1])
-        diagonal.append(float(basis[-1] @ image))
+        result = product(basis[-1])
+        diagonal.append(float(basis[-1] @ result))
         for _ in range(2):
             for known in basis:
-                image = image - (known @ image) * known
-        length = float(np.linalg.norm(image))
+                result = result - (known @ result) * known
+        length = float(np.linalg.norm(result))
         if length < 1e-8 * max(1e-30, *(abs(value) for value in diagonal)):
             break
-        beside.append(length)
-        basis.append(image / length)
+        off_diagonal.append(length)
+        basis.append(result / length)
     rank = len(diagonal)
-    off = np.array(beside[: rank - 1])
+    off = np.array(off_diagonal[: rank - 1])
     nodes, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
     return SpectralDensity(nodes, vectors[0] ** 2)
 
@@ -82,16 +82,16 @@ def share_above(spectrum: SpectralDensity) -> Callable[[float], float]:
     return above
 
 
-def settled_share(above: Callable[[float], float]) -> float:
-    """Raise a threshold from 0 until the share above it stands still; always within [R0 / 2, R0], R0 the share above 0.
+def stable_share(above: Callable[[float], float]) -> float:
+    """Raise a threshold from 0 until the share above it is stable; within [R0 / 2, R0], R0 the share above 0.
 
-    Three changes in a row below 0.005 are still. Falling below half of R0 starts again with half of the step.
+    The share is stable after three changes in a row below 0.005. If it falls below R0 / 2, restart with half the step.
     """
     first, step = above(0.0), INCREMENT
     for _ in range(HALVINGS):
         shares = [first]
         while shares[-1] >= first / 2:
-            if len(shares) > 3 and all(abs(shares[i] - shares[i - 1]) < STILL for i in (-1, -2, -3)):  # noqa: PLR2004
+            if len(shares) > 3 and all(abs(shares[i] - shares[i - 1]) < STABLE_CHANGE for i in (-1, -2, -3)):  # noqa: PLR2004
                 return shares[-1]
             shares.append(above(step * len(shares)))
         step /= 2
@@ -114,7 +114,7 @@ def lossless_share(
         surface = LossSurface(model, examples, rows)
         if rule == "slq":
             spectrum = lanczos(surface.product, surface.size, seed=derive_seed(seed, "lanczos"))
-            share = settled_share(share_above(spectrum))
+            share = stable_share(share_above(spectrum))
         else:
             share = gap_share(_fisher_eigenvalues(model, examples, rows), surface.lipschitz(derive_seed(seed, "gap")))
     return min(1.0, max(share, 1.0 / max(1, surface.size)))
@@ -128,22 +128,22 @@ class LossSurface:
         self._model, self._batch = model, batch_at(model, examples, rows)
         self._fixed = fp32_overrides(model)
         state = dict(model.model.named_parameters())
-        own = inner_names(model).values()
+        own = parameter_names(model).values()
         self._point = {name: self._fixed.get(name, state[name]).detach().clone().requires_grad_() for name in own}
         self.size = sum(value.numel() for value in self._point.values())
         self._gradient = self._differentiate(self._point, twice=True)
 
     def _differentiate(self, point: dict[str, torch.Tensor], *, twice: bool = False) -> torch.Tensor:
         loss = losses(call(self._model, {**self._fixed, **point}, self._batch), self._batch).mean()
-        back = torch.autograd.grad(loss, list(point.values()), create_graph=twice)
-        return torch.cat([gradient.reshape(-1) for gradient in back])
+        gradients = torch.autograd.grad(loss, list(point.values()), create_graph=twice)
+        return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
     def product(self, vector: Vector) -> Vector:
         """Return the Hessian times a vector."""
-        along = torch.from_numpy(vector).to(self._gradient)
-        back = torch.autograd.grad(self._gradient, list(self._point.values()), along, retain_graph=True)
-        image: Vector = torch.cat([gradient.reshape(-1) for gradient in back]).double().cpu().numpy()
-        return image
+        vector_tensor = torch.from_numpy(vector).to(self._gradient)
+        gradients = torch.autograd.grad(self._gradient, list(self._point.values()), vector_tensor, retain_graph=True)
+        result: Vector = torch.cat([gradient.reshape(-1) for gradient in gradients]).double().cpu().numpy()
+        return result
 
     def lipschitz(self, seed: int) -> float:
         """Return the largest ||H D - (g(P + D) - g(P))|| / ||D|| over a few random D of norm 0.01 ||P||."""
@@ -154,18 +154,18 @@ class LossSurface:
         for _ in range(DIRECTIONS):
             step = draw.standard_normal(self.size)
             step *= max(radius, 1e-6) / np.linalg.norm(step)
-            there = self._differentiate(self._moved(step)).detach().double().cpu().numpy()
+            there = self._differentiate(self._shifted_point(step)).detach().double().cpu().numpy()
             found = max(found, float(np.linalg.norm(self.product(step) - (there - here)) / np.linalg.norm(step)))
         return found
 
-    def _moved(self, step: Vector) -> dict[str, torch.Tensor]:
+    def _shifted_point(self, step: Vector) -> dict[str, torch.Tensor]:
         """Return the point moved by a step, with a graph of its own."""
-        flat, moved, start = torch.from_numpy(step), {}, 0
+        flat, shifted, start = torch.from_numpy(step), {}, 0
         for name, value in self._point.items():
             part = flat[start : start + value.numel()].reshape(value.shape).to(value)
-            moved[name] = (value.detach() + part).requires_grad_()
+            shifted[name] = (value.detach() + part).requires_grad_()
             start += value.numel()
-        return moved
+        return shifted
 
 
 def _fisher_eigenvalues(model: TrainableModel, examples: Examples, rows: NDArray[np.int64]) -> Vector:

@@ -69,10 +69,10 @@ def _by_example(examples: Examples, rows: NDArray[np.float64]) -> NDArray[np.flo
 def _losses(model: TrainableModel, examples: Examples, on_chunk: OnChunk) -> NDArray[np.float64]:
     found = np.zeros(len(examples), dtype=np.float64)
     with evaluation_mode(model), torch.inference_mode():
-        stand_ins = fp32_overrides(model)
+        overrides = fp32_overrides(model)
         for places in chunks(examples, range(len(examples)), SCORED_AT_ONCE, on_chunk=on_chunk):
             batch = batch_at(model, examples, places)
-            found[places] = losses(call(model, stand_ins, batch), batch).double().cpu().numpy()
+            found[places] = losses(call(model, overrides, batch), batch).double().cpu().numpy()
     return found
 
 

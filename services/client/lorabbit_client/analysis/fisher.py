@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lorabbit.types import Tensors
-from lorabbit_client.analysis.per_example_gradients import ExampleGradients, Gradients, Run, separate_owners
+from lorabbit_client.analysis.per_example_gradients import ExampleGradients, ForwardFn, Gradients, separate_owners
 from lorabbit_client.analysis.probe import (
     CHUNK,
     OnChunk,
@@ -52,12 +52,12 @@ def per_example_gradients(  # noqa: PLR0913 - what is looked at, and how
     """
     rows = np.asarray(positions, dtype=np.int64)
     with evaluation_mode(model), torch.enable_grad():
-        run, leaves = _free(model, factors(model))
+        run, leaves = _float32_copies(model, factors(model))
         owners = None
         if len(rows) and not loop:
             owners = separate_owners(model.model, factors(model), run, batch_at(model, examples, rows[:1]))
         gradients = ExampleGradients(run, leaves, owners)
-        for places in chunks(examples, positions, chunk if gradients.together else 1, on_chunk=on_chunk):
+        for places in chunks(examples, positions, chunk if gradients.is_vectorized else 1, on_chunk=on_chunk):
             (found,) = gradients.of(batch_at(model, examples, rows[places]))
             yield places, found
 
@@ -100,23 +100,25 @@ def shares(
     values = model.parameters()
     sums = {name: torch.zeros(value.shape, device=value.device) for name, value in values.items()}
     with evaluation_mode(model), torch.enable_grad():
-        gradients = ExampleGradients(*_free(model, values), owners=None)
+        gradients = ExampleGradients(*_float32_copies(model, values), owners=None)
         for places in chunks(examples, positions, 1, on_chunk=on_chunk):
             batch = batch_at(model, examples, np.asarray(positions, dtype=np.int64)[places])
-            for name, gradient in gradients.alone(batch).items():
+            for name, gradient in gradients.of_one(batch).items():
                 sums[name] += gradient[0].float().square()
     most = max((float(value.max()) for value in sums.values() if value.numel()), default=0.0)
     return {name: value / most if most > 0 else torch.ones_like(value) for name, value in sums.items()}
 
 
-def _free(model: TrainableModel, values: Mapping[str, nn.Parameter]) -> tuple[Run, dict[str, torch.Tensor]]:
+def _float32_copies(
+    model: TrainableModel, values: Mapping[str, nn.Parameter]
+) -> tuple[ForwardFn, dict[str, torch.Tensor]]:
     """Return a model that computes with copies of some parameters, all in float32, and the copies, by wire name.
 
     Gradients reach the copies; the parameters stay untouched.
     """
-    own, stand_ins = {id(value): name for name, value in model.model.named_parameters()}, fp32_overrides(model)
+    own, overrides = {id(value): name for name, value in model.model.named_parameters()}, fp32_overrides(model)
     leaves = {
-        name: stand_ins.get(own[id(value)], value).detach().clone().requires_grad_() for name, value in values.items()
+        name: overrides.get(own[id(value)], value).detach().clone().requires_grad_() for name, value in values.items()
     }
-    replaced = {**stand_ins, **{own[id(values[name])]: leaf for name, leaf in leaves.items()}}
+    replaced = {**overrides, **{own[id(values[name])]: leaf for name, leaf in leaves.items()}}
     return lambda batch: call(model, replaced, batch), leaves

@@ -24,9 +24,9 @@ from lorabbit_client.data.features import Batch
 
 Gradients = dict[str, torch.Tensor]
 """By the tensor's name: (examples, *shape of the tensor)."""
-Run: TypeAlias = Callable[[Batch], Any]
-"""A model's answer to a batch, its loss included."""
-PROBED = (1, 2)
+ForwardFn: TypeAlias = Callable[[Batch], Any]
+"""A batch -> the model's output, with its loss."""
+PROBE_BATCH_SIZES = (1, 2)
 """Sizes of the batches that show which axis follows the number of examples; no other axis has both."""
 
 
@@ -40,57 +40,57 @@ class LayerParameter:
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """One call of a linear layer: what went in, and what came out."""
+    """One call of a linear layer: its input and output."""
 
     layer: nn.Module
-    went_in: torch.Tensor
-    came_out: torch.Tensor
+    inputs: torch.Tensor
+    outputs: torch.Tensor
 
 
 class ExampleGradients:
     """Gradients of the examples of a batch with respect to some tensors of a model."""
 
     def __init__(
-        self, run: Run, tensors: Mapping[str, torch.Tensor], owners: Mapping[str, LayerParameter] | None
+        self, run: ForwardFn, tensors: Mapping[str, torch.Tensor], owners: Mapping[str, LayerParameter] | None
     ) -> None:
-        """Take what answers, from which tensors on, and the layers to watch; without layers examples go one by one."""
+        """Take the forward function, the tensors, and their linear layers; without layers, one pass per example."""
         self._run, self._tensors, self._owners = run, tensors, owners
 
     @property
-    def together(self) -> bool:
-        """Tell whether one pass serves a whole batch."""
+    def is_vectorized(self) -> bool:
+        """Whether one pass gives the gradients of a whole batch."""
         return self._owners is not None
 
     def of(self, batch: Batch) -> Iterator[Gradients]:
         """Yield the gradients of all examples at once, or of one after the other."""
         if self._owners is not None:
-            yield self._at_once(batch, self._owners)
+            yield self._vectorized(batch, self._owners)
             return
         for row in range(_rows(batch)):
-            yield self.alone({name: value[row : row + 1] for name, value in batch.items()})
+            yield self.of_one({name: value[row : row + 1] for name, value in batch.items()})
 
-    def alone(self, batch: Batch) -> Gradients:
+    def of_one(self, batch: Batch) -> Gradients:
         """Differentiate the model's own loss of a batch of one example."""
-        back = torch.autograd.grad(self._run(batch).loss, list(self._tensors.values()), allow_unused=True)
+        grads = torch.autograd.grad(self._run(batch).loss, list(self._tensors.values()), allow_unused=True)
         return {
             name: (torch.zeros_like(value) if gradient is None else gradient).unsqueeze(0)
-            for (name, value), gradient in zip(self._tensors.items(), back, strict=True)
+            for (name, value), gradient in zip(self._tensors.items(), grads, strict=True)
         }
 
-    def _at_once(self, batch: Batch, owners: Mapping[str, LayerParameter]) -> Gradients:
-        """Watch every layer through one forward and one backward pass."""
-        with _watched(owners.values()) as calls:
+    def _vectorized(self, batch: Batch, owners: Mapping[str, LayerParameter]) -> Gradients:
+        """Record inputs and output gradients of every layer in one forward and one backward pass."""
+        with _recorded_calls(owners.values()) as calls:
             total = losses(self._run(batch), batch).sum()
-        back = torch.autograd.grad(total, [call.came_out for call in calls], allow_unused=True)
+        grads = torch.autograd.grad(total, [call.outputs for call in calls], allow_unused=True)
         rows = _rows(batch)
         names = {(id(owner.layer), owner.part): name for name, owner in owners.items()}
         found = {name: value.new_zeros((rows, *value.shape)) for name, value in self._tensors.items()}
-        for call, gradient in zip(calls, back, strict=True):
+        for call, gradient in zip(calls, grads, strict=True):
             if gradient is None:
                 continue
             g = gradient.reshape(rows, -1, gradient.shape[-1])
             if weight := names.get((id(call.layer), "weight")):
-                x = call.went_in.reshape(rows, -1, call.went_in.shape[-1])
+                x = call.inputs.reshape(rows, -1, call.inputs.shape[-1])
                 found[weight] += torch.bmm(g.transpose(1, 2), x)
             if bias := names.get((id(call.layer), "bias")):
                 found[bias] += g.sum(1)
@@ -98,7 +98,7 @@ class ExampleGradients:
 
 
 def separate_owners(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], run: Run, batch: Batch
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], run: ForwardFn, batch: Batch
 ) -> dict[str, LayerParameter] | None:
     """Return the linear layer of each tensor, by the tensor's name; None where examples do not stay apart there.
 
@@ -109,11 +109,11 @@ def separate_owners(
     if owners is None:
         return None
     layers = {id(owner.layer) for owner in owners.values()}
-    for rows in PROBED:
+    for rows in PROBE_BATCH_SIZES:
         repeated = {name: value[:1].repeat_interleave(rows, dim=0) for name, value in batch.items()}
-        with torch.no_grad(), _watched(owners.values()) as calls:
+        with torch.no_grad(), _recorded_calls(owners.values()) as calls:
             run(repeated)
-        if {id(call.layer) for call in calls} != layers or any(call.went_in.shape[0] != rows for call in calls):
+        if {id(call.layer) for call in calls} != layers or any(call.inputs.shape[0] != rows for call in calls):
             return None
     return owners
 
@@ -134,14 +134,14 @@ def linear_owners(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict
 
 
 @contextmanager
-def _watched(owners: Iterable[LayerParameter]) -> Iterator[list[LayerCall]]:
-    """Write down every call of some layers."""
+def _recorded_calls(owners: Iterable[LayerParameter]) -> Iterator[list[LayerCall]]:
+    """Record every call of some layers."""
     calls: list[LayerCall] = []
 
-    def watch(module: nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    def record(module: nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         calls.append(LayerCall(module, given[0].detach(), out))
 
-    hooks = [layer.register_forward_hook(watch) for layer in {owner.layer for owner in owners}]
+    hooks = [layer.register_forward_hook(record) for layer in {owner.layer for owner in owners}]
     try:
         yield calls
     finally:

@@ -1,4 +1,4 @@
-"""Look at a model without moving it: what the measurements of data and layers have in common.
+"""Shared functions of analyses that do not change the model.
 
 Everything runs in evaluation mode, in float32 whatever the base model's dtype, with autocast off:
 squared gradients of 1e-8 vanish in half precision. Parameters, gradients, `requires_grad` flags,
@@ -27,12 +27,12 @@ from lorabbit_client.models.trainable import TrainableModel
 CHUNK = 16
 """Examples of which gradients or hidden states are held at once."""
 OnChunk: TypeAlias = Callable[[], None]
-"""Called before each chunk; a task that is no longer wanted ends there."""
+"""Called before each chunk; raises Cancelled if the task was cancelled."""
 
 
 @contextmanager
 def evaluation_mode(model: TrainableModel, *, attention: str | None = None) -> Iterator[None]:
-    """Put a model in evaluation mode, with another attention where named, and afterwards back."""
+    """Set a model to evaluation mode, optionally with another attention; restore both afterwards."""
     modes = [(module, module.training) for module in model.model.modules()]
     usual = _attention(model.model)
     model.model.eval()
@@ -58,7 +58,7 @@ def _set_attention(model: Any, name: str) -> None:  # noqa: ANN401 - transformer
 
 
 def device_of(model: TrainableModel) -> torch.device:
-    """Return where a model computes."""
+    """Return the device of a model."""
     return next(model.model.parameters()).device
 
 
@@ -70,26 +70,26 @@ def factors(model: TrainableModel) -> dict[str, nn.Parameter]:
     return found
 
 
-def inner_names(model: TrainableModel) -> dict[str, str]:
+def parameter_names(model: TrainableModel) -> dict[str, str]:
     """Return the model's own name of each LoRA factor, by wire name."""
     own = {id(value): name for name, value in model.model.named_parameters()}
     return {name: own[id(value)] for name, value in factors(model).items()}
 
 
 def fp32_overrides(model: TrainableModel) -> dict[str, torch.Tensor]:
-    """Return float32 stand-ins for the half-precision tensors of a model, by its own names."""
+    """Return float32 copies of the half-precision tensors of a model, by its own names."""
     state = dict(model.model.named_parameters()) | dict(model.model.named_buffers())
     half = {name: value for name, value in state.items() if value.dtype in {torch.float16, torch.bfloat16}}
     return {name: value.detach().float() for name, value in half.items()}
 
 
-def call(model: TrainableModel, stand_ins: Mapping[str, torch.Tensor], batch: Batch, **extra: Any) -> Any:  # noqa: ANN401
+def call(model: TrainableModel, overrides: Mapping[str, torch.Tensor], batch: Batch, **extra: Any) -> Any:  # noqa: ANN401
     """Run a model with some tensors replaced by others, for this call."""
-    return functional_call(model.model, dict(stand_ins), kwargs={**batch, **extra})
+    return functional_call(model.model, dict(overrides), kwargs={**batch, **extra})
 
 
 def no_progress() -> None:
-    """Let nobody know of a chunk."""
+    """Report nothing."""
 
 
 def chunks(

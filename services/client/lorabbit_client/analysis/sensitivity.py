@@ -1,4 +1,4 @@
-"""How much each block's output moves when the embeddings do.
+"""How much each block's output changes when noise is added to the embeddings.
 
     x' = emb(x) + delta,  ||delta|| = noise * ||emb(x)||
     I^l = mean over examples and draws of ||h_l(x') - h_l(x)|| / (||h_l(x)|| + 1e-12)
@@ -67,34 +67,36 @@ def sensitivities(
     total: NDArray[np.float64] | None = None
     draws = 1 if probe.direction == "adversarial" else probe.draws
     with evaluation_mode(model):
-        stand_ins = fp32_overrides(model)
+        overrides = fp32_overrides(model)
         for places in chunks(examples, chosen.tolist(), CHUNK, on_chunk=on_chunk):
             batch = batch_at(model, examples, chosen[places])
-            along = _steepest(model, stand_ins, batch) if probe.direction == "adversarial" else None
+            direction = _loss_gradient(model, overrides, batch) if probe.direction == "adversarial" else None
             with torch.inference_mode():
-                clean = _states(model, stand_ins, batch)
+                clean = _states(model, overrides, batch)
                 for draw in range(draws):
-                    with _noise(model, batch, chosen[places], probe=probe, draw=draw, along=along):
-                        moved = _states(model, stand_ins, batch)
-                    found = _moves(clean, moved, probe.variant).sum(0)
+                    with _noise(model, batch, chosen[places], probe=probe, draw=draw, direction=direction):
+                        perturbed = _states(model, overrides, batch)
+                    found = _output_changes(clean, perturbed, probe.variant).sum(0)
                     total = found if total is None else total + found
     if total is None:
         raise BadInput("data: a client has no training example, so its layers cannot be probed; lower `clients`")
     return total / (len(chosen) * draws)
 
 
-def _states(model: TrainableModel, stand_ins: dict[str, torch.Tensor], batch: Batch) -> list[torch.Tensor]:
+def _states(model: TrainableModel, overrides: dict[str, torch.Tensor], batch: Batch) -> list[torch.Tensor]:
     """Return embeddings and every block's output, true tokens alone."""
     if getattr(model.model, "config", None) is None:
         raise BadInput("model.name: this model has no blocks of which one could be more sensitive than another")
-    outputs = call(model, stand_ins, batch, output_hidden_states=True)
+    outputs = call(model, overrides, batch, output_hidden_states=True)
     mask = batch.get("attention_mask")
     return [state if mask is None else state * mask.unsqueeze(-1) for state in outputs["hidden_states"]]
 
 
-def _moves(clean: list[torch.Tensor], moved: list[torch.Tensor], variant: Sensitivity) -> NDArray[np.float64]:
+def _output_changes(
+    clean: list[torch.Tensor], perturbed: list[torch.Tensor], variant: Sensitivity
+) -> NDArray[np.float64]:
     """Return the change of every block's output, (examples, blocks)."""
-    changes = [_norm(after - before) for before, after in zip(clean, moved, strict=True)]
+    changes = [_norm(after - before) for before, after in zip(clean, perturbed, strict=True)]
     if variant == "abs":
         found = changes[1:]
     elif variant == "gain":
@@ -116,45 +118,51 @@ def _embedding(model: TrainableModel) -> nn.Module:
     return embedding
 
 
-def _steepest(model: TrainableModel, stand_ins: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+def _loss_gradient(model: TrainableModel, overrides: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
     """Return the gradient of each example's loss with respect to its embeddings, in their shape."""
-    caught: list[torch.Tensor] = []
+    captured: list[torch.Tensor] = []
 
-    def catch(module: nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor:  # noqa: ANN401, ARG001 - a hook
-        caught.append(out.detach().requires_grad_())
-        return caught[0]
+    def capture(module: nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor:  # noqa: ANN401, ARG001 - a hook
+        captured.append(out.detach().requires_grad_())
+        return captured[0]
 
-    hook = _embedding(model).register_forward_hook(catch)
+    hook = _embedding(model).register_forward_hook(capture)
     try:
         with torch.enable_grad():
-            total = losses(call(model, stand_ins, batch), batch).sum()
-            return torch.autograd.grad(total, caught[0])[0]
+            total = losses(call(model, overrides, batch), batch).sum()
+            return torch.autograd.grad(total, captured[0])[0]
     finally:
         hook.remove()
 
 
 @contextmanager
 def _noise(  # noqa: PLR0913 - what is moved, and how
-    model: TrainableModel, batch: Batch, names: IntArray, *, probe: ProbeSettings, draw: int, along: torch.Tensor | None
+    model: TrainableModel,
+    batch: Batch,
+    names: IntArray,
+    *,
+    probe: ProbeSettings,
+    draw: int,
+    direction: torch.Tensor | None,
 ) -> Iterator[None]:
-    """Add noise to what the embedding layer answers, until the end of the block: `along` a direction, or at random."""
+    """Add noise to the output of the embedding layer: in a direction, or at random."""
     mask = batch.get("attention_mask")
 
-    def add(module: nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor:  # noqa: ANN401, ARG001 - a hook
+    def add_noise(module: nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor:  # noqa: ANN401, ARG001 - a hook
         noisy: torch.Tensor = out.clone()
         for row, name in enumerate(names):
             length = out.shape[1] if mask is None else int(mask[row].sum())
-            if along is None:
+            if direction is None:
                 generator = torch.Generator().manual_seed(derive_seed(probe.seed, "noise", int(name), draw))
                 delta = torch.randn((length, out.shape[-1]), generator=generator).to(out)
             else:
-                delta = along[row, :length].to(out)
+                delta = direction[row, :length].to(out)
             norm = delta.norm()
             if norm > 0:
                 noisy[row, :length] += delta * (probe.noise * out[row, :length].norm() / norm)
         return noisy
 
-    hook = _embedding(model).register_forward_hook(add)
+    hook = _embedding(model).register_forward_hook(add_noise)
     try:
         yield
     finally:

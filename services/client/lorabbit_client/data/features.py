@@ -109,12 +109,12 @@ class Features(ABC):
         return examples
 
     def examples_of(self, rows: IntArray) -> IntArray:
-        """Return the example that each row belongs to; rows of one example stand together."""
+        """Return the example that each row belongs to; rows of one example are contiguous."""
         return rows
 
 
 class TokenRows:
-    """Token ids of each row with what a tokenizer says beside them."""
+    """Token ids of each row, with the tokenizer's other outputs."""
 
     def __init__(self, encoded: Mapping[str, Sequence[Row]], pad: int) -> None:
         """Keep `input_ids`, and `token_type_ids` where they are not all zero."""
@@ -157,7 +157,7 @@ class MeanLoss:
 
 @dataclass(frozen=True)
 class ProcessorKey:
-    """What encodes a dataset, comparable by what comes of it."""
+    """Hashable key of a tokenizer or image processor, equal if it encodes alike."""
 
     fingerprint: str
     processor: Any = field(compare=False)

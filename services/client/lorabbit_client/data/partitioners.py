@@ -107,13 +107,13 @@ def apportion(weights: NDArray[np.float64], total: int, rng: np.random.Generator
     return counts
 
 
-def _deal(rows: IntArray, counts: IntArray, owners: IntArray, rng: np.random.Generator) -> None:
-    """Give shuffled rows to clients by their counts."""
+def _assign_rows(rows: IntArray, counts: IntArray, owners: IntArray, rng: np.random.Generator) -> None:
+    """Assign shuffled rows to clients by their counts."""
     owners[rng.permutation(rows)] = np.repeat(np.arange(len(counts)), counts)
 
 
-def _deal_test(split: _PartitionRequest, owners: IntArray, *, by_class: bool) -> IntArray:
-    """Deal test rows in the proportions in which the training rows of their class (or all of them) were dealt."""
+def _assign_test_rows(split: _PartitionRequest, owners: IntArray, *, by_class: bool) -> IntArray:
+    """Assign test rows in the proportions of the training rows of their class (or of all)."""
     train, test = split.train.classes, split.test.classes
     if not by_class:
         train, test = np.zeros_like(train), np.zeros_like(test)
@@ -122,17 +122,17 @@ def _deal_test(split: _PartitionRequest, owners: IntArray, *, by_class: bool) ->
     for label in np.unique(test):
         held = np.bincount(owners[train == label], minlength=split.clients).astype(np.float64)
         rows = np.flatnonzero(test == label)
-        _deal(rows, apportion(held if held.any() else sizes, len(rows), split.rng), test_owners, split.rng)
+        _assign_rows(rows, apportion(held if held.any() else sizes, len(rows), split.rng), test_owners, split.rng)
     return test_owners
 
 
 def _by_sizes(split: _PartitionRequest, weights: NDArray[np.float64]) -> tuple[IntArray, IntArray]:
-    """Deal all rows at random by size alone, min_examples to each client first."""
+    """Assign all rows at random by size alone, min_examples to each client first."""
     least, total = split.spec.min_examples, len(split.train)
     counts = least + apportion(weights, total - least * split.clients, split.rng)
     owners = np.zeros(total, dtype=np.int64)
-    _deal(np.arange(total), counts, owners, split.rng)
-    return owners, _deal_test(split, owners, by_class=False)
+    _assign_rows(np.arange(total), counts, owners, split.rng)
+    return owners, _assign_test_rows(split, owners, by_class=False)
 
 
 def _iid(split: _PartitionRequest) -> tuple[IntArray, IntArray]:
@@ -146,10 +146,10 @@ def _quantity(split: _PartitionRequest) -> tuple[IntArray, IntArray]:
 
 
 def _dirichlet(split: _PartitionRequest) -> tuple[IntArray, IntArray]:
-    """For each class q ~ Dirichlet_N(alpha), the class split by q; then the poorest are filled up.
+    """For each class q ~ Dirichlet_N(alpha), the class split by q; then every client gets min_examples.
 
-    A client below min_examples takes single rows from whoever has most, so that a small alpha over
-    many clients never has to be drawn until it happens to fit.
+    A client below min_examples takes single rows from the largest client, so that a small alpha over many clients
+    needs no repeated draws.
     """
     classes, rng = split.train.classes, split.rng
     _need_classes(split)
@@ -157,12 +157,12 @@ def _dirichlet(split: _PartitionRequest) -> tuple[IntArray, IntArray]:
     for label in np.unique(classes):
         rows = np.flatnonzero(classes == label)
         q = rng.dirichlet(np.full(split.clients, split.spec.alpha))
-        _deal(rows, apportion(q, len(rows), rng), owners, rng)
-    _fill_up(owners, split.clients, split.spec.min_examples, rng=rng)
-    return owners, _deal_test(split, owners, by_class=True)
+        _assign_rows(rows, apportion(q, len(rows), rng), owners, rng)
+    _ensure_minimum(owners, split.clients, split.spec.min_examples, rng=rng)
+    return owners, _assign_test_rows(split, owners, by_class=True)
 
 
-def _fill_up(owners: IntArray, clients: int, least: int, *, rng: np.random.Generator) -> None:
+def _ensure_minimum(owners: IntArray, clients: int, least: int, *, rng: np.random.Generator) -> None:
     """Move single rows from the largest clients to those with fewer than `least`."""
     sizes = np.bincount(owners, minlength=clients)
     for poor in np.flatnonzero(sizes < least):
@@ -182,15 +182,15 @@ def _pathological(split: _PartitionRequest) -> tuple[IntArray, IntArray]:
     _need_classes(split)
     labels, sizes = np.unique(split.train.classes, return_counts=True)
     owners = np.zeros(len(split.train), dtype=np.int64)
-    for label, size, held in zip(labels, sizes, _holders(split, labels, sizes), strict=True):
+    for label, size, held in zip(labels, sizes, _clients_of_labels(split, labels, sizes), strict=True):
         counts = np.zeros(split.clients, dtype=np.int64)
         weights = split.rng.uniform(*HOLDER_SHARE, len(held))
         counts[held] = 1 + apportion(weights, int(size) - len(held), split.rng)
-        _deal(np.flatnonzero(split.train.classes == label), counts, owners, split.rng)
-    return owners, _deal_test(split, owners, by_class=True)
+        _assign_rows(np.flatnonzero(split.train.classes == label), counts, owners, split.rng)
+    return owners, _assign_test_rows(split, owners, by_class=True)
 
 
-def _holders(split: _PartitionRequest, labels: IntArray, sizes: IntArray) -> list[list[int]]:
+def _clients_of_labels(split: _PartitionRequest, labels: IntArray, sizes: IntArray) -> list[list[int]]:
     """Return the clients that hold each class: every client takes the k classes with most free places."""
     k, clients, rng = split.spec.classes, split.clients, split.rng
     if k > len(labels):
@@ -220,24 +220,29 @@ def _natural(split: _PartitionRequest) -> tuple[IntArray, IntArray]:
     train, test, clients = split.train.groups, split.test.groups, split.clients
     if train is None or (test is None and len(split.test)):
         raise BadInput("data.partition: a natural split needs data.partition.field, the field that names the group")
-    home = _pack(train, clients)
-    if len(home) < clients:
-        raise BadInput(f"data.partition: {len(home)} groups in the training examples are too few for {clients} clients")
+    client_of_group = _assign_groups(train, clients)
+    if len(client_of_group) < clients:
+        raise BadInput(
+            f"data.partition: {len(client_of_group)} groups in the training examples are too few for {clients} clients"
+        )
     later = test or ()
-    home = {**_pack([group for group in later if group not in home], clients), **home}
-    return np.array([home[g] for g in train]), np.array([home[g] for g in later], dtype=np.int64)
+    client_of_group = {
+        **_assign_groups([group for group in later if group not in client_of_group], clients),
+        **client_of_group,
+    }
+    return np.array([client_of_group[g] for g in train]), np.array([client_of_group[g] for g in later], dtype=np.int64)
 
 
-def _pack(groups: Sequence[str], clients: int) -> dict[str, int]:
+def _assign_groups(groups: Sequence[str], clients: int) -> dict[str, int]:
     """Return the client of each group; ties go to the first name and the lowest client."""
     names, sizes = np.unique(np.array(groups, dtype=object), return_counts=True)
     load = np.zeros(clients, dtype=np.int64)
-    home: dict[str, int] = {}
+    client_of_group: dict[str, int] = {}
     for place in np.lexsort((np.arange(len(names)), -sizes)):
         client = int(load.argmin())
-        home[str(names[place])] = client
+        client_of_group[str(names[place])] = client
         load[client] += sizes[place]
-    return home
+    return client_of_group
 
 
 def _need_classes(split: _PartitionRequest) -> None:

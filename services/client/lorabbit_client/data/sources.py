@@ -26,7 +26,7 @@ from lorabbit.job.spec import DataSpec
 from lorabbit_client.data.file_readers import format_of, read_images, read_table
 from lorabbit_client.data.stdlib_docs import AREAS, load_docs
 from lorabbit_client.data.table import Source, Table
-from lorabbit_client.models.source import HUB_ANSWER_SECONDS, within
+from lorabbit_client.models.source import HUB_ANSWER_SECONDS, call_with_timeout
 
 TEST_SPLITS = ("test", "dev", "validation", "valid", "val")
 """Names of a test split, best first: a development split serves where there is no other."""
@@ -37,7 +37,7 @@ def read_hub(name: str, config: str | None) -> Source:
     import datasets  # noqa: PLC0415 - heavy, and only hub datasets need it
 
     datasets.disable_progress_bars()
-    reachable, why = _ask(name)
+    reachable, why = _check_hub(name)
     try:
         with _offline(not reachable):
             splits = datasets.load_dataset(name, config)
@@ -51,18 +51,18 @@ def read_hub(name: str, config: str | None) -> Source:
         raise BadInput(f"data.source: hub dataset {name!r} has no train split; it has {', '.join(splits)}")
     train = _table(splits["train"], f"hub dataset {name}, train")
     tests = (_table(splits[split], f"hub dataset {name}, {split}") for split in TEST_SPLITS if split in splits)
-    test = next((table for table in tests if not _withheld(table)), None)
-    return Source(train, test, names_of=_class_names(splits["train"].features))
+    test = next((table for table in tests if not _has_no_labels(table)), None)
+    return Source(train, test, names_by_field=_class_names(splits["train"].features))
 
 
-def _ask(name: str) -> tuple[bool, str]:
-    """Tell whether the hub answers that it has a dataset, and if not, why."""
+def _check_hub(name: str) -> tuple[bool, str]:
+    """Tell whether the hub has a dataset, and if not, why."""
     from huggingface_hub import HfApi, constants  # noqa: PLC0415 - as above
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError  # noqa: PLC0415
 
     if constants.HF_HUB_OFFLINE:
         return False, "it is switched off by HF_HUB_OFFLINE, and its cache here has no such dataset"
-    answer = within(HUB_ANSWER_SECONDS, lambda: HfApi().dataset_info(name, timeout=HUB_ANSWER_SECONDS))
+    answer = call_with_timeout(HUB_ANSWER_SECONDS, lambda: HfApi().dataset_info(name, timeout=HUB_ANSWER_SECONDS))
     if isinstance(answer, RepositoryNotFoundError | HFValidationError):
         return False, "it has no such dataset (or a private one: log in first)"
     return answer is None, "it cannot be reached, and its cache here has no such dataset"
@@ -70,7 +70,7 @@ def _ask(name: str) -> tuple[bool, str]:
 
 @contextmanager
 def _offline(only_cache: bool) -> Iterator[None]:  # noqa: FBT001 - the one thing to say
-    """Keep the hub's library off the network; its own switch is read from the environment once, at import."""
+    """Set the hub library to offline mode; it reads its environment variable only at import."""
     from huggingface_hub import constants  # noqa: PLC0415 - as above
 
     before = constants.HF_HUB_OFFLINE
@@ -85,8 +85,8 @@ def _table(split: Any, name: str) -> Table:  # noqa: ANN401 - datasets.Dataset
     return Table(name, {column: list(split[column]) for column in split.column_names})
 
 
-def _withheld(table: Table) -> bool:
-    """Tell whether a split's labels are kept secret, as those of GLUE's test splits are (-1 everywhere)."""
+def _has_no_labels(table: Table) -> bool:
+    """Tell whether a split has no labels (-1 everywhere), as GLUE's test splits."""
     labels = table.columns.get("label")
     return labels is not None and len(labels) > 0 and all(label == -1 for label in labels)
 
@@ -168,7 +168,7 @@ def _file(path: Path) -> Source:
 
 def _folder(path: Path) -> Source:
     """Read the train and test files of a folder, and its label table where `dataset.json` states one."""
-    names = _stated_labels(path / "dataset.json")
+    names = _declared_labels(path / "dataset.json")
     files = sorted(
         file for file in path.iterdir() if file.is_file() and format_of(file) and file.name != "dataset.json"
     )
@@ -186,7 +186,7 @@ def _folder(path: Path) -> Source:
             f"data.source: folder {path} has no file named train (train.jsonl, train.csv, ...); it has {held}"
         )
     testing = next((found for split in TEST_SPLITS if (found := _of_split(tables, split))), [])
-    return Source(_joined(training), _joined(testing) if testing else None, label_names=names)
+    return Source(_concatenated(training), _concatenated(testing) if testing else None, label_names=names)
 
 
 def _of_split(files: Sequence[Path], split: str) -> list[Path]:
@@ -194,7 +194,7 @@ def _of_split(files: Sequence[Path], split: str) -> list[Path]:
     return [file for file in files if file.name.lower().split(".")[0].split("-")[0].split("_")[0] == split]
 
 
-def _joined(files: Sequence[Path]) -> Table:
+def _concatenated(files: Sequence[Path]) -> Table:
     """Read the parts of a split as one table; rows are then numbered through all parts."""
     tables = [read_table(file) for file in files]
     if len(tables) == 1:
@@ -218,7 +218,7 @@ def _main_archive(path: Path, archives: Sequence[Path]) -> Path:
     raise BadInput(f"data.source: folder {path} has several archives ({names}); name one of them")
 
 
-def _stated_labels(path: Path) -> tuple[str, ...] | None:
+def _declared_labels(path: Path) -> tuple[str, ...] | None:
     if not path.is_file():
         return None
     try:

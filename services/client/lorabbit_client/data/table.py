@@ -100,7 +100,7 @@ class Source:
     """The source's own test split, when it has one."""
     label_names: tuple[str, ...] | None = None
     """The label table, when the source states it."""
-    names_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    names_by_field: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The label table of single fields, when the source states them by field."""
     group: str | None = None
     """Field of the natural groups, when the source knows one."""
@@ -110,9 +110,9 @@ class Source:
         """Both splits, or the one there is."""
         return (self.train,) if self.test is None else (self.train, self.test)
 
-    def stated(self, column: str) -> tuple[str, ...] | None:
+    def declared_labels(self, column: str) -> tuple[str, ...] | None:
         """Return the label table of a field where it is stated."""
-        return self.names_of.get(column) or self.label_names
+        return self.names_by_field.get(column) or self.label_names
 
 
 def find_labels(tables: Sequence[Table], column: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Between torch and NumPy without changing a bit.
+"""Lossless conversion between torch and NumPy.
 
 NumPy has no bfloat16 of its own and torch does not know `ml_dtypes`, so bfloat16 crosses as 16-bit
 integers that are only looked at differently.

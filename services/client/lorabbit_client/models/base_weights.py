@@ -1,9 +1,8 @@
-"""The base model's own tensors: pristine copies, a whole model loaded over them, a low-rank shift on them.
+"""The weights of the base model, which a task can replace or change by a low-rank delta.
 
-Every client of a process uses one base model, so whatever a task does to it is undone before another
-task sees it. A tensor is copied before it is changed for the first time, and only then: a job that never
-touches its base keeps no second one. A base to stand on and a shift are left in place between tasks until
-one comes that wants others, since the next client of a round wants the same.
+All clients of a process share one base model, so changes are undone before the next task that needs another base. A
+tensor is copied before its first change only, so a job that never changes its base keeps no copy. A replaced base and a
+delta stay in place between tasks, since the next client of a round usually needs the same.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from lorabbit.types import Tensors
 from lorabbit_client.models.arrays import to_numpy, to_torch
 
 REPLACED = "replaced"
-"""What `BaseWeights.apply` says of a base that was loaded or trained whole."""
+"""Returned by `BaseWeights.apply` for a base that was overwritten or trained."""
 
 
 class LoraWeight:
-    """A weight under LoRA: its name in the base model, and which way it lies."""
+    """A weight under LoRA: its name in the base model, and its orientation."""
 
     def __init__(self, name: str, *, transposed: bool) -> None:
         """GPT-2's Conv1D keeps its weight d_in x d_out."""
@@ -37,23 +36,23 @@ class LoraWeight:
 
 @dataclass(frozen=True, slots=True)
 class BaseState:
-    """What a base is, by the hashes of the tensors that made it so."""
+    """State of a base, by the hashes of the tensors that were applied."""
 
     whole: str | None = None
     """Of a whole model in place of the pristine one."""
-    shift: str | None = None
+    delta: str | None = None
     """Of the factors that are added to it."""
 
     def __str__(self) -> str:
-        """Tell it from every other one."""
-        return f"{self.whole or ''}+{self.shift or ''}"
+        """Return a key that is unique to this state."""
+        return f"{self.whole or ''}+{self.delta or ''}"
 
 
 PRISTINE = BaseState()
 
 
 class BaseWeights:
-    """The base model of a process under its own names, and what is done to it."""
+    """The base model of a process by its own tensor names, with its changes."""
 
     def __init__(
         self,
@@ -73,52 +72,52 @@ class BaseWeights:
         self._own = frozenset(own)
         self._copies: dict[str, torch.Tensor] = {}
         self._changed: set[str] = set()
-        self._installed = self._wanted = PRISTINE
+        self._current = self._requested = PRISTINE
         self._whole: Tensors = {}
-        self._shift: Tensors = {}
+        self._delta: Tensors = {}
         self._replaced = False
 
-    def forget(self, names: Iterable[str]) -> None:
-        """Let go of tensors that the model holds no more: no task may ask for them."""
+    def drop(self, names: Iterable[str]) -> None:
+        """Remove tensors that the model no longer has."""
         for name in names:
             del self.tensors[name]
 
     # ---- between tasks ----
     def release(self) -> None:
-        """End a task: the next one starts from the pristine base, though what it stands on may stay until then."""
+        """End a task: the next one starts from the pristine base unless it requests the present state."""
         if self._replaced:
             self._restore()
-        self._wanted, self._replaced, self._whole, self._shift = PRISTINE, False, {}, {}
+        self._requested, self._replaced, self._whole, self._delta = PRISTINE, False, {}, {}
 
     def apply(self) -> str | None:
-        """Make the base what this task asked for; returns what tells it from another one, None when pristine."""
-        if self._wanted != self._installed:
+        """Apply the state that this task requested; returns its key, None if pristine."""
+        if self._requested != self._current:
             self._restore()
-            self._install()
+            self._apply_requested()
         if self._replaced:
             return REPLACED
-        return None if self._installed == PRISTINE else str(self._installed)
+        return None if self._current == PRISTINE else str(self._current)
 
     # ---- a whole model ----
     def replace(self) -> None:
-        """Say that the task is about to overwrite tensors of the base."""
-        self._wanted = PRISTINE
+        """Prepare for a task that overwrites tensors of the base."""
+        self._requested = PRISTINE
         self.apply()
-        self._keep(name for name in self.tensors if name not in self._own)
+        self._save_copies(name for name in self.tensors if name not in self._own)
         self._changed.update(self._copies)
         self._replaced = True
 
     def uses_base(self, sha256: str) -> bool:
         """Tell whether the model of this hash is in place already."""
-        return not self._replaced and self._installed.whole == sha256
+        return not self._replaced and self._current.whole == sha256
 
     def use_base(self, whole: Tensors, sha256: str) -> None:
-        """Ask for these tensors, which have this hash, in place of the pristine ones; `own` ones are passed over."""
+        """Request these tensors, with this hash, in place of the pristine ones; `own` ones are ignored."""
         if self._replaced:
             raise LoRAbbitError("internal: a base that was loaded whole cannot stand on another too")
-        self._wanted, self._whole = replace(self._wanted, whole=sha256), whole
+        self._requested, self._whole = replace(self._requested, whole=sha256), whole
 
-    # ---- a shift ----
+    # ---- a delta ----
     def pristine_weights(self) -> Tensors:
         """Return the weights under LoRA as they were loaded, float32, d_out x d_in, by module path."""
         return {
@@ -127,12 +126,12 @@ class BaseWeights:
         }
 
     def set_delta(self, factors: Tensors) -> None:
-        """Ask for W + s B A over what the task stands on; raises Refused for factors that do not fit a module."""
+        """Request W + s B A on top of the requested base; raises Refused for factors that do not fit a module."""
         if self._replaced:
             raise LoRAbbitError("internal: a base that was loaded whole cannot be shifted too")
         self._check(factors)
         sha256 = serialization.tensors_sha256(factors) if factors else None
-        self._wanted, self._shift = replace(self._wanted, shift=sha256), factors
+        self._requested, self._delta = replace(self._requested, delta=sha256), factors
 
     def _check(self, factors: Tensors) -> None:
         paths = lora_math.modules(factors)
@@ -148,24 +147,24 @@ class BaseWeights:
             if a.ndim != 2 or a.shape[1] != d_in or b.shape != (d_out, a.shape[0]):  # noqa: PLR2004 - a matrix
                 raise Refused("shapes", f"{path} is {d_out} x {d_in}, which {b.shape} times {a.shape} does not fit")
 
-    def _install(self) -> None:
-        """Write what the task stands on, and then the shifted weights, computed in float32 and rounded once."""
+    def _apply_requested(self) -> None:
+        """Write the requested base and then the delta, computed in float32 and rounded once."""
         with torch.no_grad():
-            if self._wanted.whole is not None:
+            if self._requested.whole is not None:
                 for name in self._whole.keys() - self._own:
-                    self._change(name).copy_(to_torch(self._whole[name]))
-            for path in lora_math.modules(self._shift) if self._wanted.shift is not None else ():
+                    self._writable(name).copy_(to_torch(self._whole[name]))
+            for path in lora_math.modules(self._delta) if self._requested.delta is not None else ():
                 weight = self.under_lora[path]
-                live = self._change(weight.name)
+                target = self._writable(weight.name)
                 a, b = (
-                    to_torch(self._shift[f"{path}.lora_{factor}.weight"]).float().to(live.device) for factor in "AB"
+                    to_torch(self._delta[f"{path}.lora_{factor}.weight"]).float().to(target.device) for factor in "AB"
                 )
-                live.copy_(weight.oriented(weight.oriented(live).float() + self.scaling * (b @ a)))
-        self._installed = self._wanted
+                target.copy_(weight.oriented(weight.oriented(target).float() + self.scaling * (b @ a)))
+        self._current = self._requested
 
-    def _change(self, name: str) -> torch.Tensor:
-        """Return a tensor that is about to be overwritten, kept as it was."""
-        self._keep([name])
+    def _writable(self, name: str) -> torch.Tensor:
+        """Return a tensor for writing, after copying its pristine values."""
+        self._save_copies([name])
         self._changed.add(name)
         return self.tensors[name]
 
@@ -173,16 +172,16 @@ class BaseWeights:
     def _pristine(self, name: str) -> torch.Tensor:
         return self._copies.get(name, self.tensors[name])
 
-    def _keep(self, names: Iterable[str]) -> None:
-        """Copy tensors that were never changed until now."""
+    def _save_copies(self, names: Iterable[str]) -> None:
+        """Copy tensors before their first change."""
         for name in names:
             if name not in self._copies:
                 self._copies[name] = self.tensors[name].detach().clone()
 
     def _restore(self) -> None:
-        """Put everything back that was changed."""
+        """Restore all changed tensors."""
         with torch.no_grad():
             for name in self._changed:
                 self.tensors[name].copy_(self._copies[name])
         self._changed.clear()
-        self._installed = PRISTINE
+        self._current = PRISTINE

@@ -150,7 +150,7 @@ class LoraLayers:
             )
 
     def enable(self, *, enabled: bool) -> None:
-        """Let the factors take part in the model's answers, or not; heads that travel whole always do."""
+        """Enable or disable the factors; heads that are trained whole stay enabled."""
         if enabled != self._enabled:
             for layer in self._layers.values():
                 layer.enable_adapters(enabled)
@@ -162,15 +162,15 @@ class LoraLayers:
             shape = list(original.shape)
             shape[0 if name.endswith(".lora_A.weight") else 1] = rank
             zeros = torch.zeros(shape, dtype=original.dtype, device=original.device)
-            self._put(name, nn.Parameter(zeros, requires_grad=original.requires_grad))
+            self._set_factor(name, nn.Parameter(zeros, requires_grad=original.requires_grad))
 
     def restore_rank(self) -> None:
-        """Put the factors back that the model was built with."""
+        """Restore the factors that the model was built with."""
         for name, original in self._originals.items():
             if self._tensors[name] is not original:
-                self._put(name, original)
+                self._set_factor(name, original)
 
-    def _put(self, name: str, value: torch.Tensor) -> None:
+    def _set_factor(self, name: str, value: torch.Tensor) -> None:
         """Make a tensor one of the model's factors."""
         path, factor, _ = name.rsplit(".", 2)
         linear: nn.Module = getattr(self._layers[path], factor)[ADAPTER]

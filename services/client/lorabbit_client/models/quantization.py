@@ -66,8 +66,8 @@ class QuantizedLinear(nn.Module):
 def product(value: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
     """Y = x W^T; a function of torch's to whoever watches those, such as `flop_counter`."""
     if has_torch_function_unary(value):
-        watched: torch.Tensor = handle_torch_function(product, (value,), value, layer)
-        return watched
+        overridden: torch.Tensor = handle_torch_function(product, (value,), value, layer)
+        return overridden
     plain: torch.Tensor = _Product.apply(value, layer)  # type: ignore[no-untyped-call]
     return plain
 
@@ -87,14 +87,14 @@ class _Product(torch.autograd.Function):
 
 
 def quantize(trainable: TrainableModel, codec: str) -> None:
-    """Quantize in place every frozen linear weight of a model under LoRA, and let go of the wide ones."""
+    """Quantize in place every frozen linear weight of a model under LoRA, and drop the originals."""
     if trainable.base is None or trainable.lora is None:
         raise LoRAbbitError("internal: only a model under LoRA is quantized")
     model, base = trainable.model, trainable.base
     traveling = {id(value) for value in trainable.tensors.values()}
     uses = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
     names = {id(value): name for name, value in base.tensors.items()}
-    gone: list[str] = []
+    quantized: list[str] = []
     for path, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear | Conv1D):
             continue
@@ -103,5 +103,5 @@ def quantize(trainable: TrainableModel, codec: str) -> None:
             continue
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, QuantizedLinear(layer, codec))
-        gone.append(names[key])
-    base.forget(gone)
+        quantized.append(names[key])
+    base.drop(quantized)

@@ -34,9 +34,9 @@ from lorabbit.types import Json
 from lorabbit_client.models.lora import ADAPTER, TASK_TYPES, config_file
 
 KINDS = ("prompt", "p-tuning", "prefix")
-LONGER = ("prompt", "p-tuning")
-"""Kinds that put tokens before the text, so that answers by token move."""
-BY_TOKEN = ("token-classification", "question-answering")
+PREPENDS_TOKENS = ("prompt", "p-tuning")
+"""Kinds that prepend tokens to the text, which shifts predictions per token."""
+TOKEN_LEVEL_TASKS = ("token-classification", "question-answering")
 PROBE_TOKENS = 4
 
 
@@ -60,8 +60,8 @@ def wrap_prompt(spec: JobSpec, model: nn.Module, heads: Sequence[str]) -> tuple[
             f"model.trainable: peft cannot do {spec.model.trainable!r} with {spec.model.name} for {spec.model.task} "
             f"({str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__}); use lora"
         ) from error
-    if spec.model.trainable in LONGER and spec.model.task == "causal-lm":
-        wrapped.register_forward_hook(_without_prompt, with_kwargs=True)
+    if spec.model.trainable in PREPENDS_TOKENS and spec.model.task == "causal-lm":
+        wrapped.register_forward_hook(_drop_prompt_logits, with_kwargs=True)
     return wrapped, config_file(wrapped, spec.model.name)
 
 
@@ -109,11 +109,11 @@ def _check(spec: JobSpec, model: nn.Module) -> None:
     kind, task = spec.model.trainable, spec.model.task
     if task not in TASK_TYPES:
         raise BadInput(f"model.trainable: {kind!r} writes tokens before a text, and {task} has none; use lora")
-    if kind in LONGER and task in BY_TOKEN:
+    if kind in PREPENDS_TOKENS and task in TOKEN_LEVEL_TASKS:
         raise BadInput(
             f"model.trainable: {kind!r} moves every token of a text, and {task} answers by token; use prefix or lora"
         )
-    if kind in LONGER and task not in BY_TOKEN and hasattr(model, "score"):
+    if kind in PREPENDS_TOKENS and task not in TOKEN_LEVEL_TASKS and hasattr(model, "score"):
         raise BadInput(
             f"model.trainable: behind {kind!r}, {spec.model.name} would read its answer off the padding; "
             "use prefix or lora"
@@ -126,8 +126,8 @@ def _check(spec: JobSpec, model: nn.Module) -> None:
         )
 
 
-def _without_prompt(_module: nn.Module, _given: object, named: dict[str, Any], out: Any) -> Any:  # noqa: ANN401
-    """Leave the answers at the prompt's own tokens out, so that they stand beside the text's labels."""
+def _drop_prompt_logits(_module: nn.Module, _given: object, named: dict[str, Any], out: Any) -> Any:  # noqa: ANN401
+    """Drop the logits at the prompt's tokens, so that the others align with the labels."""
     out.logits = out.logits[:, -named["input_ids"].shape[1] :]
     return out
 

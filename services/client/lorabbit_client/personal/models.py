@@ -1,13 +1,12 @@
-"""A client's own classifier, looked into at two places: what its trunk sees, and the input of its last layer.
+"""A classifier split into trunk, head and last layer.
 
-The CNNs of the zoo are cut by their own methods. Any Hugging Face classifier is cut by hooks: its last
-linear layer answers with the logits, and the module that opens its head receives what the trunk saw
-(pooled, or as a sequence, of which the first or, in a decoder, the last token counts).
+`SplitModel` reads the output of the trunk (`features`) and the input of the last layer (`representation`). CNNs have
+methods for both. For a Hugging Face classifier forward hooks record them: the last linear layer returns the logits, and
+the first module of the head receives the output of the trunk (pooled, or as a sequence, of which the first or, in a
+decoder, the last token is used).
 
-Slots: query and value layers of a classifier's last attention blocks, under names that models of any depth share.
-
-"0.query" is the query layer of the lowest of the chosen blocks, whatever its number in the model and whatever its
-own name. A pair of factors in a slot adds B A x to what the layer there answers.
+Slots name the query and value layers of the last attention blocks, independent of the model's depth. "0.query" is the
+query layer of the lowest chosen block. LoRA factors in a slot add B A x to the output of its layer.
 """
 
 from __future__ import annotations
@@ -47,24 +46,24 @@ def slots_of(model: nn.Module, name: str, count: int) -> dict[str, nn.Linear]:
         block = next((int(part) for part in path.split(".") if part.isdigit()), None)
         if role is not None and block is not None and isinstance(module, nn.Linear):
             by_block.setdefault(block, {})[role] = module
-    whole = sorted(block for block, layers in by_block.items() if layers.keys() == ROLES.keys())
-    if len(whole) < count:
+    blocks = sorted(block for block, layers in by_block.items() if layers.keys() == ROLES.keys())
+    if len(blocks) < count:
         raise BadInput(
-            f"method.slots: {name!r} has {len(whole)} attention blocks with a query and a value layer of their own, "
+            f"method.slots: {name!r} has {len(blocks)} attention blocks with a query and a value layer of their own, "
             f"not {count}; lower it, or set method.site to 'fc_stack'"
         )
     return {
         f"{slot}.{role}": by_block[block][role]
-        for slot, block in enumerate(whole[len(whole) - count :])
+        for slot, block in enumerate(blocks[len(blocks) - count :])
         for role in ROLES
     }
 
 
 @contextmanager
-def filled(layers: Mapping[str, nn.Linear], pairs: Mapping[str, Pair]) -> Iterator[None]:
-    """Let the layers of these slots add B A x to their answers, until the end of the block."""
+def lora_hooks(layers: Mapping[str, nn.Linear], pairs: Mapping[str, Pair]) -> Iterator[None]:
+    """Add B A x to the outputs of the layers in these slots, until the end of the block."""
 
-    def adds(pair: Pair) -> Any:  # noqa: ANN401 - a hook
+    def make_hook(pair: Pair) -> Any:  # noqa: ANN401 - a hook
         down, up = pair
 
         def hook(module: nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
@@ -72,7 +71,7 @@ def filled(layers: Mapping[str, nn.Linear], pairs: Mapping[str, Pair]) -> Iterat
 
         return hook
 
-    hooks = [layers[slot].register_forward_hook(adds(pair)) for slot, pair in pairs.items()]
+    hooks = [layers[slot].register_forward_hook(make_hook(pair)) for slot, pair in pairs.items()]
     try:
         yield
     finally:
@@ -90,37 +89,37 @@ SEQUENCE = 3
 
 
 class ForwardView(Protocol):
-    """One batch seen by one model; each part is computed when it is first asked for."""
+    """One batch in one model; each part is computed on first use."""
 
     def features(self) -> torch.Tensor:
-        """What the trunk sees, float32 (batch, d_f)."""
+        """Output of the trunk, float32 (batch, d_f)."""
 
     def representation(self) -> torch.Tensor:
         """Input of the last layer, float32 (batch, d)."""
 
     def logits(self) -> torch.Tensor:
-        """Answers, float32 (batch, classes)."""
+        """Logits, float32 (batch, classes)."""
 
 
 class SplitModel:
     """A classifier cut into trunk, head and last layer."""
 
     def __init__(self, model: nn.Module, name: str, classes: int) -> None:
-        """Find the places; raises BadInput where no linear layer answers with the classes."""
+        """Find the layers; raises BadInput if no linear layer has one output per class."""
         self.model, self.name = model, name
         self._known = frozenset(inspect.signature(model.forward).parameters)
         self.last, self._layer = _last_linear(model, name, classes)
         root = self.last.split(".")[0]
         children = dict(model.named_children())
-        self._entry = children.get(BEFORE_LAST, children[root])
-        self.reads_last = root == DECODER_HEAD
+        self._head_entry = children.get(BEFORE_LAST, children[root])
+        self.reads_last_token = root == DECODER_HEAD
         self.widths: Mapping[Layer, int] = {
-            "features": model.fc1.in_features if isinstance(model, Cnn) else _width_into(self._entry),
+            "features": model.fc1.in_features if isinstance(model, Cnn) else _width_into(self._head_entry),
             "representation": self._layer.in_features,
         }
 
     def view(self, batch: Batch) -> ForwardView:
-        """Look at a batch."""
+        """Return the view of a batch."""
         if isinstance(self.model, Cnn):
             return _CnnView(self.model, batch["pixel_values"])
         given = {key: value for key, value in batch.items() if key in self._known and key != "labels"}
@@ -132,72 +131,72 @@ class SplitModel:
 
     def adapted(self, batch: Batch, pairs: Mapping[str, Pair]) -> torch.Tensor:
         """Return the logits, float32, with these pairs of factors in their slots."""
-        with filled(self.slots(1 + max(int(slot.partition(".")[0]) for slot in pairs)), pairs):
+        with lora_hooks(self.slots(1 + max(int(slot.partition(".")[0]) for slot in pairs)), pairs):
             return self.view(batch).logits()
 
     def run(self, given: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return what reached the head and the last layer, and the logits."""
-        seen: dict[str, torch.Tensor] = {}
+        """Return the inputs of the head and of the last layer, and the logits."""
+        inputs: dict[str, torch.Tensor] = {}
         hooks = [
-            self._entry.register_forward_pre_hook(lambda _, given: seen.update(features=given[0])),
-            self._layer.register_forward_pre_hook(lambda _, given: seen.update(representation=given[0])),
+            self._head_entry.register_forward_pre_hook(lambda _, given: inputs.update(features=given[0])),
+            self._layer.register_forward_pre_hook(lambda _, given: inputs.update(representation=given[0])),
         ]
         try:
-            return seen, self.model(**given).logits
+            return inputs, self.model(**given).logits
         finally:
             for hook in hooks:
                 hook.remove()
 
 
 class _CnnView:
-    """A CNN goes no further than it is asked to."""
+    """View of a CNN; computes only the layers that are needed."""
 
     def __init__(self, model: Cnn, pixels: torch.Tensor) -> None:
         self._model, self._pixels = model, pixels
-        self._seen: torch.Tensor | None = None
-        self._before: torch.Tensor | None = None
+        self._features: torch.Tensor | None = None
+        self._representation: torch.Tensor | None = None
 
-    def _trunk(self) -> torch.Tensor:
-        if self._seen is None:
-            self._seen = self._model.features(self._pixels.to(self._model.conv1.weight.dtype))
-        return self._seen
+    def _cached_features(self) -> torch.Tensor:
+        if self._features is None:
+            self._features = self._model.features(self._pixels.to(self._model.conv1.weight.dtype))
+        return self._features
 
-    def _hidden(self) -> torch.Tensor:
-        if self._before is None:
-            self._before = self._model.represent(self._trunk())
-        return self._before
+    def _cached_representation(self) -> torch.Tensor:
+        if self._representation is None:
+            self._representation = self._model.represent(self._cached_features())
+        return self._representation
 
     def features(self) -> torch.Tensor:
-        return self._trunk().float()
+        return self._cached_features().float()
 
     def representation(self) -> torch.Tensor:
-        return self._hidden().float()
+        return self._cached_representation().float()
 
     def logits(self) -> torch.Tensor:
-        answers: torch.Tensor = self._model.fc3(self._hidden())
-        return answers.float()
+        logits: torch.Tensor = self._model.fc3(self._cached_representation())
+        return logits.float()
 
 
 class _HookedView:
-    """A transformer runs once, and its hooks note what passes."""
+    """View of a transformer; one forward pass, recorded by hooks."""
 
     def __init__(self, split: SplitModel, given: Batch) -> None:
         self._split, self._given = split, given
-        self._noted: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def _run(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self._noted is None:
-            seen, answers = self._split.run(self._given)
-            places = (self._token(seen["features"]), self._token(seen["representation"]))
-            self._noted = (places[0].float(), places[1].float(), answers.float())
-        return self._noted
+        if self._outputs is None:
+            inputs, logits = self._split.run(self._given)
+            places = (self._token(inputs["features"]), self._token(inputs["representation"]))
+            self._outputs = (places[0].float(), places[1].float(), logits.float())
+        return self._outputs
 
     def _token(self, value: torch.Tensor) -> torch.Tensor:
-        """Take the token that a head reads, where it is given all of them."""
+        """Select the token that the head reads from a sequence."""
         if value.ndim != SEQUENCE:
             return value.flatten(1)
         mask = self._given.get("attention_mask")
-        if not self._split.reads_last or mask is None:
+        if not self._split.reads_last_token or mask is None:
             return value[:, 0]
         places = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
         return value[torch.arange(len(value), device=value.device), places]
@@ -213,7 +212,7 @@ class _HookedView:
 
 
 def _last_linear(model: nn.Module, name: str, classes: int) -> tuple[str, nn.Linear]:
-    """Return the layer that answers, with its name: the last linear one with an output per class."""
+    """Return the name and module of the last linear layer with one output per class."""
     linear = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     heads = [(path, module) for path, module in linear if module.out_features == classes]
     if not heads:

@@ -1,8 +1,8 @@
-"""TorchPersonalSession: one client's own model, kept on this client, and what a method shares beside it.
+"""TorchPersonalSession: one client's own model, which stays on this client, and the tensors that a method shares.
 
-The modules belong to the process and are lent to one client at a time: the session puts the client's own
-tensors into them, or a fresh draw from the job's seed and the client's index where it has none yet, and
-keeps a copy in the private state whenever a training moved them.
+The modules belong to the process and serve one client at a time. The session loads the client's own tensors into them,
+or initializes them from the job's seed and the client's index. After a training that changed them it stores a copy in
+the private state.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from lorabbit_client.execution.interface import OnProgress
 from lorabbit_client.execution.private_state import PrivateState
 from lorabbit_client.models.arrays import to_torch
 from lorabbit_client.personal.models import SplitModel
-from lorabbit_client.personal.trainer import OWN, Ensemble, PersonalTrainer, extra_parameters, read, state
+from lorabbit_client.personal.trainer import OWN, Ensemble, PersonalTrainer, new_parameter, read, state
 from lorabbit_client.training.trainer import TrainingSchedule
 
 PREFIX = f"{OWN}."
 
 
 class ModelProvider(Protocol):
-    """Where a session gets its models."""
+    """Provides the models of a session."""
 
     def own(self, index: int, *, fresh: bool) -> SplitModel:
-        """The own model of a client by index; `fresh`: as the job draws it, else with whatever is in it."""
+        """The own model of a client by index; `fresh`: newly initialized, else with its present tensors."""
 
     def second(self, name: str, index: int) -> SplitModel:
-        """A model that every client builds alike, for the data of the client at an index."""
+        """A model that all clients initialize alike, for the data of the client at an index."""
 
     def widest(self, place: Layer) -> int:
         """Largest width over the job's own models."""
@@ -52,7 +52,7 @@ class TorchPersonalSession:
     def __init__(
         self, task: Task, models: ModelProvider, data: ClientData, *, private: PrivateState, on_progress: OnProgress
     ) -> None:
-        """Put the client's own model in place."""
+        """Load the client's own model."""
         self.client = ClientProfile(ClientId(task.client), task.index)
         self.private: MutableMapping[str, Json] = private.values
         self.private_tensors: MutableMapping[str, Tensors] = private.tensors
@@ -64,17 +64,17 @@ class TorchPersonalSession:
         self.classes = len(data.labels)
         self.steps = 0
         self._task, self._models, self._data, self._on_progress = task, models, data, on_progress
-        kept = self.private_tensors.get(OWN)
-        self.ensemble = Ensemble(models.own(task.index, fresh=kept is None))
-        if kept is not None:
-            self._revive(kept)
+        stored = self.private_tensors.get(OWN)
+        self.ensemble = Ensemble(models.own(task.index, fresh=stored is None))
+        if stored is not None:
+            self._restore_own_model(stored)
 
-    def _revive(self, kept: Tensors) -> None:
-        """Put the kept own tensors in place; raises BadInput when they are another model's."""
-        missing = {PREFIX + name for name in state(self.ensemble.splits[OWN].model)} - kept.keys()
+    def _restore_own_model(self, stored: Tensors) -> None:
+        """Load the stored own tensors; raises BadInput if they belong to another model."""
+        missing = {PREFIX + name for name in state(self.ensemble.splits[OWN].model)} - stored.keys()
         why = f"it lacks {min(missing)}" if missing else ""
         try:
-            self.load(kept)
+            self.load(stored)
         except Refused as error:
             why = str(error)
         if why:
@@ -113,7 +113,7 @@ class TorchPersonalSession:
         return read(self.ensemble.tensors(), prefix)
 
     def load(self, tensors: Tensors) -> None:
-        """Overwrite tensors of models by name, and bring others beside them; raises Refused before any moves."""
+        """Overwrite tensors of models by name, and add others; raises Refused before any change."""
         present, device = self.ensemble.tensors(), self.ensemble.device()
         for name, value in tensors.items():
             known = present.get(name)
@@ -127,7 +127,7 @@ class TorchPersonalSession:
                 if name in present:
                     present[name].copy_(to_torch(value))
                 else:
-                    self.ensemble.extra_parameters[name] = extra_parameters(value, device)
+                    self.ensemble.extra_parameters[name] = new_parameter(value, device)
 
     # ---- training ----
     def train(
@@ -139,8 +139,8 @@ class TorchPersonalSession:
         gradient_term: GradientTerm | None = None,
         stream: str = "",
     ) -> LocalResult:
-        """Minimize the objective over what moves, with a fresh optimizer; own tensors that moved are kept."""
-        chosen = frozenset(name for name in self.ensemble.tensors() if moving(name))
+        """Minimize the objective over the tensors in `moving`, with a fresh optimizer; store changed own tensors."""
+        trained_names = frozenset(name for name in self.ensemble.tensors() if moving(name))
         if not len(self._data.train):
             return LocalResult({}, 0, float("nan"), 0)
         start = time.perf_counter()
@@ -149,19 +149,21 @@ class TorchPersonalSession:
             objective,
             self._data.train,
             local or self.local,
-            clock=TrainingSchedule(self._task.round, self._task.spec.rounds),
+            schedule=TrainingSchedule(self._task.round, self._task.spec.rounds),
             seed=derive_seed(self.seed, "stream", stream) if stream else self.seed,
-            moving=chosen,
+            moving=trained_names,
         )
-        trained = trainer.run(self._on_progress, gradient_term=gradient_term, frozen=lambda name: name not in chosen)
+        result = trainer.run(
+            self._on_progress, gradient_term=gradient_term, frozen=lambda name: name not in trained_names
+        )
         self.ensemble.frozen = frozenset(self.ensemble.splits)
-        self.steps += trained.steps
-        if any(name.startswith(PREFIX) for name in chosen):
+        self.steps += result.steps
+        if any(name.startswith(PREFIX) for name in trained_names):
             self.private_tensors[OWN] = self.tensors(PREFIX)
         facts: Facts = {"seconds": time.perf_counter() - start}
-        return LocalResult({}, self.num_examples, trained.loss, trained.steps, facts)
+        return LocalResult({}, self.num_examples, result.loss, result.steps, facts)
 
-    # ---- looking ----
+    # ---- analysis ----
     def mean_by_class(self, values: Callable[[Forward], Any]) -> tuple[Array, Array]:
         """Means in float32 (classes, d), zero for a class without examples, and counts int64 (classes,)."""
         train, device = self._data.train, self.ensemble.device()
@@ -172,7 +174,7 @@ class TorchPersonalSession:
             for first in range(0, len(train), self.local.batch_size):
                 positions = np.arange(first, min(first + self.local.batch_size, len(train)))
                 batch = {name: value.to(device) for name, value in train.batch(positions).items()}
-                found = values(self.ensemble.look(batch)).double().cpu().numpy()
+                found = values(self.ensemble.forward_view(batch)).double().cpu().numpy()
                 sums = np.zeros((self.classes, found.shape[1])) if sums is None else sums
                 labels = batch["labels"].cpu().numpy()
                 np.add.at(sums, labels, found)
@@ -183,10 +185,10 @@ class TorchPersonalSession:
 
     def predict_with(self, probabilities: Callable[[Forward], Any]) -> None:
         """Score this client from now on by these probabilities."""
-        self.ensemble.answer = probabilities
+        self.ensemble.predict = probabilities
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Make a model ready to be lent: eval mode, no gradient."""
+    """Set a model to eval mode, without gradients."""
     model.requires_grad_(requires_grad=False)
     return model.eval()

@@ -1,9 +1,8 @@
-"""Training of a client's models by a method's objective, under the rules of the one local loop.
+"""Training of a client's models with a method's objective.
 
-Optimizer, schedule, clipping, float32 copies, order of batches and dropout are those of `Trainer`. A
-model of which nothing moves stands in eval mode: neither dropout nor a statistic of it stirs.
-
-Forward over torch: what an objective may ask of one batch.
+Optimizer, schedule, clipping, float32 copies, batch order and dropout are those of `Trainer`. A model without trained
+tensors is in eval mode: it has no dropout, and its batch statistics do not change. `TorchForward` is what an objective
+reads of one batch.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ class TorchForward:
         *,
         frozen: frozenset[str],
     ) -> None:
-        """Take a batch on its device, the models by role, and the tensors beside them; `still` models are frozen."""
-        self._batch, self._models, self._beside, self._still = batch, models, extra_parameters, frozen
+        """Take a batch on its device, models by role, further parameters by name, and the roles of frozen models."""
+        self._batch, self._models, self._extra_parameters, self._frozen = batch, models, extra_parameters, frozen
         self._views: dict[str, ForwardView] = {}
         self._values: dict[tuple[str, str], torch.Tensor] = {}
 
@@ -49,40 +48,47 @@ class TorchForward:
         return self._batch["labels"]
 
     def features(self, model: str = "own") -> torch.Tensor:
-        """What a trunk sees."""
-        return self._of("features", model, lambda view: view.features())
+        """Output of the trunk."""
+        return self._part("features", model, lambda view: view.features())
 
     def logits(self, model: str = "own") -> torch.Tensor:
-        """What a head answers."""
-        return self._of("logits", model, lambda view: view.logits())
+        """Logits of the head."""
+        return self._part("logits", model, lambda view: view.logits())
 
     def representation(self, model: str = "own") -> torch.Tensor:
         """Input of the last layer."""
-        return self._of("representation", model, lambda view: view.representation())
+        return self._part("representation", model, lambda view: view.representation())
 
     def adapted(self, prefix: str, model: str = "own") -> torch.Tensor:
-        """What a head answers with pairs of factors in the slots of its trunk; a frozen model lets gradients pass."""
+        """Logits with LoRA factors added in the slots; gradients pass through a frozen model."""
         key = (f"adapted {prefix}", model)
         if key not in self._values:
             slots = sorted(
-                {name.removeprefix(prefix).rpartition(".")[0] for name in self._beside if name.startswith(prefix)}
+                {
+                    name.removeprefix(prefix).rpartition(".")[0]
+                    for name in self._extra_parameters
+                    if name.startswith(prefix)
+                }
             )
-            pairs = {s: (self._beside[f"{prefix}{s}.lora_A"], self._beside[f"{prefix}{s}.lora_B"]) for s in slots}
+            pairs = {
+                s: (self._extra_parameters[f"{prefix}{s}.lora_A"], self._extra_parameters[f"{prefix}{s}.lora_B"])
+                for s in slots
+            }
             self._values[key] = self._models[model].adapted(self._batch, pairs)
         return self._values[key]
 
-    def _of(self, what: str, model: str, look: Callable[[ForwardView], torch.Tensor]) -> torch.Tensor:
+    def _part(self, what: str, model: str, compute: Callable[[ForwardView], torch.Tensor]) -> torch.Tensor:
         """Compute a part of a view once; a frozen model keeps no graph."""
         if model not in self._views:
             self._views[model] = self._models[model].view(self._batch)
         if (what, model) not in self._values:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and model not in self._still):
-                self._values[what, model] = look(self._views[model])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and model not in self._frozen):
+                self._values[what, model] = compute(self._views[model])
         return self._values[what, model]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor beside the models."""
-        return self._beside[name]
+        """A further parameter by name."""
+        return self._extra_parameters[name]
 
     def pad(self, features: torch.Tensor, width: int) -> torch.Tensor:
         """Append zeros to the last axis."""
@@ -94,9 +100,9 @@ class TorchForward:
 
     def kl(self, student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """Mean over the batch of KL(teacher || student), of logits divided by the temperature."""
-        told = functional.log_softmax(teacher.detach() / temperature, -1)
-        said = functional.log_softmax(student / temperature, -1)
-        return functional.kl_div(said, told, reduction="batchmean", log_target=True)
+        teacher_log_probs = functional.log_softmax(teacher.detach() / temperature, -1)
+        student_log_probs = functional.log_softmax(student / temperature, -1)
+        return functional.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
 
     def mse(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Mean squared difference."""
@@ -124,40 +130,40 @@ OWN = "own"
 
 
 class Ensemble(nn.Module):
-    """A client's models by role and the tensors beside them; called, it answers as the client would."""
+    """A client's models by role and further parameters; a call returns the client's predictions."""
 
     def __init__(self, own: SplitModel) -> None:
-        """Begin with the own model alone."""
+        """Start with the own model."""
         super().__init__()
         self.splits: dict[str, SplitModel] = {OWN: own}
         self.members = nn.ModuleDict({OWN: own.model})
         self.extra_parameters: dict[str, nn.Parameter] = {}
         self.frozen: frozenset[str] = frozenset()
         """Roles of the models that are frozen now."""
-        self.answer: Objective | None = None
+        self.predict: Objective | None = None
         """Probabilities to be scored by; None: the own model's."""
 
     def add(self, role: str, split: SplitModel) -> None:
-        """Take in another model."""
+        """Add a model."""
         self.splits[role] = split
         self.members[role] = split.model
 
-    def look(self, batch: Batch) -> TorchForward:
-        """Look at a batch on its device."""
+    def forward_view(self, batch: Batch) -> TorchForward:
+        """Return the view of a batch, which must be on the models' device."""
         return TorchForward(batch, self.splits, self.extra_parameters, frozen=self.frozen)
 
     def forward(self, **batch: torch.Tensor) -> SequenceClassifierOutput:
         """Classify, by the own model or as the method says; the loss is the mean of -log p of the label."""
-        seen = self.look(batch)
-        if self.answer is None:
-            logits = seen.logits()
+        view = self.forward_view(batch)
+        if self.predict is None:
+            logits = view.logits()
         else:
-            chances: torch.Tensor = self.answer(seen)
-            logits = chances.clamp_min(torch.finfo(chances.dtype).tiny).log()
-        return SequenceClassifierOutput(loss=seen.cross_entropy(logits), logits=logits)
+            probabilities: torch.Tensor = self.predict(view)
+            logits = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+        return SequenceClassifierOutput(loss=view.cross_entropy(logits), logits=logits)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything by name: parameters and kept buffers of models, and what is beside them."""
+        """All tensors by name: parameters and persistent buffers of the models, and further parameters."""
         found: dict[str, torch.Tensor] = dict(self.extra_parameters)
         for role, split in self.splits.items():
             found |= {f"{role}.{name}": value for name, value in state(split.model).items()}
@@ -170,9 +176,9 @@ class Ensemble(nn.Module):
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return parameters (tied ones once) and the buffers that a checkpoint holds."""
-    kept = model.state_dict(keep_vars=True)
+    saved = model.state_dict(keep_vars=True)
     named: dict[str, torch.Tensor] = dict(model.named_parameters())
-    return named | {name: value for name, value in model.named_buffers() if name in kept}
+    return named | {name: value for name, value in model.named_buffers() if name in saved}
 
 
 def read(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
@@ -180,8 +186,8 @@ def read(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
     return {name: to_numpy(tensors[name]) for name in sorted(tensors) if name.startswith(prefix)}
 
 
-def extra_parameters(array: Any, device: torch.device) -> nn.Parameter:  # noqa: ANN401 - a NumPy array
-    """Make a tensor that stands beside the models; frozen until a training moves it."""
+def new_parameter(array: Any, device: torch.device) -> nn.Parameter:  # noqa: ANN401 - a NumPy array
+    """Make a further parameter; it is frozen until a training selects it."""
     return nn.Parameter(to_torch(array).to(device), requires_grad=False)
 
 
@@ -195,7 +201,7 @@ class PersonalTrainer(Trainer):
         examples: Examples,
         local: LocalSpec,
         *,
-        clock: TrainingSchedule,
+        schedule: TrainingSchedule,
         seed: int,
         moving: frozenset[str],
     ) -> None:
@@ -205,21 +211,21 @@ class PersonalTrainer(Trainer):
             model=ensemble, tensors={name: tensors[name] for name in sorted(tensors)}, dtype=torch.float32,
             base_parameters=0, base_sha256="", rank=None, export={}, initial={},
         )  # fmt: skip
-        super().__init__(model, examples, local, clock=clock, seed=seed)
+        super().__init__(model, examples, local, schedule=schedule, seed=seed)
         self._ensemble, self._objective = ensemble, objective
         self._moving = moving
 
     def _train_mode(self) -> None:
-        """Switch dropout and statistics on in models that move, and in no other."""
+        """Set trained models to train mode, and all others to eval mode."""
         frozen = set()
         for role, split in self._ensemble.splits.items():
-            moves = any(f"{role}.{name}" in self._moving for name in state(split.model))
-            split.model.train(moves)
-            if not moves:
+            is_trained = any(f"{role}.{name}" in self._moving for name in state(split.model))
+            split.model.train(is_trained)
+            if not is_trained:
                 frozen.add(role)
         self._ensemble.frozen = frozenset(frozen)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Return the objective of one batch."""
-        loss: torch.Tensor = self._objective(self._ensemble.look(batch))
+        loss: torch.Tensor = self._objective(self._ensemble.forward_view(batch))
         return loss

@@ -1,8 +1,8 @@
-"""The workspace of methods with own models: each client's architecture, lent to one client at a time.
+"""Workspace of methods with personal models.
 
-One module of each architecture is held in a process, however many clients live in it; what makes it a
-client's own is its tensors, which come from and go to the client's private state. A client that has
-none yet draws its model from the job's seed and its index.
+A process keeps one module per architecture, shared by all of its clients. Before a task, the client's own tensors are
+loaded into it from the client's private state. A client without stored tensors initializes its model from the job's
+seed and its index.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class PersonalWorkspace:
         self._spec = spec
         self._data_root = data_root
         self._device = device
-        self._lent: dict[str, SplitModel] = {}
-        self._second: dict[str, tuple[SplitModel, dict[str, torch.Tensor]]] = {}
+        self._own_models: dict[str, SplitModel] = {}
+        self._shared_models: dict[str, tuple[SplitModel, dict[str, torch.Tensor]]] = {}
         self._sources: dict[str, ModelSource] = {}
-        self._readers: dict[str, Any] = {}
+        self._processors: dict[str, Any] = {}
         self._data: dict[tuple[int, int], ClientData] = {}
-        self.widest = lru_cache(maxsize=None)(self._widest)
+        self.widest = lru_cache(maxsize=None)(self._largest_width)
 
     @cached_property
     def variants(self) -> tuple[str, ...]:
@@ -87,21 +87,21 @@ class PersonalWorkspace:
         """Return a client's examples, encoded for its own model."""
         key = (index, population)
         if key not in self._data:
-            reader = self._reader(self._name(index))
-            self._data[key] = load_client(self._spec, index, population, processor=reader, data_root=self._data_root)
+            processor = self._processor(self._model_name(index))
+            self._data[key] = load_client(self._spec, index, population, processor=processor, data_root=self._data_root)
         return self._data[key]
 
     @cached_property
     def _labels(self) -> Sequence[str]:
         return load_labels(self._spec, self._data_root)
 
-    def _reader(self, name: str) -> Any:  # noqa: ANN401 - a tokenizer or an image processor
-        if name not in self._readers:
-            self._readers[name] = load_processor(self._named(name), self._source(name))
-        return self._readers[name]
+    def _processor(self, name: str) -> Any:  # noqa: ANN401 - a tokenizer or an image processor
+        if name not in self._processors:
+            self._processors[name] = load_processor(self._spec_for(name), self._source(name))
+        return self._processors[name]
 
     # ---- models ----
-    def _name(self, index: int) -> str:
+    def _model_name(self, index: int) -> str:
         return self.variants[index % len(self.variants)]
 
     def _source(self, name: str) -> ModelSource:
@@ -109,61 +109,61 @@ class PersonalWorkspace:
             self._sources[name] = resolve(name)
         return self._sources[name]
 
-    def _named(self, name: str, *seeded: str | int) -> JobSpec:
-        """Return the job with one model by name, drawn from a seed of its own."""
+    def _spec_for(self, name: str, *seeded: str | int) -> JobSpec:
+        """Return the job with one model by name, initialized from a seed of its own."""
         seed = derive_seed(self._spec.seed, *seeded) if seeded else self._spec.seed
         model = self._spec.model.model_copy(update={"name": name})
         return self._spec.model_copy(update={"model": model, "seed": seed})
 
     def _load(self, name: str, *seeded: str | int) -> SplitModel:
-        loaded = load_model(self._named(name, *seeded), self._source(name), self._labels)
+        loaded = load_model(self._spec_for(name, *seeded), self._source(name), self._labels)
         return SplitModel(freeze(loaded.model.to(self._device)), name, len(self._labels))
 
     def own(self, index: int, *, fresh: bool) -> SplitModel:
-        """The own architecture of a client; `fresh`: with the client's first draw in it."""
-        name = self._name(index)
-        if fresh or name not in self._lent:
-            self._lent[name] = self._load(name, "own", index)
-        return self._lent[name]
+        """The own architecture of a client; `fresh`: newly initialized from the client's seed."""
+        name = self._model_name(index)
+        if fresh or name not in self._own_models:
+            self._own_models[name] = self._load(name, "own", index)
+        return self._own_models[name]
 
     def second(self, name: str, index: int) -> SplitModel:
-        """A model that every client builds alike; raises BadInput when it reads other data than the own one."""
-        if not _same_processor(self._reader(name), self._reader(self._name(index))):
+        """A model that all clients initialize alike; raises BadInput if its processor differs from the own model's."""
+        if not _same_processor(self._processor(name), self._processor(self._model_name(index))):
             raise BadInput(
-                f"method.shared_model: {name!r} reads its input otherwise than {self._name(index)!r}, the own model of"
-                f" the client at index {index}; take one with the same tokenizer or image size"
+                f"method.shared_model: {name!r} reads its input otherwise than {self._model_name(index)!r}, the own "
+                f"model of the client at index {index}; take one with the same tokenizer or image size"
             )
-        if name not in self._second:
+        if name not in self._shared_models:
             split = self._load(name, "second")
             first = {key: value.detach().clone() for key, value in state(split.model).items()}
-            self._second[name] = (split, first)
-        split, first = self._second[name]
+            self._shared_models[name] = (split, first)
+        split, first = self._shared_models[name]
         with torch.no_grad():
             for key, value in state(split.model).items():
                 value.copy_(first[key])
         return split
 
-    def _widest(self, place: Layer) -> int:
+    def _largest_width(self, place: Layer) -> int:
         """Largest width over the job's own models, from their configurations."""
         return max(widths_of(name, self._source(name))[place] for name in self.variants)
 
     # ---- tasks ----
     def initialize(self, task: Task, tensors: Tensors) -> InitialAdapter:
-        """Put beside the first tensors what only this side knows."""
+        """Add the facts that only a client knows to the first tensors."""
         data = self.data(task.index, task.population)
         own = self.own(task.index, fresh=False).model
-        described: dict[str, Json] = {"method": self._spec.method.name, "models": list(self.variants)}
+        config: dict[str, Json] = {"method": self._spec.method.name, "models": list(self.variants)}
         facts: dict[str, Json] = {
             "base_parameters": 0,
             "own_parameters": sum(value.numel() for value in own.parameters()),
             "adapter_parameters": count(tensors),
             "rank": None,
-            "export": {"format": "partial", "files": {"lorabbit_config.json": described}},
+            "export": {"format": "partial", "files": {"lorabbit_config.json": config}},
             "main_metric": data.task.main_metric,
             "versions": {name: version(name) for name in REPORTED},
             "label_counts": dict(data.label_counts),
             "labels": list(data.labels),
-            "model": self._source(self._name(task.index)).facts(),
+            "model": self._source(self._model_name(task.index)).facts(),
         }
         return InitialAdapter(tensors, facts, data.train.num_examples)
 

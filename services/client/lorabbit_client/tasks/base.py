@@ -59,14 +59,14 @@ class LearningTask(ABC):
         Raises BadInput where clients that own their data could each find another table.
         """
         column = self.column(source.train, "label", spec)
-        stated = spec.labels or source.stated(column)
-        if stated is None and spec.partition.kind == "own":
+        declared_labels = spec.labels or source.declared_labels(column)
+        if declared_labels is None and spec.partition.kind == "own":
             raise BadInput(
                 f"data.labels: every client reads its own data, so the job must name the labels of field {column!r}"
             )
-        return stated or self.found(source, column)
+        return declared_labels or self.labels_from_examples(source, column)
 
-    def found(self, source: Source, column: str) -> tuple[str, ...]:
+    def labels_from_examples(self, source: Source, column: str) -> tuple[str, ...]:
         """Return the labels that occur in a field."""
         return find_labels(source.tables, column)
 
@@ -89,7 +89,7 @@ class LearningTask(ABC):
         return table.column(role, self.roles[role], spec.fields)
 
 
-def longest(tokenizer: Any, spec: DataSpec) -> int:  # noqa: ANN401 - any tokenizer
+def max_tokens(tokenizer: Any, spec: DataSpec) -> int:  # noqa: ANN401 - any tokenizer
     """Return the length at which texts are cut: the job's, or less where the model takes less."""
     return min(spec.max_length, int(tokenizer.model_max_length))
 
@@ -105,5 +105,5 @@ def first_words(texts: Iterable[str], words: int) -> list[str]:
 
 
 def pad_id(tokenizer: Any) -> int:  # noqa: ANN401 - any tokenizer
-    """Return what fills short rows; its value is masked, so any will do where there is none."""
+    """Return the padding id; 0 without one, since padding is masked."""
     return int(tokenizer.pad_token_id or 0)

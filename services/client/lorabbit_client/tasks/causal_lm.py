@@ -16,11 +16,11 @@ from lorabbit.errors import BadInput
 from lorabbit.job.spec import DataSpec
 from lorabbit_client.data.features import IGNORED, Batch, Features, MeanLoss, RaggedRows, Scorer, Scores, TokenRows
 from lorabbit_client.data.table import IntArray, Source, Table
-from lorabbit_client.tasks.base import LearningTask, Records, longest, pad_id
+from lorabbit_client.tasks.base import LearningTask, Records, max_tokens, pad_id
 
 Messages: TypeAlias = "list[dict[str, str]]"
 Segments: TypeAlias = "list[tuple[str, bool]]"
-"""(text, whether the model is to say it)"""
+"""(text, whether it is a target of the model)"""
 ASSISTANT = "assistant"
 
 
@@ -69,7 +69,7 @@ class CausalLanguageModeling(LearningTask):
         rows = [
             truncate(
                 [(opening, False), *((next(ids), is_target) for _, is_target in row), (closing, True)],
-                longest(processor, spec),
+                max_tokens(processor, spec),
             )
             for row in segments
         ]
@@ -111,7 +111,7 @@ def _plain_segments(messages: Messages, tokenizer: Any) -> Segments:  # noqa: AN
 
 
 def _templated_segments(messages: Messages, tokenizer: Any) -> Segments:  # noqa: ANN401 - any tokenizer
-    """Write a talk by the tokenizer's template: what it adds for an assistant's turn is what the model says."""
+    """Render a conversation with the chat template; the assistant's turns are the targets."""
     segments: Segments = []
     written = ""
     for turn, message in enumerate(messages):
@@ -195,7 +195,7 @@ class MaskedTokenRows(Features):
 
 
 class NextTokenScorer:
-    """Perplexity and next-token accuracy over what the model is to say."""
+    """Perplexity and next-token accuracy over target tokens."""
 
     def __init__(self) -> None:
         """Start with nothing."""

@@ -69,8 +69,8 @@ class ImageClassification(LearningTask):
         return Records({"image": values}, LabelTable(labels).codes(table, self.column(table, "label", spec)))
 
     def encode(self, records: Records, processor: Any, labels: tuple[str, ...], *, spec: DataSpec) -> Features:  # noqa: ANN401, ARG002
-        """Keep the images as bytes, beside the format to bring them to."""
-        return Images(records.columns["image"], records.classes, len(labels), form=ImageFormat.of(processor))
+        """Keep the images as bytes, with their target format."""
+        return Images(records.columns["image"], records.classes, len(labels), image_format=ImageFormat.of(processor))
 
 
 def _pixels(table: Table, column: str, row: int) -> NDArray[np.uint8]:
@@ -90,11 +90,11 @@ def _pixels(table: Table, column: str, row: int) -> NDArray[np.uint8]:
 class Images(Features):
     """Images with one class each."""
 
-    def __init__(self, images: Column, classes: IntArray, num_classes: int, *, form: ImageFormat) -> None:
+    def __init__(self, images: Column, classes: IntArray, num_classes: int, *, image_format: ImageFormat) -> None:
         """Keep the images; those of unlike sizes are brought to the format's size now."""
-        self._classes, self._num_classes, self._form = classes, num_classes, form
+        self._classes, self._num_classes, self._image_format = classes, num_classes, image_format
         alike = isinstance(images, np.ndarray) or len({image.shape for image in images}) <= 1
-        self._pixels = np.asarray(images) if alike else np.stack([_resized(image, form) for image in images])
+        self._pixels = np.asarray(images) if alike else np.stack([_resized(image, image_format) for image in images])
 
     def __len__(self) -> int:
         """Count the images."""
@@ -110,15 +110,15 @@ class Images(Features):
         import torch  # noqa: PLC0415 - only where a model runs
         from torch.nn.functional import interpolate  # noqa: PLC0415
 
-        form = self._form
+        image_format = self._image_format
         pixels = torch.from_numpy(self._pixels[rows]).to(torch.float32) / 255.0
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.movedim(-1, 1)  # noqa: PLR2004 - gray
-        if pixels.shape[1] != len(form.mean):
+        if pixels.shape[1] != len(image_format.mean):
             pixels = pixels[:, :COLOR].mean(dim=1, keepdim=True)
-            pixels = pixels.expand(-1, len(form.mean), -1, -1)
-        if pixels.shape[2:] != (form.height, form.width):
-            pixels = interpolate(pixels, (form.height, form.width), mode="bilinear", antialias=True)
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (form.mean, form.std))
+            pixels = pixels.expand(-1, len(image_format.mean), -1, -1)
+        if pixels.shape[2:] != (image_format.height, image_format.width):
+            pixels = interpolate(pixels, (image_format.height, image_format.width), mode="bilinear", antialias=True)
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (image_format.mean, image_format.std))
         return {"pixel_values": (pixels - mean) / std, "labels": torch.from_numpy(self._classes[rows])}
 
     def scorer(self) -> Scorer:
@@ -126,9 +126,9 @@ class Images(Features):
         return ClassScorer(self._num_classes, positive=False)
 
 
-def _resized(image: NDArray[np.uint8], form: ImageFormat) -> NDArray[np.uint8]:
+def _resized(image: NDArray[np.uint8], image_format: ImageFormat) -> NDArray[np.uint8]:
     """Bring one image to the format's size, in color."""
     from PIL import Image  # noqa: PLC0415 - only for images of unlike sizes
 
     picture = Image.fromarray(image).convert("RGB")
-    return np.asarray(picture.resize((form.width, form.height), Image.Resampling.BILINEAR))
+    return np.asarray(picture.resize((image_format.width, image_format.height), Image.Resampling.BILINEAR))

@@ -25,7 +25,7 @@ from lorabbit.errors import BadInput
 from lorabbit.job.spec import DataSpec
 from lorabbit_client.data.features import Batch, Features, MeanLoss, RaggedRows, Scorer, Scores, TokenRows
 from lorabbit_client.data.table import IntArray, Source, Table
-from lorabbit_client.tasks.base import LearningTask, Records, longest, pad_id
+from lorabbit_client.tasks.base import LearningTask, Records, max_tokens, pad_id
 
 LONGEST_ANSWER_TOKENS = 30
 CONTEXT = 1
@@ -34,7 +34,7 @@ CONTEXT = 1
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A text and where it stands in its context, in characters."""
+    """A text and its position in the context, in characters."""
 
     text: str
     start: int
@@ -48,7 +48,7 @@ class ContextWindow:
     example: int
     ids: NDArray[np.int32]
     types: NDArray[np.int32]
-    begins: NDArray[np.int32]
+    starts: NDArray[np.int32]
     """First character of each token in the context, -1 outside of it."""
     ends: NDArray[np.int32]
     """Character behind each token in the context, -1 outside of it."""
@@ -75,7 +75,7 @@ class Windows(Features):
         self._tokens = TokenRows(
             {"input_ids": [w.ids for w in windows], "token_type_ids": [w.types for w in windows]}, pad
         )
-        self.begins, self.ends = RaggedRows(w.begins for w in windows), RaggedRows(w.ends for w in windows)
+        self.starts, self.ends = RaggedRows(w.starts for w in windows), RaggedRows(w.ends for w in windows)
         self.example = np.array([w.example for w in windows], dtype=np.int64)
         spans = [self._tokens_of(row, answers[window.example]) for row, window in enumerate(windows)]
         self._spans = np.array(spans, dtype=np.int64).reshape(len(windows), 2)
@@ -83,11 +83,11 @@ class Windows(Features):
 
     def _tokens_of(self, row: int, answers: list[Answer]) -> tuple[int, int]:
         """Return the first and last token of the first answer in a window, (0, 0) where it is not wholly inside."""
-        begins, ends = self.begins[row], self.ends[row]
+        starts, ends = self.starts[row], self.ends[row]
         if not answers:
             return 0, 0
-        held = np.flatnonzero((begins >= 0) & (ends > answers[0].start) & (begins < answers[0].end))
-        if not len(held) or begins[held[0]] > answers[0].start or ends[held[-1]] < answers[0].end:
+        held = np.flatnonzero((starts >= 0) & (ends > answers[0].start) & (starts < answers[0].end))
+        if not len(held) or starts[held[0]] > answers[0].start or ends[held[-1]] < answers[0].end:
             return 0, 0
         return int(held[0]), int(held[-1])
 
@@ -144,8 +144,8 @@ class SpanScorer:
 
     def _best_span(self, row: int, start: NDArray[np.float32], end: NDArray[np.float32]) -> tuple[float, int, int]:
         """Return (score, first character, end character); no characters where "no answer" scores best."""
-        begins, ends = self._windows.begins[row], self._windows.ends[row]
-        inside = np.flatnonzero(begins >= 0)
+        starts, ends = self._windows.starts[row], self._windows.ends[row]
+        inside = np.flatnonzero(starts >= 0)
         if not len(inside):
             return -np.inf, 0, 0
         scores = start[inside][:, None] + end[inside][None, :]
@@ -156,7 +156,7 @@ class SpanScorer:
         best = float(scores[first, last])
         if self._unanswered and float(start[0] + end[0]) > best:
             return float(start[0] + end[0]), 0, 0
-        return best, int(begins[inside[first]]), int(ends[inside[last]])
+        return best, int(starts[inside[first]]), int(ends[inside[last]])
 
     def result(self) -> Scores:
         """Return f1 and exact_match in 0..1, weighted by examples."""
@@ -205,7 +205,7 @@ PORTION = 1000
 
 
 class QuestionAnswering(LearningTask):
-    """A question, a context, and one or more answers that stand in the context."""
+    """A question, a context, and one or more answers in the context."""
 
     name: ClassVar[str] = "question-answering"
     main_metric: ClassVar[str] = "f1"
@@ -221,7 +221,7 @@ class QuestionAnswering(LearningTask):
         return ()
 
     def parse(self, table: Table, labels: tuple[str, ...], spec: DataSpec) -> Records:  # noqa: ARG002
-        """Check that every answer stands in its context."""
+        """Check that every answer is in its context."""
         question, context, answers = (self.column(table, role, spec) for role in self.roles)
         columns: dict[str, list[Any]] = {
             "question": table.texts(question),
@@ -234,13 +234,13 @@ class QuestionAnswering(LearningTask):
 
     def encode(self, records: Records, processor: Any, labels: tuple[str, ...], *, spec: DataSpec) -> Features:  # noqa: ANN401, ARG002
         """Cut contexts into windows and find each answer's tokens."""
-        length = longest(processor, spec)
+        length = max_tokens(processor, spec)
         rows = (records.columns["question"], records.columns["context"], records.columns["answers"])
         windows: list[ContextWindow] = []
         for start in range(0, len(records), PORTION):
             questions, contexts, _ = (list(column[start : start + PORTION]) for column in rows)
             encoded = processor(
-                _cut_questions(questions, processor, length // 2),
+                _truncate_questions(questions, processor, length // 2),
                 contexts,
                 truncation="only_second",
                 max_length=length,
@@ -283,7 +283,7 @@ def _nearest(context: str, text: str, start: int) -> int | None:
     return min(found, key=lambda place: abs(place - start)) if found else None
 
 
-def _cut_questions(questions: list[str], tokenizer: Any, most: int) -> list[str]:  # noqa: ANN401 - any tokenizer
+def _truncate_questions(questions: list[str], tokenizer: Any, most: int) -> list[str]:  # noqa: ANN401 - any tokenizer
     """Cut questions that would leave no room for the context."""
     encoded = tokenizer(
         questions, add_special_tokens=False, truncation=True, max_length=most, return_offsets_mapping=True

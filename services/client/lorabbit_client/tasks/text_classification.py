@@ -10,7 +10,7 @@ import numpy as np
 from lorabbit.job.spec import DataSpec
 from lorabbit_client.data.features import Batch, Features, MeanLoss, Scorer, Scores, TokenRows
 from lorabbit_client.data.table import IntArray, LabelTable, Table
-from lorabbit_client.tasks.base import LearningTask, Records, first_words, longest, pad_id
+from lorabbit_client.tasks.base import LearningTask, Records, first_words, max_tokens, pad_id
 
 
 class TextClassification(LearningTask):
@@ -33,7 +33,7 @@ class TextClassification(LearningTask):
 
     def encode(self, records: Records, processor: Any, labels: tuple[str, ...], *, spec: DataSpec) -> Features:  # noqa: ANN401
         """Tokenize each text, or both texts together."""
-        length = longest(processor, spec)
+        length = max_tokens(processor, spec)
         texts = [first_words(records.columns[role], length) for role in self.texts]
         encoded = processor(*texts, truncation=True, max_length=length) if len(records) else {}
         return ClassifiedTokens(
@@ -86,7 +86,7 @@ class ClassScorer:
     """Accuracy, and F1 of the second of two classes or over all classes alike."""
 
     def __init__(self, num_classes: int, *, positive: bool) -> None:
-        """Say how many classes there are and whether the second of two is the one to find."""
+        """Take the number of classes, and whether the second of two is the positive class."""
         self._positive = positive and num_classes == 2  # noqa: PLR2004 - no and yes
         self._loss = MeanLoss()
         self._expected: list[IntArray] = []

@@ -16,7 +16,7 @@ from lorabbit.errors import BadInput
 from lorabbit.job.spec import DataSpec
 from lorabbit_client.data.features import IGNORED, Batch, Features, MeanLoss, RaggedRows, Scorer, Scores, TokenRows
 from lorabbit_client.data.table import IntArray, LabelTable, Source, Table
-from lorabbit_client.tasks.base import LearningTask, Records, longest, pad_id
+from lorabbit_client.tasks.base import LearningTask, Records, max_tokens, pad_id
 
 OUTSIDE = "O"
 
@@ -32,7 +32,7 @@ class TokenClassification(LearningTask):
         "label": ("tags", "ner_tags", "labels", "pos_tags"),
     }
 
-    def found(self, source: Source, column: str) -> tuple[str, ...]:
+    def labels_from_examples(self, source: Source, column: str) -> tuple[str, ...]:
         """Return the tags that occur, those of no entity first."""
         tags = {str(tag) for table in source.tables for row in range(len(table)) for tag in _list(table, column, row)}
         return tuple(sorted(tags, key=lambda tag: (tag != OUTSIDE, tag)))
@@ -60,7 +60,7 @@ class TokenClassification(LearningTask):
             list(records.columns["tokens"]),
             is_split_into_words=True,
             truncation=True,
-            max_length=longest(processor, spec),
+            max_length=max_tokens(processor, spec),
         )
         tags = (align(encoded.word_ids(row), of) for row, of in enumerate(records.columns["label"]))
         return TaggedTokens(TokenRows(encoded, pad_id(processor)), RaggedRows(tags), labels)
@@ -83,7 +83,7 @@ def align(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
 
 
 def _word_tokenizer(tokenizer: Any) -> Any:  # noqa: ANN401 - any fast tokenizer
-    """Return a tokenizer that takes words: byte-level ones must be told to put a space before each."""
+    """Return a tokenizer that takes words: byte-level ones need `add_prefix_space`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise BadInput("model.name: token-classification needs a model with a fast tokenizer")

@@ -35,11 +35,11 @@ def steps_over(local: LocalSpec, per_epoch: int) -> int:
 
 def batches(lengths: IntArray, batch_size: int, steps: int, *, seed: int) -> Iterator[IntArray]:
     """Yield the positions of each step's rows, epoch after epoch until `steps` are given."""
-    given, epoch = 0, 0
-    while given < steps:
+    yielded, epoch = 0, 0
+    while yielded < steps:
         order = epoch_order(lengths, batch_size, seed=derive_seed(seed, "batches", epoch))
-        yield from order[: steps - given]
-        given, epoch = given + len(order), epoch + 1
+        yield from order[: steps - yielded]
+        yielded, epoch = yielded + len(order), epoch + 1
 
 
 def epoch_order(lengths: IntArray, batch_size: int, *, seed: int) -> list[IntArray]:
@@ -47,18 +47,18 @@ def epoch_order(lengths: IntArray, batch_size: int, *, seed: int) -> list[IntArr
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(lengths))
     window = WINDOW_BATCHES * batch_size
-    cut: list[IntArray] = []
+    batches_of_epoch: list[IntArray] = []
     for start in range(0, len(shuffled), window):
         part = shuffled[start : start + window]
         part = part[np.argsort(lengths[part], kind="stable")]
-        cut.extend(part[i : i + batch_size] for i in range(0, len(part), batch_size))
-    return [cut[i] for i in generator.permutation(len(cut))]
+        batches_of_epoch.extend(part[i : i + batch_size] for i in range(0, len(part), batch_size))
+    return [batches_of_epoch[i] for i in generator.permutation(len(batches_of_epoch))]
 
 
-def repeated(cut: Sequence[IntArray], steps: int) -> Iterator[IntArray]:
+def repeated(batches_of_epoch: Sequence[IntArray], steps: int) -> Iterator[IntArray]:
     """Yield the same batches in the same order, epoch after epoch until `steps` are given."""
     for step in range(steps):
-        yield cut[step % len(cut)]
+        yield batches_of_epoch[step % len(batches_of_epoch)]
 
 
 def rows_of(examples: Examples, batch: Sequence[int]) -> IntArray:

@@ -30,23 +30,23 @@ from lorabbit_client.data.table import IntArray
 from lorabbit_client.training.batching import steps_of
 from lorabbit_client.training.trainer import Trainer, split_micro_batches
 
-LEAST = 1e-12
+MIN_NORM = 1e-12
 
 
 class DpTrainer(Trainer):
     """See the module's docstring."""
 
     privacy: PrivacySpec
-    _found: ExampleGradients | None = None
+    _example_gradients: ExampleGradients | None = None
 
     def _train_mode(self) -> None:
-        """Switch dropout on, and statistics nowhere: they mix the examples of a batch, and no noise covers them."""
+        """Enable dropout, but no batch statistics: they mix examples, and no noise is added to them."""
         self._model.model.train()
         for module in self._model.model.modules():
             if isinstance(getattr(module, "running_mean", None), torch.Tensor):
                 module.eval()
 
-    def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[IntArray]]:
+    def _batch_order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[IntArray]]:
         """Draw each step's examples independently; a step may have none."""
         if batches is not None:
             raise LoRAbbitError("privacy: a method that names its batches does not sample them")
@@ -54,9 +54,9 @@ class DpTrainer(Trainer):
             raise BadInput("privacy.level: some examples have several rows here; leave privacy out")
         rows = len(self.examples)
         steps, rate = steps_of(self.local, rows), min(1.0, self.local.batch_size / rows)
-        return steps, [np.flatnonzero(draw < rate) for draw in self._draws(steps, rows)]
+        return steps, [np.flatnonzero(draw < rate) for draw in self._uniform_samples(steps, rows)]
 
-    def _draws(self, steps: int, rows: int) -> Iterator[Any]:
+    def _uniform_samples(self, steps: int, rows: int) -> Iterator[Any]:
         """Uniform numbers in [0, 1), fresh for each step."""
         generator = np.random.default_rng(derive_seed(self._seed, "poisson")) if self.privacy.seeded else None
         for _ in range(steps):
@@ -65,16 +65,16 @@ class DpTrainer(Trainer):
             else:
                 yield (np.frombuffer(os.urandom(8 * rows), dtype="<u8") >> 11) * 2.0**-53
 
-    def _learn(self, positions: IntArray, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:
-        """Leave the noisy mean gradient in `grad`; returns zero, for a loss would tell of the examples."""
+    def _compute_gradients(self, positions: IntArray, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:
+        """Compute the noisy mean gradient; returns zero, since a loss would reveal information about the examples."""
         sums = {name: torch.zeros_like(value) for name, value in moving.items()}
         if len(positions):
             batch = {name: value.to(self._device) for name, value in self.examples.batch(positions).items()}
-            for _, piece, _ in split_micro_batches(
+            for _, micro_batch, _ in split_micro_batches(
                 self.examples.features, batch, self._limits.max_batch or len(positions)
             ):
-                for found in self._gradients(moving, piece).of(piece):
-                    _add_clipped(sums, found, self.privacy.clip)
+                for gradients in self._gradients_of(moving, micro_batch).of(micro_batch):
+                    _add_clipped(sums, gradients, self.privacy.clip)
         scale = min(self.local.batch_size, len(self.examples))
         for name, value in moving.items():
             seed = derive_seed(self._seed, "noise", step, name) if self.privacy.seeded else None
@@ -82,26 +82,26 @@ class DpTrainer(Trainer):
             value.grad = (sums[name] + torch.from_numpy(noise).to(value)) / scale
         return torch.zeros((), device=self._device)
 
-    def _gradients(self, moving: Mapping[str, nn.Parameter], batch: Batch) -> ExampleGradients:
-        """Find out once how this model's examples are told apart, for it is the same in every step of a training."""
-        if self._found is None:
+    def _gradients_of(self, moving: Mapping[str, nn.Parameter], batch: Batch) -> ExampleGradients:
+        """Return the per-example gradients; how they are computed is decided once per training."""
+        if self._example_gradients is None:
             with evaluation_mode(self._model):
-                owners = separate_owners(self._model.model, moving, self._answer, batch)
-            self._found = ExampleGradients(self._answer, moving, owners)
-        return self._found
+                owners = separate_owners(self._model.model, moving, self._forward, batch)
+            self._example_gradients = ExampleGradients(self._forward, moving, owners)
+        return self._example_gradients
 
-    def _answer(self, batch: Batch) -> Any:  # noqa: ANN401 - a model's output
+    def _forward(self, batch: Batch) -> Any:  # noqa: ANN401 - a model's output
         return self._model.model(**batch)
 
 
 def _add_clipped(sums: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor], clip: float) -> None:
-    """Add the gradients of some examples, each cut to a norm over all tensors together.
+    """Add the gradients of some examples, each clipped to a norm over all tensors.
 
-    One that is not finite adds nothing: a task that failed of it would tell of the example, and no noise covers that.
+    A gradient that is not finite adds nothing: a failed task would reveal information about the example.
     """
     squares = torch.stack([value.double().flatten(1).square().sum(1) for value in gradients.values()]).sum(0)
     finite = squares.isfinite()
-    share = torch.where(finite, (clip / squares.sqrt().clamp(min=LEAST)).clamp(max=1.0), 0.0)
+    factors = torch.where(finite, (clip / squares.sqrt().clamp(min=MIN_NORM)).clamp(max=1.0), 0.0)
     for name, value in gradients.items():
-        kept = torch.where(finite.reshape(-1, *(1 for _ in value.shape[1:])), value, 0.0)
-        sums[name].add_(torch.tensordot(share.to(value), kept, dims=1))
+        finite_values = torch.where(finite.reshape(-1, *(1 for _ in value.shape[1:])), value, 0.0)
+        sums[name].add_(torch.tensordot(factors.to(value), finite_values, dims=1))

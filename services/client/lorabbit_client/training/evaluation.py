@@ -29,7 +29,7 @@ def evaluate(model: TrainableModel, examples: Examples, batch_size: int, *, on_p
     device = next(model.model.parameters()).device
     order = np.argsort(-examples.lengths, kind="stable")
     scorer = examples.scorer()
-    due = time.monotonic() + PROGRESS_SECONDS
+    next_report = time.monotonic() + PROGRESS_SECONDS
     model.model.eval()
     with torch.inference_mode():
         for start in range(0, len(order), batch_size):
@@ -38,9 +38,9 @@ def evaluate(model: TrainableModel, examples: Examples, batch_size: int, *, on_p
             if device.type != "cpu":
                 batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
             scorer.add(examples.rows[positions], batch, model.model(**batch))
-            if time.monotonic() >= due:
+            if time.monotonic() >= next_report:
                 on_progress(min(1.0, (start + len(positions)) / len(order)), None)
-                due = time.monotonic() + PROGRESS_SECONDS
+                next_report = time.monotonic() + PROGRESS_SECONDS
     scores = scorer.result()
     if scores.loss is not None and not math.isfinite(scores.loss):
         raise LoRAbbitError(f"the held-out loss is {scores.loss}: the adapter has diverged; lower local.learning_rate")

@@ -1,4 +1,4 @@
-"""Whether the budgets of a job and of a client's owner bear a training with private examples, before it begins.
+"""Privacy budgets of a job and of a client's owner, checked before a training with private examples.
 
 The job's budget is for what this job releases, as the server's specification of it says. The owner's is for all jobs
 together, at a delta of the owner's own, and holds whatever a server says.
@@ -19,7 +19,7 @@ from lorabbit_client.training.batching import steps_of
 
 @dataclass(frozen=True, slots=True)
 class PrivacyBudget:
-    """What one party allows, and what of it is spent."""
+    """The budget of one party, and the releases that count against it."""
 
     name: str
     """Of the key or the variable that sets it."""
@@ -29,15 +29,15 @@ class PrivacyBudget:
     spent: tuple[SampledGaussian, ...]
 
     def after(self, release: SampledGaussian, times: int = 1) -> float:
-        """Epsilon when so many more of these are released."""
+        """Epsilon after `times` more of these."""
         return epsilon_of((*self.spent, release._replace(steps=times * release.steps)), self.delta)
 
     def allows(self, release: SampledGaussian, times: int = 1) -> bool:
-        """Tell whether it allows so many more of these."""
+        """Tell whether `times` more of these fit the budget."""
         return self.epsilon is None or self.after(release, times) <= self.epsilon
 
     def check(self, release: SampledGaussian) -> None:
-        """Raise where it does not bear this: BadInput where nothing is spent yet, LoRAbbitError later."""
+        """Raise if the release exceeds the budget: BadInput if nothing is spent yet, LoRAbbitError otherwise."""
         if self.allows(release):
             return
         cost = f"{self.after(release):.3g}"
@@ -54,10 +54,10 @@ def release_of(spec: PrivacySpec, local: LocalSpec, rows: int) -> SampledGaussia
     return SampledGaussian(spec.noise, min(1.0, local.batch_size / rows), steps_of(local, rows))
 
 
-def count(release: SampledGaussian, spec: PrivacySpec, job: str, ledger: PrivacyLedger, limits: TrainingLimits) -> None:
-    """Put a release into the ledger; raises BadInput or LoRAbbitError where a budget does not bear it.
+def spend(release: SampledGaussian, spec: PrivacySpec, job: str, ledger: PrivacyLedger, limits: TrainingLimits) -> None:
+    """Add a release to the ledger; raises BadInput or LoRAbbitError if it exceeds a budget.
 
-    The server is told what the job has cost then, and `spent` where no further release like it fits both budgets.
+    The result then reports the job's cost, and `spent` if no further release like it fits both budgets.
     """
     of_job = PrivacyBudget("privacy.epsilon", spec.epsilon, spec.delta, ledger.of(job))
     of_owner = PrivacyBudget(f"{PREFIX}PRIVACY_EPSILON", limits.epsilon, limits.delta, ledger.all_releases)

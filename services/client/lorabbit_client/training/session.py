@@ -1,8 +1,7 @@
-"""TorchSession: what a method's client half sees of one client, in torch.
+"""TorchSession: the session of a method's client half, with torch.
 
-The model is shared by every client of the process, so a session starts by putting the job's initial
-tensors back, and a method then loads what the server sent. Tensors cross as copies: nothing a method
-holds changes behind its back.
+All clients of a process share one model, so a session first restores the job's initial tensors; the method then loads
+those of the server. Tensors are passed as copies.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from lorabbit_client.models.lora import LoraLayers
 from lorabbit_client.models.trainable import TrainableModel
 from lorabbit_client.training.activation_cache import GROUP, ActivationCache, ExampleUsage, FrozenPrefix, find_prefix
 from lorabbit_client.training.batching import rows_of
-from lorabbit_client.training.privacy_budget import count, release_of
+from lorabbit_client.training.privacy_budget import release_of, spend
 from lorabbit_client.training.trainer import Trainer, TrainingSchedule
 
 CURVATURE_ROWS = 16
-"""Rows whose loss surface stands for a client's."""
+"""Number of rows on which curvature is measured."""
 IMPORTANCE_ROWS = 32
-"""Rows whose gradients stand for a client's."""
+"""Number of rows on which importance is measured."""
 
 
 class TorchSession:
@@ -52,7 +51,7 @@ class TorchSession:
         *,
         private: PrivateState,
         on_progress: OnProgress,
-        prefixes: ActivationCache | None = None,
+        activation_cache: ActivationCache | None = None,
         limits: TrainingLimits = UNLIMITED,
     ) -> None:
         """Start from the job's initial tensors."""
@@ -70,15 +69,15 @@ class TorchSession:
         self._adapter = model
         self._selected = model
         self._data = data
-        self._tell = on_progress
+        self._on_progress = on_progress
         self._fraction = 0.0
-        self._prefixes = prefixes
+        self._activation_cache = activation_cache
         self._limits = limits
         model.reset()
 
     # ---- tensors ----
     def select(self, part: Part) -> None:
-        """Speak of the job's adapter (at first), or of the whole model, whose adapter then adds nothing."""
+        """Select the job's adapter (the default) or the whole model for later calls; the latter disables adapters."""
         whole = part == "whole"
         self._selected = self._adapter.whole() if whole else self._adapter
         self._adapter.enable(enabled=not whole)
@@ -112,7 +111,7 @@ class TorchSession:
         if not self._base.uses_base(sha256):
             if tensors_sha256(base) != sha256:
                 raise Refused("base", "the base that came is not the one that the plan names")
-            fitting(self._adapter.whole(), base)
+            checked_tensors(self._adapter.whole(), base)
         self._base.use_base(base, sha256)
 
     def set_base_delta(self, factors: Tensors) -> None:
@@ -123,66 +122,73 @@ class TorchSession:
 
     # ---- training ----
     def train(self, **options: Unpack[TrainOptions]) -> LocalResult:
-        """Tune on local data as `local` or the job says, from the present tensors, with a fresh optimizer."""
+        """Train on local data from the present tensors, with a fresh optimizer."""
         if self._selected is not self._adapter:
             self._base.replace()
         model = self.prepared_model()
         if not len(self._data.train):
             return LocalResult(self.tensors(), 0, float("nan"), 0)
         start = time.perf_counter()
-        clock = TrainingSchedule(self._task.round, self._task.spec.rounds)
+        schedule = TrainingSchedule(self._task.round, self._task.spec.rounds)
         stream = options.get("stream")
         seed = derive_seed(self.seed, "stream", stream) if stream else self.seed
-        trainer = self._trainer(model, options.get("local") or self.local, clock, seed)
-        trained = trainer.run(
-            self._on_step,
+        trainer = self._trainer(model, options.get("local") or self.local, schedule, seed)
+        result = trainer.run(
+            self._report_step,
             gradient_term=options.get("gradient_term"),
             frozen=options.get("frozen"),
             mask=options.get("mask"),
             batches=options.get("batches"),
         )
-        self.steps += trained.steps
-        facts: Facts = {"seconds": time.perf_counter() - start, "prefixes_kept": trained.skipped}
-        return LocalResult(self.tensors(), self.num_examples, trained.loss, trained.steps, facts)
+        self.steps += result.steps
+        facts: Facts = {"seconds": time.perf_counter() - start, "prefixes_kept": result.skipped}
+        return LocalResult(self.tensors(), self.num_examples, result.loss, result.steps, facts)
 
-    def _on_step(self, fraction: float, loss: float | None) -> None:
-        """Report how far a training is."""
+    def _report_step(self, fraction: float, loss: float | None) -> None:
+        """Report the progress of a training."""
         self._fraction = fraction
-        self._tell(fraction, loss)
+        self._on_progress(fraction, loss)
 
-    def _on_measured(self) -> None:
-        """Report that something is measured, as far as training has come; a task that is called off ends here."""
-        self._tell(self._fraction, None)
+    def _report_analysis(self) -> None:
+        """Report unchanged progress during an analysis; raises Cancelled if the task was cancelled."""
+        self._on_progress(self._fraction, None)
 
-    def _trainer(self, model: TrainableModel, local: LocalSpec, clock: TrainingSchedule, seed: int) -> Trainer:
-        """Make what trains; what one that adds noise spends is counted beforehand."""
+    def _trainer(self, model: TrainableModel, local: LocalSpec, schedule: TrainingSchedule, seed: int) -> Trainer:
+        """Make the trainer; with private examples, first add its release to the privacy ledger."""
         spec, data = self._task.spec.privacy, self._data.train
         if spec is None or spec.level != "example":
             return Trainer(
-                model, data, local, clock=clock, seed=seed, find_prefix=self._find_prefix, limits=self._limits
+                model, data, local, schedule=schedule, seed=seed, find_prefix=self._find_prefix, limits=self._limits
             )
         from lorabbit_client.training.dp_trainer import DpTrainer  # noqa: PLC0415
 
-        limit = self._limits.model_copy(update={"dtype": "float32"})
-        trainer = DpTrainer(model, data, local, clock=clock, seed=seed, limits=limit)
+        limits = self._limits.model_copy(update={"dtype": "float32"})
+        trainer = DpTrainer(model, data, local, schedule=schedule, seed=seed, limits=limits)
         trainer.privacy = spec
-        count(release_of(spec, local, len(data)), spec, self._task.job, self._ledger, self._limits)
+        spend(release_of(spec, local, len(data)), spec, self._task.job, self._ledger, self._limits)
         return trainer
 
     def _find_prefix(self, moving: Sequence[torch.Tensor], rows: int) -> FrozenPrefix | None:
-        """Look for frozen blocks whose activations this process may keep; a base that is trained has none."""
+        """Return the frozen blocks whose activations can be cached; None for a trained base."""
         base = None if self._adapter.base is None else self._adapter.base.apply()
-        if self._prefixes is None or self._selected is not self._adapter or base == REPLACED:
+        if self._activation_cache is None or self._selected is not self._adapter or base == REPLACED:
             return None
         spec = self._task.spec
         usage = ExampleUsage(rows, spec.rounds, self._task.population)
         owner = (self._task.index, self._task.population)
         group = min(GROUP, self._limits.max_batch or GROUP)
         return find_prefix(
-            self._adapter, self._data.train, moving, usage, cache=self._prefixes, base=base, owner=owner, group=group
+            self._adapter,
+            self._data.train,
+            moving,
+            usage,
+            cache=self._activation_cache,
+            base=base,
+            owner=owner,
+            group=group,
         )
 
-    # ---- looking ----
+    # ---- analysis ----
     def labels(self) -> Array:
         """Return the class of each training example, int64 (num_examples,); zeros where examples have no class."""
         from lorabbit_client.analysis.difficulty import classes  # noqa: PLC0415 - only methods with a curriculum need it
@@ -193,21 +199,21 @@ class TorchSession:
         """How hard each training example is, float64 (num_examples,), at the present tensors."""
         from lorabbit_client.analysis.difficulty import difficulties  # noqa: PLC0415 - only methods with a curriculum need it
 
-        return difficulties(self.prepared_model(), self._data.train, kind, on_chunk=self._on_measured)
+        return difficulties(self.prepared_model(), self._data.train, kind, on_chunk=self._report_analysis)
 
     def fisher(self, examples: Sequence[int]) -> Tensors:
         """Mean over these examples of the squared per-example gradient, float32, of every LoRA factor."""
         from lorabbit_client.analysis.fisher import mean_squares  # noqa: PLC0415
 
         positions = rows_of(self._data.train, examples).tolist()
-        return mean_squares(self.prepared_model(), self._data.train, positions, on_chunk=self._on_measured)
+        return mean_squares(self.prepared_model(), self._data.train, positions, on_chunk=self._report_analysis)
 
     def importance(self) -> dict[str, torch.Tensor]:
         """Return each number's share of Fisher information, in [0, 1], float32, of every selected tensor that moves."""
         from lorabbit_client.analysis.fisher import shares  # noqa: PLC0415
 
         positions = self._sample("importance", IMPORTANCE_ROWS)
-        return shares(self.prepared_model(), self._data.train, positions, on_chunk=self._on_measured)
+        return shares(self.prepared_model(), self._data.train, positions, on_chunk=self._report_analysis)
 
     def _sample(self, purpose: str, rows: int) -> list[int]:
         """Draw some of the client's rows, the same in every run of this task."""
@@ -221,7 +227,7 @@ class TorchSession:
         from lorabbit_client.analysis.sensitivity import ProbeSettings, sensitivities  # noqa: PLC0415
 
         probe = ProbeSettings(noise, draws, probes, variant, self.seed, direction)
-        return sensitivities(self.prepared_model(), self._data.train, probe, on_chunk=self._on_measured)
+        return sensitivities(self.prepared_model(), self._data.train, probe, on_chunk=self._report_analysis)
 
     def lossless_share(self, rule: Literal["slq", "eigengap"]) -> float:
         """Share of curvature directions that must not be lost, in (0, 1], from this client's data."""
@@ -266,13 +272,13 @@ def read_tensors(model: TrainableModel) -> Tensors:
 
 def write_tensors(model: TrainableModel, tensors: Tensors) -> None:
     """Copy arrays into a model's trainable tensors; raises Refused before anything is overwritten."""
-    given = fitting(model, tensors)
+    given = checked_tensors(model, tensors)
     with torch.no_grad():
         for name, value in given.items():
             model.tensors[name].copy_(value)
 
 
-def fitting(model: TrainableModel, tensors: Tensors) -> dict[str, torch.Tensor]:
+def checked_tensors(model: TrainableModel, tensors: Tensors) -> dict[str, torch.Tensor]:
     """Return arrays as torch's, each of the name, shape and dtype of one of the model's; raises Refused."""
     for name in tensors:
         if name not in model.tensors:

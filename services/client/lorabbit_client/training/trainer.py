@@ -1,18 +1,12 @@
 """The local training loop: the job's optimizer over one client's rows, from the task's seed alone.
 
-The optimizer moves float32 copies of half-precision parameters. What a mask holds is put back after
-every step, so momentum and decay move it neither. A loss that is not finite ends the task with a
-sentence instead of poisoning the aggregate.
+The optimizer updates float32 copies of half-precision parameters. Values that a mask freezes are restored after every
+step, so neither momentum nor weight decay changes them. A loss that is not finite fails the task, so that it does not
+reach the aggregate.
 
-Values that a training must not move, whatever its optimizer does.
-
-Float32 copies of half-precision parameters: what an optimizer moves in their place.
-
-A batch learned in pieces, and the dtype that a training computes with.
-
-The loss of a batch is a mean over its units: rows, or the tokens that have a label. A piece counts by its share of
-the units, so the pieces' gradients add up to the batch's own, up to rounding. Pieces keep the padding of the whole
-batch. Where dropout is on, every piece draws its own; where batch statistics travel, every piece has its own.
+The loss of a batch is a mean over its units: rows, or the tokens that have a label. A micro-batch counts by its share
+of the units, so gradients of micro-batches add up to that of the batch, up to rounding. Micro-batches keep the padding
+of the whole batch. Each draws its own dropout and has its own batch statistics.
 """
 
 from __future__ import annotations
@@ -67,20 +61,20 @@ class FrozenEntries:
     """Entries outside the masks, as they were when the training began."""
 
     def __init__(self, masters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> None:
-        """Copy what must not move; a mask of nothing but True holds nothing."""
+        """Copy the tensors that have masked entries."""
         self._masters = masters
         self._masks = {name: masks[name] for name in masters if name in masks and not masks[name].all()}
         self._values = {name: masters[name].detach().clone() for name in self._masks}
 
     def clear_gradients(self) -> None:
-        """Leave no gradient outside the masks, so that clipping sees only what may move."""
+        """Set gradients outside the masks to zero, so that clipping sees trained entries only."""
         for name, mask in self._masks.items():
             gradient = self._masters[name].grad
             if gradient is not None:
                 gradient.mul_(mask)
 
     def restore_values(self) -> None:
-        """Undo what momentum, decay or an optimizer's own terms did outside the masks, to the bit."""
+        """Restore the values outside the masks, which momentum or weight decay may have changed."""
         with torch.no_grad():
             for name, mask in self._masks.items():
                 value = self._masters[name]
@@ -91,7 +85,7 @@ HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 def fp32_master_params(moving: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return what the optimizer moves: float32 copies of half-precision parameters, others themselves.
+    """Return the parameters for the optimizer: float32 copies of half-precision ones, others themselves.
 
     In float16 Adam's epsilon is zero and its first step is 0 / 0; in bfloat16 a step below a 256th
     of a weight is rounded away.
@@ -121,41 +115,41 @@ FIRST_SCALE = 2.0**12
 """Factor on a float16 loss at first, so that small gradients do not vanish; it is halved when they overflow."""
 
 
-def split_micro_batches(features: Features, batch: Batch, most: int) -> Iterator[tuple[slice, Batch, float]]:
-    """Yield pieces of at most so many rows: where they stand, their tensors, and their share of the loss.
+def split_micro_batches(features: Features, batch: Batch, max_rows: int) -> Iterator[tuple[slice, Batch, float]]:
+    """Yield micro-batches of at most `max_rows`: their rows, tensors, and share of the loss.
 
-    A piece without a unit is left out, since its own mean is none.
+    A micro-batch without units is left out, since it has no mean loss.
     """
     rows = len(next(iter(batch.values())))
-    places = [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
-    pieces = [{name: value[place] for name, value in batch.items()} for place in places]
-    units = [features.units(piece) for piece in pieces]
+    places = [slice(start, min(start + max_rows, rows)) for start in range(0, rows, max_rows)]
+    micro_batches = [{name: value[place] for name, value in batch.items()} for place in places]
+    units = [features.units(micro_batch) for micro_batch in micro_batches]
     total = sum(units)
-    for place, piece, count in zip(places, pieces, units, strict=True):
+    for place, micro_batch, count in zip(places, micro_batches, units, strict=True):
         if count or not total:
-            yield place, piece, count / total if total else 1 / len(pieces)
+            yield place, micro_batch, count / total if total else 1 / len(micro_batches)
 
 
 def autocast_context(limits: TrainingLimits, device: torch.device) -> AbstractContextManager[object]:
-    """Let torch compute in a client's dtype where it is not float32."""
+    """Return autocast to the client's dtype, or a null context for float32."""
     if limits.dtype == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, limits.dtype))
 
 
-def scaler_of(limits: TrainingLimits, device: torch.device) -> torch.amp.GradScaler:
-    """Return what keeps float16 gradients from vanishing; it does nothing for other dtypes."""
+def make_grad_scaler(limits: TrainingLimits, device: torch.device) -> torch.amp.GradScaler:
+    """Return a gradient scaler, enabled for float16 only."""
     return torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=limits.dtype == "float16")
 
 
 PROGRESS_SECONDS = 0.25
 FindPrefix: TypeAlias = Callable[[Sequence[torch.Tensor], int], FrozenPrefix | None]
-"""(what moves, rows trained on) -> what of the model need not be computed in every step."""
+"""(trained parameters, number of rows) -> frozen blocks whose activations are cached, or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSchedule:
-    """Where in the job a task stands; the learning rate's schedule runs over all rounds."""
+    """Position of a task in the job; the learning-rate schedule runs over all rounds."""
 
     round: int
     rounds: int
@@ -206,22 +200,22 @@ class Trainer:
         examples: Examples,
         local: LocalSpec,
         *,
-        clock: TrainingSchedule,
+        schedule: TrainingSchedule,
         seed: int,
         find_prefix: FindPrefix = lambda _moving, _rows: None,
         limits: TrainingLimits = UNLIMITED,
     ) -> None:
-        """Take what to train, on what, how, when in the job, from which seed, and what this client can hold."""
+        """Train `model` on `examples` with the settings in `local`, within the client's limits."""
         self._limits = limits
         self._find_prefix = find_prefix
         self._prefix: FrozenPrefix | None = None
         self._model = model
         self.examples = examples
         self.local = local
-        self._clock = clock
+        self._schedule = schedule
         self._seed = seed
         self._device = next(model.model.parameters()).device
-        self._scaler = scaler_of(limits, self._device)
+        self._scaler = make_grad_scaler(limits, self._device)
 
     def run(
         self,
@@ -234,19 +228,25 @@ class Trainer:
     ) -> TrainingResult:
         """Train from the model's present tensors with a fresh optimizer; raises LoRAbbitError if it diverges."""
         masks = make_masks(self._model, mask or {})
-        still = {name for name, moves in masks.items() if not moves.any()}
-        held = {n: v for n, v in self._model.tensors.items() if n in still or (frozen is not None and frozen(n))}
-        moving = {name: value for name, value in self._model.parameters().items() if name not in held}
+        fully_masked = {name for name, trained in masks.items() if not trained.any()}
+        frozen_tensors = {
+            n: v for n, v in self._model.tensors.items() if n in fully_masked or (frozen is not None and frozen(n))
+        }
+        moving = {name: value for name, value in self._model.parameters().items() if name not in frozen_tensors}
         if not moving:
             raise LoRAbbitError("nothing is left to train: every trainable tensor is frozen")
-        steps, rows = self._order(batches)
-        with _only(moving, held, self._model.model), self._skipping(rows), seeded(derive_seed(self._seed, "dropout")):
+        steps, rows = self._batch_order(batches)
+        with (
+            _train_only(moving, frozen_tensors, self._model.model),
+            self._skip_prefix(rows),
+            seeded(derive_seed(self._seed, "dropout")),
+        ):
             self._train_mode()
-            return self._steps(moving, masks, (steps, iter(rows)), on_progress, gradient_term)
+            return self._train_loop(moving, masks, (steps, iter(rows)), on_progress, gradient_term)
 
     @contextmanager
-    def _skipping(self, rows: Sequence[IntArray]) -> Iterator[None]:
-        """Leave out the frozen part of the model that gives the same in every step, where that pays."""
+    def _skip_prefix(self, rows: Sequence[IntArray]) -> Iterator[None]:
+        """Skip the frozen blocks with cached activations, if caching pays."""
         moving = [value for value in self._model.parameters().values() if value.requires_grad]
         self._prefix = self._find_prefix(moving, sum(map(len, rows)))
         if self._prefix is None:
@@ -254,10 +254,10 @@ class Trainer:
             return
         with autocast_context(self._limits, self._device):
             self._prefix.prepare(rows)
-        with self._prefix.skipped():
+        with self._prefix.skip_blocks():
             yield
 
-    def _order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[IntArray]]:
+    def _batch_order(self, batches: Sequence[Sequence[int]] | None) -> tuple[int, list[IntArray]]:
         """Return how many steps there are, and the rows of each."""
         local = self.local
         if batches is not None:
@@ -270,7 +270,7 @@ class Trainer:
         return steps, list(cut_batches(self.examples.lengths, local.batch_size, steps, seed=self._seed))
 
     def _train_mode(self) -> None:
-        """Switch dropout on, and statistics only where they travel: a frozen BatchNorm must not drift."""
+        """Enable dropout, and batch statistics only if they are trained: a frozen BatchNorm must not change."""
         self._model.model.train()
         traveling = {id(value) for value in self._model.tensors.values()}
         for module in self._model.model.modules():
@@ -278,7 +278,7 @@ class Trainer:
             if isinstance(statistics, torch.Tensor) and id(statistics) not in traveling:
                 module.eval()
 
-    def _steps(
+    def _train_loop(
         self,
         moving: dict[str, nn.Parameter],
         masks: dict[str, torch.Tensor],
@@ -286,54 +286,54 @@ class Trainer:
         on_progress: OnProgress,
         gradient_term: GradientTerm | None,
     ) -> TrainingResult:
-        """Run the loop; nothing but the loss leaves the device, and only when progress is due."""
+        """Run the training loop; only the loss leaves the device, when progress is reported."""
         local, masters = self.local, fp32_master_params(moving)
         steps, rows = order
-        held = FrozenEntries(masters, masks)
+        frozen_entries = FrozenEntries(masters, masks)
         parameters = list(masters.values())
         start = {name: value.detach().clone() for name, value in masters.items()} if gradient_term else {}
         optimizer = make_optimizer(local, parameters)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        due = time.monotonic() + PROGRESS_SECONDS
+        next_report = time.monotonic() + PROGRESS_SECONDS
         for step, positions in enumerate(rows):
-            rate = local.learning_rate * lr_multiplier(local, self._clock.share(step, steps))
+            rate = local.learning_rate * lr_multiplier(local, self._schedule.share(step, steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = self._learn(positions, moving, step)
+            loss = self._compute_gradients(positions, moving, step)
             copy_gradients(moving, masters)
             self._scaler.unscale_(optimizer)
             if gradient_term is not None:
                 _add_gradient(masters, start, gradient_term)
-            held.clear_gradients()
+            frozen_entries.clear_gradients()
             if local.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, local.max_grad_norm)
             self._scaler.step(optimizer)
             self._scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            held.restore_values()
+            frozen_entries.restore_values()
             copy_values(masters, moving)
             total += loss.detach()
-            if time.monotonic() >= due:
-                on_progress((step + 1) / steps, self._finite(total, step + 1))
-                due = time.monotonic() + PROGRESS_SECONDS
-        mean = self._finite(total, steps)
+            if time.monotonic() >= next_report:
+                on_progress((step + 1) / steps, self._mean_loss(total, step + 1))
+                next_report = time.monotonic() + PROGRESS_SECONDS
+        mean = self._mean_loss(total, steps)
         on_progress(1.0, mean)
         return TrainingResult(mean, steps, 0 if self._prefix is None else self._prefix.saved)
 
-    def _learn(self, positions: IntArray, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:  # noqa: ARG002
-        """Leave the gradient of one batch, which may come in pieces, in `grad`, and return its loss."""
-        batch, most = self._batch(positions), self._limits.max_batch
-        if most is None or len(positions) <= most:
+    def _compute_gradients(self, positions: IntArray, moving: Mapping[str, nn.Parameter], step: int) -> torch.Tensor:  # noqa: ARG002
+        """Compute the gradient of one batch, possibly in micro-batches, and return its loss."""
+        batch, max_rows = self._batch(positions), self._limits.max_batch
+        if max_rows is None or len(positions) <= max_rows:
             return self._backward(batch)
         total = torch.zeros((), device=self._device)
-        for place, piece, share in split_micro_batches(self.examples.features, batch, most):
+        for place, micro_batch, share in split_micro_batches(self.examples.features, batch, max_rows):
             if self._prefix is not None:
-                self._prefix.narrow(place)
-            total += self._backward(piece, share)
+                self._prefix.select_rows(place)
+            total += self._backward(micro_batch, share)
         return total
 
     def _backward(self, batch: Batch, share: float = 1.0) -> torch.Tensor:
-        """Add the gradient of a share of the loss to what is in `grad`; returns that share."""
+        """Run the backward pass of a share of the loss, and return that share."""
         with autocast_context(self._limits, self._device):
             loss = self._loss(batch)
         loss = loss if share == 1.0 else loss * share
@@ -341,10 +341,10 @@ class Trainer:
         return loss.detach()
 
     def _batch(self, positions: IntArray) -> Batch:
-        """Return the tensors of some rows where the model is."""
+        """Return the tensors of some rows on the model's device."""
         batch = self.examples.batch(positions)
         if self._prefix is not None:
-            self._prefix.step(positions)
+            self._prefix.load_batch(positions)
         if self._device.type != "cpu":
             batch = {name: value.to(self._device, non_blocking=True) for name, value in batch.items()}
         return batch
@@ -354,28 +354,30 @@ class Trainer:
         loss: torch.Tensor = self._model.model(**batch).loss
         return loss
 
-    def _finite(self, total: torch.Tensor, steps: int) -> float:
-        """Return the mean loss so far; raises when it has left the numbers."""
+    def _mean_loss(self, total: torch.Tensor, steps: int) -> float:
+        """Return the mean loss so far; raises LoRAbbitError if it is not finite."""
         mean = float(total) / steps
         if not math.isfinite(mean):
             raise LoRAbbitError(
-                f"the training loss is {mean} within the first {steps} steps of round {self._clock.round}: "
+                f"the training loss is {mean} within the first {steps} steps of round {self._schedule.round}: "
                 "lower local.learning_rate, or set local.max_grad_norm"
             )
         return mean
 
 
 @contextmanager
-def _only(moving: dict[str, nn.Parameter], held: dict[str, torch.Tensor], model: nn.Module) -> Iterator[None]:
-    """Let gradients reach what moves and nothing else; afterwards everything is as it was, values apart."""
-    parameters = [*moving.values(), *(value for value in held.values() if isinstance(value, nn.Parameter))]
+def _train_only(
+    moving: dict[str, nn.Parameter], frozen_tensors: dict[str, torch.Tensor], model: nn.Module
+) -> Iterator[None]:
+    """Enable gradients for the trained parameters only; restore flags and frozen buffers afterwards."""
+    parameters = [*moving.values(), *(value for value in frozen_tensors.values() if isinstance(value, nn.Parameter))]
     flags = [value.requires_grad for value in parameters]
-    buffers = {name: value.clone() for name, value in held.items() if not isinstance(value, nn.Parameter)}
+    buffers = {name: value.clone() for name, value in frozen_tensors.items() if not isinstance(value, nn.Parameter)}
     try:
         for value in parameters:
             value.requires_grad = False
-        for moved in moving.values():
-            moved.requires_grad = True
+        for parameter in moving.values():
+            parameter.requires_grad = True
         yield
     finally:
         model.eval()
@@ -383,8 +385,8 @@ def _only(moving: dict[str, nn.Parameter], held: dict[str, torch.Tensor], model:
             value.requires_grad = flag
             value.grad = None
         with torch.no_grad():
-            for name, kept in buffers.items():
-                held[name].copy_(kept)
+            for name, saved in buffers.items():
+                frozen_tensors[name].copy_(saved)
 
 
 def _add_gradient(masters: dict[str, nn.Parameter], start: dict[str, torch.Tensor], term: GradientTerm) -> None:

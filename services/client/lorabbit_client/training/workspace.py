@@ -70,7 +70,7 @@ class LearningWorkspace:
         self._spec = spec
         self._data_root = data_root
         self._device = device
-        self._prefixes = ActivationCache()
+        self._activation_cache = ActivationCache()
 
     @cached_property
     def _source(self) -> Any:  # noqa: ANN401 - ModelSource; cached_property hides the type from mypy's plugin
@@ -131,7 +131,7 @@ class LearningWorkspace:
             data,
             private=private,
             on_progress=on_progress,
-            prefixes=self._prefixes,
+            activation_cache=self._activation_cache,
             limits=self._limits,
         )
 
