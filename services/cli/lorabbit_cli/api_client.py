@@ -170,16 +170,14 @@ class ApiClient:
     def _download(self, address: str, target: Path) -> None:
         """Stream a file to the disk, where it appears whole or not at all: the target may be what is being read."""
         try:
-            with (
-                self._http.stream("GET", address) as answer,
-                replacing(target, suffix=f".{os.getpid()}.part", durable=False) as temporary,
-                temporary.open("wb") as file,
-            ):
+            with self._http.stream("GET", address) as answer:
                 if not answer.is_success:
                     answer.read()
                     raise _refusal(answer)
-                for block in answer.iter_bytes():
-                    file.write(block)
+                suffix = f".{os.getpid()}.part"
+                with replacing(target, suffix=suffix, durable=False) as temporary, temporary.open("wb") as file:
+                    for block in answer.iter_bytes():
+                        file.write(block)
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 
