@@ -195,9 +195,9 @@ MOST_STAMPS = 8
 
 
 def drop_stale_data() -> bool:
-    """Forget everything where a file is no longer as it was read, or much was read; tell whether that was so.
+    """Clear the caches if a file changed since it was read, or the caches are large; tell whether they were cleared.
 
-    To be called where a job begins, so that one job is of one state of its files.
+    Call it at the start of a job, so that one job uses one state of its files.
     """
     with _LOCK:
         is_as_read = all(stamp(request.spec, request.root) == before for request, before in _STAMPS.items())

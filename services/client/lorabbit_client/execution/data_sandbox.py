@@ -1,8 +1,7 @@
-"""A client that serves others' jobs reads data below its own data root, and nowhere else.
+"""Restricts the data of a client to files below its data root.
 
-Who submits a job to a server names its data source, and the client's machine is somebody else's.
-Links below the root are its operator's own and are followed. `lorabbit run` is not confined: there
-whoever names the data owns the machine.
+A job names its data source, but the client's machine belongs to another operator. Symbolic links below the root are set
+by that operator and are followed. `lorabbit run` has no restriction, since its user owns the machine.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ def check_source(source: str, data_root: Path) -> None:
 
 
 class SandboxedExecutor:
-    """Executes tasks whose data lies below the data root; the others fail as bad input."""
+    """Executes tasks whose data is below the data root; other tasks fail as bad input."""
 
     def __init__(self, executor: TaskExecutor, data_root: Path) -> None:
-        """Confine this executor."""
+        """Restrict this executor to `data_root`."""
         self._executor, self._data_root = executor, data_root
 
     def execute(self, work: TaskInput, on_progress: OnProgress) -> TaskResult:
-        """Do one task, or say why its data is refused; raises nothing but Cancelled."""
+        """Execute one task, or fail it if its data is refused; raises nothing but Cancelled."""
         try:
             check_source(work.task.spec.data.source, self._data_root)
         except BadInput as error:

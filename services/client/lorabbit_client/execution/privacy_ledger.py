@@ -1,9 +1,8 @@
-"""The privacy ledger: what a client has released of its examples, by job, for as long as its folder is there.
+"""The privacy ledger: the releases of a client's examples by job, kept in the client's folder.
 
-A release is a training whose result may leave the client. Each draws its own noise, so each counts, whichever task
-it was for and however often that task was asked for: nothing that a server says takes a release back. A training that
-ends without a result is none. The ledger is written before the result is: a crash between the two counts a release
-that never was, and none is ever left out.
+A release is a training whose result can leave the client. Each has noise of its own, so each counts, also if a task is
+repeated, and no message of a server removes one. A training without a result is no release. The ledger is written
+before the result: a crash between the two counts a release that did not happen, but none is ever missing.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""A client's private state for one job: values in one JSON file, tensors beside it; never sent.
+"""A client's private state for one job: values in a JSON file and tensors in safetensors files; never sent.
 
-A task that is executed again (a crash after the state was written, before the result was journaled)
-must not see its own effect. So the file keeps, beside the state after a task, the state before it,
-under the task's id: the same task starts again from the state before.
+After a crash between writing the state and journaling the result, the task runs again and must not see its own effect.
+So the JSON file holds the state before and after a task, with the task's id: the same task starts again from the state
+before.
 
-Each group of tensors is a safetensors file that is named by its content, and the JSON file names the
-groups of both states. Renaming that one file commits values and tensors together; what it does not
-name is left over from a crash or from an older task, and goes with the next commit. A group that did
-not change is not written again.
+Each group of tensors is a file named by its hash, and the JSON file names the groups of both states. Replacing the JSON
+file commits values and tensors together. Files that it does not name are deleted with the next commit. Unchanged groups
+are not written again.
 """
 
 from __future__ import annotations
@@ -57,14 +56,14 @@ class PrivateTensors(MutableMapping[str, Tensors]):
         self._assigned[group] = dict(tensors)
 
     def __delitem__(self, group: str) -> None:
-        """Forget a group."""
+        """Delete a group."""
         if group not in self:
             raise KeyError(group)
         self._assigned.pop(group, None)
         self.files.pop(group, None)
 
     def __contains__(self, group: object) -> bool:
-        """Answer without reading."""
+        """Tell whether a group exists, without reading it."""
         return group in self._assigned or group in self.files
 
     def __iter__(self) -> Iterator[str]:
@@ -94,7 +93,7 @@ class PrivateState:
     values: dict[str, Json] = field(default_factory=dict)
     tensors: PrivateTensors = field(default_factory=PrivateTensors)
     ledger: PrivacyLedger = field(default_factory=PrivacyLedger)
-    """What this client has released, in all jobs: the one part that no task finds as it was before."""
+    """Releases of this client in all jobs; a repeated task does not restore the earlier ledger."""
 
     values_before: dict[str, Json] = field(init=False)
     files_before: dict[str, str] = field(init=False)
@@ -125,7 +124,7 @@ def read_private(folder: Path, task: str) -> PrivateState:
 
 
 def write_private(folder: Path, task: str, state: PrivateState) -> None:
-    """Keep the state after a task, and the one before it; a client without any state writes nothing."""
+    """Store the states after and before a task; without any state, write nothing."""
     path = folder / FILE
     if not state.values and not state.tensors and not path.exists():
         return
@@ -147,7 +146,7 @@ def write_private(folder: Path, task: str, state: PrivateState) -> None:
 
 
 def _read_group(folder: Path, sha256: str) -> Tensors:
-    """Open a group's file, and check that it is what was written."""
+    """Read a group's file, and check its hash."""
     path = folder / f"{sha256}{SUFFIX}"
     try:
         with path.open("rb") as file:

@@ -50,13 +50,13 @@ class Bottleneck(nn.Module):
 
 
 def _through(module: Any, _inputs: object, output: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - torch types no attributes
-    """Send a layer's output through its bottleneck."""
+    """Apply the bottleneck to a layer's output."""
     adapted: torch.Tensor = module.adapter(output)
     return adapted
 
 
 def enable_bottlenecks(model: nn.Module, *, enabled: bool) -> None:
-    """Let the bottlenecks of a model take part in its answers, or not."""
+    """Enable or disable the bottlenecks of a model."""
     for module in model.modules():
         if isinstance(module, Bottleneck):
             module.enabled = enabled

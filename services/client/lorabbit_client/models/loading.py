@@ -1,9 +1,8 @@
 """Base models and their processors, by the job's model name and task.
 
-Weights come from files (see `source`) or from code (`tiny:`, `cnn:`). Everything drawn at random
-(a head that the checkpoint lacks, a tiny model) hangs on the job's seed alone, so every client builds
-the same model; what was drawn is remembered, because it must be trained and travel: nobody who loads
-the adapter later could draw it again.
+Weights come from files (see `source`) or from code (`tiny:`, `cnn:`). Everything random (a head that the checkpoint
+lacks, a tiny model) depends on the job's seed alone, so every client builds the same model. Random parameters are
+recorded, because they must be trained and exchanged: they are not part of the published base model.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars, advice and deprecations to themselves."""
+    """Suppress the libraries' progress bars, advice and deprecation warnings."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -60,7 +60,7 @@ class PersonalWorkspace:
     base_sha256: str | None = None
 
     def __init__(self, spec: JobSpec, *, data_root: Path, device: torch.device) -> None:
-        """Remember what to load when it is first needed."""
+        """Load nothing yet; models and data are loaded on first use."""
         self._spec = spec
         self._data_root = data_root
         self._device = device
@@ -174,7 +174,7 @@ class PersonalWorkspace:
         return TorchPersonalSession(task, self, data, private=private, on_progress=on_progress)
 
     def count_flops(self) -> FlopCounter:
-        """Count operations on their way to torch."""
+        """Return a counter of floating-point operations."""
         return FlopCounter()
 
     def evaluate(self, task: Task, session: TorchPersonalSession, on_progress: OnProgress) -> Metrics:

@@ -1,8 +1,7 @@
-"""Which rows share a step: batches of like length in random order, or the batches that a method names.
+"""Batches of rows of similar length in random order, or the batches that a method names.
 
-Rows of like length share a batch, because attention over padding is the dearest way to compute
-nothing: on short texts this halves the time of a step. Batches are cut from a fresh shuffle each
-epoch and taken in random order, so length is the only thing a batch has in common.
+Batches of similar length need little padding: on short texts this halves the time of a step. Each epoch shuffles the
+rows, forms batches, and shuffles the batches, so rows of a batch have nothing but their length in common.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def batches(lengths: IntArray, batch_size: int, steps: int, *, seed: int) -> Ite
 
 
 def epoch_order(lengths: IntArray, batch_size: int, *, seed: int) -> list[IntArray]:
-    """Cut one epoch into batches of rows of like length, in random order; every row occurs once."""
+    """Split one epoch into batches of rows of similar length, in random order; every row occurs once."""
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(lengths))
     window = WINDOW_BATCHES * batch_size

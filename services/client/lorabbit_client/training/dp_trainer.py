@@ -5,8 +5,8 @@ itself with probability q = batch_size / n, from the operating system's random b
 
     g = 1/(q n) ( sum_i g_i min(1, C / ||g_i||) + N(0, sigma^2 C^2 I) )
 
-over everything that moves. Momentum, Adam and decay see g alone. `analysis.per_example_gradients` computes the gradient
-of each example in one pass.
+over all trained parameters. Momentum, Adam and weight decay use g only. `analysis.per_example_gradients` computes the
+gradient of each example in one pass.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Score a model on held-out rows, longest first.
+"""Evaluate a model on held-out rows, longest first.
 
-Rows of like length share a batch, and the largest batch comes first, so a machine that lacks the
-memory says so at once.
+Rows of similar length share a batch. The largest batch comes first, so a lack of memory shows at once.
 """
 
 from __future__ import annotations

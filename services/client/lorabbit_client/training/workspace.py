@@ -1,7 +1,7 @@
 """The learning workspace: one base model and one dataset, shared by every client of a process.
 
-Importing this imports torch. The model is built once per job from the job's seed; clients swap
-their adapters in and out of it, so a hundred simulated clients cost a hundred adapters.
+Importing this imports torch. The model is built once per job from the job's seed. Clients load their adapters
+into it, so a hundred simulated clients cost one model and a hundred adapters.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class LearningWorkspace:
     def __init__(
         self, spec: JobSpec, *, data_root: Path, device: torch.device, limits: TrainingLimits = UNLIMITED
     ) -> None:
-        """Remember what to load when it is first needed, and what this client can hold."""
+        """Load nothing yet; model and data are loaded on first use."""
         self._limits = limits
         self._spec = spec
         self._data_root = data_root
@@ -104,7 +104,7 @@ class LearningWorkspace:
         _ = self._model
 
     def initialize(self, task: Task, tensors: Tensors) -> InitialAdapter:
-        """Put beside the first adapter what only this side knows."""
+        """Add the facts that only a client knows to the first adapter."""
         data, model = self._data(task.index, task.population), self._model
         facts: dict[str, Json] = {
             "base_parameters": model.base_parameters,
@@ -136,7 +136,7 @@ class LearningWorkspace:
         )
 
     def count_flops(self) -> FlopCounter:
-        """Count operations on their way to torch."""
+        """Return a counter of floating-point operations."""
         return FlopCounter()
 
     def evaluate(self, task: Task, session: TorchSession, on_progress: OnProgress) -> Metrics:
