@@ -10,9 +10,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --use-pep517 --disable-pip-version-check -c constraints.txt
 TESTS ?=
 WORKERS ?= 2
+# Tiers: `make test` (minutes), `.ci/run` (adds samples of the slow tests), `make test-all` (everything).
+TIER ?= not slow and not thorough
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test chaos soak check lint format types contracts docs compose-test clean
+.PHONY: help demo test test-all chaos soak check lint format types contracts docs compose-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,9 +37,13 @@ help: ## list the targets
 demo: .venv/run.stamp ## fine-tune a small model on real text with six clients in one process
 	$(BIN)/lorabbit run examples/quickstart.yaml
 
-test: .venv/dev.stamp ## all tests but containers and chaos, with a real RabbitMQ and Redis (TESTS="-k name" narrows, WORKERS=0 runs them in one process)
+test: .venv/dev.stamp ## the fast tests, with a real RabbitMQ and Redis (TESTS="-k name" narrows, WORKERS=0 runs them in one process)
 	@.ci/services
-	$(PYTEST) -m "not containers and not chaos" $(TESTS)
+	$(PYTEST) -m "$(TIER)" $(TESTS)
+
+test-all: .venv/dev.stamp ## all tests, for hours: slow ones, the failure matrix, containers, mutations; the result is stored
+	@.ci/services
+	$(BIN)/python tools/test_all.py
 
 chaos: .venv/dev.stamp ## play the failure matrix: kill, cut, freeze, fill up, and compare (ROWS="NAME ..." narrows)
 	@.ci/services

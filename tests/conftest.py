@@ -19,16 +19,11 @@ from family import Family
 from hypothesis import HealthCheck, settings
 from services import serve
 
-# Property tests judge results, not how busy the machine is; CI takes the same examples each time.
-IN_CI = os.environ.get("CI") == "true"
-settings.register_profile(
-    "any-machine",
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    max_examples=60,
-    derandomize=IN_CI,
-)
-settings.load_profile("any-machine")
+# The same examples in every run; `--hypothesis-profile=explore` tries new ones, as `make test-all` does.
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "max_examples": 60}
+settings.register_profile("fixed", derandomize=True, database=None, **COMMON)
+settings.register_profile("explore", **COMMON)
+settings.load_profile("fixed")
 LINKS = (" publish", " consume")
 """How the names of the two threads of a connection to RabbitMQ end."""
 

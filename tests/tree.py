@@ -18,6 +18,7 @@ PACKAGES = {
 }
 
 
+@cache
 def modules() -> list[Path]:
     """Return every module in services/."""
     return sorted(path for package in PACKAGES.values() for path in package.rglob("*.py"))
@@ -38,11 +39,10 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Yield every function and method of a module."""
-    for node in ast.walk(parsed(path)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node
+@cache
+def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Return every function and method of a module."""
+    return [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
 def classes(path: Path) -> Iterator[ast.ClassDef]:
@@ -63,14 +63,21 @@ def dotted(path: Path) -> str:
     return ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
+@cache
+def names() -> frozenset[str]:
+    """Return the import names of all modules in services/."""
+    return frozenset(dotted(module) for module in modules())
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Return the import names of the project's modules that a module imports, except those for type checking only."""
-    known = {dotted(module) for module in modules()}
+    known = names()
     found: set[str] = set()
     for node in _at_run_time(parsed(path)):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in known else node.module for name in names}
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else node.module for name in full}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found & known

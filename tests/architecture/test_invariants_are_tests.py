@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-import pytest
+from cases import for_each
 from tree import ROOT
 
 TABLES = {"sa-fedlora": ("U", 13), "pfedlora": ("J", 15), "federa": ("I", 14), "fibecfed": ("F", 15)}
@@ -23,7 +23,7 @@ def files_by_id() -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("method", sorted(TABLES))
+@for_each(method=sorted(TABLES))
 def test_every_invariant_has_a_test_of_its_name(method: str) -> None:
     letter, number = TABLES[method]
 
@@ -36,7 +36,7 @@ def test_no_test_has_the_name_of_an_invariant_that_is_not_there() -> None:
     assert set(files_by_id()) - known == set()
 
 
-@pytest.mark.parametrize("method", sorted(TABLES))
+@for_each(method=sorted(TABLES))
 def test_a_methods_page_names_every_file_that_holds_one_of_its_invariants(method: str) -> None:
     page = (ROOT / f"docs/methods/{method}.md").read_text(encoding="utf-8")
     letter, number = TABLES[method]

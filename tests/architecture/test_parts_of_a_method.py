@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import yaml
+from cases import for_each
 from tree import PACKAGES, ROOT
 
 from lorabbit.methods.registry import METHODS
@@ -40,7 +40,7 @@ def methods_of_examples() -> set[str]:
     return {job.get("method", {}).get("name", "fedavg") for job in jobs}
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@for_each(name=sorted(METHODS))
 def test_a_method_has_all_five_of_its_parts(name: str) -> None:
     assert missing_parts(name) == []
 

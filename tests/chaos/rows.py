@@ -142,15 +142,8 @@ def node_rows() -> list[Row]:
 
 ROWS = [*crash_rows(), *fault_rows(), *node_rows()]
 ALWAYS = {
-    *(
-        Failpoint.TASK_DECIDED.title,
-        Failpoint.CHUNK_WRITTEN.title,
-        Failpoint.RESULT_COUNTED.title,
-        Failpoint.VERSION_WRITTEN.title,
-    ),
-    *(Failpoint.TASK_JOURNALED.title, Failpoint.TRAINING.title, Failpoint.UPLOAD_CHUNK_CONFIRMED.title),
-    *("broker-killed", "store-killed", "link-cut", "server-drained", "client-drained"),
-    *("leader-killed", "leader-frozen", "leader-drained"),
+    *(Failpoint.RESULT_COUNTED.title, Failpoint.TRAINING.title),
+    *("broker-killed", "link-cut", "client-drained", "leader-killed"),
 }
-"""Rows that every change is tested with; the others are played by `make chaos` only."""
+"""Rows that `.ci/run` plays; `make test-all` and `make chaos` play all."""
 JOBS = {"chaos": JOB, "own": OWN, "large": LARGE}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import product
 
 import kubernetes_validate
-import pytest
+from cases import for_each
 from charts import (
     CASES,
     CHART,
@@ -33,7 +34,7 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 LONG = 63
 # A release and a pool whose names are as long as the chart takes them.
 RELEASE, POOL = "a" * 30, "b" * 17
-each_case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+each_case = for_each(path=CASES)
 
 
 def longest() -> list[Doc]:
@@ -93,8 +94,7 @@ WORDS = ["on", "no", "true", "null", "e5"]
 """Names that are something else where YAML reads them bare."""
 
 
-@pytest.mark.parametrize("enrolled", [True, False])
-@pytest.mark.parametrize("word", WORDS)
+@for_each(word__enrolled=[*product(WORDS, (True, False))])
 def test_a_name_is_a_name_whatever_else_yaml_takes_it_for(word: str, enrolled: bool):  # noqa: FBT001 - a parameter
     data = {"existingClaim": word, "subPath": word}
     kinds = [("StatefulSet", word), ("Deployment", "sim")]
@@ -225,7 +225,7 @@ def kept_for_life(docs: list[Doc]) -> dict[str, object]:
     return kept
 
 
-@pytest.mark.parametrize("values", UPGRADES, ids="-".join)
+@for_each(values=UPGRADES)
 def test_an_upgrade_changes_nothing_that_an_api_server_keeps_for_life(values: Doc):
     finite = [{"name": "client"}, {"name": "finite", "kind": "IndexedJob"}]
     before = kept_for_life(render({"clientPools": finite}))
@@ -279,7 +279,7 @@ def test_servers_that_lead_and_stand_by_keep_to_different_nodes_where_there_are_
     assert "topologySpreadConstraints" not in pod(named(render({}), "StatefulSet", "fed-server"))["spec"]
 
 
-@pytest.mark.parametrize("headless", [True, False])
+@for_each(headless=(True, False))
 def test_a_name_leads_to_a_pod_or_to_an_address_as_the_values_say(headless: bool):  # noqa: FBT001 - a parameter
     services = of_kind(render({"services": {"headless": headless}}), "Service")
 

@@ -13,6 +13,7 @@ import certifi
 import pytest
 import redis
 import yaml
+from cases import for_each
 from charts import (
     CASES,
     CHART,
@@ -39,7 +40,7 @@ from lorabbit.config.network import TlsSettings
 from lorabbit.config.settings import ClientSettings, OperatorSettings, ServerSettings, read_settings
 from lorabbit_server.api.metrics import ServerMetrics
 
-case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+case = for_each(path=CASES)
 KINDS = {"server": ServerSettings, "client": ClientSettings, "test": OperatorSettings}
 POOLS = CHART / "ci" / "pools-values.yaml"
 BUILTIN = CHART / "ci" / "builtin-values.yaml"

@@ -6,8 +6,8 @@ import re
 import subprocess
 
 import kubernetes_validate
-import pytest
 import yaml
+from cases import for_each
 from charts import CHART, NAMESPACE, RELEASE, Doc, containers, named, objects, of_kind, render
 from helm_python import Chart
 from tree import ROOT
@@ -44,7 +44,7 @@ def gibibytes(quantity: str) -> int:
     return int(quantity.removesuffix("Gi"))
 
 
-@pytest.mark.parametrize("text", VALUES, ids=lambda text: text.split(":", 1)[0])
+@for_each(text=VALUES)
 def test_the_page_s_values_render(text: str):
     assert len(render(yaml.safe_load(text))) > 8
 
@@ -87,7 +87,7 @@ def test_every_image_for_the_cpu_is_built_with_torch_s_cpu_builds():
     assert all("TORCH_INDEX=" in build or "TORCH_CPU_INDEX=" in build for build in builds)
 
 
-@pytest.mark.parametrize("where", ["page", "notes"])
+@for_each(where=("page", "notes"))
 def test_the_join_token_s_secret_of_an_earlier_installation_is_replaced(where: str):
     values = {"enrolment": {"enabled": True}}
     texts = Chart.load(CHART).render(values, name=RELEASE, namespace=NAMESPACE)

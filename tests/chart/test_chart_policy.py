@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from cases import for_each
 from charts import (
     CASES,
     CHART,
@@ -21,7 +21,7 @@ from charts import (
     workloads,
 )
 
-case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+case = for_each(path=CASES)
 HOSTPATH = CHART / "values-hostpath.yaml"
 VOLUMES = {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
 MADE_ELSEWHERE = {
@@ -218,9 +218,7 @@ def parts(docs: list[Doc]) -> dict[str, dict[str, str]]:
             for doc in workloads(docs)}  # fmt: skip
 
 
-guarded = pytest.mark.parametrize(
-    "path", [path for path in CASES if path.stem != "open-values"], ids=lambda path: path.stem
-)
+guarded = for_each(path=[path for path in CASES if path.stem != "open-values"])
 
 
 @guarded
@@ -341,7 +339,7 @@ def test_volumes_made_by_hand_are_taken_by_claims_of_no_class():
     assert "storageClassName" not in default["spec"]
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@for_each(keep=(True, False))
 def test_volumes_stay_or_go_with_the_release_as_the_values_say(keep: bool):  # noqa: FBT001 - a parameter
     word = "Retain" if keep else "Delete"
     docs = render({

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import cycle, product
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
+from cases import for_each
 from charts import CASES, CHART, CUSTOM, Doc, named, objects, of_kind, render, title, values_of, workloads
 from helm_python import Chart, HelmValuesError, lint, package
 from jsonschema import Draft7Validator
@@ -15,7 +17,7 @@ KUBERNETES = ["1.29", "1.32", "1.37"]
 """The oldest that the chart allows, one that is widely run, and a new one."""
 ENROLLMENT: Doc = {"enrolment": {"enabled": True}}
 AUTOSCALED: Doc = {"name": "a", "autoscaling": {"enabled": True}}
-case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+case = for_each(path=CASES)
 
 
 @case
@@ -26,8 +28,7 @@ def test_helm_finds_nothing_to_complain_of(path: Path):
     assert [message for message in found["messages"] if message["severity"] > 1] == []
 
 
-@case
-@pytest.mark.parametrize("version", KUBERNETES)
+@for_each(path__version=[*zip(CASES, cycle(KUBERNETES), strict=False), *product(CASES[:1], KUBERNETES)])
 def test_kubernetes_knows_every_field(path: Path, version: str):
     checked = [doc for doc in objects(path) if doc["kind"] not in CUSTOM]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cases import for_each
 from charts import CHART, Doc, containers, objects, render
 from tree import ROOT
 
@@ -26,7 +27,7 @@ PROFILES = {
     "chaos": {"chaos"},
 }
 ALWAYS = {"rabbitmq", "redis", "server", "client"}
-dockerfile = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+dockerfile = for_each(path=DOCKERFILES)
 
 
 def program(name: str) -> Path:
@@ -144,7 +145,7 @@ def test_what_is_built_has_a_dockerfile_with_that_target():
 
 
 # ---- compose ----
-@pytest.mark.parametrize("profile", [None, *PROFILES])
+@for_each(profile=(None, *PROFILES))
 def test_a_profile_adds_its_services_and_no_others(profile: str | None):
     found = config(*([profile] if profile else []))["services"].keys()
 
@@ -228,7 +229,7 @@ def test_the_secure_file_holds_no_password_and_the_servers_take_theirs_from_file
         assert not taken.keys() & {f"{key}_FILE" for key in services[name]["environment"]}
 
 
-@pytest.mark.parametrize("name", ["client", "client-gpu", "client-jetson"])
+@for_each(name=["client", "client-gpu", "client-jetson"])
 def test_a_client_of_the_secure_file_has_nothing_but_a_token_to_join_with(name: str):
     client = secure()["services"][name]
 

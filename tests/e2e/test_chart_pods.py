@@ -156,6 +156,7 @@ def test_the_chart_s_own_tests_pass(cluster: Cluster, name: str):
     assert test.wait(300) == 0, test.logs()[-4000:]
 
 
+@pytest.mark.thorough
 def test_the_quickstart_ends_though_a_pod_of_every_kind_is_replaced_in_it(cluster: Cluster):
     pods = {pod.name: pod for pod in cluster.pods}
     server, client = pods["fed-server-0"], pods["fed-client-1"]

@@ -13,11 +13,11 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from cases import tiered
 from processes import idle_job
 from services import free_port
 from tree import ROOT
 
-SEVERAL = 8
 # Less of the quickstart, so that it fits into a test run.
 LESS = ["--set", "rounds=2", "--set", "data.limit=400", "--set", "local.steps=3"]
 QUICKSTART = "/examples/quickstart.yaml"
@@ -117,9 +117,10 @@ def compose() -> Iterator[Compose]:
         project.close()
 
 
-def test_the_quickstart_under_compose_makes_the_adapter_of_one_process(compose: Compose) -> None:
-    sized = [*LESS, "--set", f"clients={SEVERAL}"]
-    compose("up", "--detach", "--wait", "--no-recreate", "--scale", f"client={SEVERAL}")
+@pytest.mark.parametrize("clients", tiered([3, 8], slow=[3]))
+def test_the_quickstart_under_compose_makes_the_adapter_of_one_process(compose: Compose, clients: int) -> None:
+    sized = [*LESS, "--set", f"clients={clients}"]
+    compose("up", "--detach", "--wait", "--no-recreate", "--scale", f"client={clients}")
 
     job = json.loads(compose.operator("submit", QUICKSTART, *sized, "--format", "json"))["job"]
     compose.operator("watch", job)
@@ -127,7 +128,7 @@ def test_the_quickstart_under_compose_makes_the_adapter_of_one_process(compose: 
     report = reported(compose, job)
     embedded = json.loads(compose.client("run", QUICKSTART, *sized, "--format", "json", "--out", "/tmp/runs"))  # noqa: S108
     assert report["adapter"]["sha256"] == embedded["adapter"]["sha256"]
-    assert len(report["clients"]) == SEVERAL
+    assert len(report["clients"]) == clients
     assert report["rounds"][-1]["metrics"] == embedded["rounds"][-1]["metrics"]
 
 
@@ -158,6 +159,7 @@ def test_nobody_runs_as_root_or_writes_to_the_image(compose: Compose) -> None:
     assert said == [["10001", "refused"]] * 2
 
 
+@pytest.mark.thorough
 def test_a_job_loses_nothing_while_its_pool_goes_to_twelve_clients_and_back(compose: Compose) -> None:
     compose("up", "--detach", "--wait", "--no-recreate", "--scale", "client=3")
     where = ["--on", "compose", "--project", compose.project]

@@ -129,6 +129,7 @@ def secure(tmp_path_factory):
             next(each, None)
 
 
+@pytest.mark.thorough
 def test_clients_join_work_restart_and_are_revoked_and_no_secret_is_written(secure):
     tokens = {name: secure.lorabbit("token", "--client", name).stdout.strip() for name in ("site-a", "site-b")}
     for name, token in tokens.items():

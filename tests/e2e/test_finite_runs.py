@@ -14,7 +14,7 @@ from processes import Federation
 
 JOB = {"name": "finite", "model": {"name": "null:20KB"}, "rounds": 1, "clients": 1}
 OVER, LEFT_OVER = 0, 128 + signal.SIGTERM
-pytestmark = [pytest.mark.services, pytest.mark.slow]
+pytestmark = pytest.mark.services
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ phase, and their clients while they train and after they wrote what only they ho
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import services
+from cases import tiered
 from processes import Event, Federation
 
 from lorabbit.job.spec import JobSpec
@@ -38,24 +40,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 THE_FOUR = ("sa-fedlora", "federa", "fibecfed", "pfedlora")
 COUNTS = ("rejected", "bytes_up")
-pytestmark = [pytest.mark.services, pytest.mark.slow]
+pytestmark = pytest.mark.services
 
 
 def job(method: str) -> dict[str, Any]:
     """A job of seconds; every method of LoRA trains a vision transformer on handwritten digits."""
     data = {"source": "digits", "limit": 150}
     return {"name": method, "data": data, "rounds": 3, "clients": CLIENTS, "seed": 7, **METHODS[method]}
-
-
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The report of every job as one process makes it."""
-    folder = tmp_path_factory.mktemp("embedded")
-    compute = ComputeOptions(device="cpu", workers=1)
-    return {
-        name: run_local(JobSpec.model_validate(job(name)), folder, compute=compute).report.model_dump(mode="json")
-        for name in METHODS
-    }
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +74,16 @@ def told(report: dict[str, Any], *, counts: bool = True) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiered(METHODS, fast=["federa"], slow=THE_FOUR))
 def test_processes_and_one_process_make_the_same_adapter_scores_and_bytes(
-    federation: Federation, embedded: dict[str, dict[str, Any]], method: str
+    federation: Federation, tmp_path: Path, method: str
 ) -> None:
+    spec, compute = JobSpec.model_validate(job(method)), ComputeOptions(device="cpu", workers=1)
+    embedded = run_local(spec, tmp_path, compute=compute).report.model_dump(mode="json")
+
     report = federation.run(job(method))
 
-    assert told(report) == told(embedded[method])
+    assert told(report) == told(embedded)
 
 
 class Killer:
@@ -123,7 +117,7 @@ class Killer:
         self.killed.append("server")
 
 
-@pytest.mark.parametrize("method", THE_FOUR)
+@pytest.mark.parametrize("method", tiered(THE_FOUR, slow=["federa"]))
 def test_whoever_is_killed_changes_nothing(federation: Federation, method: str) -> None:
     """`tests/integration/test_restarts.py` has every phase; here it is processes, and whatever they are at."""
     spec = job(method)

@@ -55,6 +55,7 @@ class Once:
             self.act(event)
 
 
+@pytest.mark.thorough
 def test_processes_and_one_process_make_the_same_adapter(federation: Federation, embedded: dict[str, Any]) -> None:
     report = federation.run(JOB)
 
@@ -62,6 +63,7 @@ def test_processes_and_one_process_make_the_same_adapter(federation: Federation,
     assert [entry["metrics"] for entry in report["rounds"]] == [entry["metrics"] for entry in embedded["rounds"]]
 
 
+@pytest.mark.thorough
 def test_a_client_killed_while_it_trains_changes_nothing(federation: Federation, embedded: dict[str, Any]) -> None:
     def kill(event: Event) -> None:
         client = federation.clients[federation.address_of(event["client"])]
@@ -77,6 +79,7 @@ def test_a_client_killed_while_it_trains_changes_nothing(federation: Federation,
     assert [entry["accepted"] for entry in report["rounds"]] == [CLIENTS] * 2
 
 
+@pytest.mark.thorough
 def test_a_server_killed_in_mid_round_changes_nothing(federation: Federation, embedded: dict[str, Any]) -> None:
     def kill(_: Event) -> None:
         federation.server.kill()
@@ -91,6 +94,7 @@ def test_a_server_killed_in_mid_round_changes_nothing(federation: Federation, em
     assert [entry["accepted"] for entry in report["rounds"]] == [CLIENTS] * 2
 
 
+@pytest.mark.thorough
 def test_clients_with_quantized_bases_run_a_job_to_its_end_and_learn_as_much(
     federation: Federation, embedded: dict[str, Any]
 ) -> None:

@@ -11,7 +11,7 @@ import services
 from processes import Federation
 
 JOB = {"name": "refused", "model": {"name": "null:20KB"}, "rounds": 1, "clients": 1}
-pytestmark = [pytest.mark.services, pytest.mark.slow]
+pytestmark = pytest.mark.services
 
 
 @pytest.fixture

@@ -106,6 +106,7 @@ def test_a_client_that_comes_back_is_who_it_was_and_its_pool_is_known(federation
     scale(0, "--pool", "eu")
 
 
+@pytest.mark.thorough
 def test_a_client_that_cannot_start_is_named_with_its_last_words(tmp_path: Path):
     command = [sys.executable, "-m", "lorabbit_cli", "scale", "1", "--on", "processes", "--patience", "45"]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import services
+from cases import tiered
 from processes import Federation
 
 from lorabbit_cli.local.replay import replay
@@ -31,7 +32,7 @@ CELLS: dict[str, dict[str, Any]] = {
         "method": {"name": "ffa-lora"},
     },
 }
-pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def federation(
         started.close()
 
 
-@pytest.mark.parametrize("cell", list(CELLS))
+@pytest.mark.parametrize("cell", tiered(CELLS, slow=["fedasync", "quorum"]))
 def test_every_version_of_a_run_that_waited_for_nobody_is_made_again_to_the_same_sha256(
     federation: tuple[Federation, Path], cell: str
 ) -> None:

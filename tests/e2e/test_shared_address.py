@@ -25,6 +25,7 @@ def federation(tmp_path: Path, empty_rabbitmq_url: str, redis_server: services.R
     started.close()
 
 
+@pytest.mark.thorough
 def test_the_second_client_at_an_address_stops_and_says_why_and_the_run_does_not_notice(
     federation: Federation, tmp_path: Path
 ) -> None:

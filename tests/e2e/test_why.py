@@ -59,6 +59,7 @@ def owned(said: Said, owner: str) -> list[dict[str, Any]]:
     return [wait for wait in said["waits"] if wait["owner"] == owner]
 
 
+@pytest.mark.thorough
 def test_clients_that_lack_that_train_and_that_are_lost_are_named(federation: Federation) -> None:
     federation.start(1)
     federation.submit(JOB)
@@ -100,6 +101,7 @@ def test_a_broker_that_is_away_or_takes_no_messages_is_named_with_its_begin(
     assert back["waits"]
 
 
+@pytest.mark.thorough
 def test_a_store_that_is_away_is_named_by_the_server_that_leads_from_what_it_knew(
     federation: Federation, redis_server: services.Redis
 ) -> None:
@@ -119,6 +121,7 @@ def test_a_store_that_is_away_is_named_by_the_server_that_leads_from_what_it_kne
     assert "the store is unreachable: " in text
 
 
+@pytest.mark.thorough
 def test_a_store_that_hangs_does_not_keep_the_operator_waiting(
     federation: Federation, redis_server: services.Redis
 ) -> None:
@@ -135,6 +138,7 @@ def test_a_store_that_hangs_does_not_keep_the_operator_waiting(
     assert owned(hanging, "store")[0]["reason"].startswith("the store is unreachable: Redis does not answer")
 
 
+@pytest.mark.thorough
 def test_a_server_that_stands_by_says_for_whom_and_tells_of_the_job_all_the_same(federation: Federation) -> None:
     federation.start(2)
     federation.submit(JOB)

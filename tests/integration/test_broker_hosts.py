@@ -49,6 +49,7 @@ def beside(url, *places):
     return url.replace(place_of(url), ",".join([*places, place_of(url)]))
 
 
+@pytest.mark.slow
 def test_every_host_of_a_tls_url_is_checked_against_the_authority(broker, certificates, nobody):
     driver = RabbitBroker(beside(broker.tls_url, nobody), name="hosts", trust=TlsSettings(certificates / "ca.pem"))
     other = RabbitBroker(beside(broker.tls_url, nobody), name="hosts", patience_seconds=5.0)
@@ -75,6 +76,7 @@ def test_doctor_warns_of_a_host_that_is_away_while_another_one_answers(broker, n
     assert doctor.exit_code([away, there]) == 0
 
 
+@pytest.mark.slow
 def test_doctor_fails_where_no_host_answers(nobody, monkeypatch):
     monkeypatch.setenv("LORABBIT_BROKER_URL", f"amqp://guest:s3cret@{nobody},127.0.0.1:{free_port()}/")
 

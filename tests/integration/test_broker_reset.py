@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from cases import tiered
 from mortal_rig import MortalRig, new_executor
 from server_rig import Fuse
 
@@ -74,7 +75,7 @@ def undisturbed(tmp_path_factory):
     return play(tmp_path_factory.mktemp("undisturbed"))
 
 
-@pytest.mark.parametrize("part", range(EVERY))
+@pytest.mark.parametrize("part", tiered(range(EVERY), slow=[1]))
 def test_a_broker_that_is_emptied_after_any_effect_of_the_server_changes_nothing(undisturbed, tmp_path, part):
     expected, count = undisturbed
     assert expected.status == "done"
@@ -84,6 +85,7 @@ def test_a_broker_that_is_emptied_after_any_effect_of_the_server_changes_nothing
         assert outcome(report) == outcome(expected), f"emptied after effect {at}"
 
 
+@pytest.mark.slow
 @pytest.mark.services
 def test_rabbitmq_that_lost_its_volume_in_the_middle_of_a_job_costs_nothing_but_time(
     empty_rabbitmq_url, shared_rabbitmq, connect, undisturbed, tmp_path

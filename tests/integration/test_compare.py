@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,22 @@ def file(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sweep file and what its first comparison left; copy it."""
+    folder = tmp_path_factory.mktemp("compared")
+    (folder / "toy.yaml").write_text(TOY, encoding="utf-8")
+    assert compare(folder / "toy.yaml").exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def finished(compared: Path, tmp_path: Path) -> Path:
+    """The sweep file of a comparison that has finished once."""
+    shutil.copytree(compared, tmp_path / "finished")
+    return tmp_path / "finished" / "toy.yaml"
+
+
 def compare(file: Path, *options: str) -> Result:
     return CliRunner().invoke(app, ["compare", str(file), "--out", str(file.parent / "out"), *options])
 
@@ -65,25 +82,23 @@ def test_a_comparison_runs_everything_and_reports_it(file: Path) -> None:
     assert comparison(file) == {key: value for key, value in said.items() if key != "folder"}
 
 
-def test_a_finished_run_is_not_repeated(file: Path) -> None:
-    compare(file)
-    before = entries(file)
+def test_a_finished_run_is_not_repeated(finished: Path) -> None:
+    before = entries(finished)
 
-    again = compare(file)
+    again = compare(finished)
 
     assert "(4 runs were finished before)" in again.stdout
-    assert entries(file) == before
+    assert entries(finished) == before
     assert len(before) == 4
 
 
-def test_a_new_seed_runs_alone(file: Path) -> None:
-    compare(file)
-    before = entries(file)
+def test_a_new_seed_runs_alone(finished: Path) -> None:
+    before = entries(finished)
 
-    compare(file, "--seeds", "0,1,2")
+    compare(finished, "--seeds", "0,1,2")
 
-    assert len(entries(file)) == 6
-    assert before.items() <= entries(file).items()
+    assert len(entries(finished)) == 6
+    assert before.items() <= entries(finished).items()
 
 
 def test_equal_jobs_under_two_labels_run_once(file: Path) -> None:
@@ -95,14 +110,14 @@ def test_equal_jobs_under_two_labels_run_once(file: Path) -> None:
     assert [row["seeds"] for row in json.loads(result.stdout)["cases"][0]["rows"]] == [[0, 1], [0, 1]]
 
 
-def test_fresh_runs_everything_again(file: Path) -> None:
-    compare(file)
-    before = entries(file)
+@pytest.mark.slow
+def test_fresh_runs_everything_again(finished: Path) -> None:
+    before = entries(finished)
 
-    compare(file, "--fresh")
+    compare(finished, "--fresh")
 
-    assert entries(file).keys() == before.keys()
-    assert not entries(file).items() & before.items()
+    assert entries(finished).keys() == before.keys()
+    assert not entries(finished).items() & before.items()
 
 
 def test_only_some_runs_can_be_run(file: Path) -> None:
@@ -127,6 +142,7 @@ def test_a_report_of_what_is_finished_needs_no_run(file: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_reported_and_stops_no_other(file: Path) -> None:
     file.write_text(
         TOY.replace("  small: {}", "  broken: {model: {name: /nowhere/at/all}}\n  small: {}"), encoding="utf-8"
@@ -155,6 +171,7 @@ def test_nothing_is_left_of_the_working_folders(file: Path) -> None:
     assert [path.name for path in (file.parent / "out" / "cache").iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_leaves_no_process_and_goes_on(file: Path) -> None:
     file.write_text(TOY.replace("seeds: [0, 1]", "seeds: [0, 1, 2, 3, 4, 5]"), encoding="utf-8")
     out = str(file.parent / "out")

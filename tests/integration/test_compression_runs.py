@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cases import tiered
 from mortal_rig import Fate, Moment, MortalRig
 from server_rig import Rig
 
@@ -47,7 +48,7 @@ def traffic(report):
     return [(r.bytes_up, r.bytes_down) for r in report.rounds]
 
 
-@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize("name", tiered(TRANSPORTS, fast=["top-k"], slow=["int8"]))
 def test_a_coded_job_gives_the_same_adapter_and_bytes_embedded_and_over_services(tmp_path: Path, name: str):
     job = spec(TRANSPORTS[name], output={"keep_updates": True})
 
@@ -62,7 +63,7 @@ def test_a_coded_job_gives_the_same_adapter_and_bytes_embedded_and_over_services
     assert [each.is_same for each in replay(embedded.folder)] == [True] * 3
 
 
-@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize("name", tiered(TRANSPORTS, slow=["int4 with feedback", "top-k"]))
 @pytest.mark.parametrize("after_writing", [False, True], ids=["while it trains", "once its state is written"])
 def test_a_client_killed_with_its_unsent_changes_sends_the_same_bytes_again(tmp_path, name, after_writing):
     job = spec(TRANSPORTS[name])
@@ -76,7 +77,7 @@ def test_a_client_killed_with_its_unsent_changes_sends_the_same_bytes_again(tmp_
     assert left == []
 
 
-@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize("name", tiered(TRANSPORTS, slow=["int4 with feedback"]))
 @pytest.mark.parametrize(
     "moment",
     [

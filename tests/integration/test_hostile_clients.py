@@ -39,6 +39,7 @@ def throw(rig, key, type_name, body, headers=None):
     rig.broker.send(Outgoing(topology.UP, key, type_name, body, headers or {}))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     thrown=st.lists(

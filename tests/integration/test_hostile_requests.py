@@ -43,6 +43,7 @@ def refused(served, reason, ask):
     return answer
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(body=BODIES, kind=KINDS, coding=CODINGS)
 @example(body=b"[" * 4000, kind="application/json", coding="")

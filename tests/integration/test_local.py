@@ -92,6 +92,7 @@ def test_the_same_job_and_seed_give_the_same_adapter(tmp_path: Path) -> None:
     assert first.report.adapter.sha256 != other.report.adapter.sha256
 
 
+@pytest.mark.slow
 def test_the_number_of_training_processes_changes_nothing(tmp_path: Path, family: Family) -> None:
     spec = job_loader.parse(DIGITS)
 
@@ -169,6 +170,7 @@ def wait_for_line(process: subprocess.Popen[str], part: str, *, seconds: float =
     raise AssertionError(f"no line with {part!r}")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_and_says_what_was_kept(tmp_path: Path) -> None:
     process = start(tmp_path, DIGITS.replace("rounds: 2", "rounds: 5000"))
     wait_for_line(process, "round 2/")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from cases import tiered
 from learning import job, silent, task_of, write_reviews
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -269,7 +270,7 @@ def test_U8_the_bytes_of_an_update_are_four_a_parameter_and_a_header(tmp_path: P
     assert 0 < header < 4096
 
 
-@pytest.mark.parametrize("name", ["sa-fedlora", "stack", "adalora", "federa-mixed"])
+@pytest.mark.parametrize("name", tiered(["sa-fedlora", "stack", "adalora", "federa-mixed"], slow=["federa-mixed"]))
 def test_a_run_gives_the_same_adapter_whatever_the_number_of_processes(name: str, tmp_path: Path) -> None:
     _, spec = opened(tmp_path, **JOBS[name])
 

@@ -44,6 +44,7 @@ def test_a_payload_whose_stream_the_broker_lost_is_published_and_read_all_the_sa
     assert reader.received_bytes == ref.size_bytes
 
 
+@pytest.mark.thorough
 def test_a_stream_without_a_process_costs_nobody_the_payload(broker, rabbitmq, tmp_path):
     server = PayloadStore(tmp_path / "server", durable=False)
     ref = server.add_file(Path(__file__))

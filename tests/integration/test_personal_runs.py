@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cases import tiered
 
 from lorabbit import job_loader
 from lorabbit.errors import BadInput
@@ -30,7 +31,7 @@ def run(folder: Path, method: str, *, workers: int = 1, **changes):
     return run_local(spec, folder, compute=ComputeOptions(device="cpu", workers=workers))
 
 
-@pytest.mark.parametrize("method", PERSONAL)
+@pytest.mark.parametrize("method", tiered(PERSONAL, fast=["pfedlora"], slow=["fedproto", "fml"]))
 def test_a_run_ends_with_the_scores_of_every_client(tmp_path: Path, method: str) -> None:
     report = run(tmp_path, method).report
 
@@ -65,6 +66,7 @@ def test_clients_that_are_asked_now_and_then_go_on_with_their_own_models(tmp_pat
     assert [len(round_.cohort) for round_ in report.rounds] == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_the_number_of_training_processes_changes_nothing(tmp_path: Path) -> None:
     one, two = run(tmp_path, "pfedlora", workers=1).report, run(tmp_path, "pfedlora", workers=2).report
 
@@ -72,7 +74,9 @@ def test_the_number_of_training_processes_changes_nothing(tmp_path: Path) -> Non
     assert [r.metrics for r in one.rounds] == [r.metrics for r in two.rounds]
 
 
-@pytest.mark.parametrize("method", ["standalone", "lg-fedavg", "fedproto", "fedkd"])
+@pytest.mark.parametrize(
+    "method", tiered(["standalone", "lg-fedavg", "fedproto", "fedkd"], slow=["standalone", "lg-fedavg"])
+)
 def test_the_forecast_of_a_method_with_own_models_is_what_the_run_then_moves(tmp_path: Path, method: str) -> None:
     spec = job_loader.parse(JOB.replace("METHOD", method)).model_copy(update={"rounds": 3})
 

@@ -147,6 +147,7 @@ def test_confirmed_messages_outlive_the_node_that_confirmed_them(cluster, url, c
     assert set(seen) == {b"%d" % number for number in range(200)}
 
 
+@pytest.mark.thorough
 def test_a_reader_goes_on_where_another_node_leads_its_queue(cluster, url, connect):
     leading, reading = connect(urls_of_hosts(url)[0]), connect(urls_of_hosts(url)[1])
     leading.declare_queue(Queue("q", "classic"))  # led by the node over which it was declared
@@ -166,6 +167,7 @@ def test_a_reader_goes_on_where_another_node_leads_its_queue(cluster, url, conne
     seen.wait_until(lambda: set(seen) == wanted)
 
 
+@pytest.mark.thorough
 def test_an_adapter_is_read_whole_while_the_reader_loses_its_node(cluster, url, connect, store, tmp_path):
     ref = noise(store)
     server, client = connect(url), connect(url)
@@ -189,6 +191,7 @@ def test_an_adapter_is_read_whole_while_the_reader_loses_its_node(cluster, url, 
     assert len(lost) == 1
 
 
+@pytest.mark.thorough
 def test_an_update_arrives_whole_while_the_node_of_its_queue_is_lost(cluster, url, connect, store, tmp_path):
     ref = noise(store)
     server, client = connect(urls_of_hosts(url)[1]), connect(url)
@@ -221,6 +224,7 @@ def test_an_update_arrives_whole_while_the_node_of_its_queue_is_lost(cluster, ur
     assert arrived[0].read_bytes() == store.path(ref.sha256).read_bytes()
 
 
+@pytest.mark.thorough
 def test_a_reader_leaves_a_node_that_has_no_copy_of_its_stream(cluster, url, connect):
     here, elsewhere = urls_of_hosts(url)[:2]
     with pika.BlockingConnection(pika.URLParameters(here)) as connection:

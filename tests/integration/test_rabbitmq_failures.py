@@ -149,6 +149,7 @@ def test_a_bit_that_flips_on_the_way_down_costs_its_chunk(connect, empty_rabbitm
     assert reader.received_bytes == ref.size_bytes + MIB
 
 
+@pytest.mark.slow
 def test_an_upload_goes_on_after_a_cut_in_the_middle(connect, empty_rabbitmq_url, proxy, store, tmp_path):
     ref = noise(store, 24)
     server, client = connect(empty_rabbitmq_url), connect(proxy.url)
@@ -208,6 +209,7 @@ def test_what_was_not_acknowledged_before_a_cut_comes_again(connect, proxy):
     assert {d.body for d in seen[count:]} == {b"3", b"4", b"5"}
 
 
+@pytest.mark.slow
 def test_messages_given_away_while_the_broker_is_dead_arrive_in_order(connect, rabbitmq):
     broker = connect(rabbitmq.url)
     broker.declare_queue(Queue("q", "quorum"))
@@ -260,6 +262,7 @@ def test_what_is_perishable_is_not_sent_again_on_another_connection(connect, emp
     assert seen.bodies == [b"before", b"lasting", b"after"]
 
 
+@pytest.mark.thorough
 def test_an_adapter_is_read_whole_over_a_broker_that_is_killed(connect, rabbitmq, store, tmp_path):
     ref = noise(store, 8)
     server, client = connect(rabbitmq.url), connect(rabbitmq.url)
@@ -367,6 +370,7 @@ def test_a_wrong_password_is_named(connect, rabbitmq_url):
         broker.declare_exchange("x")
 
 
+@pytest.mark.slow
 def test_an_alarm_is_shown_and_not_a_hang(connect):
     server = services.RabbitMQ("vm_memory_high_watermark.absolute = 10MB\n")
     try:

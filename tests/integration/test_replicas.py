@@ -122,6 +122,7 @@ WORKS = 20
 """More than a server does in this job."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("look", [0, 1, 2, 3, 4])
 def test_a_server_that_slept_changes_nothing_in_the_folder_of_a_run_that_another_one_ended(tmp_path, look):
     slept = [number for number in range(WORKS) if slept_at(tmp_path / str(number), number, look)]

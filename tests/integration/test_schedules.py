@@ -158,6 +158,7 @@ def test_bytes_of_late_updates_are_counted(rig):
     assert sum(r.bytes_up for r in report.rounds) == sum(e.bytes_up for e in accepted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
     [

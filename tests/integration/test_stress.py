@@ -60,6 +60,7 @@ def test_five_clients_do_two_rounds_and_every_tier_is_measured(tmp_path: Path) -
     assert (tmp_path / "out" / "stress.png").stat().st_size > 0
 
 
+@pytest.mark.thorough
 def test_clients_that_leave_come_back_and_those_too_late_are_counted(tmp_path: Path) -> None:
     options = ["--clients", "6", "--rounds", "3", "--payload", "50KB", "--per-process", "3", "--quorum", "0.5"]
     done = stress(tmp_path, *options, "--churn", "0.4", "--slow", "uniform:0.1:3")
@@ -71,6 +72,7 @@ def test_clients_that_leave_come_back_and_those_too_late_are_counted(tmp_path: P
     assert row["spread"] == "2 client processes, up to 3 clients in each"
 
 
+@pytest.mark.thorough
 def test_a_size_that_meets_a_limit_is_the_last_one_and_the_limit_is_named(tmp_path: Path) -> None:
     done = stress(tmp_path, "--clients", "2,3", "--rounds", "500", "--payload", "1MB", "--time-limit", "4")
 
@@ -81,6 +83,7 @@ def test_a_size_that_meets_a_limit_is_the_last_one_and_the_limit_is_named(tmp_pa
     assert [row["clients"] for row in found(tmp_path)["rows"]] == [2]
 
 
+@pytest.mark.thorough
 def test_ctrl_c_stops_everything_that_was_started(tmp_path: Path) -> None:
     with subprocess.Popen(  # noqa: S603 - our own command
         [*STRESS, "--clients", "3", "--rounds", "100000", "--out", str(tmp_path / "out")],

@@ -93,6 +93,7 @@ def sent_to_itself(broker, queue):
     return received
 
 
+@pytest.mark.slow
 def test_messages_cross_a_tls_connection_to_rabbitmq(tls_rabbitmq, trust):
     broker = RabbitBroker(tls_rabbitmq.tls_url, name="tls", trust=trust)
 

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from cases import tiered
 from scripted_client import EXPORT, SHAPES, ScriptedClient
 from server_rig import Fuse, Rig
 from wide_methods import register
@@ -223,8 +224,7 @@ def play(folder, fuse, job=None):
     return fuse.count, result
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("after", tiered([False, True], slow=[True]), ids=["before", "after"])
 def test_a_server_killed_at_any_effect_ends_with_the_same_files_and_leaves_no_stream(tmp_path, after):
     count, expected = play(tmp_path / "undisturbed", Fuse())
     assert expected["streams"] == expected["left"] == []

@@ -295,6 +295,7 @@ def test_adapters_of_every_matrix_of_large_models_have_room_in_a_header(file, la
     assert len(serialization.read_tensors(file)) == len(adapter) == 2 * layers * len(matrices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write", [serialization.write_tensors, partial(write_compressed, coding=CompressionSpec(codec="bf16"))]
 )

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-import pytest
+from cases import for_each
 from doubles_events import sample_report
 from jsonschema import Draft202012Validator
 from reference_pages import pages
@@ -31,7 +31,7 @@ def test_nothing_stands_in_the_reference_that_is_not_made():
     assert {path.name for path in (DOCS / "reference").iterdir()} == set(pages())
 
 
-@pytest.mark.parametrize("page", PAGES)
+@for_each(page=PAGES)
 def test_every_link_leads_somewhere(page: str):
     path = ROOT / page
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -53,7 +53,7 @@ def shown(page: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "reference/" not in page and shown(page)])
+@for_each(page=[page for page in PAGES if "reference/" not in page and shown(page)])
 def test_every_command_that_a_page_shows_is_there_with_its_options(page: str):
     commands = get_command(app).commands  # type: ignore[attr-defined]
 
@@ -68,7 +68,7 @@ def test_every_command_that_a_page_shows_is_there_with_its_options(page: str):
     assert wrong == []
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@for_each(method=sorted(METHODS))
 def test_every_method_has_its_page(method: str):
     text = (DOCS / "methods" / f"{method}.md").read_text(encoding="utf-8")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
+from cases import for_each
 
 from lorabbit.job_loader import load
 from lorabbit.methods import registry
@@ -15,14 +15,14 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+@for_each(path=EXAMPLES)
 def test_an_example_opens_with_the_command_that_runs_it(path: Path):
     opening = path.read_text(encoding="utf-8").split("\n\n")[0]
 
     assert f"lorabbit run examples/{path.name}" in opening
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+@for_each(path=EXAMPLES)
 def test_an_example_is_a_job_whose_data_every_machine_has(path: Path):
     job = load(path)
 
@@ -44,7 +44,7 @@ def test_the_examples_cover_every_task_trainable_and_method():
     assert {job.method.name for job in jobs} == set(registry.METHODS)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+@for_each(path=EXAMPLES)
 def test_every_knob_of_an_example_is_commented(path: Path):
     knob = re.compile(r"^\s*[a-z_]+: [^#\s]")
 

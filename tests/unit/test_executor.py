@@ -295,6 +295,7 @@ def run_script(code: str, folder: Path, **environment: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_two_processes(folder: Path):
     code = "import sys, pathlib, learning; print(learning.fingerprint(pathlib.Path(sys.argv[1])))"
     other_hashes = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"

@@ -270,6 +270,7 @@ def test_a_client_scores_with_its_own_factors_and_another_one_with_untouched_one
     assert own.loss != run.run(run.work(untouched, 1, 0, EVALUATE)).loss
 
 
+@pytest.mark.slow
 def test_F15_the_loss_falls_and_the_batches_processed_are_those_of_the_pacing(tmp_path: Path) -> None:
     rounds = 16
     run = fibecfed(tmp_path, rounds=rounds, local={"learning_rate": 0.02})

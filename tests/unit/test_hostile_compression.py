@@ -35,7 +35,7 @@ from lorabbit.tensors import serialization
 from lorabbit_server.aggregation.update_validation import ExpectedUpdate, check_update
 
 EXAMPLES = settings(max_examples=150, deadline=None)
-REASONS = {None, "corrupt", "names", "shape", "dtype", "not-finite", "coding", "origin"}
+REASONS = {None, "corrupt", "names", "shape", "dtype", "not-finite", "norm", "coding", "origin"}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from cases import for_each
 
 from lorabbit.methods.registry import build
 from lorabbit_bench.compare.sweep import Sweep, read
@@ -54,7 +55,7 @@ def sweep(path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     return read([str(path)])
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
+@for_each(path=SWEEPS)
 def test_every_job_of_a_sweep_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch):
     made = sweep(path, monkeypatch)
 
@@ -62,7 +63,7 @@ def test_every_job_of_a_sweep_is_valid(path: Path, monkeypatch: pytest.MonkeyPat
     assert made.target is not None
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
+@for_each(path=SWEEPS)
 def test_a_sweep_opens_with_the_command_that_runs_it(path: Path):
     opening = path.read_text(encoding="utf-8").split("\n\n")[0]
 
@@ -73,7 +74,7 @@ def test_every_paper_has_a_small_and_a_full_sweep():
     assert {path.stem for path in SWEEPS if path not in SMALL} == {f"{path.stem}_full" for path in PAIRED}
 
 
-@pytest.mark.parametrize("path", SMALL, ids=[path.stem for path in SMALL])
+@for_each(path=SMALL)
 def test_a_small_sweep_compares_the_papers_baselines_on_its_data(path: Path, monkeypatch: pytest.MonkeyPatch):
     made = sweep(path, monkeypatch)
     jobs = [planned.spec for planned in made.planned]
@@ -83,7 +84,7 @@ def test_a_small_sweep_compares_the_papers_baselines_on_its_data(path: Path, mon
     assert set(made.cases) == CASES[path.stem]
 
 
-@pytest.mark.parametrize("name", ["fibecfed_ablations", "fibecfed_full"])
+@for_each(name=["fibecfed_ablations", "fibecfed_full"])
 def test_the_curriculum_by_word_rarity_is_its_papers(name: str, monkeypatch: pytest.MonkeyPatch):
     made = sweep(PAPERS / f"{name}.yaml", monkeypatch)
     settings = [planned.spec.method.settings for planned in made.planned if planned.label == "curriculum-rarity"]
@@ -92,7 +93,7 @@ def test_the_curriculum_by_word_rarity_is_its_papers(name: str, monkeypatch: pyt
     assert all((s["difficulty"], s["pacing"], s["gal_ratio"]) == ("rarity", "sqrt", 1.0) for s in settings)
 
 
-@pytest.mark.parametrize("name", ["sa_fedlora_ablations", "sa_fedlora_full"])
+@for_each(name=["sa_fedlora_ablations", "sa_fedlora_full"])
 def test_the_constant_rank_sends_as_much_as_the_falling_one(name: str, monkeypatch: pytest.MonkeyPatch):
     made = sweep(PAPERS / f"{name}.yaml", monkeypatch)
 
@@ -103,7 +104,7 @@ def test_the_constant_rank_sends_as_much_as_the_falling_one(name: str, monkeypat
     assert sent("mean-rank") == pytest.approx(sent("sa-fedlora"), rel=0.05)
 
 
-@pytest.mark.parametrize("path", PAIRED, ids=[path.stem for path in PAIRED])
+@for_each(path=PAIRED)
 def test_a_full_sweep_has_what_the_small_one_compares(path: Path, monkeypatch: pytest.MonkeyPatch):
     small = sweep(path, monkeypatch)
     full = sweep(path.with_stem(f"{path.stem}_full"), monkeypatch)
@@ -113,7 +114,7 @@ def test_a_full_sweep_has_what_the_small_one_compares(path: Path, monkeypatch: p
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("path", SMALL, ids=[path.stem for path in SMALL])
+@for_each(path=SMALL)
 def test_every_client_of_a_small_sweep_has_examples_to_learn_from_and_be_scored_on(path: Path):
     if not os.environ.get("LORABBIT_DATA"):
         pytest.skip("LORABBIT_DATA names no folder")

@@ -14,8 +14,14 @@ from lorabbit_client.data.stdlib_docs import AREA_OF, AREAS, Doc, area_of, load_
 
 
 @pytest.fixture(scope="module")
-def docs(tmp_path_factory: pytest.TempPathFactory) -> list[Doc]:
-    return load_docs(cache=tmp_path_factory.mktemp("cache"))
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def docs(cache: Path) -> list[Doc]:
+    """Read from the library's sources; the cache is filled afterwards."""
+    return load_docs(cache=cache)
 
 
 def test_the_library_gives_thousands_of_examples_in_ten_classes(docs: list[Doc]):
@@ -71,20 +77,18 @@ def test_the_longest_prefix_decides():
     assert set(AREA_OF.values()) == set(AREAS)
 
 
-def test_the_cache_gives_the_same_examples(docs: list[Doc], tmp_path: Path):
-    first = load_docs(cache=tmp_path)
-    second = load_docs(cache=tmp_path)
+def test_the_cache_gives_the_same_examples(docs: list[Doc], cache: Path):
+    from_cache = load_docs(cache=cache)
 
-    assert first == second == docs
-    assert len(list(tmp_path.iterdir())) == 1
+    assert from_cache == docs
+    assert len(list(cache.iterdir())) == 1
 
 
-def test_a_torn_cache_file_is_read_anew(docs: list[Doc], tmp_path: Path):
-    load_docs(cache=tmp_path)
-    (kept,) = tmp_path.iterdir()
+def test_a_torn_cache_file_is_read_anew(docs: list[Doc], cache: Path):
+    (kept,) = cache.iterdir()
     kept.write_text(kept.read_text()[:1000])
 
-    assert load_docs(cache=tmp_path) == docs
+    assert load_docs(cache=cache) == docs
 
 
 def test_an_installation_without_sources_is_named(tmp_path: Path):
