@@ -14,7 +14,7 @@ WORKERS ?= 2
 TIER ?= not slow and not thorough
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all chaos soak check lint format types contracts docs compose-test clean
+.PHONY: help demo test test-all chaos soak check lint format types contracts docs numbers compose-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,9 +70,13 @@ types: .venv/dev.stamp ## check the types, strictly
 contracts: .venv/dev.stamp ## check who may import whom
 	$(BIN)/lint-imports --no-cache
 
-docs: .venv/dev.stamp ## write the reference pages that are generated from the code, and the chart's README
+docs: .venv/dev.stamp ## write the reference pages, the chart's README, and the measured figures of README and docs
 	$(BIN)/python tools/reference_pages.py docs/reference
 	$(BIN)/python helm/readme.py helm/lorabbit
+
+numbers: .venv/dev.stamp ## measure everything again that README and docs report, for hours (ONLY="NAME ..." narrows)
+	@.ci/services
+	$(BIN)/python benchmarks/measure_all.py $(if $(ONLY),--only $(ONLY))
 
 compose-test: .venv/dev.stamp ## build the images and run the quickstart under compose
 	$(BIN)/pytest -m containers $(TESTS)

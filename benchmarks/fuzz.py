@@ -1,6 +1,6 @@
 """Bytes that nobody honest sends, thrown at every edge that reads them: the table of docs/explanation/threats.md.
 
-python benchmarks/fuzz.py [--examples 2000] [--only WORDS]
+    python benchmarks/fuzz.py [--examples 2000] [--only WORDS] [--out FILE]
 
 Anything but an acceptance or a refusal with a name ends it with a traceback.
 """
@@ -33,6 +33,7 @@ import hostile_files
 import hostile_requests
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from measure import Table, machine
 from served import Served
 from server_rig import Rig
 
@@ -264,26 +265,33 @@ def fuzz(edge: Edge, examples: int) -> Found:
     return found
 
 
-def row(edge: Edge, found: Found) -> str:
-    """One line of the table."""
-    told = ", ".join(f"`{name}` {number}" for name, number in found.outcomes.most_common() if name != ACCEPTED)
-    numbers = f"{found.outcomes[ACCEPTED]} | {told} | {1000 * found.slowest:.0f} ms | {found.memory / 2**20:.1f} MiB"
-    return f"| {edge.name} | {found.examples} | {numbers} |"
+def row(edge: Edge, found: Found) -> dict[str, object]:
+    """One row of the table."""
+    return {
+        "edge": edge.name,
+        "examples": found.examples,
+        "accepted": found.outcomes[ACCEPTED],
+        "refused": ", ".join(f"`{name}` {number}" for name, number in found.outcomes.most_common() if name != ACCEPTED),
+        "slowest, ms": 1000 * found.slowest,
+        "most memory for one, MiB": found.memory / 2**20,
+    }
 
 
 def main() -> None:
-    """Print the table as Markdown."""
+    """Try every edge and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=2000, help="thrown at an edge; fewer at slow ones")
     parser.add_argument("--only", default="", help="edges with these words in their name")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     tracemalloc.start()
-    print("| thrown at | examples | accepted | refused, by name | slowest | most memory for one |")
-    print("|---|---|---|---|---|---|")
+    rows = []
     for edge in EDGES:
         if arguments.only in edge.name:
-            print(row(edge, fuzz(edge, max(1, round(arguments.examples * edge.share)))), flush=True)
+            rows.append(row(edge, fuzz(edge, max(1, round(arguments.examples * edge.share)))))
+            print(rows[-1], flush=True)
+    Table("Malformed and hostile input at every edge that reads bytes", rows, machine()).show(arguments.out)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Self
@@ -100,14 +101,34 @@ def yaml_file(path: Path, content: Mapping[str, object]) -> Path:
     return path
 
 
+LOAD_BEFORE = os.getloadavg()[0]
+"""Load of the machine (1 minute) when the script started."""
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
 def machine() -> dict[str, str]:
     """Name what the figures depend on."""
     return {
         "cores": str(os.cpu_count()),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "load before": f"{LOAD_BEFORE:.1f}",
         "python": platform.python_version(),
         "lorabbit": version("lorabbit"),
     }
+
+
+def stamp() -> dict[str, str]:
+    """Name the commit that was measured and the date; a checkout with changes says so."""
+    commit = _git("rev-parse", "--short=10", "HEAD") or "unknown"
+    # Results of other benchmarks may have been written since the commit.
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/stress", ":!docs")
+    date = datetime.now(tz=UTC).strftime("%Y-%m-%d")
+    return {"commit": f"{commit} with changes" if changed else commit, "date": date}
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=REPOSITORY, check=False, capture_output=True, text=True)  # noqa: S603, S607
+    return done.stdout.strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +144,7 @@ class Table:
         head = list(self.rows[0])
         lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         lines += ["| " + " | ".join(_show(row[name]) for name in head) + " |" for row in self.rows]
-        facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
+        facts = ", ".join(f"{name} {value}" for name, value in {**stamp(), **self.facts}.items())
         return f"### {self.title}\n\n" + "\n".join(lines) + f"\n\n{facts}\n"
 
     def show(self, out: Path | None) -> None:
@@ -131,7 +152,8 @@ class Table:
         print(self.markdown())
         if out is not None:
             out.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
-            content = {"title": self.title, "facts": dict(self.facts), "rows": [dict(row) for row in self.rows]}
+            rows = [dict(row) for row in self.rows]
+            content = {"title": self.title, **stamp(), "facts": dict(self.facts), "rows": rows}
             out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

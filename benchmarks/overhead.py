@@ -1,6 +1,6 @@
 """What LoRAbbit adds to training: the quickstart as a bare PyTorch/PEFT loop, embedded, and over services.
 
-    python benchmarks/overhead.py [--job examples/quickstart.yaml] [--rounds N] [--repeat 1] [--out FILE]
+    python benchmarks/overhead.py [--job examples/quickstart.yaml] [--set KEY=VALUE ...] [--repeat 1] [--out FILE]
 
 The bare loop is what one would write by hand for one process: one PEFT model, the same rows in the
 same batches, AdamW, a weighted average of the state dicts, an evaluation a round; no messages, no
@@ -127,13 +127,16 @@ def time_embedded(job: Path) -> float:
 def time_services(job: Path) -> float:
     """Submit the job to a server with client processes over RabbitMQ and Redis, all started before."""
     spec = job_loader.load(job)
-    with federation(spec.clients) as running:
+    with federation(spec.clients, clustered=False) as running:
+        SERVICES.update(running.versions())
         began = time.perf_counter()
         running.command("submit", str(job))
         running.command("watch", spec.name)
         return time.perf_counter() - began
 
 
+SERVICES: dict[str, str] = {}
+"""Versions of broker and store that were measured."""
 WAYS = {
     "bare PyTorch/PEFT loop": time_bare,
     "lorabbit run (embedded)": time_embedded,
@@ -145,7 +148,7 @@ def main() -> None:
     """Time all ways in one run and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", type=Path, default=Path("examples/quickstart.yaml"))
-    parser.add_argument("--rounds", type=int, help="rounds instead of the job's own")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the job")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
@@ -155,18 +158,16 @@ def main() -> None:
         return
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as scratch:
-        job = arguments.job
-        if arguments.rounds:
-            spec = job_loader.load(job).model_copy(update={"rounds": arguments.rounds})
-            job = Path(scratch) / job.name
-            job.write_text(job_loader.dump(spec), encoding="utf-8")
+        job = Path(scratch) / arguments.job.name
+        job.write_text(job_loader.dump(job_loader.load(arguments.job, arguments.set)), encoding="utf-8")
         for _ in range(arguments.repeat):
             for way, run in WAYS.items():
                 times[way].append(run(job))
     medians = {way: statistics.median(values) for way, values in times.items()}
     first = next(iter(medians.values()))
     rows = [{"way": way, "seconds": value, "ratio": value / first} for way, value in medians.items()]
-    Table(f"Overhead on {arguments.job.name}", rows, machine()).show(arguments.out)
+    facts = {**machine(), **SERVICES, "repeats": str(arguments.repeat)}
+    Table(f"Overhead on {arguments.job.name}", rows, facts).show(arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Is the federated quickstart better than a linear probe? The same splits, several seeds, paired.
 
-    python benchmarks/quickstart.py [--job examples/quickstart.yaml] [--seeds 1 2 3] [--out FILE]
+    python benchmarks/quickstart.py [--job examples/quickstart.yaml] [--set KEY=VALUE ...] [--seeds 1 2 3] [--out FILE]
 
 A seed decides the held-out rows, the partition and everything drawn. The probe is a logistic regression
 on the frozen model's mean-pooled embeddings with all clients' rows in one place; its penalty is the best
@@ -27,10 +27,11 @@ from lorabbit.job.spec import JobSpec
 PENALTIES = (0.1, 1.0, 10.0)
 
 
-def federated(job: Path, seed: int) -> tuple[float, float]:
+def federated(job: Path, seed: int, changes: list[str]) -> tuple[float, float]:
     """Run the job with a seed; returns the accuracy after the first scored round and after the last."""
+    options = [word for change in (*changes, f"seed={seed}") for word in ("--set", change)]
     with tempfile.TemporaryDirectory() as scratch:
-        command = [*LORABBIT, "run", str(job), "--set", f"seed={seed}", "--format", "json", "--out", scratch]
+        command = [*LORABBIT, "run", str(job), *options, "--format", "json", "--out", scratch]
         done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - a command of ours
         report = json.loads(done.stdout)
     scored = [each["metrics"]["accuracy"] for each in report["rounds"] if each["metrics"]]
@@ -75,13 +76,16 @@ def main() -> None:
     """Run every seed and print the table with the paired difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", type=Path, default=Path("examples/quickstart.yaml"))
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the job")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = []
     for seed in arguments.seeds:
-        first, last = federated(arguments.job, seed)
-        linear, majority, held_out = probe(job_loader.load(arguments.job).model_copy(update={"seed": seed}))
+        first, last = federated(arguments.job, seed, arguments.set)
+        linear, majority, held_out = probe(
+            job_loader.load(arguments.job, arguments.set).model_copy(update={"seed": seed})
+        )
         row = {"seed": seed, "held out": held_out, "majority": majority, "probe": linear, "first scored": first}
         rows.append({**row, "last round": last, "over the probe": last - linear})
         print(rows[-1], flush=True)

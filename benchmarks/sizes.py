@@ -108,7 +108,7 @@ def main() -> None:
             for size in arguments.sizes:
                 rows.append(measure(running, size, chunk_bytes, arguments.clients))
                 print(rows[-1], flush=True)
-                Table(TITLE, rows, machine()).show(arguments.out)
+                Table(TITLE, rows, {**machine(), **running.versions()}).show(arguments.out)
 
 
 if __name__ == "__main__":

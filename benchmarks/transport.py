@@ -39,9 +39,8 @@ class Federation:
         self.broker, self.store = Cluster() if clustered else RabbitMQ(), Redis()
         self.services: dict[str, list[psutil.Process]] = {}
         for tier, service in (("broker", self.broker), ("store", self.store)):
-            before = set(psutil.Process().children())
             service.start()
-            self.services[tier] = list(set(psutil.Process().children()) - before)
+            self.services[tier] = [psutil.Process(pid) for pid in service.pids()]
         port = free_port()
         self.environment = {
             **os.environ,
@@ -60,6 +59,10 @@ class Federation:
 
     def _start(self, role: str, **environment: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*LORABBIT, role], env={**self.environment, **environment})  # noqa: S603
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the broker and the store."""
+        return {"rabbitmq": self.broker.version(), "redis": self.store.version()}
 
     def tiers(self) -> dict[str, list[psutil.Process]]:
         """The processes of each tier."""
@@ -127,7 +130,7 @@ def measure(federation: Federation, megabytes: float, arguments: argparse.Namesp
     median = statistics.median(seconds)
     moved = sum(r["bytes_up"] + r["bytes_down"] for r in report["rounds"]) / 1e6
     return {
-        "payload, MB": megabytes,
+        "payload": megabytes,
         "rounds": rounds,
         "round, s (median)": median,
         "round, s (p95)": seconds[min(len(seconds) - 1, round(0.95 * (len(seconds) - 1)))],
@@ -163,9 +166,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with federation(arguments.clients, clustered=arguments.cluster) as running:
         rows = [measure(running, float(size), arguments) for size in arguments.payloads.split(",")]
+        facts = {**machine(), **running.versions()}
     broker = "RabbitMQ of three nodes" if arguments.cluster else "RabbitMQ"
     title = f"{broker} and Redis, {arguments.clients} client processes, null training"
-    Table(title, rows, machine()).show(arguments.out)
+    Table(title, rows, facts).show(arguments.out)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,14 @@ class Cluster:
         for node in stopped:
             node.await_answer()
 
+    def pids(self) -> list[int]:
+        """Process ids of the nodes."""
+        return [node.host.pid() for node in self.nodes]
+
+    def version(self) -> str:
+        """Version that the nodes report."""
+        return self.nodes[0].version()
+
     def close(self) -> None:
         """Kill every node and forget their data."""
         with contextlib.ExitStack() as stack:

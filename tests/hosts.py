@@ -32,6 +32,9 @@ class Host(Protocol):
     def output(self) -> str:
         """The end of what it printed, for a failure's message."""
 
+    def pid(self) -> int:
+        """Process id of the server; its children may do the work."""
+
     def execute(self, *command: str) -> str:
         """Run a program beside it, in its surroundings; its output."""
 
@@ -78,6 +81,10 @@ class ChildProcess:
     def output(self) -> str:
         return self._log.read_text(errors="replace")[-4000:]
 
+    def pid(self) -> int:
+        assert self._child is not None
+        return self._child.pid
+
     def execute(self, *command: str) -> str:
         done = subprocess.run(command, env=self._environment, check=False, capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
@@ -110,6 +117,9 @@ class Container:
 
     def output(self) -> str:
         return docker("logs", "--tail=50", self._name)
+
+    def pid(self) -> int:
+        return int(docker("inspect", "--format={{.State.Pid}}", self._name))
 
     def execute(self, *command: str) -> str:
         return docker("exec", self._name, *command)

@@ -87,6 +87,14 @@ class Service:
         self.host.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def pids(self) -> list[int]:
+        """Process ids of the server."""
+        return [self.host.pid()]
+
+    def version(self) -> str:
+        """Version that the server reports."""
+        raise NotImplementedError
+
     def answers(self) -> bool:
         """Tell whether a client gets through."""
         raise NotImplementedError
@@ -192,6 +200,9 @@ class RabbitMQ(Service):
         if self._name_server is not None and self._membership is None:
             self._name_server.close()
 
+    def version(self) -> str:
+        return self.control("version").split()[-1]
+
     def control(self, *arguments: str) -> str:
         """Run `rabbitmqctl` on it."""
         return self.host.execute(self._rabbitmqctl, *arguments)
@@ -270,21 +281,26 @@ class Redis(Service):
         self.tls_url = f"rediss://{who}:{tls_port}/0"
         settings = ["--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", "--save", ""]
         settings += ["--requirepass", password] if password else []
+        image = os.environ.get("LORABBIT_TEST_REDIS_IMAGE")
         binary = shutil.which("redis-server") or shutil.which("valkey-server")
-        if binary:
+        if binary and not image:
             here = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
             if certificates is not None:
                 here += redis_tls(certificates, tls_port)
             self.host = ChildProcess(self.folder, [binary, *here, *settings])
-        elif has_image(REDIS_IMAGE):
+        elif has_image(image or REDIS_IMAGE):
             options = [f"--publish=127.0.0.1:{self.port}:6379"]
             if certificates is not None:
                 options += [f"--publish=127.0.0.1:{tls_port}:6380", f"--volume={certificates}:/certificates:ro"]
                 settings += redis_tls(Path("/certificates"), 6380)
-            self.host = Container(REDIS_IMAGE, options, ["redis-server", *settings])
+            self.host = Container(image or REDIS_IMAGE, options, ["redis-server", *settings])
         else:
             shutil.rmtree(self.folder)
-            raise ServiceMissing(f"no redis-server on PATH, and no Docker engine holds {REDIS_IMAGE}")
+            raise ServiceMissing(f"no redis-server on PATH, and no Docker engine holds {image or REDIS_IMAGE}")
+
+    def version(self) -> str:
+        with redis.Redis.from_url(self.url) as client:
+            return str(client.info("server")["redis_version"])
 
     def keep(self) -> Path | None:
         """Copy its data as they are now, as a backup does; None where they lie in a container."""

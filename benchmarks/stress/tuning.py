@@ -1,6 +1,6 @@
 """Settings before and after: the same stress test under one changed setting at a time.
 
-    python benchmarks/stress/tuning.py [--clients 100] [--payload 0.3MB] [--rounds 4] [--only NAME] [--out FOLDER]
+    python benchmarks/stress/tuning.py [--clients 100] [--payload 0.3MB] [--rounds 4] [--only NAME] [--out FILE]
 
 Each line is a federation of its own, of processes, as `lorabbit stress` makes it; the first is the shipped
 configuration. A setting earns its place there by a line of this table.
@@ -9,7 +9,7 @@ configuration. A setting earns its place there by a line of this table.
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,10 +17,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measure import Table, machine
+
 from lorabbit_bench.stress import process_deployment
 from lorabbit_bench.stress.plan import StressPlan, read_plan
 from lorabbit_bench.stress.process_deployment import ProcessDeployment
-from lorabbit_bench.stress.report import machine
 from lorabbit_bench.stress.runner import StressRunner
 from lorabbit_cli.options import quiet_logs
 
@@ -97,19 +99,6 @@ def measure(variant: Variant, plan: StressPlan, console: Console) -> dict[str, o
     }
 
 
-def markdown(rows: list[dict[str, object]], title: str) -> str:
-    """The rows as a table."""
-    head = list(max(rows, key=len))
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(_cell(row.get(name, "-")) for name in head) + " |" for row in rows]
-    facts = ", ".join(f"{name} {value}" for name, value in machine().items())
-    return f"# {title}\n\n" + "\n".join(lines) + f"\n\n{facts}\n"
-
-
-def _cell(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def main() -> None:
     """Measure every variant and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,7 +107,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--time-limit", type=float, default=60.0)
     parser.add_argument("--only", action="append", default=[])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/stress"))
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     quiet_logs()
     plan = read_plan(
@@ -132,19 +121,15 @@ def main() -> None:
         time_limit=arguments.time_limit,
         per_process=None,
         seed=0,
-        out=arguments.out,
+        out=Path("stress"),
     )
     chosen = [each for each in VARIANTS if not arguments.only or each.name in arguments.only]
     console = Console(stderr=True)
     rows = [measure(variant, plan, console) for variant in chosen]
     title = f"Settings, {arguments.clients} clients, {arguments.payload}, {arguments.rounds} rounds"
-    name = f"tuning-{arguments.clients}-{arguments.payload}".replace(".", "-").lower()
-    text = markdown(rows, title)
-    print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{name}.md").write_text(text, encoding="utf-8")
-    content = {"title": title, "machine": machine(), "rows": rows}
-    (arguments.out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    columns = list(max(rows, key=len))
+    complete = [{name: row.get(name, "-") for name in columns} for row in rows]
+    Table(title, complete, machine()).show(arguments.out)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def found(tmp_path: Path) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.thorough
 def test_five_clients_do_two_rounds_and_every_tier_is_measured(tmp_path: Path) -> None:
     done = stress(tmp_path, "--clients", "5", "--rounds", "2", "--payload", "100KB")
 
