@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -67,3 +68,25 @@ def tiered(values: Iterable[Any], *, fast: Collection[Any] = (), slow: Collectio
         return () if value in fast else pytest.mark.slow if value in slow else pytest.mark.thorough
 
     return [pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=tier(value)) for value in values]
+
+
+def pairwise(cases: Collection[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Return cases in which every pair of values that occurs together in some case still occurs together.
+
+    Args:
+        cases: All combinations of the values of two or more factors that are possible.
+
+    Returns:
+        A subset, chosen greedily: each time the case with the most pairs that are not covered yet.
+    """
+
+    def pairs(case: tuple[Any, ...]) -> set[Any]:
+        return set(combinations(enumerate(case), 2))
+
+    left = set().union(*map(pairs, cases))
+    chosen = []
+    while left:
+        best = max(cases, key=lambda case: len(pairs(case) & left))
+        chosen.append(best)
+        left -= pairs(best)
+    return chosen

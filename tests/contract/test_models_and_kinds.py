@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import pairwise, tiered
 from learning import data_of, first, job, score, silent, task_of
 
 from lorabbit.errors import BadInput
@@ -29,7 +30,7 @@ MODELS = {
 ONE_LABEL_A_ROW = {"text-classification", "text-pair-classification", "image-classification"}
 WITHOUT_BIASES = {"tiny:llama"}
 CASES = [
-    pytest.param(task, model, kind, id=f"{task}-{model}-{kind}")
+    (task, model, kind)
     for task, models in MODELS.items()
     for model in models
     for kind in KINDS
@@ -49,7 +50,7 @@ def workspace(folder: Path, task: str, model: str, kind: str) -> tuple[LearningW
     return LearningWorkspace(spec, data_root=Path(), device=torch.device("cpu")), spec
 
 
-@pytest.mark.parametrize(("task", "model", "kind"), CASES)
+@pytest.mark.parametrize(("task", "model", "kind"), tiered(CASES, fast=pairwise(CASES)))
 def test_every_kind_is_scored_trained_and_scored_again(task: str, model: str, kind: str, tmp_path: Path):
     space, spec = workspace(tmp_path, task, model, kind)
     initial = first(space, spec)

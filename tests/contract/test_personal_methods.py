@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from cases import for_each
 from personal import LOCAL, Federation, job
 
 from lorabbit.errors import BadInput
@@ -145,9 +146,8 @@ def test_defaults_do_not_need_any_setting(name):
     )
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+@for_each(
+    changes__message=[
         ({"model": {"task": "causal-lm"}}, r"model\.task"),
         ({"model": {"trainable": "bitfit"}}, r"model\.trainable"),
         ({"aggregation": "svd"}, "aggregation"),

@@ -7,9 +7,11 @@ with models of their own run in step alone, and with real models: see test_perso
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any, get_args
 
 import pytest
+from cases import for_each
 from method_client import RANK, MethodClient
 from reference_pages import SCHEDULES, job_of, refusal
 from server_rig import Rig
@@ -93,8 +95,7 @@ def test_an_aggregation_folds_what_a_schedule_brings_and_is_made_again_to_the_bi
     assert versions == [True] * ROUNDS
 
 
-@pytest.mark.parametrize("schedule", list(SCHEDULES))
-@pytest.mark.parametrize("method", sorted(METHODS))
+@for_each(method__schedule=[*product(sorted(METHODS), SCHEDULES)])
 def test_a_method_that_does_not_run_under_a_schedule_says_why_in_its_papers_terms(method, schedule):
     said = refusal(job_of(method, schedule))
 
