@@ -14,7 +14,7 @@ WORKERS ?= 2
 TIER ?= not slow and not thorough
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all chaos soak check lint format types contracts docs numbers compose-test clean
+.PHONY: help demo test test-all chaos soak mutations check lint format types contracts docs numbers compose-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ chaos: .venv/dev.stamp ## play the failure matrix: kill, cut, freeze, fill up, a
 soak: .venv/dev.stamp ## kill something every few seconds for an hour, and compare (MINUTES=60 SEED=1)
 	@.ci/services
 	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),1)
+
+mutations: .venv/dev.stamp ## change a sample of lines and check that a test fails for each (SAMPLE=240 SEED=1 ARGS=--record)
+	@.ci/services
+	PYTHONPATH=tests $(BIN)/python -m mutations $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) --workers $(WORKERS) $(ARGS)
 
 check: lint types contracts test ## everything a change must pass: lint, types, import contracts, tests
 

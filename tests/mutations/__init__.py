@@ -1,0 +1,23 @@
+"""Mutation testing: change the code at one place, and check that a test fails.
+
+    make mutations [SAMPLE=240] [SEED=1] [WORKERS=2]
+
+The command draws a sample of mutants with a fixed seed (`sampling`), runs the tests that cover each mutated line
+(`coverage_map`, `trial`), and appends each outcome to `results.jsonl` (`outcomes`). A mutant is killed when a test
+fails or runs into its time limit. The score is killed / (sampled - equivalent); the command exits with 1 when it is
+below 95 %.
+
+Mutants that no test can tell from the original are listed in `equivalent.toml` with the reason.
+
+An interrupted run continues where it stopped. A stored outcome is used again as long as the mutant makes the same
+change in the same function, and the tests that decided it are the same: the file of the killing test, or for a survivor
+all files whose tests cover the line.
+
+The coverage map is recorded once by one run of the unit, contract and integration tests, and stored in
+`build/mutations`. Record test files again after a change to them:
+
+    PYTHONPATH=tests python -m mutations --record tests/unit/test_codec.py
+
+Limits: code that only a subprocess of a test executes counts as not covered, and a mutant in a line that no test
+covers counts as survived. A mutant runs at most four minutes of tests; when none of them fails it counts as survived.
+"""

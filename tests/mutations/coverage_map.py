@@ -1,0 +1,184 @@
+"""Which tests execute which line: recorded once by coverage.py with a context for each test, and kept in `build/`.
+
+The map stores the text of the measured files. Lines of a file that has changed since are translated by comparing the
+texts, so a changed docstring does not make the map useless.
+
+A line that runs at import, such as a decorator or a constant, belongs to no test. The tests of the function or class
+that it belongs to are taken instead, and for other lines of a module all tests that execute any line of the file.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import coverage
+from tree import ROOT
+
+from mutations import observer
+from mutations.sampling import AREAS, Mutant, files_of
+
+FOLDER = ROOT / "build" / "mutations"
+SUITES = ("tests/unit", "tests/contract", "tests/integration")
+MARKERS = "not containers and not chaos"
+UNIT = "tests/unit/"
+
+
+@dataclass
+class CoverageMap:
+    """Tests by executed line."""
+
+    commit: str = ""
+    sources: dict[str, str] = field(default_factory=dict)
+    """The measured files as they were."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Duration of every test that passed."""
+    lines: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    """Executed lines by test and file."""
+
+    @classmethod
+    def load(cls, path: Path) -> CoverageMap:
+        """Read a map from a file."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def save(self, path: Path) -> None:
+        """Write the map to a file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(vars(self)), encoding="utf-8")
+
+    def merge(self, newer: CoverageMap) -> None:
+        """Replace the tests of the test files that a newer map has."""
+        files = {_file_of(test) for test in newer.seconds}
+        old = [test for test in self.seconds if _file_of(test) not in files]
+        # Lines of the older tests are those of the older texts.
+        self.lines = {test: self._translated(self.lines[test], newer.sources) for test in old} | newer.lines
+        self.seconds = {test: self.seconds[test] for test in old} | newer.seconds
+        self.commit, self.sources = newer.commit, newer.sources
+
+    def _translated(self, lines: Mapping[str, list[int]], sources: Mapping[str, str]) -> dict[str, list[int]]:
+        found = {}
+        for file, numbers in lines.items():
+            table = line_table(self.sources[file], sources.get(file, ""))
+            found[file] = [table[number] for number in numbers if number in table]
+        return found
+
+    def covering(self, mutant: Mutant, source: str) -> list[str]:
+        """Return the tests that execute a mutant's line.
+
+        Unit tests come first, the fastest first. The others follow file by file, because many files start a service.
+        """
+        if mutant.file not in self.sources:
+            return []
+        table = line_table(self.sources[mutant.file], source)
+        executed: dict[int, set[str]] = defaultdict(set)
+        for test, files in self.lines.items():
+            for number in files.get(mutant.file, ()):
+                if number in table:
+                    executed[table[number]].add(test)
+        for candidates in (range(mutant.extent[0], mutant.extent[1] + 1), _owner(source, mutant.line), list(executed)):
+            found = set().union(*(executed.get(number, ()) for number in candidates))
+            if found:
+                return self._fastest_first(found)
+        return []
+
+    def _fastest_first(self, tests: Iterable[str]) -> list[str]:
+        by_file: dict[str, list[float]] = defaultdict(list)
+        for test in tests:
+            by_file[_file_of(test)].append(self.seconds[test])
+
+        def place(test: str) -> tuple[bool, float, str, float, str]:
+            file, seconds = _file_of(test), self.seconds[test]
+            is_unit = test.startswith(UNIT)
+            return not is_unit, 0.0 if is_unit else median(by_file[file]), "" if is_unit else file, seconds, test
+
+        return sorted(tests, key=place)
+
+
+def _file_of(test: str) -> str:
+    return test.split("::", maxsplit=1)[0]
+
+
+@cache
+def line_table(before: str, after: str) -> dict[int, int]:
+    """Return the number of each unchanged line in a newer text by its number in the older one."""
+    if before == after:
+        return {number: number for number in range(1, before.count("\n") + 2)}
+    blocks = difflib.SequenceMatcher(None, before.splitlines(), after.splitlines(), autojunk=False)
+    return {
+        block.a + offset + 1: block.b + offset + 1
+        for block in blocks.get_matching_blocks()
+        for offset in range(block.size)
+    }
+
+
+def _owner(source: str, line: int) -> Sequence[int]:
+    """Return the lines of a function's body when its header holds a line, or of the class around the line."""
+    best: range = range(0)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            inside = first <= line <= (node.end_lineno or first)
+            if inside and (not best or first > best.start):
+                body = node.body[0].lineno if not isinstance(node, ast.ClassDef) else first
+                best = range(body, (node.end_lineno or body) + 1)
+    return best
+
+
+# ---- recording ----
+def record(tests: Sequence[str] = SUITES, folder: Path = FOLDER) -> CoverageMap:
+    """Run tests, one after the other, and return which lines they executed; tests that fail are left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings, data, log = folder / "coverage.ini", folder / "coverage.data", folder / "recording.jsonl"
+    log.unlink(missing_ok=True)
+    data.unlink(missing_ok=True)
+    measured = sorted({file for targets in AREAS.values() for file in files_of(targets)})
+    include = "\n".join(f"    {ROOT / file}" for file in measured)
+    settings.write_text(f"[run]\ndata_file = {data}\ninclude =\n{include}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", MARKERS, "-p", "mutations.observer", "--timeout", "120"]
+    command += ["-n", "1", "--dist", "loadfile", "--cov", f"--cov-config={settings}", "--cov-context=test"]
+    command += ["--cov-report=", "-p", "no:cacheprovider", *tests]
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "MUTATIONS_LOG": str(log)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=False)  # noqa: S603 - pytest, on our own tests
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S607
+    sources = {file: (ROOT / file).read_text(encoding="utf-8") for file in measured}
+    seconds = _durations(log)
+    return CoverageMap(head.stdout.strip(), sources, seconds, _executed(data, seconds))
+
+
+def _durations(log: Path) -> dict[str, float]:
+    """Return the seconds of each test that passed."""
+    seconds: dict[str, float] = defaultdict(float)
+    not_passed: set[str] = set()
+    for event in observer.events(log):
+        if event["event"] != "start":
+            seconds[event["test"]] += event["seconds"]
+        if event["event"] in {"failed", "skipped"}:
+            not_passed.add(event["test"])
+    return {test: round(duration, 3) for test, duration in seconds.items() if test not in not_passed}
+
+
+def _executed(path: Path, tests: Iterable[str]) -> dict[str, dict[str, list[int]]]:
+    """Return the lines of the measured files by test, as coverage.py stored them."""
+    data = coverage.CoverageData(str(path))
+    data.read()
+    known, found = set(tests), {test: defaultdict(set) for test in tests}  # type: ignore[var-annotated]
+    for file in data.measured_files():
+        name = str(Path(file).relative_to(ROOT))
+        for line, contexts in data.contexts_by_lineno(file).items():
+            for context in contexts:
+                # A context is the test and its phase: setup, run or teardown.
+                test = context.rpartition("|")[0]
+                if test in known:
+                    found[test][name].add(line)
+    return {test: {file: sorted(lines) for file, lines in files.items()} for test, files in found.items()}
