@@ -18,7 +18,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +66,21 @@ class Position:
     index: int
     """Which of the operator's changes of this node."""
     arguments: Arguments
+    line: int
     text: str
-    """The node's text."""
+    """The node's first line and its text."""
+    seed: int
+    """Of the sample."""
 
     @property
     def family(self) -> str:
         """The operator without the symbols that it exchanges."""
         return self.operator.split("_")[0]
 
-    def rank(self, seed: int) -> str:
-        """Return a number that orders positions at random, in the same order after a change to other code."""
-        what = [str(seed), self.file, self.operator, str(self.index), str(self.arguments), self.text]
+    @cached_property
+    def rank(self) -> str:
+        """A number that orders positions at random, in the same order after a change to other code."""
+        what = [str(self.seed), self.file, self.operator, str(self.index), str(self.arguments), self.text]
         return hashlib.sha256("\n".join(what).encode()).hexdigest()
 
 
@@ -157,7 +161,8 @@ def _operators_by_kind() -> dict[tuple[str, str], dict[str, Any]]:
 def _without_effect(node: Any) -> list[NodeOrLeaf]:
     """Return the children of a node that are annotations or for type checkers only."""
     if node.type == "annassign":
-        return [node.children[1]]
+        alias = node.children[1].get_code().strip() == "TypeAlias"
+        return list(node.children) if alias else [node.children[1]]
     if node.type == "tfpdef":
         return list(node.children[2:])
     if node.type == "if_stmt" and node.children[1].get_code().strip() == "TYPE_CHECKING":
@@ -167,7 +172,7 @@ def _without_effect(node: Any) -> list[NodeOrLeaf]:
     return []
 
 
-def positions(file: str, source: str) -> list[Position]:
+def positions(file: str, source: str, seed: int = 0) -> list[Position]:
     """Return every position of every operator in a file."""
     found: list[Position] = []
     operators = _operators_by_kind()
@@ -182,7 +187,7 @@ def positions(file: str, source: str) -> list[Position]:
         changes += [(name, 0, arguments) for name, arguments in _variables(node)]
         if changes:
             text = node.get_code(include_prefix=False)
-            found += [Position(file, number, *change, text) for change in changes]
+            found += [Position(file, number, *change, node.start_pos[0], text, seed) for change in changes]
     return found
 
 
@@ -214,11 +219,11 @@ def _variables(node: Any) -> Iterator[tuple[str, Arguments]]:
 
 
 # ---- mutants ----
-def mutant_at(position: Position, area: str, source: str, seed: int = 0) -> Mutant | None:
+def mutant_at(position: Position, area: str, source: str) -> Mutant | None:
     """Apply an operator; None when it makes no different text that compiles without a warning."""
     node = parsed(source).nodes[position.node][0]
     extent, scope = _extent(node), _scope(node)
-    text = _changed(position, source, seed)
+    text = _changed(position, source)
     if text is None or text == source or not compiles(text):
         return None
     lines = list(difflib.unified_diff(source.splitlines(), text.splitlines(), lineterm="", n=0))[2:]
@@ -231,7 +236,7 @@ def mutant_at(position: Position, area: str, source: str, seed: int = 0) -> Muta
     return Mutant(name, area, position.file, line, extent, position.operator, diff, text)
 
 
-def _changed(position: Position, source: str, seed: int) -> str | None:
+def _changed(position: Position, source: str) -> str | None:
     """Return the text after a change; the tree is put back as it was."""
     tree = parsed(source)
     node = tree.nodes[position.node][0]
@@ -241,7 +246,7 @@ def _changed(position: Position, source: str, seed: int) -> str | None:
     ]
     operator = get_operator(position.operator)(**dict(position.arguments))
     state = random.getstate()
-    random.seed(position.rank(seed))  # the operators on variables draw a number or a symbol
+    random.seed(position.rank)  # the operators on variables draw a number or a symbol
     try:
         changed = operator.mutate(node, position.index)
         parent.children = [changed if each is node else each for each in siblings if each is not node or changed]
@@ -298,9 +303,9 @@ def sample(
 ) -> tuple[list[Mutant], list[str]]:
     """Draw mutants; returns them and the operators that have a position.
 
-    Each area gets the same number. First every operator with a position gets one mutant, in the area with the most room
-    that has a position of it, operators with few areas first. Then each area is filled from the family of operators
-    that the sample has the fewest mutants of, because most positions are of comparisons and binary operators.
+    Each area gets the same number. First every operator with a position gets one mutant, operators with positions in
+    few areas first, in the area that has the most room. Then each area is filled from the family of operators that the
+    sample has the fewest mutants of, because most positions are of comparisons and binary operators.
     """
     draw = _Draw(size, seed, root, areas)
     for operator in draw.operators_by_rarity():
@@ -315,20 +320,17 @@ class _Draw:
     """A sample that is being drawn."""
 
     def __init__(self, size: int, seed: int, root: Path, areas: Mapping[str, tuple[str, ...]]) -> None:
-        self._seed = seed
         self._room = dict.fromkeys(areas, -(-size // len(areas)))
         self._sources: dict[str, str] = {}
         self._pool: dict[str, dict[str, list[Position]]] = {area: defaultdict(list) for area in areas}
-        """Positions that are left by area and operator, the next one last."""
+        """Positions that are left, by area and operator."""
         self._lines: set[tuple[str, int]] = set()
         self.mutants: list[Mutant] = []
         for area, targets in areas.items():
             for file in files_of(targets, root):
                 self._sources[file] = (root / file).read_text(encoding="utf-8")
-                for position in positions(file, self._sources[file]):
+                for position in positions(file, self._sources[file], seed):
                     self._pool[area][position.operator].append(position)
-            for left in self._pool[area].values():
-                left.sort(key=lambda position: (position.rank(seed), position.node), reverse=True)
         self.operators = sorted({operator for pool in self._pool.values() for operator in pool})
 
     def operators_by_rarity(self) -> list[str]:
@@ -336,44 +338,47 @@ class _Draw:
         return sorted(self.operators, key=lambda each: (sum(each in pool for pool in self._pool.values()), each))
 
     def place(self, operator: str) -> None:
-        """Draw one mutant of an operator; an operator without any mutant that compiles is forgotten."""
+        """Draw one mutant of an operator; an operator without any mutant that compiles is forgotten.
+
+        A line that has a mutant already gets another one only when no area has another position.
+        """
         areas = sorted((area for area in self._pool if self._pool[area].get(operator)), key=lambda a: -self._room[a])
-        if any(self._room[area] and self._take(area, operator) for area in areas):
+        if any(
+            self._room[area] and self._take(area, [operator], fresh=fresh) for fresh in (True, False) for area in areas
+        ):
             return
         if not any(self._pool[area][operator] for area in areas):
             self.operators.remove(operator)
 
     def fill(self, area: str) -> None:
-        """Draw mutants from one family after the other until an area is full or has no position left."""
-        while self._room[area]:
-            families: dict[str, list[str]] = defaultdict(list)
-            for operator, left in self._pool[area].items():
-                if left:
-                    families[left[0].family].append(operator)
-            if not families:
-                return
-            drawn = Counter(mutant.operator.split("_")[0] for mutant in self.mutants)
-            rarest = min(families, key=lambda family: (drawn[family], family))
-            self._take(area, min(families[rarest], key=lambda each: self._pool[area][each][-1].rank(self._seed)))
+        """Draw mutants until an area is full or has no position left, from the family that the sample has least of."""
+        families: dict[str, list[str]] = defaultdict(list)
+        for operator, left in self._pool[area].items():
+            if left:
+                families[left[0].family].append(operator)
+        for fresh in (True, False):
+            open_families = set(families)
+            while self._room[area] and open_families:
+                drawn = Counter(mutant.operator.split("_")[0] for mutant in self.mutants)
+                rarest = min(open_families, key=lambda family: (drawn[family], family))
+                if not self._take(area, families[rarest], fresh=fresh):
+                    open_families.remove(rarest)
 
-    def _take(self, area: str, operator: str) -> bool:
-        """Draw a mutant of an operator; on a line that has one already only when no other position is left."""
-        left = self._pool[area][operator]
-        spare: Mutant | None = None
-        while left:
-            position = left.pop()
-            mutant = mutant_at(position, area, self._sources[position.file], self._seed)
-            if mutant is None:
+    def _take(self, area: str, operators: Sequence[str], *, fresh: bool) -> bool:
+        """Draw a mutant of one of several operators; a fresh one is on a line that has none."""
+        left = [position for operator in operators for position in self._pool[area][operator]]
+        for position in sorted(left, key=_order):
+            if fresh and (position.file, position.line) in self._lines:
                 continue
-            if (mutant.file, mutant.line) not in self._lines:
-                return self._add(mutant)
-            spare = spare or mutant
-        return spare is not None and self._add(spare)
+            self._pool[area][position.operator].remove(position)
+            mutant = mutant_at(position, area, self._sources[position.file])
+            if mutant is not None and all(mutant.id != other.id for other in self.mutants):
+                self._lines.add((position.file, position.line))
+                self._room[area] -= 1
+                self.mutants.append(mutant)
+                return True
+        return False
 
-    def _add(self, mutant: Mutant) -> bool:
-        if any(mutant.id == other.id for other in self.mutants):
-            return False
-        self._lines.add((mutant.file, mutant.line))
-        self._room[mutant.area] -= 1
-        self.mutants.append(mutant)
-        return True
+
+def _order(position: Position) -> tuple[str, int]:
+    return position.rank, position.node
