@@ -6,7 +6,7 @@ compiles with a warning, is skipped and another one is drawn.
 
 The identifier of a mutant is a hash of its operator, its file, the enclosing function and the changed lines. It
 contains no line numbers, so it stays the same when code above it moves. Positions are drawn in the order of a similar
-hash, so a change to one function leaves the rest of the sample as it is.
+hash, so a change to one function leaves most of the sample as it is.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _operators_by_kind() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def _without_effect(node: Any) -> list[NodeOrLeaf]:
-    """Return the children of a node that are annotations or for type checkers only."""
+    """Return the children of a node that are annotations, for type checkers only, or separators."""
     if node.type == "annassign":
         alias = node.children[1].get_code().strip() == "TypeAlias"
         return list(node.children) if alias else [node.children[1]]
@@ -167,6 +167,8 @@ def _without_effect(node: Any) -> list[NodeOrLeaf]:
         return list(node.children[2:])
     if node.type == "if_stmt" and node.children[1].get_code().strip() == "TYPE_CHECKING":
         return list(node.children)
+    if node.type == "parameters":  # a bare `*` separates parameters, and is taken for a multiplication
+        return [child for child in node.children if child.type == "operator"]
     if node.type == "funcdef" and node.annotation is not None:
         return [node.annotation]
     return []
@@ -304,8 +306,8 @@ def sample(
     """Draw mutants; returns them and the operators that have a position.
 
     Each area gets the same number. First every operator with a position gets one mutant, operators with positions in
-    few areas first, in the area that has the most room. Then each area is filled from the family of operators that the
-    sample has the fewest mutants of, because most positions are of comparisons and binary operators.
+    few areas first. Then each area is filled from the family of operators that the sample has the fewest mutants of,
+    because most positions are of comparisons and binary operators.
     """
     draw = _Draw(size, seed, root, areas)
     for operator in draw.operators_by_rarity():
@@ -342,7 +344,8 @@ class _Draw:
 
         A line that has a mutant already gets another one only when no area has another position.
         """
-        areas = sorted((area for area in self._pool if self._pool[area].get(operator)), key=lambda a: -self._room[a])
+        first = {area: min(left, key=_order) for area, pool in self._pool.items() if (left := pool.get(operator))}
+        areas = sorted(first, key=lambda area: _order(first[area]))
         if any(
             self._room[area] and self._take(area, [operator], fresh=fresh) for fresh in (True, False) for area in areas
         ):
