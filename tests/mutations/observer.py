@@ -1,13 +1,14 @@
 """A pytest plugin that appends the course of a test run to a file: each test that starts, and each phase that ends.
 
 The file is named by the environment variable MUTATIONS_LOG. The last test that started tells which one a run that was
-killed hung in.
+killed hung in. MUTATIONS_MEMORY limits the bytes that the run may allocate, because a mutant can compute huge numbers.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ class Observer:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the observer; in a run with workers only their controller writes."""
+    """Limit memory and register the observer; in a run with workers only their controller writes."""
+    if limit := os.environ.get("MUTATIONS_MEMORY"):
+        resource.setrlimit(resource.RLIMIT_DATA, (int(limit), resource.getrlimit(resource.RLIMIT_DATA)[1]))
     if "MUTATIONS_LOG" in os.environ and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Observer(Path(os.environ["MUTATIONS_LOG"])), "mutations-observer")
 

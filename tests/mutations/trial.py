@@ -30,6 +30,7 @@ MAX_SECONDS = 240.0
 """Recorded duration of the tests that are run on one mutant."""
 START_SECONDS = 90.0
 """For imports, and for a RabbitMQ that the tests start."""
+MEMORY_BYTES = 8 * 2**30
 QUICK_SECONDS = 0.5
 """A longer test may fail because the machine is busy."""
 NOT_FOUND = 4
@@ -61,6 +62,7 @@ class Workspace:
             # Byte code has the time of its source in whole seconds, so a mutant could be taken for the next one.
             "PYTHONDONTWRITEBYTECODE": "1",
             "MUTATIONS_LOG": str(self._log),
+            "MUTATIONS_MEMORY": str(MEMORY_BYTES),
         }
 
     def verify(self, modules: Sequence[str]) -> None:
