@@ -19,5 +19,6 @@ The coverage map is recorded once by one run of the unit, contract and integrati
     PYTHONPATH=tests python -m mutations --record tests/unit/test_codec.py
 
 Limits: code that only a subprocess of a test executes counts as not covered, and a mutant in a line that no test
-covers counts as survived. A mutant runs at most four minutes of tests; when none of them fails it counts as survived.
+covers counts as survived. At most 100 seconds of tests are run on a mutant; when none of them fails it counts as
+survived.
 """

@@ -3,8 +3,9 @@
 The map stores the text of the measured files. Lines of a file that has changed since are translated by comparing the
 texts, so a changed docstring does not make the map useless.
 
-A line that runs at import, such as a decorator or a constant, belongs to no test. The tests of the function or class
-that it belongs to are taken instead, and for other lines of a module all tests that execute any line of the file.
+A line that runs at import, such as a decorator or a constant, belongs to no test. Instead, the tests of the function or
+class that it belongs to are taken, for a constant those of the lines that name it, and for any other line of a module
+those of the whole file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ast
 import difflib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -79,17 +81,28 @@ class CoverageMap:
         """
         if mutant.file not in self.sources:
             return []
-        table = line_table(self.sources[mutant.file], source)
+        executed = self._executed(mutant.file, source)
+        found: set[str] = set()
+        for candidates in (range(mutant.extent[0], mutant.extent[1] + 1), _owner(source, mutant.line)):
+            found = found or set().union(*(executed.get(number, ()) for number in candidates))
+        if not found and (names := _constants(source, mutant.line)):
+            mention = re.compile(rf"\b(?:{'|'.join(names)})\b")
+            for file, text in self.sources.items():
+                here = self._executed(file, text)
+                for number, line in enumerate(text.splitlines(), 1):
+                    if mention.search(line):
+                        found |= here.get(number, set())
+        return self._fastest_first(found or set().union(*executed.values()))
+
+    def _executed(self, file: str, source: str) -> dict[int, set[str]]:
+        """Return the tests by the line that they execute, numbered as in a newer text of the file."""
+        table = line_table(self.sources[file], source)
         executed: dict[int, set[str]] = defaultdict(set)
         for test, files in self.lines.items():
-            for number in files.get(mutant.file, ()):
+            for number in files.get(file, ()):
                 if number in table:
                     executed[table[number]].add(test)
-        for candidates in (range(mutant.extent[0], mutant.extent[1] + 1), _owner(source, mutant.line), list(executed)):
-            found = set().union(*(executed.get(number, ()) for number in candidates))
-            if found:
-                return self._fastest_first(found)
-        return []
+        return executed
 
     def _fastest_first(self, tests: Iterable[str]) -> list[str]:
         by_file: dict[str, list[float]] = defaultdict(list)
@@ -132,6 +145,15 @@ def _owner(source: str, line: int) -> Sequence[int]:
                 body = node.body[0].lineno if not isinstance(node, ast.ClassDef) else first
                 best = range(body, (node.end_lineno or body) + 1)
     return best
+
+
+def _constants(source: str, line: int) -> list[str]:
+    """Return the names that a module assigns on a line."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.lineno <= line <= (node.end_lineno or node.lineno):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            return [target.id for target in targets if isinstance(target, ast.Name)]
+    return []
 
 
 # ---- recording ----

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class Observer:
 def pytest_configure(config: pytest.Config) -> None:
     """Limit memory and register the observer; in a run with workers only their controller writes."""
     if limit := os.environ.get("MUTATIONS_MEMORY"):
+        # A run in the background would ignore the interrupt that ends a run that takes too long.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         resource.setrlimit(resource.RLIMIT_DATA, (int(limit), resource.getrlimit(resource.RLIMIT_DATA)[1]))
     if "MUTATIONS_LOG" in os.environ and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Observer(Path(os.environ["MUTATIONS_LOG"])), "mutations-observer")

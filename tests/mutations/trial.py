@@ -26,7 +26,7 @@ from mutations.coverage_map import UNIT
 NOT_COPIED = (".git", ".venv", "build", "dist", "runs", "comparisons", "__pycache__", ".*_cache", ".hypothesis")
 FIRST_BATCH = 25
 """Most mutants are killed by one of the first tests; these are run before the files of all others are imported."""
-MAX_SECONDS = 240.0
+MAX_SECONDS = 100.0
 """Recorded duration of the tests that are run on one mutant."""
 START_SECONDS = 90.0
 """For imports, and for a RabbitMQ that the tests start."""
