@@ -34,6 +34,8 @@ FOLDER = ROOT / "build" / "mutations"
 SUITES = ("tests/unit", "tests/contract", "tests/integration")
 MARKERS = "not containers and not chaos"
 UNIT = "tests/unit/"
+LINES_PER_SECOND = 1000
+"""How many executed lines put a test as far back as a second does."""
 
 
 @dataclass
@@ -77,7 +79,8 @@ class CoverageMap:
     def covering(self, mutant: Mutant, source: str) -> list[str]:
         """Return the tests that execute a mutant's line.
 
-        Unit tests come first, the fastest first. The others follow file by file, because many files start a service.
+        Unit tests come first, the fastest and most specific first. The others follow file by file, because many files
+        start a service.
         """
         if mutant.file not in self.sources:
             return []
@@ -92,7 +95,7 @@ class CoverageMap:
                 for number, line in enumerate(text.splitlines(), 1):
                     if mention.search(line):
                         found |= here.get(number, set())
-        return self._fastest_first(found or set().union(*executed.values()))
+        return self._best_first(found or set().union(*executed.values()))
 
     def _executed(self, file: str, source: str) -> dict[int, set[str]]:
         """Return the tests by the line that they execute, numbered as in a newer text of the file."""
@@ -104,15 +107,16 @@ class CoverageMap:
                     executed[table[number]].add(test)
         return executed
 
-    def _fastest_first(self, tests: Iterable[str]) -> list[str]:
+    def _best_first(self, tests: Iterable[str]) -> list[str]:
         by_file: dict[str, list[float]] = defaultdict(list)
         for test in tests:
             by_file[_file_of(test)].append(self.seconds[test])
 
         def place(test: str) -> tuple[bool, float, str, float, str]:
-            file, seconds = _file_of(test), self.seconds[test]
-            is_unit = test.startswith(UNIT)
-            return not is_unit, 0.0 if is_unit else median(by_file[file]), "" if is_unit else file, seconds, test
+            file, is_unit = _file_of(test), test.startswith(UNIT)
+            # A test that executes few lines is more likely to be about this one.
+            cost = self.seconds[test] + sum(len(lines) for lines in self.lines[test].values()) / LINES_PER_SECOND
+            return not is_unit, 0.0 if is_unit else median(by_file[file]), "" if is_unit else file, cost, test
 
         return sorted(tests, key=place)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from tree import ROOT
@@ -35,7 +37,7 @@ class Result:
     """The test that failed."""
     seconds: float
     tests: str
-    """Hash of the test files that decided the outcome."""
+    """Hash of the tests that decided the outcome."""
 
 
 def load(path: Path = RESULTS) -> dict[str, Result]:
@@ -63,13 +65,33 @@ def equivalents(path: Path = EQUIVALENT) -> dict[str, str]:
 
 
 def digest(outcome: str, test: str, covering: Iterable[str], root: Path = ROOT) -> str:
-    """Hash the test files that decide an outcome: that of the failed test, or those of all tests that could fail."""
+    """Hash the tests that decide an outcome: the one that failed, or all that could fail."""
     deciding = covering if outcome == SURVIVED or not test else [test]
     total = hashlib.sha256()
-    for file in sorted({each.split("::", maxsplit=1)[0] for each in deciding}):
-        path = root / file
-        total.update(file.encode() + b"\n" + (path.read_bytes() if path.exists() else b""))
+    for each in sorted({text_of(test, root) for test in deciding}):
+        total.update(each.encode() + b"\0")
     return total.hexdigest()[:16]
+
+
+def text_of(test: str, root: Path = ROOT) -> str:
+    """Return the source of a test function with its decorators, or of its file when that holds no such function."""
+    file, _, name = test.partition("::")
+    path = root / file
+    if not path.exists():
+        return ""
+    return _functions(path).get(name.split("[", maxsplit=1)[0].rpartition("::")[2], path.read_text(encoding="utf-8"))
+
+
+@cache
+def _functions(path: Path) -> dict[str, str]:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return {
+        node.name: "".join(
+            lines[min([node.lineno, *(each.lineno for each in node.decorator_list)]) - 1 : node.end_lineno]
+        )
+        for node in ast.walk(ast.parse("".join(lines)))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
 
 
 def is_current(result: Result | None, covering: Sequence[str]) -> bool:

@@ -120,20 +120,26 @@ def test_tests_of_a_line_follow_it_when_lines_are_added_above() -> None:
     )
     older = MODULE.replace('"""Docstring with 1 + 1."""\n', "")
     coverage = CoverageMap("", {"tiny.py": older}, {"slow": 2.0, "fast": 1.0}, {})
-    coverage.lines = {"slow": {"tiny.py": [mutant.line - 1]}, "fast": {"tiny.py": [mutant.line - 1]}, "other": {}}
+    coverage.lines = {"slow": {"tiny.py": [mutant.line - 1]}, "fast": {"tiny.py": [mutant.line - 1]}}
 
     assert line_table(older, MODULE)[mutant.line - 1] == mutant.line
     assert coverage.covering(mutant, MODULE) == ["fast", "slow"]
 
 
-def test_an_outcome_is_stale_once_the_tests_that_decided_it_change(tmp_path) -> None:
-    (tmp_path / "test_a.py").write_text("1", encoding="utf-8")
-    covering = ["test_a.py::test_one"]
-    before = outcomes.digest("survived", "", covering, tmp_path)
+def test_an_outcome_is_stale_once_a_test_that_decided_it_changes(tmp_path) -> None:
+    older, newer = tmp_path / "older", tmp_path / "newer"
+    for folder, number in ((older, 1), (newer, 2)):
+        folder.mkdir()
+        text = f"def test_one():\n    assert {number}\n\ndef test_two():\n    assert 3\n"
+        (folder / "test_a.py").write_text(text, encoding="utf-8")
+    both = ["test_a.py::test_one", "test_a.py::test_two[x]"]
 
-    (tmp_path / "test_a.py").write_text("2", encoding="utf-8")
+    def is_same(outcome, test):
+        return outcomes.digest(outcome, test, both, older) == outcomes.digest(outcome, test, both, newer)
 
-    assert outcomes.digest("survived", "", covering, tmp_path) != before
+    assert not is_same("survived", "")
+    assert not is_same("killed", both[0])
+    assert is_same("killed", both[1])
 
 
 def test_stored_outcomes_are_read_again_and_the_latest_counts(tmp_path) -> None:

@@ -24,12 +24,17 @@ from mutations import observer
 from mutations.coverage_map import UNIT
 
 NOT_COPIED = (".git", ".venv", "build", "dist", "runs", "comparisons", "__pycache__", ".*_cache", ".hypothesis")
+TIMEOUT = "timeout"
 FIRST_BATCH = 25
 """Most mutants are killed by one of the first tests; these are run before the files of all others are imported."""
-MAX_SECONDS = 100.0
+MAX_SECONDS = 30.0
 """Recorded duration of the tests that are run on one mutant."""
 START_SECONDS = 90.0
-"""For imports, and for a RabbitMQ that the tests start."""
+"""For imports and services, on a busy machine."""
+SERVICE_SECONDS = 30.0
+"""For a RabbitMQ that a test starts."""
+SLACK_SECONDS = 20.0
+"""For a test that is slowed down by others."""
 MEMORY_BYTES = 8 * 2**30
 QUICK_SECONDS = 0.5
 """A longer test may fail because the machine is busy."""
@@ -118,7 +123,8 @@ class Workspace:
         while left:
             verdict = self._run(left, seconds)
             test = verdict.test if verdict is not None else ""
-            if test not in left or (test.startswith(UNIT) and seconds[test] < QUICK_SECONDS):
+            is_sure = verdict is None or verdict.outcome == TIMEOUT or test not in left
+            if is_sure or (test.startswith(UNIT) and seconds[test] < QUICK_SECONDS):
                 return verdict
             again = self._run([test], seconds)
             if again is not None:
@@ -130,7 +136,8 @@ class Workspace:
         """Run tests once; None when all pass."""
         expected = [seconds.get(test, 0.0) for test in tests]
         limit = START_SECONDS + 5 * sum(expected)
-        each = 30.0 + 5 * max(expected) if all(test.startswith(UNIT) for test in tests) else START_SECONDS + 60
+        services = 0.0 if all(test.startswith(UNIT) for test in tests) else SERVICE_SECONDS
+        each = SLACK_SECONDS + services + 5 * max(expected)
         began = time.monotonic()
         code = self._pytest(tests, each, limit, "-x")
         if code == NOT_FOUND:  # a mutant may change the parameters of tests; then their whole files are run
@@ -139,13 +146,13 @@ class Workspace:
         seen = observer.events(self._log)
         failed = next((event for event in seen if event["event"] == "failed"), None)
         if failed is not None:
-            return Verdict("timeout" if failed["timeout"] else "killed", failed["test"])
+            return Verdict(TIMEOUT if failed["timeout"] else "killed", failed["test"])
         if code == 0:
             return None
         started = [event["test"] for event in seen if event["event"] == "start"]
         # No test has failed, but the run has: it hung, crashed, or could not import its conftest.py.
         hung = code is None or time.monotonic() - began > each
-        return Verdict("timeout" if hung else "killed", started[-1] if started else "")
+        return Verdict(TIMEOUT if hung else "killed", started[-1] if started else "")
 
     def _pytest(self, tests: Sequence[str], each: float, limit: float, *options: str) -> int | None:
         """Run pytest with time limits for each test and for all; its exit code, or None when it did not end in time."""

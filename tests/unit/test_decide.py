@@ -20,6 +20,7 @@ from lorabbit_server.engine.client_selection import ClientSampler, population
 from lorabbit_server.engine.reducer import decide, resume
 from lorabbit_server.engine.results import MAX_TRIES
 from lorabbit_server.engine.rounds import mean_over_clients, pool_metrics
+from lorabbit_server.engine.scheduling import budget_reason
 from lorabbit_server.engine.state import JobState, ModelVersion, UploadOffer, dump_header, dump_task, load_state
 
 A, B, C = ClientId("client-1"), ClientId("client-2"), ClientId("client-3")
@@ -447,6 +448,13 @@ def test_scores_are_pooled_by_examples_and_perplexity_from_the_pooled_loss():
     assert pool_metrics(scored) == pytest.approx({"accuracy": 0.25, "loss": 1.5, "perplexity": math.exp(1.5)})
 
 
+def test_a_task_without_a_result_leaves_the_scores_of_those_after_it_in():
+    _, (empty, scored, _) = training()
+    scored = replace(scored, offered=UploadOffer(Metrics(num_examples=4, loss=0.5)))
+
+    assert pool_metrics([empty, scored]) == {"loss": 0.5}
+
+
 def test_over_clients_each_client_counts_once_and_one_without_examples_not_at_all():
     _, tasks = training()
     parts = [(1, 1.0), (3, 0.5), (0, 0.0)]
@@ -456,6 +464,26 @@ def test_over_clients_each_client_counts_once_and_one_without_examples_not_at_al
     ]
 
     assert mean_over_clients(scored) == {"mean_accuracy_of_clients": 0.75}
+
+
+def test_a_job_of_many_rounds_ends_with_the_last_one_too():
+    state, tasks = training(spec(rounds=1_000))
+    state = replace(state, round=1_000, tasks={task.id: task for task in tasks})
+    for task in tasks:
+        state, _ = answered(state, task)
+
+    state, commands = decide(state, transitions.RoundAggregated(int("1000"), version("1000")))
+
+    assert state.stage == "scoring"
+    assert {task.phase for task in sent(commands)} == {EVALUATE}
+
+
+@pytest.mark.parametrize(("number", "is_told"), [(1, True), (2, False)])
+def test_a_budget_that_is_spent_is_told_as_the_reason_only_before_the_last_round(number, is_told):
+    state, _ = training(spec(rounds=2, privacy={"noise": 4.0, "epsilon": 2.0}))
+    state = replace(state, round=number, retired=state.clients)
+
+    assert bool(budget_reason(state)) is is_told
 
 
 def test_the_job_is_done_once_the_last_version_is_scored():

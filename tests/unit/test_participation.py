@@ -29,7 +29,7 @@ from lorabbit_server.engine.wait_reasons import wait_reasons
 
 NAMES = tuple(ClientId(f"client-{n}") for n in range(1, 7))
 OWN = {"partition": {"kind": "own"}}
-GPU = ClientCapabilities(device="cuda:0", memory_bytes=16 * client_selection.GIB, tags=("gpu", "fast"), pool="mig")
+GPU = ClientCapabilities(device="cuda:0", memory_bytes=16 * 1024**3, tags=("gpu", "fast"), pool="mig")
 
 
 def ref(number):
@@ -226,7 +226,9 @@ def test_a_fast_selection_measures_everybody_once_and_then_asks_the_fastest():
         2: partial_work.ClientSpeed(20, 50, 10),
         3: partial_work.ClientSpeed(1, 500, 10),
     }
+    in_no_time = {0: partial_work.ClientSpeed(0, 0, 10)}
 
+    assert client_selection.ClientSampler(0, 1, "fast", speeds=in_no_time).choose(range(2), 1) == (1,)
     assert client_selection.ClientSampler(0, 1, "fast", speeds=speeds).choose(range(4), 2) == (0, 2)
     assert 4 in client_selection.ClientSampler(0, 1, "fast", speeds=speeds).choose(range(5), 1)
 

@@ -228,6 +228,22 @@ def test_a_late_result_of_a_quorum_that_keeps_joins_the_next_round_from_its_own_
     assert [scheduling.staleness(state, t) for t in of(commands, transitions.Aggregate)[0].tasks] == [1, 0]
 
 
+def test_the_log_tells_the_mean_and_the_largest_staleness_of_a_rounds_updates():
+    state, tasks, _ = training(job(sc.Quorum(quorum=0.5, late="keep")))
+    for index in (0, 1):
+        state, commands = answered(state, tasks[index])
+    state, commands = aggregated(state)
+    (again, _) = sent(commands)
+    for task in (tasks[2], again):
+        state, _ = answered(state, task)
+
+    _, commands = aggregated(state)
+
+    # One update started from the version before the last, the other from the last one.
+    (closed,) = events(commands, "round-closed")
+    assert (closed.pace["staleness_mean"], closed.pace["staleness_max"]) == (0.5, 1)
+
+
 def test_a_round_that_passes_its_deadline_closes_with_what_there_is():
     state, tasks, commands = training(job(sc.Quorum(quorum=1.0, deadline_seconds=5)), at_ms=1_000)
     assert of(commands, transitions.SetDeadline) == [transitions.SetDeadline(1, 6_000)]
@@ -329,6 +345,18 @@ def test_staleness_is_the_number_of_versions_since_the_one_a_task_started_from()
     assert ages == [0, 1, 2]
     assert state.version_for(tasks[2]) == version("0")
     assert set(state.bases) == {1, 2, 3} & {t.round for t in state.tasks.values() if t.phase == TRAIN}
+
+
+def test_a_round_that_begins_after_a_restart_names_the_clients_that_train_already():
+    state, tasks, _ = training(job(sc.Buffered(buffer=1)))
+    state, _ = answered(state, tasks[0])
+    stored = {id_: dump_task(task) for id_, task in state.tasks.items()}
+    state = load_state(dump_header(state), state.spec, stored)
+
+    _, commands = aggregated(state)
+
+    (started,) = events(commands, "round-started")
+    assert started.cohort == NAMES
 
 
 def test_a_base_is_kept_as_long_as_a_task_under_way_started_from_it():

@@ -168,6 +168,30 @@ def test_progress_of_an_earlier_try_is_not_taken_for_that_of_this_one():
     assert wait_reasons(training(), observations)[0].fraction is None
 
 
+def test_progress_told_in_the_millisecond_in_which_a_try_began_is_that_of_this_one():
+    observations = ClientObservations({}, 15_000, {("client-1", TRAIN, 1): (3_000, 0.1)})
+
+    assert wait_reasons(training(), observations)[0].fraction == 0.1
+
+
+def test_trainings_are_told_before_the_evaluations_of_earlier_versions():
+    score = TaskState("score", EVALUATE, 1, NAMES[3], 3)
+    train = TaskState("train", TRAIN, 2, NAMES[0], 0)
+    state = replace(training(), round=2, tasks={"score": score, "train": train})
+
+    assert [wait.owner for wait in wait_reasons(state)] == ["client-1", "client-4"]
+
+
+def test_a_late_update_is_told_with_the_version_that_it_started_from():
+    train = TaskState("train", TRAIN, 3, NAMES[0], 0)
+    state = replace(training(sc.Buffered(buffer=3)), round=5, tasks={"train": train})
+
+    (wait,) = wait_reasons(state)
+
+    # The training of round 3 starts from what round 2 made.
+    assert wait.reason.startswith("an update that started from version 2 is awaited from client-1:")
+
+
 @pytest.mark.parametrize(
     ("patience", "fewest", "deadline_ms", "ends"),
     [
