@@ -4,8 +4,8 @@ The map stores the text of the measured files. Lines of a file that has changed 
 texts, so a changed docstring does not make the map useless.
 
 A line that runs at import, such as a decorator or a constant, belongs to no test. Instead, the tests of the function or
-class that it belongs to are taken, for a constant those of the lines that name it, and for any other line of a module
-those of the whole file.
+class that it belongs to are taken, and those that name the class or the constant or execute a line that names it; for
+any other line of a module those of the whole file.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import coverage
 from tree import ROOT
 
 from mutations import observer
+from mutations.outcomes import text_of
 from mutations.sampling import AREAS, Mutant, files_of
 
 FOLDER = ROOT / "build" / "mutations"
@@ -85,17 +86,25 @@ class CoverageMap:
         if mutant.file not in self.sources:
             return []
         executed = self._executed(mutant.file, source)
-        found: set[str] = set()
-        for candidates in (range(mutant.extent[0], mutant.extent[1] + 1), _owner(source, mutant.line)):
-            found = found or set().union(*(executed.get(number, ()) for number in candidates))
-        if not found and (names := _constants(source, mutant.line)):
-            mention = re.compile(rf"\b(?:{'|'.join(names)})\b")
-            for file, text in self.sources.items():
-                here = self._executed(file, text)
-                for number, line in enumerate(text.splitlines(), 1):
-                    if mention.search(line):
-                        found |= here.get(number, set())
+        first, last = mutant.extent
+        found = set().union(*(executed.get(number, ()) for number in range(first, last + 1)))
+        if not found:
+            found = set().union(*(executed.get(number, ()) for number in _owner(source, mutant.line)))
+            found |= self._naming(_names(source, mutant.line))
         return self._best_first(found or set().union(*executed.values()))
+
+    def _naming(self, names: Sequence[str]) -> set[str]:
+        """Return the tests that name a constant or class, or execute a line that does."""
+        if not names:
+            return set()
+        mention = re.compile(rf"\b(?:{'|'.join(names)})\b")
+        found = {test for test in self.seconds if mention.search(text_of(test))}
+        for file, text in self.sources.items():
+            executed = self._executed(file, text)
+            for number, line in enumerate(text.splitlines(), 1):
+                if mention.search(line):
+                    found |= executed.get(number, set())
+        return found
 
     def _executed(self, file: str, source: str) -> dict[int, set[str]]:
         """Return the tests by the line that they execute, numbered as in a newer text of the file."""
@@ -151,10 +160,16 @@ def _owner(source: str, line: int) -> Sequence[int]:
     return best
 
 
-def _constants(source: str, line: int) -> list[str]:
-    """Return the names that a module assigns on a line."""
+def _names(source: str, line: int) -> list[str]:
+    """Return the names that a module binds by the statement on a line: constants, or a class."""
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.lineno <= line <= (node.end_lineno or node.lineno):
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.ClassDef):
+            decorators = node.decorator_list if isinstance(node, ast.ClassDef) else []
+            first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
+            if not first <= line <= (node.end_lineno or first):
+                continue
+            if isinstance(node, ast.ClassDef):
+                return [node.name]
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             return [target.id for target in targets if isinstance(target, ast.Name)]
     return []

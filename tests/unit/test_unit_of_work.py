@@ -8,19 +8,34 @@ import pytest
 from server_rig import Rig
 
 from lorabbit.broker import topology
+from lorabbit.broker.memory import MemoryBroker
 from lorabbit.job.spec import JobSpec
-from lorabbit.protocol.messages import CancelTask
+from lorabbit.protocol.messages import CancelTask, Task
 from lorabbit.runtime import failpoints
 from lorabbit.runtime.failpoints import Failpoint
 from lorabbit_server.job.unit_of_work import PendingMessage, Step
 
 SPEC = JobSpec(name="job", clients=2, rounds=1)
+TASKS = {Task.type_name(), CancelTask.type_name()}
 
 
-@pytest.fixture
-def rig(tmp_path):
-    """A job whose first task was sent to a client that does nothing about it."""
-    rig = Rig(tmp_path)
+class SlowConfirmations(MemoryBroker):
+    """Delivers messages to clients at once, and confirms them when a test says so."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.held = []
+
+    def send(self, message, on_done=None):
+        if message.exchange == topology.CONTROL and message.type in TASKS:
+            self.held.append(lambda: on_done(None))
+            super().send(message)
+        else:
+            super().send(message, on_done)
+
+
+def started(rig):
+    """Submit a job whose first task is sent to a client that does nothing about it."""
     for client in rig.clients:
         client.work = lambda _client, _task: True
     rig.serve()
@@ -28,6 +43,11 @@ def rig(tmp_path):
     rig.service.submit(SPEC)
     rig.idle()
     return rig
+
+
+@pytest.fixture
+def rig(tmp_path):
+    return started(Rig(tmp_path))
 
 
 def test_messages_are_deleted_two_seconds_after_the_broker_has_confirmed_them(rig):
@@ -39,6 +59,33 @@ def test_messages_are_deleted_two_seconds_after_the_broker_has_confirmed_them(ri
 
     assert len(kept) == 1
     assert rig.store.outbox("job") == []
+
+
+def test_confirmed_messages_of_a_closed_job_stay_in_the_store(rig):
+    before = rig.store.load_job("job")
+
+    rig.service._run._unit_of_work.close()
+    rig.pass_seconds(3.0)
+
+    assert rig.store.load_job("job") == before
+    assert len(rig.store.outbox("job")) == 1
+
+
+def test_delivery_is_reported_once_the_last_of_several_steps_is_confirmed(tmp_path):
+    rig, done = started(Rig(tmp_path, broker=SlowConfirmations)), []
+    work, (waiting,) = rig.service._run._unit_of_work, rig.broker.held
+    message = CancelTask(job="job", task="t", client="client-1")
+    work.add(Step(work.state, messages=[PendingMessage("host-1", message, "id")]))
+    rig.idle()
+    work.when_delivered(lambda: done.append(True))
+
+    waiting()
+    rig.idle()
+    assert done == []
+
+    rig.broker.held[1]()
+    rig.idle()
+    assert done == [True]
 
 
 def test_a_step_that_changes_nothing_is_not_committed(rig):
