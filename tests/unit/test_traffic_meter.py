@@ -106,3 +106,11 @@ def test_no_file_is_left_without_a_task(path):
     meter.retain(())
 
     assert not path.exists()
+
+
+def test_a_message_is_counted_by_a_line_of_its_own_until_the_file_is_compacted(path):
+    meter = TrafficMeter(path)
+    for number in range(3):
+        meter.up("t", payload=1, message=f"a-{number}")
+
+    assert len(path.read_text().splitlines()) == 3
