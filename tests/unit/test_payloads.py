@@ -49,6 +49,23 @@ def test_the_same_tensors_are_one_file(store):
     assert len(files(store)) == 1
 
 
+def test_a_payload_is_cut_into_chunks_of_one_mebibyte_unless_told_otherwise(store):
+    assert store.add_tensors({"w": np.ones(3)}).chunk_bytes == 1024 * 1024
+
+
+def test_chunks_that_arrive_are_forced_to_the_disk_every_32_mebibytes(store, monkeypatch):
+    content, forced = bytes(40 * 2**20), []
+    monkeypatch.setattr("os.fdatasync", forced.append)
+    ref = PayloadRef(sha256="0" * 64, size_bytes=len(content), chunk_bytes=8 * 2**20)
+
+    counts = []
+    for index in range(5):
+        store.write_chunk(ref, index, content[: 8 * 2**20])
+        counts.append(len(forced))
+
+    assert counts == ([0, 0, 0, 1, 1] if store.durable else [0] * 5)
+
+
 def test_a_file_is_copied_in(store, tmp_path):
     (tmp_path / "file").write_bytes(b"content")
 

@@ -121,6 +121,20 @@ def test_deliveries_of_a_committed_step_do_not_come_again_when_the_server_dies(r
     assert again == []
 
 
+def test_an_upload_that_was_checked_is_closed_before_its_result_counts(rig, monkeypatch):
+    client, still_open = rig.clients[0], []
+
+    def hit(point):
+        if point is Failpoint.UPLOAD_CHECKED:
+            still_open.append(dict(rig.service._run.uploads._open))
+
+    monkeypatch.setattr(failpoints, "hit", hit)
+    client.do(client.tasks[0])
+    rig.idle()
+
+    assert still_open == [{}]
+
+
 def test_crash_points_of_results_and_messages_are_passed_by_the_steps_that_have_some(rig, monkeypatch):
     passed = []
     monkeypatch.setattr(failpoints, "hit", passed.append)
