@@ -74,7 +74,7 @@ types: .venv/dev.stamp ## check the types, strictly
 contracts: .venv/dev.stamp ## check who may import whom
 	$(BIN)/lint-imports --no-cache
 
-docs: .venv/dev.stamp ## write the reference pages, the chart's README, and the measured figures of README and docs
+docs: .venv/dev.stamp ## write the reference pages that are generated from the code, and the chart's README
 	$(BIN)/python tools/reference_pages.py docs/reference
 	$(BIN)/python helm/readme.py helm/lorabbit
 
